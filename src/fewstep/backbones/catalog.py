@@ -1,0 +1,83 @@
+"""Named network shapes: the released EDM configurations and the small ones this library trains on a CPU."""
+
+from typing import Any
+
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.diffusion.denoiser import Denoiser
+
+# Released: ImageNet-64 (ADM), CIFAR-10, FFHQ-64 and AFHQv2-64 (Song), Karras et al. 2022.
+# Ours: `small` for 32x32 pictures on a CPU (0.5 to 3 M parameters), `cifar10-small` a narrow DDPM++.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "imagenet64-adm": {
+        "family": "adm", "model_channels": 192, "channel_mult": (1, 2, 3, 4), "channel_mult_emb": 4,
+        "num_blocks": 3, "attn_resolutions": (32, 16, 8),
+    },
+    "cifar10-ddpmpp": {
+        "family": "song", "model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4,
+        "attn_resolutions": (16,), "dropout": 0.13, "augment_dim": 9,
+    },
+    "cifar10-ncsnpp": {
+        "family": "song", "model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4,
+        "attn_resolutions": (16,), "dropout": 0.13, "augment_dim": 9, "embedding_type": "fourier",
+        "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1),
+    },
+    "ffhq64-ddpmpp": {
+        "family": "song", "model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4,
+        "attn_resolutions": (16,), "dropout": 0.05, "augment_dim": 9,
+    },
+    "ffhq64-ncsnpp": {
+        "family": "song", "model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4,
+        "attn_resolutions": (16,), "dropout": 0.05, "augment_dim": 9, "embedding_type": "fourier",
+        "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1),
+    },
+    "small": {
+        "family": "adm", "model_channels": 32, "channel_mult": (1, 2, 4), "channel_mult_emb": 2,
+        "num_blocks": 1, "attn_resolutions": (8,), "fold": 2,
+    },
+    "cifar10-small": {
+        "family": "song", "model_channels": 64, "channel_mult": (1, 2, 2), "num_blocks": 2,
+        "attn_resolutions": (16,), "dropout": 0.0, "fold": 1,
+    },
+    "imagenet64-narrow": {
+        "family": "adm", "model_channels": 32, "channel_mult": (1, 2, 3, 4), "channel_mult_emb": 4,
+        "num_blocks": 1, "attn_resolutions": (32, 16, 8),
+    },
+    "tiny": {
+        "family": "adm", "model_channels": 16, "channel_mult": (1, 2), "channel_mult_emb": 2,
+        "num_blocks": 1, "attn_resolutions": (4,), "fold": 2,
+    },
+}  # fmt: skip
+
+
+def network_names() -> list[str]:
+    """The names `build_network_config` knows."""
+    return sorted(_SHAPES)
+
+
+def build_network_config(
+    name: str, *, img_resolution: int, img_channels: int, label_dim: int
+) -> EDMUNetConfig:
+    """Shape `name` for pictures of this size and number of classes.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in _SHAPES:
+        raise ValueError(f"network.name={name!r} is unknown; choose one of {', '.join(network_names())}")
+    return EDMUNetConfig(
+        img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **_SHAPES[name]
+    )
+
+
+def build_denoiser(description: dict[str, Any]) -> Denoiser:
+    """An untrained model from its JSON description (`family` and what that family needs).
+
+    Raises:
+        ValueError: the family is unknown or its description is wrong.
+    """
+    families = {"edm": EDMDenoiser}
+    family = description.get("family")
+    if family not in families:
+        raise ValueError(f"model family {family!r} is unknown; this version knows {sorted(families)}")
+    return families[family].from_description(description)

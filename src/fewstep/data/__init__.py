@@ -1,0 +1,1 @@
+"""Batches: pictures and noise-image pairs, addressed by global sample position."""

@@ -1,0 +1,241 @@
+"""Folders, parquet files and hub sets of pictures as uint8 tensors of one size, read through `datasets`."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.config import DataSettings
+
+_MEMORY_LIMIT_BYTES = 4 * 2**30  # sets that decode to less are held decoded
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class ImageDataset:
+    """Pictures of one size with optional labels, addressed by row.
+
+    Attributes:
+        labels: (N,), int64, or None.
+        class_names: names of the classes where the data set has them.
+    """
+
+    def __init__(
+        self, rows: Any, image_column: str, labels: Tensor | None, class_names: list[str] | None,
+        resolution: int, channels: int, fit: Literal["crop", "pad", "exact"],
+    ) -> None:  # fmt: skip
+        self._rows, self._column = rows, image_column
+        self.labels, self.class_names = labels, class_names
+        self.resolution, self.channels, self.fit = resolution, channels, fit
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+        self._decoded: Tensor | None = None
+        if len(self) * channels * resolution**2 <= _MEMORY_LIMIT_BYTES:
+            self._decoded = self._decode(range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Pictures at these rows, (B, C, H, W), uint8.
+
+        Raises:
+            UserError: a picture does not decode or has a wrong size; the message names it.
+        """
+        if self._decoded is not None:
+            return self._decoded[indices]
+        return self._decode(indices.tolist())
+
+    def _decode(self, indices: Sequence[int]) -> Tensor:
+        chunks = [indices[start : start + 512] for start in range(0, len(indices), 512)]
+        parts = list(self._pool.map(self._decode_chunk, chunks))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _decode_chunk(self, indices: Sequence[int]) -> np.ndarray:
+        rows = self._rows[list(indices)][self._column]
+        return np.stack([self._one(row, index) for row, index in zip(rows, indices, strict=True)])
+
+    def _one(self, row: dict[str, Any], index: int) -> np.ndarray:
+        name = row.get("path") or f"row {index}"
+        try:
+            with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as picture:
+                picture = picture.convert("L" if self.channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+            raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
+        picture = fit_picture(picture, self.resolution, self.fit, name)
+        array = np.asarray(picture)
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def fit_picture(
+    picture: Image.Image, resolution: int, fit: Literal["crop", "pad", "exact"], name: str
+) -> Image.Image:
+    """Bring one picture to resolution x resolution pixels.
+
+    crop: Lanczos-resize the shorter side, centre crop. pad: centre on black, no resizing. exact: only check.
+
+    Raises:
+        UserError: the picture is smaller than the resolution (crop), larger (pad) or different (exact).
+    """
+    width, height = picture.size
+    if (width, height) == (resolution, resolution):
+        return picture
+    size = f"picture {name} has {width}x{height} pixels, the model {resolution}x{resolution}"
+    if fit == "exact":
+        raise UserError(f"{size}; data.fit='crop' resizes larger pictures, data.fit='pad' pads smaller ones")
+    if fit == "pad":
+        if max(width, height) > resolution:
+            raise UserError(f"{size}: data.fit='pad' cannot shrink it; use data.fit='crop'")
+        padded = Image.new(picture.mode, (resolution, resolution))
+        padded.paste(picture, ((resolution - width) // 2, (resolution - height) // 2))
+        return padded
+    if min(width, height) < resolution:
+        raise UserError(
+            f"{size}: it would have to be enlarged; use larger pictures, a model of lower resolution, or data.fit='pad'"
+        )
+    scale = resolution / min(width, height)
+    new = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    picture = picture.resize(new, Image.Resampling.LANCZOS)
+    left, top = (new[0] - resolution) // 2, (new[1] - resolution) // 2
+    return picture.crop((left, top, left + resolution, top + resolution))
+
+
+def load_images(
+    settings: "DataSettings", *, resolution: int, channels: int, num_classes: int
+) -> ImageDataset:
+    """Open a folder (imagefolder layout), a parquet file or folder of them, or a hub data set.
+
+    Args:
+        settings: where the pictures are and how they are fitted.
+        resolution, channels: of the model, in pixels and 1 (grey) or 3.
+        num_classes: of the model; labels are read only where it is above 0.
+
+    Raises:
+        UserError: nothing there, no pictures, no labels where the model needs them, labels outside the model's
+            classes, a picture that does not decode or fit.
+    """
+    rows = _open_rows(settings)
+    column = _image_column(rows, settings)
+    labels, names = _labels(rows, settings, num_classes) if num_classes else (None, None)
+    import datasets
+
+    rows = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    return ImageDataset(rows, column, labels, names, resolution, channels, settings.fit)
+
+
+def _open_rows(settings: "DataSettings") -> Any:
+    import datasets
+
+    if not settings.images:
+        raise UserError("data.images is not set: name a folder of pictures, a parquet file or a hub data set")
+    path = Path(settings.images).expanduser()
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file() and path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.is_dir():
+            if any(path.glob("*.parquet")):
+                return datasets.load_dataset("parquet", data_dir=str(path), split=settings.split)
+            if not any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*")):
+                raise UserError(f"data.images={settings.images}: no picture in this folder ({', '.join(_SUFFIXES)})")
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=settings.split)
+        if path.exists() or path.is_absolute() or settings.images.count("/") > 1 or settings.images.startswith("."):
+            raise UserError(f"data.images={settings.images}: no such folder or parquet file")
+        return datasets.load_dataset(settings.images, split=settings.split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds; each becomes one sentence with its own words
+        raise UserError(
+            f"data.images={settings.images} (split {settings.split!r}) cannot be read: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def _image_column(rows: Any, settings: "DataSettings") -> str:
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            return str(name)
+    if "image" in rows.features:
+        return "image"
+    raise UserError(f"data.images={settings.images}: no column of pictures among {sorted(rows.features)}")
+
+
+def _labels(rows: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:
+    column = settings.label_column
+    where = f"data.images={settings.images}"
+    if column not in rows.features:
+        raise UserError(
+            f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
+            f"among {sorted(rows.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
+        )
+    values = np.asarray(rows[column])
+    if not np.issubdtype(values.dtype, np.integer):
+        raise UserError(f"{where}: column {column!r} holds {values.dtype}, not integer class labels")
+    values = values.reshape(len(values), -1)[:, 0]
+    if values.min() < 0 or values.max() >= num_classes:
+        raise UserError(
+            f"{where}: labels run from {values.min()} to {values.max()}, the model has {num_classes} classes "
+            f"(0..{num_classes - 1})"
+        )
+    names = getattr(rows.features[column], "names", None)
+    return torch.from_numpy(values.astype(np.int64)), names
+
+
+def data_order(seed: int, position: Tensor, length: int, cache: dict[int, Tensor] | None = None) -> Tensor:
+    """Rows (B,) at global sample positions (B,): a fresh permutation each pass, the same on every process.
+
+    `cache` keeps the permutation of the last passes between calls.
+    """
+    cache = {} if cache is None else cache
+    rows = torch.empty_like(position)
+    epochs = torch.div(position, length, rounding_mode="floor")
+    for epoch in epochs.unique().tolist():
+        if epoch not in cache:
+            for old in [key for key in cache if key < epoch - 1]:
+                del cache[old]
+            words = Draws(seed, int(epoch), torch.zeros(1, dtype=torch.int64)).integers("data_order", 0, 2**31)
+            cache[epoch] = torch.randperm(length, generator=torch.Generator().manual_seed(int(words)))
+        chosen = epochs == epoch
+        rows[chosen] = cache[epoch][position[chosen] % length]
+    return rows
+
+
+class ImageBatches:
+    """Training batches of real pictures by step; the next step's pictures are decoded in the background."""
+
+    def __init__(self, dataset: ImageDataset, seed: int, batch_size: int, flip: bool) -> None:
+        self.dataset, self.seed, self.batch_size, self.flip = dataset, seed, batch_size, flip
+        self._permutations: dict[int, Tensor] = {}
+        self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
+
+    def at(self, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), float32 in [-1, 1], and labels (B,), int64 (zeros without labels), of one step."""
+        if self._ahead is not None and self._ahead[0] == step:
+            pixels, labels = self._ahead[1].result()
+        else:
+            pixels, labels = self._read(step)
+        self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
+        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1
+        return images, labels.to(device, non_blocking=True)
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        first = step * self.batch_size
+        position = torch.arange(first, first + self.batch_size)
+        rows = data_order(self.seed, position, len(self.dataset), self._permutations)
+        pixels = self.dataset.pixels(rows)
+        if self.flip:
+            mirrored = Draws(self.seed, step, position).uniform("data_flip") < 0.5
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+        labels = torch.zeros_like(rows) if self.dataset.labels is None else self.dataset.labels[rows]
+        return pixels, labels

@@ -1,0 +1,77 @@
+"""The one contract every diffusion model meets here: noisy images in, an x0 estimate out."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.noise_levels import NoiseSchedule
+
+Want = Literal["x0", "bottleneck", "both"]
+
+
+class DenoiserOutput(NamedTuple):
+    """What one forward returns: either or both of the two, the other is None."""
+
+    x0: Tensor | None
+    bottleneck: Tensor | None
+
+
+class Denoiser(nn.Module):
+    """A network with its noise schedule and its parameterisation hidden.
+
+    Subclasses implement `forward` and `denoising_weight`. Both outputs leave the one `forward`, because wrappers
+    (sharding, compilation, checkpointing) only see that call. How a network is parameterised (EDM
+    preconditioning, epsilon, v, flow) is known in its subclass and nowhere else.
+
+    Attributes:
+        noise_schedule: alpha(level), sigma(level) and the training grid, owned by the model.
+        image_shape: (C, H, W) of x0 in the model's own space.
+        num_classes: number of class labels the model is conditioned on, 0 for none.
+        bottleneck_shape: (C, H, W) of the feature the discriminator reads.
+        compute_dtype: precision inside the network (float32 or bfloat16); everything outside is float32.
+    """
+
+    noise_schedule: NoiseSchedule
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    bottleneck_shape: tuple[int, int, int]
+    compute_dtype: torch.dtype
+
+    def forward(
+        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0"
+    ) -> DenoiserOutput:
+        """Estimate x0 and/or return the bottleneck feature.
+
+        Args:
+            noisy: alpha(level) x0 + sigma(level) noise, (B, C, H, W), float32, in the model's own units.
+            level: the schedule's own noise coordinate, (B,).
+            condition: B conditions.
+            want: "bottleneck" alone runs the encoder only.
+        """
+        raise NotImplementedError("a Denoiser subclass implements forward")
+
+    def denoising_weight(self, level: Tensor) -> Tensor:
+        """Weight (B,) that turns the squared x0 error at `level` into the model's native training loss."""
+        raise NotImplementedError("a Denoiser subclass implements denoising_weight")
+
+    def denoise(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        """The x0 estimate, (B, C, H, W), float32."""
+        x0 = self(noisy, level, condition, "x0").x0
+        assert x0 is not None
+        return x0
+
+    def bottleneck(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        """The bottleneck feature, (B, C', H', W'); the decoder is not run."""
+        feature = self(noisy, level, condition, "bottleneck").bottleneck
+        assert feature is not None
+        return feature
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able dict from which `backbones.catalog.build_denoiser` makes the same network."""
+        raise NotImplementedError("a Denoiser subclass implements describe")
+
+    def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """alpha(level) x0 + sigma(level) noise, per sample. x0, noise: (B, C, H, W); level: (B,)."""
+        return self.noise_schedule.add_noise(x0, noise, level)

@@ -1,0 +1,85 @@
+"""Samplers over the Denoiser contract: the teacher's deterministic Heun ODE and the generator's few steps."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.guidance import guided_denoise
+from fewstep.diffusion.noise_levels import karras_sigmas
+from fewstep.diffusion.step_schedule import StepSchedule
+
+
+def heun_evaluations(num_steps: int) -> int:
+    """Network evaluations of `sample_heun`: two a step, the last step has one."""
+    return 2 * num_steps - 1
+
+
+@torch.no_grad()
+def sample_heun(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 18,
+    guidance_scale: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
+) -> Tensor:  # fmt: skip
+    """Deterministic second-order sampling of a variance-exploding model.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (no churn). The state is integrated in float64.
+
+    Args:
+        denoiser: an EDM model (alpha = 1).
+        noise: unit Gaussian, (B, C, H, W).
+        condition: B conditions.
+        num_steps: 18 steps are 35 evaluations.
+
+    Returns:
+        x0, (B, C, H, W), float32, not clamped.
+    """
+    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).tolist() + [0.0]
+    x = noise.double() * sigmas[0]
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        level = torch.full((len(x),), sigma, device=x.device)
+        x0 = guided_denoise(denoiser, x.float(), level, condition, guidance_scale)
+        return (x - x0.double()) / sigma
+
+    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        first = slope(x, now)
+        euler = x + (after - now) * first
+        if after == 0:
+            return euler.float()
+        x = x + (after - now) * (first + slope(euler, after)) / 2
+    raise AssertionError("the last sigma is 0")
+
+
+def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:
+    """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, C, H, W)."""
+    schedule = denoiser.noise_schedule
+    level = schedule.grid[index].to(noise.device).expand(len(noise))
+    return denoiser.denoise(schedule.initial(noise, level), level, condition)
+
+
+@torch.no_grad()
+def sample_few_steps(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, steps: StepSchedule,
+    fresh_noise: Callable[[int], Tensor],
+) -> Tensor:  # fmt: skip
+    """Predict x0, add fresh noise down to the next step's level, repeat; the last x0 is the image.
+
+    Source: DMD2 (arXiv:2405.14867), section 4.4.
+
+    Args:
+        denoiser: the generator.
+        noise: unit Gaussian for the first step, (B, C, H, W).
+        condition: B conditions.
+        steps: grid indices, noisiest first.
+        fresh_noise: number of the step (1, 2, ...) -> unit Gaussian (B, C, H, W) that enters it.
+
+    Returns:
+        x0, (B, C, H, W), float32, not clamped.
+    """
+    x0 = generate(denoiser, noise, condition, steps.indices[0])
+    for number, index in enumerate(steps.indices[1:], start=1):
+        level = denoiser.noise_schedule.grid[index].to(noise.device).expand(len(noise))
+        x0 = denoiser.denoise(denoiser.add_noise(x0, fresh_noise(number), level), level, condition)
+    return x0

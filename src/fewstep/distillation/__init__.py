@@ -1,0 +1,1 @@
+"""Distribution matching distillation: roles, conditions and loss terms."""

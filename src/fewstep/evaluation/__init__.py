@@ -1,0 +1,1 @@
+"""Feature networks, distances between sets of pictures, protocols and reports."""

@@ -1,0 +1,1 @@
+"""Writing finished generators in the forms that other tools load."""

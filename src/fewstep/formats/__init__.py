@@ -1,0 +1,1 @@
+"""File formats that users already have; each module reads and writes one."""

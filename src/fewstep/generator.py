@@ -1,0 +1,285 @@
+"""The public face of a model: load a teacher or a generator, sample from it."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.backbones.catalog import build_denoiser
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws, Purpose
+from fewstep.diffusion.samplers import heun_evaluations, sample_few_steps, sample_heun
+from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.errors import UserError
+from fewstep.formats.edm_pickle import read_edm_pickle
+from fewstep.formats.model_folder import ModelCard, read_model_folder
+
+BUNDLED = "bundled:"
+
+
+@dataclass
+class Model:
+    """A loaded network with its card.
+
+    Attributes:
+        denoiser: in eval mode, on the device it was loaded to.
+        card: role, step schedule, class names.
+    """
+
+    denoiser: Denoiser
+    card: ModelCard
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.denoiser.parameters()).device
+
+    def _condition(self, labels: Tensor) -> Condition:
+        return Condition.from_labels(labels.to(self.device), self.denoiser.num_classes)
+
+    def _labels(self, num_images: int, labels: list[int] | None) -> Tensor:
+        """Given labels, or all classes in turn."""
+        classes = max(1, self.denoiser.num_classes)
+        if labels is None:
+            return torch.arange(num_images) % classes
+        if len(labels) != num_images:
+            raise UserError(f"{len(labels)} labels for {num_images} images: give one label an image")
+        if labels and not all(0 <= label < classes for label in labels):
+            raise UserError(f"labels {sorted(set(labels))} do not fit the model's {self.denoiser.num_classes} classes")
+        return torch.tensor(labels)
+
+
+class Teacher(Model):
+    """A diffusion model sampled in many steps."""
+
+    def sample(
+        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, num_steps: int = 18,
+        guidance_scale: float = 1.0, batch_size: int = 64,
+    ) -> Tensor:  # fmt: skip
+        """Images by the deterministic Heun sampler, (N, C, H, W), float32 in [-1, 1], on the CPU.
+
+        Image i depends on (seed, i, labels[i]) only, not on the batch it was made in. Without `labels` all
+        classes take turns. 18 steps are 35 network evaluations.
+
+        Raises:
+            UserError: labels or guidance the model does not have.
+        """
+        check_guidance(self, guidance_scale)
+        return self._batched(num_images, labels, seed, batch_size, num_steps, guidance_scale)
+
+    def evaluations(self, num_steps: int = 18) -> int:
+        """Network evaluations an image."""
+        return heun_evaluations(num_steps)
+
+    def _batched(
+        self, num_images: int, labels: list[int] | None, seed: int, batch_size: int, num_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:  # fmt: skip
+        all_labels = self._labels(num_images, labels)
+        parts = []
+        for first in range(0, num_images, batch_size):
+            chunk = all_labels[first : first + batch_size]
+            noise = sample_noise(self.denoiser, seed, first, len(chunk), self.device)
+            x0 = sample_heun(
+                self.denoiser, noise, self._condition(chunk), num_steps=num_steps, guidance_scale=guidance_scale
+            )
+            parts.append(x0.clamp(-1, 1).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, *self.denoiser.image_shape)
+
+
+class Generator(Model):
+    """A distilled model sampled in the few steps that travel with its weights."""
+
+    @property
+    def step_schedule(self) -> StepSchedule:
+        """The grid indices the generator runs at."""
+        return StepSchedule(self.card.step_indices, self.card.num_levels)
+
+    def evaluations(self) -> int:
+        """Network evaluations an image."""
+        return len(self.card.step_indices)
+
+    def sample(
+        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, batch_size: int = 64
+    ) -> Tensor:
+        """Images in one to four evaluations, (N, C, H, W), float32 in [-1, 1], on the CPU.
+
+        Image i depends on (seed, i, labels[i]) only, not on the batch it was made in, and shares its starting
+        noise with the teacher's image i of the same seed. Without `labels` all classes take turns.
+
+        Raises:
+            UserError: labels the model does not have.
+        """
+        all_labels = self._labels(num_images, labels)
+        parts = []
+        for first in range(0, num_images, batch_size):
+            chunk = all_labels[first : first + batch_size]
+            parts.append(
+                sample_generator(
+                    self.denoiser, self.step_schedule, self._condition(chunk), seed=seed, first=first
+                ).cpu()
+            )
+        return torch.cat(parts) if parts else torch.empty(0, *self.denoiser.image_shape)
+
+
+def sample_generator(
+    denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: int, first: int = 0
+) -> Tensor:
+    """Images first..first + B - 1 of a seed from a generator network, (B, C, H, W), clamped to [-1, 1]."""
+    device = next(denoiser.parameters()).device
+    size = len(condition)
+
+    def fresh_noise(number: int) -> Tensor:
+        return sample_noise(denoiser, seed, first, size, device, step=number)
+
+    return sample_few_steps(denoiser, fresh_noise(0), condition, steps, fresh_noise).clamp(-1, 1)
+
+
+def sample_noise(
+    denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0
+) -> Tensor:
+    """Unit Gaussian that images first..first + size - 1 of a seed start from (or meet at a later step)."""
+    purpose: Purpose = "sample_noise"
+    return Draws.of_batch(seed, step, size, device, first).normal(purpose, denoiser.image_shape)
+
+
+def check_guidance(model: Model, guidance_scale: float) -> None:
+    """Refuse guidance for a model without an unconditional branch."""
+    if guidance_scale == 1:
+        return
+    if not model.denoiser.num_classes:
+        raise UserError(f"guidance_scale={guidance_scale}: this teacher has no condition to guide; use 1")
+    if not model.card.can_be_guided:
+        raise UserError(
+            f"guidance_scale={guidance_scale}: this teacher was trained without label dropout and has no "
+            "unconditional branch; use 1, or train one with network.label_dropout=0.1"
+        )
+
+
+def load_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Teacher:
+    """Load a diffusion model.
+
+    Args:
+        path: a model folder, a run folder of `fewstep pretrain`, an EDM .pkl (read without executing anything in
+            it), or "bundled:fashion-mnist".
+        device: "auto", "cpu", "cuda", "cuda:N".
+        precision: "fp32" or "bf16" inside the network.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    denoiser, card = _load(path, "teacher")
+    return Teacher(prepare_denoiser(denoiser, device, precision), card)
+
+
+def load_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Generator:
+    """Load a distilled generator: an exported folder or a run folder of `fewstep train`.
+
+    Raises:
+        UserError: no such model, a damaged one, or one that is a teacher (it has no step schedule).
+    """
+    denoiser, card = _load(path, "generator")
+    if not card.step_indices:
+        raise UserError(f"{path} is a {card.role} without a step schedule; load it with fewstep.load_teacher")
+    return Generator(prepare_denoiser(denoiser, device, precision), card)
+
+
+def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
+    """Eval mode, on the device, with its compute precision set."""
+    denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return denoiser.to(choose_device(device)).eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is the GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"compute.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"compute.device={name!r}: this machine has no usable CUDA device; use cpu or auto")
+    return device
+
+
+def bundled_path(name: str) -> Path:
+    """Folder of files that ship with the package, e.g. "fashion-mnist".
+
+    Raises:
+        UserError: nothing of this name ships.
+    """
+    folder = Path(str(resources.files("fewstep"))) / "assets" / name
+    if not folder.is_dir():
+        raise UserError(f"{BUNDLED}{name} does not ship with this version; {BUNDLED}fashion-mnist does")
+    return folder
+
+
+def _load(path: str | Path, role: str) -> tuple[Denoiser, ModelCard]:
+    if str(path).startswith(BUNDLED):
+        folder = bundled_path(str(path).removeprefix(BUNDLED)) / role
+    else:
+        folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(f"{role} {path} does not exist; give a model folder, a run folder or an EDM .pkl")
+    if folder.is_file():
+        return _load_pickle(folder)
+    if (folder / role).is_dir():
+        folder = folder / role
+    description, weights, card = read_model_folder(folder)
+    return _with_weights(description, weights, str(folder)), card
+
+
+def _load_pickle(path: Path) -> tuple[Denoiser, ModelCard]:
+    if path.suffix != ".pkl":
+        raise UserError(f"{path} is neither a model folder nor an EDM .pkl")
+    pickle = read_edm_pickle(path)
+    description = describe_edm_arguments(pickle.init_kwargs)
+    return _with_weights(description, pickle.state_dict, str(path)), ModelCard(role="teacher")
+
+
+def describe_edm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Our description of an EDM preconditioning module from its constructor arguments.
+
+    Raises:
+        UserError: a network family this library does not have.
+    """
+    families = {"DhariwalUNet": "adm", "SongUNet": "song"}
+    model_type = arguments.get("model_type", "DhariwalUNet")
+    if model_type not in families or arguments.get("encoder_type") == "skip":
+        raise UserError(f"EDM network {model_type!r} with encoder {arguments.get('encoder_type')!r} is not supported")
+    names = {
+        "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_emb",
+        "num_blocks", "attn_resolutions", "dropout", "augment_dim", "embedding_type", "encoder_type",
+        "channel_mult_noise", "resample_filter",
+    }  # fmt: skip
+    network = {name: value for name, value in arguments.items() if name in names}
+    defaults: dict[str, Any] = {"channel_mult": (1, 2, 3, 4), "model_channels": 192, "num_blocks": 3}
+    if families[model_type] == "adm":
+        network = {**defaults, "attn_resolutions": (32, 16, 8), "dropout": 0.1, **network}
+    return {
+        "family": "edm", "sigma_data": arguments.get("sigma_data", 0.5),
+        "network": {"family": families[model_type], **network},
+    }  # fmt: skip
+
+
+def _with_weights(description: dict[str, Any], weights: dict[str, Tensor], where: str) -> Denoiser:
+    try:
+        denoiser = build_denoiser(description)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: the description of the network is wrong: {error}") from error
+    weights = {name: value.float() for name, value in weights.items()}
+    own = denoiser.state_dict()
+    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{where} holds another network than it describes: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {shapes[:3]}"
+        )
+    denoiser.load_state_dict(weights)
+    return denoiser

@@ -1,0 +1,1 @@
+"""Jobs that turn data and teachers into what training reads."""

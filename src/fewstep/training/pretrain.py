@@ -1,0 +1,118 @@
+"""Training a teacher: EDM's denoising objective, as a job for the one loop."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep import __version__
+from fewstep.backbones.catalog import build_network_config
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.config import PretrainSettings
+from fewstep.data.images import ImageBatches, load_images
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.samplers import sample_heun
+from fewstep.errors import UserError
+from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.generator import choose_device, prepare_denoiser, sample_noise
+from fewstep.losses.denoising import denoising_loss
+from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from fewstep.training.ema import WeightAverage
+from fewstep.training.optimizers import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
+from fewstep.training.run_log import RunLog
+
+
+class Pretraining:
+    """An EDM teacher in training on real pictures.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), section 5: ln(sigma) ~ N(-1.2, 1.2), weight 1 / c_out^2.
+    """
+
+    phase = "pretrain"
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        net = settings.network
+        self.settings = settings
+        self.device = choose_device(settings.compute.device)
+        torch.manual_seed(settings.training.seed)
+        try:
+            config = build_network_config(
+                net.name, img_resolution=net.img_resolution, img_channels=net.img_channels, label_dim=net.label_dim
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        dataset = load_images(
+            settings.data, resolution=net.img_resolution, channels=net.img_channels, num_classes=net.label_dim
+        )
+        self.class_names = dataset.class_names or []
+        self.batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+        model = EDMDenoiser(config, net.sigma_data)
+        prepare_denoiser(model, str(self.device), settings.compute.precision)
+        self.denoiser = model.train()
+        self.average = WeightAverage(self.denoiser, settings.ema_half_life_images)
+        if settings.compute.compile:
+            self.denoiser.model.compile()
+        self.optimizer = build_adamw(self.denoiser.parameters(), settings.optimizer.generator_lr, settings.optimizer)
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        """One update on one batch of real pictures."""
+        settings = self.settings
+        size = settings.training.batch_size
+        draws = Draws.of_batch(settings.training.seed, step, size, self.device)
+        torch.manual_seed(draws.shared_integer("global_state", 2**31))  # dropout
+        images, labels = self.batches.at(step, self.device)
+        condition = self._condition(draws, labels)
+        sigma = torch.exp(
+            draws.normal("pretrain_level", (1,)).flatten() * settings.noise.log_sigma_std + settings.noise.log_sigma_mean
+        )
+        noise = draws.normal("pretrain_noise", self.denoiser.image_shape)
+        estimate = self.denoiser.denoise(self.denoiser.add_noise(images, noise, sigma), sigma, condition)
+        loss = denoising_loss(estimate, images, self.denoiser.denoising_weight(sigma))
+        loss.backward()
+        lr = settings.optimizer.generator_lr * learning_rate_factor(settings.optimizer, step, progress)
+        set_learning_rate(self.optimizer, lr)
+        norm = clipped_update(self.optimizer, settings.optimizer.max_grad_norm)
+        self.average.update(self.denoiser, step * size, size)
+        return {"loss": loss.detach(), "grad_norm": norm}
+
+    def _condition(self, draws: Draws, labels: Tensor) -> Condition:
+        condition = Condition.from_labels(labels, self.denoiser.num_classes)
+        if condition.class_labels is None or not self.settings.network.label_dropout:
+            return condition
+        kept = draws.uniform("label_dropout") >= self.settings.network.label_dropout
+        return Condition(len(labels), condition.class_labels * kept[:, None])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Network, average and optimiser."""
+        return {
+            **module_tensors("teacher", self.denoiser),
+            **module_tensors("average", self.average.module),
+            **optimizer_tensors("optimizer", self.optimizer),
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `tensors`."""
+        restore_module("teacher", self.denoiser, tensors)
+        restore_module("average", self.average.module, tensors)
+        restore_optimizer("optimizer", self.optimizer, tensors)
+
+    @torch.no_grad()
+    def pictures(self, log: RunLog, step: int) -> None:
+        """A grid of the averaged teacher's samples at fixed seeds."""
+        count = self.settings.run.sample_images
+        labels = torch.arange(count, device=self.device) % max(1, self.denoiser.num_classes)
+        model = self.average.module
+        noise = sample_noise(model, 0, 0, count, self.device)
+        x0 = sample_heun(model, noise, Condition.from_labels(labels, self.denoiser.num_classes))
+        log.picture("teacher", step, x0, columns=min(10, count))
+
+    def save_result(self, folder: Path, num_steps: int) -> Path:
+        """Write the averaged teacher as a model folder."""
+        card = ModelCard(
+            role="teacher", class_names=tuple(self.class_names),
+            can_be_guided=self.settings.network.label_dropout > 0,
+            made_with={"fewstep": __version__, "num_steps": num_steps, "settings": self.settings.model_dump(mode="json")},
+        )  # fmt: skip
+        write_model_folder(folder / "teacher", self.denoiser.describe(), self.average.module.state_dict(), card)
+        return folder / "teacher"

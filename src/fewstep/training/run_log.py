@@ -1,0 +1,151 @@
+"""What a run writes while it goes: metrics as JSON lines, TensorBoard events, sample pictures, the resolved settings.
+
+Metrics stay on the device until `flush`, so a training step never waits for them. `flush` is also where a
+non-finite value stops the run.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import replaced_file
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient norm became infinite or NaN."""
+
+
+class RunLog:
+    """Metrics and pictures below one run folder.
+
+    Args:
+        folder: run folder, made if missing.
+        start_step: steps already done; later lines of an interrupted run are cut away.
+        tensorboard: also write event files under `tensorboard/`.
+    """
+
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
+        self.folder = folder
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        self._pending: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
+        self._path = folder / "metrics.jsonl"
+        _cut_metrics(self._path, start_step)
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def add(self, step: int, metrics: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Keep one step's metrics: scalar tensors on any device, and plain numbers."""
+        self._pending.append((step, metrics, numbers))
+
+    def flush(self) -> dict[str, float]:
+        """Bring the pending metrics to the host in one copy, write them, return the last line's values.
+
+        Raises:
+            NonFiniteError: a metric is not finite; names the metric and the step. The lines are written first.
+        """
+        if not self._pending:
+            return {}
+        flat = [value.detach().float().reshape(()) for _, metrics, _ in self._pending for value in metrics.values()]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        lines: list[dict[str, float]] = []
+        for step, metrics, numbers in self._pending:
+            lines.append({"step": step, **{name: next(values) for name in metrics}, **numbers})
+        self._pending = []
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self._writer is not None:
+            for line in lines:
+                for name, value in line.items():
+                    self._writer.add_scalar(name, value, int(line["step"]))
+        for line in lines:
+            for name, value in line.items():
+                if not np.isfinite(value):
+                    raise NonFiniteError(
+                        f"{name} became {value} at step {int(line['step'])}: the run stopped and the last good "
+                        f"checkpoint in {self.folder / 'checkpoints'} is kept. Lower the learning rate or the loss "
+                        "weights, or set compute.precision=fp32, and repeat the command"
+                    )
+        return lines[-1]
+
+    def picture(self, name: str, step: int, images: Tensor, columns: int) -> Path:
+        """Save a grid of images (N, C, H, W) in [-1, 1] as samples/<name>_<step>.png."""
+        path = self.folder / "samples" / f"{name}_{step:08d}.png"
+        save_grid(path, images, columns)
+        if self._writer is not None:
+            self._writer.add_image(name, np.asarray(make_grid(images, columns)), step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _cut_metrics(path: Path, start_step: int) -> None:
+    """Drop lines of steps that will be made again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < start_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    with replaced_file(path) as aside:
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] floats to 0..255, rounded, (N, C, H, W) uint8 on the CPU."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def make_grid(images: Tensor, columns: int) -> Image.Image:
+    """Tile images (N, C, H, W) in [-1, 1] into one RGB picture with one pixel between them."""
+    pixels = to_uint8(images)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = number // columns * (height + 1), number % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)
+
+
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Save a grid as PNG, written aside and renamed."""
+    with replaced_file(path) as aside:
+        make_grid(images, columns).save(aside, format="PNG")
+
+
+class Clock:
+    """Training time in seconds over all sessions of a run, without pauses for pictures and checkpoints."""
+
+    def __init__(self, elapsed_seconds: float = 0.0) -> None:
+        self._before, self._started = elapsed_seconds, time.perf_counter()
+        self._running = True
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._before + (time.perf_counter() - self._started if self._running else 0.0)
+
+    def pause(self) -> None:
+        """Stop counting."""
+        self._before, self._running = self.seconds(), False
+
+    def resume(self) -> None:
+        """Count again."""
+        self._started, self._running = time.perf_counter(), True
