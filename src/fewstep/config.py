@@ -38,6 +38,9 @@ class TeacherSettings(Tree):
     """The frozen model whose distribution is distilled."""
 
     path: str = Field("", description="folder or .pkl of the teacher, or 'bundled:fashion-mnist'")
+    network: str = Field(
+        "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
+    )
     guidance_scale: float = Field(1.0, ge=0, description="uncond + w (cond - uncond); 1 is off")
 
 

@@ -1,5 +1,6 @@
 """The public face of a model: load a teacher or a generator, sample from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -38,14 +39,25 @@ class Model:
         """Where the weights are."""
         return next(self.denoiser.parameters()).device
 
-    def _condition(self, labels: Tensor) -> Condition:
-        return Condition.from_labels(labels.to(self.device), self.denoiser.num_classes)
+    def _in_batches(
+        self, sample_chunk: Callable[[Tensor, Condition, int], Tensor], num_images: int,
+        labels: list[int] | None, seed: int, first: int, batch_size: int,
+    ) -> Tensor:  # fmt: skip
+        """Call `sample_chunk(noise, condition, number of its first image)` batch by batch."""
+        all_labels = self._labels(num_images, labels, first)
+        parts = [torch.empty(0, *self.denoiser.image_shape)]
+        for start in range(0, num_images, batch_size):
+            chunk = all_labels[start : start + batch_size]
+            condition = Condition.from_labels(chunk.to(self.device), self.denoiser.num_classes)
+            noise = sample_noise(self.denoiser, seed, first + start, len(chunk), self.device)
+            parts.append(sample_chunk(noise, condition, first + start).cpu())
+        return torch.cat(parts)
 
-    def _labels(self, num_images: int, labels: list[int] | None) -> Tensor:
+    def _labels(self, num_images: int, labels: list[int] | None, first: int) -> Tensor:
         """Given labels, or all classes in turn."""
         classes = max(1, self.denoiser.num_classes)
         if labels is None:
-            return torch.arange(num_images) % classes
+            return torch.arange(first, first + num_images) % classes
         if len(labels) != num_images:
             raise UserError(f"{len(labels)} labels for {num_images} images: give one label an image")
         if labels and not all(0 <= label < classes for label in labels):
@@ -58,37 +70,28 @@ class Teacher(Model):
 
     def sample(
         self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, num_steps: int = 18,
-        guidance_scale: float = 1.0, batch_size: int = 64,
+        guidance_scale: float = 1.0, batch_size: int = 64, first: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Images by the deterministic Heun sampler, (N, C, H, W), float32 in [-1, 1], on the CPU.
+        """Images first..first + N - 1 of a seed by the deterministic Heun sampler, (N, C, H, W), in [-1, 1], on the CPU.
 
-        Image i depends on (seed, i, labels[i]) only, not on the batch it was made in. Without `labels` all
+        Image i depends on (seed, i, its label) only, not on the batch it was made in. Without `labels` all
         classes take turns. 18 steps are 35 network evaluations.
 
         Raises:
             UserError: labels or guidance the model does not have.
         """
         check_guidance(self, guidance_scale)
-        return self._batched(num_images, labels, seed, batch_size, num_steps, guidance_scale)
+
+        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
+            return sample_heun(
+                self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale
+            ).clamp(-1, 1)
+
+        return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
 
     def evaluations(self, num_steps: int = 18) -> int:
         """Network evaluations an image."""
         return heun_evaluations(num_steps)
-
-    def _batched(
-        self, num_images: int, labels: list[int] | None, seed: int, batch_size: int, num_steps: int,
-        guidance_scale: float,
-    ) -> Tensor:  # fmt: skip
-        all_labels = self._labels(num_images, labels)
-        parts = []
-        for first in range(0, num_images, batch_size):
-            chunk = all_labels[first : first + batch_size]
-            noise = sample_noise(self.denoiser, seed, first, len(chunk), self.device)
-            x0 = sample_heun(
-                self.denoiser, noise, self._condition(chunk), num_steps=num_steps, guidance_scale=guidance_scale
-            )
-            parts.append(x0.clamp(-1, 1).cpu())
-        return torch.cat(parts) if parts else torch.empty(0, *self.denoiser.image_shape)
 
 
 class Generator(Model):
@@ -104,26 +107,22 @@ class Generator(Model):
         return len(self.card.step_indices)
 
     def sample(
-        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, batch_size: int = 64
-    ) -> Tensor:
-        """Images in one to four evaluations, (N, C, H, W), float32 in [-1, 1], on the CPU.
+        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, batch_size: int = 64,
+        first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Images first..first + N - 1 of a seed in one to four evaluations, (N, C, H, W), in [-1, 1], on the CPU.
 
-        Image i depends on (seed, i, labels[i]) only, not on the batch it was made in, and shares its starting
+        Image i depends on (seed, i, its label) only, not on the batch it was made in, and shares its starting
         noise with the teacher's image i of the same seed. Without `labels` all classes take turns.
 
         Raises:
             UserError: labels the model does not have.
         """
-        all_labels = self._labels(num_images, labels)
-        parts = []
-        for first in range(0, num_images, batch_size):
-            chunk = all_labels[first : first + batch_size]
-            parts.append(
-                sample_generator(
-                    self.denoiser, self.step_schedule, self._condition(chunk), seed=seed, first=first
-                ).cpu()
-            )
-        return torch.cat(parts) if parts else torch.empty(0, *self.denoiser.image_shape)
+
+        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
+            return sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=start)
+
+        return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
 
 
 def sample_generator(
@@ -139,9 +138,7 @@ def sample_generator(
     return sample_few_steps(denoiser, fresh_noise(0), condition, steps, fresh_noise).clamp(-1, 1)
 
 
-def sample_noise(
-    denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0
-) -> Tensor:
+def sample_noise(denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0) -> Tensor:
     """Unit Gaussian that images first..first + size - 1 of a seed start from (or meet at a later step)."""
     purpose: Purpose = "sample_noise"
     return Draws.of_batch(seed, step, size, device, first).normal(purpose, denoiser.image_shape)
@@ -188,6 +185,21 @@ def load_generator(path: str | Path, *, device: str = "auto", precision: str = "
     return Generator(prepare_denoiser(denoiser, device, precision), card)
 
 
+def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> "Generator | Teacher":
+    """Load whichever the path holds; of a run folder with both, the generator.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    folder = Path(path).expanduser()
+    is_teacher = str(path).startswith(BUNDLED) or folder.is_file() or (folder / "teacher").is_dir()
+    if is_teacher and not (folder / "generator").is_dir():
+        return load_teacher(path, device=device, precision=precision)
+    denoiser, card = _load(path, "generator")
+    kind = Generator if card.step_indices else Teacher
+    return kind(prepare_denoiser(denoiser, device, precision), card)
+
+
 def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
     """Eval mode, on the device, with its compute precision set."""
     denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -195,7 +207,7 @@ def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoise
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one. Raises UserError for a device that is not there."""
+    """ "auto" is the GPU where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -49,15 +49,34 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# (resolution, channels, classes) of the pictures the released networks were trained on
+_RELEASED_PICTURES = {
+    "imagenet64-adm": (64, 3, 1000),
+    "cifar10-ddpmpp": (32, 3, 10),
+    "cifar10-ncsnpp": (32, 3, 10),
+    "ffhq64-ddpmpp": (64, 3, 0),
+    "ffhq64-ncsnpp": (64, 3, 0),
+}
+
+
+def released_network_config(name: str) -> EDMUNetConfig:
+    """Shape of a released class-conditional (FFHQ: unconditional) network, pictures included.
+
+    Raises:
+        ValueError: no released network has this name.
+    """
+    if name not in _RELEASED_PICTURES:
+        raise ValueError(f"teacher.network={name!r} is no released network; choose one of {sorted(_RELEASED_PICTURES)}")
+    resolution, channels, classes = _RELEASED_PICTURES[name]
+    return build_network_config(name, img_resolution=resolution, img_channels=channels, label_dim=classes)
+
 
 def network_names() -> list[str]:
     """The names `build_network_config` knows."""
     return sorted(_SHAPES)
 
 
-def build_network_config(
-    name: str, *, img_resolution: int, img_channels: int, label_dim: int
-) -> EDMUNetConfig:
+def build_network_config(name: str, *, img_resolution: int, img_channels: int, label_dim: int) -> EDMUNetConfig:
     """Shape `name` for pictures of this size and number of classes.
 
     Raises:
@@ -65,9 +84,7 @@ def build_network_config(
     """
     if name not in _SHAPES:
         raise ValueError(f"network.name={name!r} is unknown; choose one of {', '.join(network_names())}")
-    return EDMUNetConfig(
-        img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **_SHAPES[name]
-    )
+    return EDMUNetConfig(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **_SHAPES[name])
 
 
 def build_denoiser(description: dict[str, Any]) -> Denoiser:

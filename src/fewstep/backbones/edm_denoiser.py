@@ -1,5 +1,6 @@
 """EDM networks as Denoisers: preconditioning outside in float32, the network inside in its compute precision."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,14 +32,11 @@ class EDMDenoiser(Denoiser):
         self.num_classes = config.label_dim
         self.bottleneck_shape = config.bottleneck_shape
 
-    def forward(
-        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0"
-    ) -> DenoiserOutput:
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         c = edm_preconditioning(level, self.sigma_data)
         network_want = {"x0": "output", "bottleneck": "bottleneck", "both": "both"}[want]
-        with torch.autocast(
-            noisy.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
-        ):
+        exact = self.compute_dtype == torch.float32
+        with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
             raw, feature = self.model(
                 per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.class_labels, network_want
             )
@@ -49,6 +47,9 @@ class EDMDenoiser(Denoiser):
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return edm_denoising_weight(level, self.sigma_data)
+
+    def compile_network(self) -> None:
+        self.model.compile()
 
     def describe(self) -> dict[str, Any]:
         """JSON-able constructor arguments; `from_description` is the inverse."""

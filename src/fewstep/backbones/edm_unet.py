@@ -96,7 +96,7 @@ class Resample(nn.Module):
             self.register_buffer("resample_filter", (outer / outer.sum())[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:  # NCSN++ auxiliary path: convolve first, filter with stride 2 and no further padding
+        if self.fused and self.weight is not None:  # NCSN++ auxiliary path: convolve first, filter with stride 2 and no further padding
             x = F.conv2d(x, self.weight, padding=self.padding + self.filter_padding)
             x = F.conv2d(x, self._filter(x, x.shape[1]), stride=2, groups=x.shape[1])
             return x if self.bias is None else x + self.bias.to(x.dtype)[None, :, None, None]
@@ -116,9 +116,7 @@ class Resample(nn.Module):
     def _downsample(self, x: Tensor) -> Tensor:
         if self.box:
             return F.avg_pool2d(x, 2)
-        return F.conv2d(
-            x, self._filter(x, self.cin), stride=2, padding=self.filter_padding, groups=self.cin
-        )
+        return F.conv2d(x, self._filter(x, self.cin), stride=2, padding=self.filter_padding, groups=self.cin)
 
     def _filter(self, x: Tensor, channels: int) -> Tensor:
         return self.resample_filter.to(x.dtype).repeat(channels, 1, 1, 1)
@@ -316,7 +314,7 @@ class EDMUNet(nn.Module):
     def _embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         song = self.config.family == "song"
         emb = self.map_noise(c_noise)
-        label = 0.0
+        label: Tensor | float = 0.0
         if self.config.label_dim and class_labels is not None:
             label = self.map_label(class_labels * (math.sqrt(self.config.label_dim) if song else 1.0))
         elif self.config.label_dim and song:

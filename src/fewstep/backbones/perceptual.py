@@ -133,9 +133,7 @@ def load_lpips(vgg_path: str | Path, heads_path: str | Path, resize_to: int | No
     )
     head_names = {f"lin{i}.model.1.weight": f"heads.{i}" for i in range(len(_VGG16_STAGES))}
     head_shapes = {published: own[ours] for published, ours in head_names.items()}
-    heads = read_published_weights(
-        heads_path, head_shapes, model="the LPIPS heads for VGG16", download=_HEADS_DOWNLOAD
-    )
+    heads = read_published_weights(heads_path, head_shapes, model="the LPIPS heads for VGG16", download=_HEADS_DOWNLOAD)
     model.load_state_dict(weights | {head_names[key]: value for key, value in heads.items()})
     return model
 

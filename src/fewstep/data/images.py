@@ -66,18 +66,15 @@ class ImageDataset:
     def _one(self, row: dict[str, Any], index: int) -> np.ndarray:
         name = row.get("path") or f"row {index}"
         try:
-            with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as picture:
-                picture = picture.convert("L" if self.channels == 1 else "RGB")
+            with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as file:
+                picture = file.convert("L" if self.channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
             raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
-        picture = fit_picture(picture, self.resolution, self.fit, name)
-        array = np.asarray(picture)
+        array = np.asarray(fit_picture(picture, self.resolution, self.fit, name))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def fit_picture(
-    picture: Image.Image, resolution: int, fit: Literal["crop", "pad", "exact"], name: str
-) -> Image.Image:
+def fit_picture(picture: Image.Image, resolution: int, fit: Literal["crop", "pad", "exact"], name: str) -> Image.Image:
     """Bring one picture to resolution x resolution pixels.
 
     crop: Lanczos-resize the shorter side, centre crop. pad: centre on black, no resizing. exact: only check.
@@ -108,9 +105,7 @@ def fit_picture(
     return picture.crop((left, top, left + resolution, top + resolution))
 
 
-def load_images(
-    settings: "DataSettings", *, resolution: int, channels: int, num_classes: int
-) -> ImageDataset:
+def load_images(settings: "DataSettings", *, resolution: int, channels: int, num_classes: int) -> ImageDataset:
     """Open a folder (imagefolder layout), a parquet file or folder of them, or a hub data set.
 
     Args:

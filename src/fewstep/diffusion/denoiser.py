@@ -39,9 +39,7 @@ class Denoiser(nn.Module):
     bottleneck_shape: tuple[int, int, int]
     compute_dtype: torch.dtype
 
-    def forward(
-        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0"
-    ) -> DenoiserOutput:
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         """Estimate x0 and/or return the bottleneck feature.
 
         Args:
@@ -67,6 +65,10 @@ class Denoiser(nn.Module):
         feature = self(noisy, level, condition, "bottleneck").bottleneck
         assert feature is not None
         return feature
+
+    def compile_network(self) -> None:
+        """Compile the network inside, in place (`torch.compile`), leaving names and state dict as they are."""
+        raise NotImplementedError("a Denoiser subclass implements compile_network")
 
     def describe(self) -> dict[str, Any]:
         """JSON-able dict from which `backbones.catalog.build_denoiser` makes the same network."""

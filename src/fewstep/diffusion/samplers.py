@@ -1,5 +1,6 @@
 """Samplers over the Denoiser contract: the teacher's deterministic Heun ODE and the generator's few steps."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,7 @@ def sample_heun(
     Returns:
         x0, (B, C, H, W), float32, not clamped.
     """
-    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).tolist() + [0.0]
+    sigmas = [*karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).tolist(), 0.0]
     x = noise.double() * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
@@ -43,7 +44,7 @@ def sample_heun(
         x0 = guided_denoise(denoiser, x.float(), level, condition, guidance_scale)
         return (x - x0.double()) / sigma
 
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in itertools.pairwise(sigmas):
         first = slope(x, now)
         euler = x + (after - now) * first
         if after == 0:

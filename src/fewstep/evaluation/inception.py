@@ -148,6 +148,7 @@ class InceptionV3Features(nn.Module):
 
     # Read by torchmetrics (feature=...), which otherwise probes the network with uint8 images.
     num_features: int = 2048
+    name: str = "inception-2015-12-05"
 
     def __init__(self) -> None:
         super().__init__()

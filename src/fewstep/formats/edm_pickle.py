@@ -50,9 +50,7 @@ _MAX_NAME = 256
 _MAX_DIMS = 8
 _MAX_STORAGE_HEADER = 4096
 _NUMBERS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"})
-_TEXTS = frozenset(
-    {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-)
+_TEXTS = frozenset({"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"})
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _T = TypeVar("_T")
@@ -311,9 +309,7 @@ def _read_storage(archive: bytes, budget: _Budget) -> _Storage:
     start = stream.tell() + 8
     count, elements = archive[start - 8 : start], memoryview(archive)[start:]
     match system, reference:
-        case {"little_endian": True}, _PersistentId(
-            value=("storage", _Global(name=name), _, _, int(numel), None)
-        ):
+        case {"little_endian": True}, _PersistentId(value=("storage", _Global(name=name), _, _, int(numel), None)):
             dtype = _STORAGE_DTYPES[name]
             complete = len(elements) == numel * dtype.itemsize and count == struct.pack("<q", numel)
             if (magic, version) == _STORAGE_VERSION and complete:

@@ -20,9 +20,7 @@ from fewstep.formats.atomic import written_aside
 _PREFIX = "step_"
 
 
-def write_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
-) -> Path:
+def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` finished steps below `folder`, then drop all but the newest `keep`.
 
     Raises:
@@ -30,7 +28,9 @@ def write_checkpoint(
     """
     target = folder / f"{_PREFIX}{step:08d}"
     with written_aside(target) as aside:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / "tensors.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / "tensors.safetensors"
+        )
         (aside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -54,7 +54,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return load_file(path / "tensors.safetensors"), state
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error}); remove it to continue from the one before") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); remove it to continue from the one before"
+        ) from error
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -75,9 +77,7 @@ def restore_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> 
 def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the optimiser's state under `name.<parameter number>.<field>`."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{name}.{number}.{field}": value for number, fields in state.items() for field, value in fields.items()
-    }
+    return {f"{name}.{number}.{field}": value for number, fields in state.items() for field, value in fields.items()}
 
 
 def restore_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

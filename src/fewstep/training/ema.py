@@ -1,12 +1,15 @@
 """The exponential moving average of a network's weights."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-class WeightAverage:
+
+class WeightAverage(Generic[ModuleT]):
     """Average with a half-life counted in images, ramped up over the run's beginning.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), table 7: half-life of 0.5 million images, ramp-up of 5%.
@@ -15,8 +18,8 @@ class WeightAverage:
         module: the averaged copy, in eval mode, without gradients.
     """
 
-    def __init__(self, module: nn.Module, half_life_images: float, ramp_up: float = 0.05) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: ModuleT, half_life_images: float, ramp_up: float = 0.05) -> None:
+        self.module: ModuleT = copy.deepcopy(module).eval().requires_grad_(False)
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
 
     def decay(self, images_seen: int, batch_size: int) -> float:
@@ -25,10 +28,11 @@ class WeightAverage:
         return 0.5 ** (batch_size / max(half_life, 1e-8))
 
     @torch.no_grad()
-    def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
+    def update(self, module: ModuleT, images_seen: int, batch_size: int) -> None:
         """Move the average toward the weights of `module`; buffers are copied."""
         share = 1 - self.decay(images_seen, batch_size)
-        averaged, current = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(averaged, [parameter.detach() for parameter in current], share)
+        averaged = [parameter.detach() for parameter in self.module.parameters()]
+        current = [parameter.detach() for parameter in module.parameters()]
+        torch._foreach_lerp_(averaged, current, share)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

@@ -52,7 +52,7 @@ class Pretraining:
         self.denoiser = model.train()
         self.average = WeightAverage(self.denoiser, settings.ema_half_life_images)
         if settings.compute.compile:
-            self.denoiser.model.compile()
+            self.denoiser.compile_network()
         self.optimizer = build_adamw(self.denoiser.parameters(), settings.optimizer.generator_lr, settings.optimizer)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
@@ -64,7 +64,8 @@ class Pretraining:
         images, labels = self.batches.at(step, self.device)
         condition = self._condition(draws, labels)
         sigma = torch.exp(
-            draws.normal("pretrain_level", (1,)).flatten() * settings.noise.log_sigma_std + settings.noise.log_sigma_mean
+            draws.normal("pretrain_level", (1,)).flatten() * settings.noise.log_sigma_std
+            + settings.noise.log_sigma_mean
         )
         noise = draws.normal("pretrain_noise", self.denoiser.image_shape)
         estimate = self.denoiser.denoise(self.denoiser.add_noise(images, noise, sigma), sigma, condition)

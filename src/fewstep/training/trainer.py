@@ -83,7 +83,7 @@ def run_job(
         saved_step = step
 
     with _progress(console) as bar:
-        task = bar.add_task(job.phase, total=1.0, rate="", completed=0.0)
+        task = bar.add_task(job.phase, total=1.0, rate="")
         rate = Rate(training.batch_size)
         while step < training.num_steps and not (limit_seconds and clock.seconds() >= limit_seconds):
             progress = max(step / training.num_steps, clock.seconds() / limit_seconds if limit_seconds else 0.0)
@@ -119,7 +119,9 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
         return 0, 0.0
     tensors, state = read_checkpoint(checkpoints[-1])
     if state["phase"] != job.phase:
-        raise UserError(f"{folder} holds a run of phase {state['phase']!r}, this is {job.phase!r}; choose another run.folder")
+        raise UserError(
+            f"{folder} holds a run of phase {state['phase']!r}, this is {job.phase!r}; choose another run.folder"
+        )
     job.restore(tensors)
     restore_random_state(tensors)
     return int(state["step"]), float(state["elapsed_seconds"])
@@ -138,13 +140,17 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
         try:
             earlier = parse_settings(type(settings), _read_json(path), str(path))
         except UserError as error:
-            raise UserError(f"{folder} holds a run of another kind or version ({error}); choose another run.folder") from None
+            raise UserError(
+                f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
+            ) from None
         before, now = flatten_settings(earlier), flatten_settings(settings)
         free = ("run.", "training.num_steps", "training.time_limit_minutes", "compute.device", "expected")
         changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]
         if changed:
             pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
-            raise UserError(f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder")
+            raise UserError(
+                f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder"
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and no run of fewstep; choose another run.folder")
     try:

@@ -1,0 +1,249 @@
+"""The command line. Every command imports what it needs itself, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep import __version__
+from fewstep.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Distil a diffusion model into a generator that needs one to four steps.",
+)  # fmt: skip
+prepare = typer.Typer(no_args_is_help=True, help="Make what training and evaluation read.")
+app.add_typer(prepare, name="prepare")
+
+Recipe = Annotated[Path, typer.Argument(help="TOML recipe, e.g. recipes/imagenet64_dmd2_gan.toml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings as section.key=value; `fewstep settings` lists all")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16 inside the network")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fewstep: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Distil a diffusion model into a generator that needs one to four steps."""
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(help="minutes of training; measuring and the report come on top")] = 5.0,
+    folder: Annotated[Path, typer.Option(help="run folder; an interrupted run in it is continued")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="every random number follows from it")] = 0,
+) -> None:
+    """Distil the bundled teacher on the CPU: pictures, quality and speed in one HTML report."""
+    from fewstep.quickstart import run_quickstart
+
+    run_quickstart(folder, minutes=minutes, seed=seed)
+
+
+@app.command()
+def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
+    from fewstep.config import PretrainSettings, load_settings
+
+    settings = load_settings(PretrainSettings, recipe, overrides)
+    settings = _with_folder(settings, recipe)
+    if dry_run:
+        from fewstep.training.estimate import describe_pretraining
+
+        _print_dry_run(settings, describe_pretraining(settings))
+        return
+    from fewstep.training.run import pretrain as run
+
+    print(run(settings))
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Distil a teacher into a generator. The same command continues an interrupted run."""
+    from fewstep.config import TrainSettings, load_settings
+
+    settings = load_settings(TrainSettings, recipe, overrides)
+    settings = _with_folder(settings, recipe)
+    if dry_run:
+        from fewstep.training.estimate import describe_distillation
+
+        _print_dry_run(settings, describe_distillation(settings))
+        return
+    from fewstep.training.run import train as run
+
+    print(run(settings))
+
+
+@app.command()
+def settings(
+    command: Annotated[str, typer.Argument(help="train or pretrain")] = "train",
+) -> None:
+    """List every setting of a command with its type, default and meaning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fewstep.config import PretrainSettings, TrainSettings, Tree, describe_settings
+
+    kinds: dict[str, type[Tree]] = {"train": TrainSettings, "pretrain": PretrainSettings}
+    if command not in kinds:
+        raise UserError(f"settings of {command!r}? choose train or pretrain")
+    table = Table("setting", "default", "meaning")
+    for key, _, default, meaning in describe_settings(kinds[command]):
+        table.add_row(key, default, meaning)
+    Console().print(table)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
+    num_images: Annotated[int, typer.Option(min=1, help="number of pictures")] = 16,
+    labels: Annotated[str, typer.Option(help="class numbers, comma-separated, repeated over the pictures; default: all in turn")] = "",
+    seed: Annotated[int, typer.Option(help="picture i depends on the seed, i and its label only")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures made at once; does not change them")] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder for one PNG a picture")] = None,
+    grid: Annotated[Path | None, typer.Option(help="one PNG with all pictures")] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps, for teachers; 18 are 35 evaluations")] = 18,
+    guidance_scale: Annotated[float, typer.Option(help="for teachers: uncond + w (cond - uncond); 1 is off")] = 1.0,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+) -> None:  # fmt: skip
+    """Make pictures with a generator (in its own few steps) or a teacher."""
+    from fewstep.commands import sample_pictures
+
+    sample_pictures(
+        model, num_images, labels, seed, batch_size, out, grid, teacher_steps, guidance_scale, device, precision
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
+    features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception .pth/.safetensors")],
+    reference: Annotated[Path | None, typer.Option(help=".npz with mu and sigma of real features")] = None,
+    images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
+    split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
+    seed: Annotated[int, typer.Option(help="seed of the generated pictures")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 250,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps, for teachers; 18 are 35 evaluations")] = 18,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+) -> None:  # fmt: skip
+    """Frechet distance (and precision and recall) between generated and real pictures in a named feature network."""
+    from fewstep.commands import evaluate_model
+
+    evaluate_model(
+        model,
+        features,
+        reference,
+        images,
+        split,
+        fit,
+        num_images,
+        seed,
+        batch_size,
+        teacher_steps,
+        json_out,
+        device,
+        precision,
+    )
+
+
+@prepare.command("pairs")
+def prepare_pairs(
+    teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl or bundled:NAME")],
+    folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
+    num_pairs: Annotated[int, typer.Option(min=1, help="noise-image pairs to make")] = 25_000,
+    seed: Annotated[int, typer.Option()] = 0,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps; 18 are 35 evaluations")] = 18,
+    guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 100,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+) -> None:  # fmt: skip
+    """Store noises with the teacher's deterministic images for DMD's regression loss."""
+    from fewstep.commands import make_pairs
+
+    make_pairs(teacher, folder, num_pairs, seed, teacher_steps, guidance_scale, batch_size, device, precision)
+
+
+@prepare.command("features")
+def prepare_features(
+    images: Annotated[str, typer.Argument(help="labelled pictures: folder, parquet or hub id")],
+    folder: Annotated[Path, typer.Argument(help="where the feature network goes")],
+    num_classes: Annotated[int, typer.Option(min=2)],
+    resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
+    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
+    flip: Annotated[bool, typer.Option(help="mirror half of the pictures")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    name: Annotated[str, typer.Option(help="what reports call these features")] = "classifier",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Train a small classifier of your data set; its features then measure quality on it."""
+    from fewstep.commands import make_features
+
+    make_features(images, folder, num_classes, resolution, channels, fit, num_passes, flip, seed, name, device)
+
+
+@prepare.command("statistics")
+def prepare_statistics(
+    images: Annotated[str, typer.Argument(help="real pictures: folder, parquet or hub id")],
+    out: Annotated[Path, typer.Argument(help=".npz to write (mu, sigma)")],
+    features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception file")],
+    split: Annotated[str, typer.Option()] = "train",
+    resolution: Annotated[int, typer.Option(min=8)] = 32,
+    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Write the feature statistics of real pictures, once, for `evaluate --reference`."""
+    from fewstep.commands import make_statistics
+
+    make_statistics(images, out, features, split, resolution, channels, fit, device)
+
+
+def _with_folder(settings: Any, recipe: Path) -> Any:
+    """Runs go to runs/<recipe name> unless the settings say otherwise."""
+    if settings.run.folder:
+        return settings
+    return settings.model_copy(update={"run": settings.run.model_copy(update={"folder": f"runs/{recipe.stem}"})})
+
+
+def _print_dry_run(settings: Any, lines: list[str]) -> None:
+    from fewstep.config import flatten_settings
+
+    for key, value in flatten_settings(settings).items():
+        print(f"{key} = {value!r}")
+    print()
+    for line in lines:
+        print(line)

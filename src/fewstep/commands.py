@@ -1,0 +1,164 @@
+"""What the commands of `cli.py` do once their arguments are read: load, run, write, print."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from fewstep.config import DataSettings, parse_settings
+from fewstep.data.images import ImageDataset, load_images
+from fewstep.errors import UserError
+from fewstep.evaluation.features import load_features
+from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.evaluation.protocols import dataset_features, measure_model
+from fewstep.formats.atomic import replaced_file
+from fewstep.formats.pixels import save_grid, to_uint8
+from fewstep.generator import Generator, Teacher, choose_device, load_model, load_teacher
+from fewstep.preparation.features import accuracy, train_feature_network
+from fewstep.preparation.pairs import prepare_pairs
+
+console = Console(stderr=True)
+
+
+def sample_pictures(
+    source: str, num_images: int, labels: str, seed: int, batch_size: int, out: Path | None, grid: Path | None,
+    teacher_steps: int, guidance_scale: float, device: str, precision: str,
+) -> None:  # fmt: skip
+    """`fewstep sample`: PNG files with their origin in the metadata, a grid, or both."""
+    if out is None and grid is None:
+        raise UserError("nothing to write: give --out FOLDER for single pictures, --grid FILE for one with all")
+    model = load_model(source, device=device, precision=_precision(precision))
+    chosen = _repeat(_parse_labels(labels), num_images)
+    if isinstance(model, Teacher):
+        options = {"num_steps": teacher_steps, "guidance_scale": guidance_scale}
+        evaluations = model.evaluations(teacher_steps)
+    else:
+        if guidance_scale != 1:
+            raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it at 1")
+        options, evaluations = {}, model.evaluations()
+    started = time.perf_counter()
+    images = model.sample(num_images, labels=chosen, seed=seed, batch_size=batch_size, **options)  # type: ignore[arg-type]
+    spent = time.perf_counter() - started
+    if grid is not None:
+        save_grid(grid, images, columns=max(1, round(num_images**0.5)))
+        console.print(f"{grid}")
+    if out is not None:
+        _save_pictures(out, to_uint8(images).numpy(), source, seed, evaluations)
+    console.print(f"{num_images} pictures, {evaluations} evaluations each, {num_images / spent:.1f} images/s")
+
+
+def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evaluations: int) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error}; choose another --out") from error
+    for number, image in enumerate(pixels):
+        facts = PngInfo()
+        for key, value in {"model": source, "seed": seed, "image": number, "evaluations": evaluations}.items():
+            facts.add_text(f"fewstep:{key}", str(value))
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        with replaced_file(out / f"{number:05d}.png") as aside:
+            picture.save(aside, format="PNG", pnginfo=facts)
+
+
+def evaluate_model(
+    source: str, features: str, reference: Path | None, images: str, split: str, fit: str, num_images: int, seed: int,
+    batch_size: int, teacher_steps: int, json_out: Path | None, device: str, precision: str,
+) -> None:  # fmt: skip
+    """`fewstep evaluate`: one figure with everything beside it."""
+    if reference is None and not images:
+        raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
+    model: Generator | Teacher = load_model(source, device=device, precision=_precision(precision))
+    network = load_features(features, model.device)
+    real = None
+    if images:
+        channels, resolution, _ = model.denoiser.image_shape
+        dataset = _open(images, split, fit, resolution, channels)
+        real = dataset_features(network, dataset, device=model.device)
+    statistics = FeatureStatistics.load(reference) if reference is not None else FeatureStatistics.of(real)  # type: ignore[arg-type]
+    figure = measure_model(
+        model, source, network, statistics, num_images=num_images, seed=seed, num_steps=teacher_steps,
+        real_features=None if real is None else real[:num_images], batch_size=batch_size,
+    )  # fmt: skip
+    print(figure.sentence())
+    if json_out is not None:
+        with replaced_file(json_out) as aside:
+            aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")
+
+
+def make_pairs(
+    teacher: str, folder: Path, num_pairs: int, seed: int, teacher_steps: int, guidance_scale: float, batch_size: int,
+    device: str, precision: str,
+) -> None:  # fmt: skip
+    """`fewstep prepare pairs`."""
+    model = load_teacher(teacher, device=device, precision=_precision(precision))
+    started = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        console.print(f"{done} of {total} pairs, {time.perf_counter() - started:.0f} s")
+
+    print(prepare_pairs(
+        model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=teacher_steps,
+        guidance_scale=guidance_scale, batch_size=batch_size, report=report,
+    ))  # fmt: skip
+
+
+def make_features(
+    images: str, folder: Path, num_classes: int, resolution: int, channels: int, fit: str, num_passes: int, flip: bool,
+    seed: int, name: str, device: str,
+) -> None:  # fmt: skip
+    """`fewstep prepare features`: train on the split `train`, report the accuracy on `test` where there is one."""
+    dataset = _open(images, "train", fit, resolution, channels, num_classes)
+    model = train_feature_network(
+        dataset, folder, num_classes=num_classes, num_passes=num_passes, flip=flip, seed=seed, device=device, name=name,
+        report=lambda step, steps, loss: console.print(f"step {step} of {steps}: loss {loss:.3f}"),
+    )  # fmt: skip
+    try:
+        test = _open(images, "test", fit, resolution, channels, num_classes)
+    except UserError:
+        console.print("no split `test`: accuracy on unseen pictures is not known")
+    else:
+        console.print(f"accuracy on the {len(test)} pictures of split test: {accuracy(model, test):.4f}")
+    print(folder)
+
+
+def make_statistics(
+    images: str, out: Path, features: str, split: str, resolution: int, channels: int, fit: str, device: str
+) -> None:
+    """`fewstep prepare statistics`."""
+    place = choose_device(device)
+    network = load_features(features, place)
+    dataset = _open(images, split, fit, resolution, channels)
+    statistics = FeatureStatistics.of(dataset_features(network, dataset, device=place))
+    statistics.save(out)
+    print(f"{out}: {statistics.num_images} images, features {network.name}")
+
+
+def _open(images: str, split: str, fit: str, resolution: int, channels: int, num_classes: int = 0) -> ImageDataset:
+    values = {"images": images, "split": split, "fit": fit}
+    settings = parse_settings(DataSettings, values, "command line")
+    return load_images(settings, resolution=resolution, channels=channels, num_classes=num_classes)
+
+
+def _precision(name: str) -> str:
+    if name not in ("fp32", "bf16"):
+        raise UserError(f"--precision {name}: choose fp32 or bf16")
+    return name
+
+
+def _parse_labels(text: str) -> list[int] | None:
+    if not text:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels {text}: give class numbers separated by commas, e.g. 0,3,7") from None
+
+
+def _repeat(labels: list[int] | None, count: int) -> list[int] | None:
+    return None if labels is None else [labels[number % len(labels)] for number in range(count)]

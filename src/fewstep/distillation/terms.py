@@ -1,0 +1,200 @@
+"""The terms of distillation: each generator term gives its loss and its gradient at the generator's output.
+
+The step adds those gradients and sends the sum once through the generator, so every term's strength can be read
+off for free and no term touches the networks' own gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.backbones.discriminator import Discriminator
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.guidance import guided_denoise
+from fewstep.distillation.conditions import GeneratorInput
+from fewstep.losses.adversarial import discriminator_adversarial_loss, generator_adversarial_loss
+from fewstep.losses.denoising import denoising_loss
+from fewstep.losses.distribution_matching import distribution_matching_gradient, distribution_matching_loss
+from fewstep.losses.regression import regression_loss
+
+
+class TermResult(NamedTuple):
+    """Unweighted loss (scalar) and its gradient at the generator's output, (B, C, H, W)."""
+
+    loss: Tensor
+    gradient: Tensor
+
+
+class GeneratorTerm(Protocol):
+    """One reason for the generator to change."""
+
+    name: str
+    weight: float
+
+    def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        """Loss and gradient at `x0` (B, C, H, W, detached), the generator's output on `batch`."""
+
+
+@dataclass
+class DistributionMatching:
+    """Where the teacher and the fake score disagree about noised generator images.
+
+    Source: Yin et al. 2023 (arXiv:2311.18828), section 3.2; levels uniform over min_index..max_index inclusive.
+    """
+
+    teacher: Denoiser
+    fake_score: Denoiser
+    guidance_scale: float
+    min_index: int
+    max_index: int
+    weight: float = 1.0
+    name: str = "distribution_matching"
+
+    def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        index = draws.integers("dm_level", self.min_index, self.max_index + 1)
+        noise = draws.normal("dm_noise", self.teacher.image_shape)
+        return self.at(x0, batch, index, noise)
+
+    @torch.no_grad()
+    def at(self, x0: Tensor, batch: GeneratorInput, index: Tensor, noise: Tensor) -> TermResult:
+        """The term at given grid indices (n,) and noises (n, C, H, W), n = batch.num_fresh."""
+        fresh, condition = x0[: batch.num_fresh], batch.condition[: batch.num_fresh]
+        level = self.teacher.noise_schedule.at(index)
+        noisy = self.teacher.add_noise(fresh, noise, level)
+        real_x0 = guided_denoise(self.teacher, noisy, level, condition, self.guidance_scale)
+        fake_x0 = self.fake_score.denoise(noisy, level, condition)
+        direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
+        loss = distribution_matching_loss(fresh, direction)
+        return TermResult(loss, pad_rows(direction / direction.numel(), len(x0)))
+
+
+@dataclass
+class GeneratorAdversarial:
+    """Fool the discriminator on noised images; neither fake score nor head receives gradient.
+
+    Source: DMD2 (arXiv:2405.14867), section 4.3.
+    """
+
+    fake_score: Denoiser
+    discriminator: Discriminator
+    weight: float
+    name: str = "gan_generator"
+
+    def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        index = draws.integers("gan_level", 0, self.fake_score.noise_schedule.num_levels)
+        noise = draws.normal("gan_noise", self.fake_score.image_shape)
+        return self.at(x0, batch, index, noise)
+
+    def at(self, x0: Tensor, batch: GeneratorInput, index: Tensor, noise: Tensor) -> TermResult:
+        """The term at given grid indices (n,) and noises (n, C, H, W), n = batch.num_fresh."""
+        fresh = x0[: batch.num_fresh].detach().requires_grad_(True)
+        level = self.fake_score.noise_schedule.at(index)
+        noisy = self.fake_score.add_noise(fresh, noise, level)
+        feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
+        loss = generator_adversarial_loss(self.discriminator(feature))
+        (gradient,) = torch.autograd.grad(loss, fresh)
+        return TermResult(loss.detach(), pad_rows(gradient, len(x0)))
+
+
+@dataclass
+class Regression:
+    """Reproduce the teacher's own samples for stored noises.
+
+    Source: Yin et al. 2023 (arXiv:2311.18828), eq. 9.
+    """
+
+    distance: Callable[[Tensor, Tensor], Tensor]
+    weight: float
+    name: str = "regression"
+
+    def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        assert batch.target is not None
+        paired = x0[batch.num_fresh :].detach().requires_grad_(True)
+        loss = regression_loss(paired, batch.target, self.distance)
+        (gradient,) = torch.autograd.grad(loss, paired)
+        return TermResult(loss.detach(), torch.cat([torch.zeros_like(x0[: batch.num_fresh]), gradient]))
+
+
+def pad_rows(gradient: Tensor, rows: int) -> Tensor:
+    """Append zero rows up to `rows`: the gradient of a term that saw only the first ones."""
+    missing = rows - len(gradient)
+    if not missing:
+        return gradient
+    return torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])])
+
+
+class FakeScoreTerm(Protocol):
+    """One loss of fake score and head; its gradient reaches their parameters by backward."""
+
+    name: str
+    weight: float
+
+    def __call__(self, x0: Tensor, condition: Condition, real: "RealBatch", draws: Draws) -> Tensor:
+        """Scalar loss on detached generated images x0 (B, C, H, W) and, where the term uses them, real ones."""
+
+
+class RealBatch(NamedTuple):
+    """Real images (B, C, H, W) with their own conditions; empty where no term reads them."""
+
+    images: Tensor
+    condition: Condition
+
+
+@dataclass
+class FakeScoreDenoising:
+    """Follow the generator's distribution: denoise its images, never guided.
+
+    Source: Yin et al. 2023 (arXiv:2311.18828), eq. 6, in the model's native weighting.
+    """
+
+    fake_score: Denoiser
+    weight: float = 1.0
+    name: str = "fake_score"
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
+        index = draws.integers("fake_level", 0, self.fake_score.noise_schedule.num_levels)
+        return self.at(x0, condition, index, draws.normal("fake_noise", self.fake_score.image_shape))
+
+    def at(self, x0: Tensor, condition: Condition, index: Tensor, noise: Tensor) -> Tensor:
+        """The loss at given grid indices (B,) and noises (B, C, H, W)."""
+        level = self.fake_score.noise_schedule.at(index)
+        estimate = self.fake_score.denoise(self.fake_score.add_noise(x0, noise, level), level, condition)
+        return denoising_loss(estimate, x0, self.fake_score.denoising_weight(level))
+
+
+@dataclass
+class DiscriminatorAdversarial:
+    """Tell real from generated images, each noised at its own level, in one forward through the encoder.
+
+    Source: DMD2 (arXiv:2405.14867), section 4.3.
+    """
+
+    fake_score: Denoiser
+    discriminator: Discriminator
+    weight: float
+    name: str = "gan_discriminator"
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
+        levels, shape = self.fake_score.noise_schedule.num_levels, self.fake_score.image_shape
+        return self.at(
+            x0, condition, real,
+            draws.integers("disc_level_real", 0, levels), draws.normal("disc_noise_real", shape),
+            draws.integers("disc_level_generated", 0, levels), draws.normal("disc_noise_generated", shape),
+        )  # fmt: skip
+
+    def at(
+        self, x0: Tensor, condition: Condition, real: RealBatch, real_index: Tensor, real_noise: Tensor,
+        generated_index: Tensor, generated_noise: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The loss at given grid indices (B,) and noises (B, C, H, W) of real and generated images."""
+        level = self.fake_score.noise_schedule.at(torch.cat([real_index, generated_index]))
+        images, noise = torch.cat([real.images, x0]), torch.cat([real_noise, generated_noise])
+        noisy = self.fake_score.add_noise(images, noise, level)
+        feature = self.fake_score.bottleneck(noisy, level, Condition.cat([real.condition, condition]))
+        real_logits, generated_logits = self.discriminator(feature).split([len(real.images), len(x0)])
+        return discriminator_adversarial_loss(real_logits, generated_logits)

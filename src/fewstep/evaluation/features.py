@@ -1,0 +1,109 @@
+"""Feature networks that quality is measured in: Inception from a local file, or a small classifier of the data set."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.evaluation.inception import load_inception
+from fewstep.formats.atomic import written_aside
+from fewstep.generator import BUNDLED, bundled_path
+
+
+class FeatureNetwork(Protocol):
+    """Images to features, with the name that stands beside every figure."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, F), float32."""
+
+
+class SmallClassifier(nn.Module):
+    """A convolutional classifier of a data set whose last pooled layer serves as features.
+
+    Args:
+        channels: of the pictures, 1 or 3.
+        num_classes: of the data set.
+        width: channels of the first stage; features have 4 x width entries.
+        name: what reports call these features.
+    """
+
+    def __init__(self, channels: int, num_classes: int, width: int = 32, name: str = "classifier") -> None:
+        super().__init__()
+        self.name = name
+        self.arguments = {"channels": channels, "num_classes": num_classes, "width": width, "name": name}
+
+        def stage(cin: int, cout: int) -> list[nn.Module]:
+            return [nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *stage(channels, width), *stage(width, width), nn.MaxPool2d(2),
+            *stage(width, 2 * width), *stage(2 * width, 2 * width), nn.MaxPool2d(2),
+            *stage(2 * width, 4 * width), *stage(4 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> features (B, 4 width)."""
+        return self.body(images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> class logits (B, num_classes)."""
+        return self.head(self(images))
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and float16 weights; the folder appears whole or not at all."""
+        with written_aside(folder) as aside:
+            weights = {
+                name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
+            }
+            save_file(weights, aside / "model.safetensors")
+            (aside / "config.json").write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "SmallClassifier":
+        """Inverse of `save`, in eval mode; raises UserError when the folder holds something else."""
+        try:
+            model = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            weights = load_file(folder / "model.safetensors")
+            model.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in weights.items()})
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no feature network ({str(error).splitlines()[0]}); train one with "
+                "`fewstep prepare features`"
+            ) from None
+        return model.eval().requires_grad_(False)
+
+
+def load_features(source: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """A feature network from "bundled:NAME", a folder of `fewstep prepare features`, or an Inception file.
+
+    Raises:
+        UserError: nothing there or another kind of file.
+    """
+    if source.startswith(BUNDLED):
+        return SmallClassifier.load(bundled_path(source.removeprefix(BUNDLED)) / "features").to(device)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return SmallClassifier.load(path).to(device)
+    return load_inception(path).to(device)
+
+
+@torch.no_grad()
+def extract_features(network: FeatureNetwork, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
+    """Features (N, F), float32 on the CPU, of batches of images (B, C, H, W) in [-1, 1].
+
+    Images are rounded to 8 bit first, as files on disk would be.
+    """
+    parts = []
+    for images in batches:
+        rounded = ((images.to(device).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        parts.append(network(rounded).float().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,106 @@
+"""Distances between two sets of pictures, computed on features in float64."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import replaced_file
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean (F,) and covariance (F, F) of features, float64, and the number of samples behind them (0: unknown)."""
+
+    mean: Tensor
+    covariance: Tensor
+    num_images: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureStatistics":
+        """Statistics of features (N, F), N >= 2; the covariance is the unbiased one, as FID tools use."""
+        features = features.double()
+        return cls(features.mean(0), torch.cov(features.T), len(features))
+
+    def save(self, path: Path) -> None:
+        """Write the .npz that FID tools share: `mu`, `sigma`, float64 (and `num_images`)."""
+        with replaced_file(path) as aside, open(aside, "wb") as file:
+            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_images=self.num_images)
+
+    @classmethod
+    def load(cls, path: Path) -> "FeatureStatistics":
+        """Read an .npz with `mu` and `sigma`; raises UserError when it is not one."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+                number = int(file["num_images"]) if "num_images" in file else 0
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} is no feature reference (.npz with mu and sigma): {error}") from None
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(
+                f"{path}: mu has shape {tuple(mean.shape)}, sigma {tuple(covariance.shape)}; they do not fit"
+            )
+        return cls(mean.double(), covariance.double(), number)
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the Frechet distance of two Gaussians.
+
+    Source: Heusel et al. 2017 (arXiv:1706.08500). The trace of the root is the sum of the square roots of the
+    eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2), which needs no complex arithmetic.
+
+    Raises:
+        UserError: the statistics have different numbers of features.
+    """
+    if len(a.mean) != len(b.mean):
+        raise UserError(
+            f"the statistics have {len(a.mean)} and {len(b.mean)} features: they come from different feature networks"
+        )
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    middle = root @ b.covariance @ root
+    trace_of_root = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
+    squared = ((a.mean - b.mean) ** 2).sum()
+    return float(squared + a.covariance.trace() + b.covariance.trace() - 2 * trace_of_root)
+
+
+def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3, block: int = 1024) -> tuple[float, float]:
+    """Improved precision and recall: shares of samples inside the other set's k-nearest-neighbour balls.
+
+    Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), k = 3.
+
+    Args:
+        real, generated: features, (N, F) and (M, F), each with more than `neighbours` rows.
+        neighbours: k, the sample itself not counted.
+        block: rows compared at a time, which bounds the memory.
+
+    Returns:
+        (precision, recall), each in 0..1.
+    """
+    real, generated = real.float(), generated.float()
+    return (
+        _share_inside(generated, real, _radii(real, neighbours, block), block),
+        _share_inside(real, generated, _radii(generated, neighbours, block), block),
+    )
+
+
+def _radii(points: Tensor, neighbours: int, block: int) -> Tensor:
+    """Distance of every point to its k-th neighbour, (N,)."""
+    if len(points) <= neighbours:
+        raise UserError(f"precision and recall need more than {neighbours} images, there are {len(points)}")
+    parts = [
+        torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(neighbours + 1, dim=1).values
+        for rows in points.split(block)
+    ]
+    return torch.cat(parts)
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
+    inside = [
+        (torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist") <= radii).any(dim=1)
+        for rows in points.split(block)
+    ]
+    return float(torch.cat(inside).float().mean())

@@ -1,0 +1,35 @@
+"""Tensors in [-1, 1] as 8-bit pictures and tiled grids."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.formats.atomic import replaced_file
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] floats to 0..255, rounded, (N, C, H, W) uint8 on the CPU."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def make_grid(images: Tensor, columns: int) -> Image.Image:
+    """Tile images (N, C, H, W) in [-1, 1] into one RGB picture with one pixel between them."""
+    pixels = to_uint8(images)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = number // columns * (height + 1), number % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)
+
+
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Save a grid as PNG, written aside and renamed."""
+    with replaced_file(path) as aside:
+        make_grid(images, columns).save(aside, format="PNG")

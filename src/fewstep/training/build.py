@@ -1,0 +1,179 @@
+"""From settings to a distillation: networks, terms and optimisers are chosen here, once."""
+
+from pathlib import Path
+
+import torch
+
+from fewstep.backbones.catalog import released_network_config
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.perceptual import load_lpips, pixel_distance
+from fewstep.config import LossSettings, TrainSettings
+from fewstep.data.images import ImageBatches, ImageDataset, load_images
+from fewstep.data.noise_image_pairs import NoiseImagePairs
+from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, GeneratorInputs
+from fewstep.distillation.roles import Roles, build_roles
+from fewstep.distillation.terms import (
+    DiscriminatorAdversarial,
+    DistributionMatching,
+    FakeScoreDenoising,
+    FakeScoreTerm,
+    GeneratorAdversarial,
+    GeneratorTerm,
+    Regression,
+)
+from fewstep.errors import UserError
+from fewstep.generator import Teacher, check_guidance, load_generator, load_teacher
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
+from fewstep.training.optimizers import build_adamw
+from fewstep.training.step import Distillation
+
+
+def build_step_schedule(settings: TrainSettings) -> StepSchedule:
+    """The generator's grid indices, checked."""
+    try:
+        return StepSchedule(tuple(settings.generator.step_indices))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def build_distillation(settings: TrainSettings, teacher: Teacher) -> Distillation:
+    """Roles, inputs, terms and optimisers of one run.
+
+    Raises:
+        UserError: guidance the teacher cannot give, missing pairs or weights, a start that does not fit.
+    """
+    check_guidance(teacher, settings.teacher.guidance_scale)
+    steps = build_step_schedule(settings)
+    torch.manual_seed(settings.training.seed)  # the head's random start
+    roles = build_roles(teacher.denoiser, with_discriminator=settings.losses.gan_discriminator_weight > 0)
+    if settings.generator.start_from:
+        start_roles(roles, Path(settings.generator.start_from).expanduser())
+    if settings.compute.compile:
+        for network in (roles.teacher, roles.generator, roles.fake_score):
+            network.compile_network()
+    optimizer = settings.optimizer
+    return Distillation(
+        roles=roles,
+        inputs=_build_inputs(settings, steps, teacher),
+        generator_terms=_build_generator_terms(settings, roles),
+        fake_score_terms=_build_fake_score_terms(settings.losses, roles),
+        generator_optimizer=build_adamw(roles.generator.parameters(), optimizer.generator_lr, optimizer),
+        fake_score_optimizer=build_adamw(roles.fake_score_and_head().parameters(), optimizer.fake_score_lr, optimizer),
+        generator_every=settings.training.generator_every,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def start_roles(roles: Roles, source: Path) -> None:
+    """Start from an earlier run folder (generator, fake score, head where it has one) or an exported generator.
+
+    Raises:
+        UserError: nothing to start from, or another network.
+    """
+    checkpoints = list_checkpoints(source / "checkpoints")
+    if not checkpoints:
+        earlier = load_generator(source, device="cpu")
+        try:
+            roles.generator.load_state_dict(earlier.denoiser.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"generator.start_from={source} is another network than the teacher: {error}") from None
+        return
+    tensors, _ = read_checkpoint(checkpoints[-1])
+    restore_module("generator", roles.generator, tensors)
+    restore_module("fake_score", roles.fake_score, tensors)
+    if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
+        restore_module("discriminator", roles.discriminator, tensors)
+
+
+def build_real_batches(settings: TrainSettings, teacher: Teacher) -> ImageBatches | None:
+    """Batches of real pictures, or None where no term reads them."""
+    if not settings.losses.gan_discriminator_weight:
+        return None
+    channels, resolution, _ = teacher.denoiser.image_shape
+    dataset = load_images(
+        settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
+    )
+    check_class_names(dataset, teacher)
+    return ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+
+
+def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
+    """Refuse pictures whose named classes are not the teacher's."""
+    names, known = dataset.class_names, teacher.card.class_names
+    if names and known and tuple(names) != known:
+        raise UserError(
+            f"the classes of data.images ({', '.join(names[:4])}, ...) are not the teacher's "
+            f"({', '.join(known[:4])}, ...); use the pictures the teacher was trained on"
+        )
+
+
+def open_teacher(settings: TrainSettings) -> Teacher:
+    """The teacher of a run, on its device and in its precision."""
+    if not settings.teacher.path:
+        raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
+    teacher = load_teacher(settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision)
+    if settings.teacher.network:
+        check_network(teacher, settings)
+    return teacher
+
+
+def check_network(teacher: Teacher, settings: TrainSettings) -> None:
+    """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
+    try:
+        with torch.device("meta"):
+            expected = EDMDenoiser(released_network_config(settings.teacher.network)).state_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    found = teacher.denoiser.state_dict()
+    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
+    if wrong or len(found) != len(expected):
+        raise UserError(
+            f"teacher.path={settings.teacher.path} is no {settings.teacher.network} (teacher.network): "
+            f"{len(wrong)} of its tensors differ, e.g. {wrong[:2]}; set teacher.network='' to use it all the same"
+        )
+
+
+def _build_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Teacher) -> GeneratorInputs:
+    if not settings.losses.regression_weight:
+        return FreshInputs(steps)
+    if not settings.data.pairs:
+        raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
+    pairs = NoiseImagePairs(Path(settings.data.pairs).expanduser())
+    if tuple(pairs.images.shape[1:]) != teacher.denoiser.image_shape:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
+            f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
+        )
+    return FreshAndPairedInputs(steps, pairs)
+
+
+def _build_generator_terms(settings: TrainSettings, roles: Roles) -> list[GeneratorTerm]:
+    losses, terms = settings.losses, list[GeneratorTerm]()
+    if losses.distribution_matching_weight:
+        terms.append(
+            DistributionMatching(
+                roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
+                losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight,
+            )
+        )  # fmt: skip
+    if losses.gan_generator_weight:
+        assert roles.discriminator is not None
+        terms.append(GeneratorAdversarial(roles.fake_score, roles.discriminator, losses.gan_generator_weight))
+    if losses.regression_weight:
+        terms.append(Regression(_build_distance(losses, roles), losses.regression_weight))
+    return terms
+
+
+def _build_distance(losses: LossSettings, roles: Roles):  # type: ignore[no-untyped-def]
+    if losses.regression_distance == "pixel":
+        return pixel_distance
+    lpips = load_lpips(losses.vgg_weights, losses.lpips_weights)
+    return lpips.to(next(roles.generator.parameters()).device)
+
+
+def _build_fake_score_terms(losses: LossSettings, roles: Roles) -> list[FakeScoreTerm]:
+    terms: list[FakeScoreTerm] = [FakeScoreDenoising(roles.fake_score)]
+    if roles.discriminator is not None:
+        terms.append(DiscriminatorAdversarial(roles.fake_score, roles.discriminator, losses.gan_discriminator_weight))
+    return terms

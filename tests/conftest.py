@@ -1,0 +1,87 @@
+"""Small models, pictures and golden tensors that many tests share."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fewstep.backbones.catalog import build_network_config
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.formats.model_folder import ModelCard, write_model_folder
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_denoiser(family: str) -> tuple[EDMDenoiser, dict[str, torch.Tensor]]:
+    """One golden network with its tensors."""
+    values = json.loads((GOLDEN / "edm_networks.json").read_text())[family]
+    kind = {"DhariwalUNet": "adm", "SongUNet": "song"}[values.pop("model_type")]
+    sigma_data = values.pop("sigma_data")
+    values.pop("decoder_type", None)
+    denoiser = EDMDenoiser(EDMUNetConfig(family=kind, **values), sigma_data)
+    tensors = load_file(GOLDEN / f"edm_{family}.safetensors")
+    weights = {k.removeprefix("weights."): v.float() for k, v in tensors.items() if k.startswith("weights.")}
+    denoiser.load_state_dict(weights)
+    return denoiser.eval(), tensors
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |a - b| / max |b|, the measure of the golden tolerances."""
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def tiny_denoiser(num_classes: int = 4, channels: int = 1, resolution: int = 16, seed: int = 0) -> EDMDenoiser:
+    """A network of a few thousand parameters whose output depends on everything it is given."""
+    torch.manual_seed(seed)
+    config = build_network_config(
+        "tiny", img_resolution=resolution, img_channels=channels, label_dim=num_classes
+    )
+    denoiser = EDMDenoiser(config)
+    with torch.no_grad():  # the zero-like starts of real training would hide wrong gradients
+        for name, parameter in denoiser.named_parameters():
+            if name.endswith(("conv1.weight", "proj.weight", "out_conv.weight")):
+                parameter.normal_(0, 0.05)
+    return denoiser.eval()
+
+
+def write_pictures(folder: Path, count: int = 24, classes: int = 4, size: int = 16, channels: int = 1) -> Path:
+    """An imagefolder: `classes` folders of PNG pictures whose brightness depends on the class."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        label = number % classes
+        shape = (size, size) if channels == 1 else (size, size, 3)
+        pixels = np.clip(generator.normal(60 + 40 * label, 25, shape), 0, 255).astype(np.uint8)
+        place = folder / "train" / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    denoiser = tiny_denoiser()
+    card = ModelCard(role="teacher", class_names=tuple(f"class{i}" for i in range(4)), can_be_guided=True)
+    write_model_folder(folder, denoiser.describe(), denoiser.state_dict(), card)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _isolated_datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets-cache")
