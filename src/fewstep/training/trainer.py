@@ -18,6 +18,7 @@ from fewstep.training.checkpoint import (
     list_checkpoints,
     random_state,
     read_checkpoint,
+    remove_unfinished,
     restore_random_state,
     write_checkpoint,
 )
@@ -114,6 +115,7 @@ def run_job(
 
 def resume(job: Job, folder: Path) -> tuple[int, float]:
     """Restore the newest checkpoint; returns (finished steps, training seconds), (0, 0) without one."""
+    remove_unfinished(folder / "checkpoints")
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return 0, 0.0

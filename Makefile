@@ -1,0 +1,57 @@
+# `make help` lists the targets. The two a newcomer needs, quickstart and test, set everything up themselves.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(DEV) ## virtual environment with everything for development
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fewstep needs Python 3.11 or newer; try make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+quickstart: $(CORE) ## distil the bundled teacher on the CPU: 5 minutes, one HTML report
+	HF_HUB_OFFLINE=1 $(BIN)/fewstep quickstart
+
+test: $(DEV) ## all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-fast: $(DEV) ## tests without the end-to-end ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+
+format: $(DEV) ## format the code
+	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix src tests examples benchmarks
+
+lint: $(DEV) ## check format and lint
+	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks
+
+types: $(DEV) ## type-check all of src
+	$(BIN)/mypy
+
+bench: $(CORE) ## speed of a DMD2 step against the plain reading of the method, as ratios
+	$(BIN)/python benchmarks/step_speed.py
+
+docs: $(DEV) ## rewrite the generated parts of docs/ (settings tables)
+	$(BIN)/python docs/generate.py
+
+assets: $(CORE) ## remake the bundled teacher, features and pictures from data/fashion-mnist (about an hour on 2 cores)
+	$(BIN)/fewstep pretrain recipes/fashion_mnist_teacher.toml
+	$(BIN)/python examples/bundle_fashion_mnist.py data/fashion-mnist runs/fashion-mnist-teacher
+
+.PHONY: help setup quickstart test test-fast format lint types bench docs assets

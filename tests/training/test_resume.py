@@ -1,0 +1,116 @@
+"""A run that is killed again and again ends in the same bits as one that is not."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.run import pretrain, train
+from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
+
+
+def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(folder / "checkpoints")[-1] / "tensors.safetensors")
+
+
+def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("steps", [[999], [999, 749, 499, 249]])
+def test_continued_run_is_bit_identical(teacher_folder: Path, pictures: Path, tmp_path: Path, steps: list[int]) -> None:
+    whole = tiny_train_settings(teacher_folder, pictures, tmp_path / "whole", generator={"step_indices": steps})
+    train(whole)
+    for stop in (3, 6):
+        train(
+            tiny_train_settings(
+                teacher_folder, pictures, tmp_path / "parts", generator={"step_indices": steps},
+                training={"num_steps": stop},
+            )
+        )  # fmt: skip
+    assert_identical(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
+    generator = "generator/unet/diffusion_pytorch_model.safetensors"
+    assert_identical(load_file(tmp_path / "whole" / generator), load_file(tmp_path / "parts" / generator))
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "parts")
+
+
+def test_continued_pretraining_is_bit_identical(pictures: Path, tmp_path: Path) -> None:
+    pretrain(tiny_pretrain_settings(pictures, tmp_path / "whole"))
+    for stop in (1, 4):
+        pretrain(tiny_pretrain_settings(pictures, tmp_path / "parts", training={"num_steps": stop}))
+    assert_identical(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
+
+
+def _losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "images_per_second", "peak_memory_gib")
+    return [kept for line in lines if len(kept := {k: v for k, v in line.items() if k not in timed}) > 1]
+
+
+def test_twenty_kills(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """SIGKILL at 20 random moments, at least 5 of them while a checkpoint is being written."""
+    run = {"checkpoint_every": 1, "keep_checkpoints": 1}
+    training = {"num_steps": 40}
+    whole = tiny_train_settings(teacher_folder, pictures, tmp_path / "whole", run=run, training=training)
+    train(whole)
+    folder = tmp_path / "killed"
+    settings = tiny_train_settings(
+        teacher_folder, pictures, folder, run={**run, "folder": str(folder)}, training=training
+    )
+    chance = random.Random(0)
+    inside = 0
+    for number in range(20):
+        inside += _start_and_kill(settings, folder, chance, during_checkpoint=number % 2 == 0)
+        for path in list_checkpoints(folder / "checkpoints"):  # what is there is complete
+            assert {entry.name for entry in path.iterdir()} == {"tensors.safetensors", "state.json"}
+            load_file(path / "tensors.safetensors")
+    assert inside >= 5, f"only {inside} kills fell into checkpoint writing"
+    finished = list_checkpoints(folder / "checkpoints")
+    assert not finished or finished[-1].name < "step_00000040", "the run ended before the kills did"
+    train(settings)
+    assert_identical(final_tensors(tmp_path / "whole"), final_tensors(folder))
+    assert _losses(tmp_path / "whole") == _losses(folder)
+
+
+def _start_and_kill(settings, folder: Path, chance: random.Random, during_checkpoint: bool) -> bool:  # type: ignore[no-untyped-def]
+    """Train in a forked child, kill it; returns whether a half-written checkpoint was left behind."""
+    checkpoints = folder / "checkpoints"
+    known = {path.name for path in list_checkpoints(checkpoints)}
+    started = time.time_ns()
+    child = multiprocessing.get_context("fork").Process(target=_train_quietly, args=(settings,))
+    child.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.is_alive():
+        if during_checkpoint and _being_written(checkpoints, started):
+            break
+        if not during_checkpoint and {path.name for path in list_checkpoints(checkpoints)} - known:
+            time.sleep(chance.random() * 0.05)
+            break
+    assert child.is_alive(), "the run ended before it could be killed"
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    return _being_written(checkpoints, started)
+
+
+def _being_written(checkpoints: Path, since: int) -> bool:
+    """Whether a half-written checkpoint lies there that was begun after `since` (nanoseconds)."""
+    try:
+        return any(path.stat().st_ctime_ns > since for path in checkpoints.glob(".step*"))
+    except OSError:  # finished or gone between the two calls
+        return False
+
+
+def _train_quietly(settings) -> None:  # type: ignore[no-untyped-def]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    train(settings)
