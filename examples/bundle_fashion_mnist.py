@@ -26,7 +26,7 @@ from fewstep.generator import load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/fashion-mnist"
-NAMES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
+NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 NUM_SUBSET, NUM_TEACHER_IMAGES = 10_000, 5_000
 
 

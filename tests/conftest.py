@@ -42,9 +42,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def tiny_denoiser(num_classes: int = 4, channels: int = 1, resolution: int = 16, seed: int = 0) -> EDMDenoiser:
     """A network of a few thousand parameters whose output depends on everything it is given."""
     torch.manual_seed(seed)
-    config = build_network_config(
-        "tiny", img_resolution=resolution, img_channels=channels, label_dim=num_classes
-    )
+    config = build_network_config("tiny", img_resolution=resolution, img_channels=channels, label_dim=num_classes)
     denoiser = EDMDenoiser(config)
     with torch.no_grad():  # the zero-like starts of real training would hide wrong gradients
         for name, parameter in denoiser.named_parameters():

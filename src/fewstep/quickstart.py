@@ -18,10 +18,12 @@ from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocols import Measurement, measure_model
 from fewstep.evaluation.report import CurvePoint, Report, write_report
+from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import save_grid
 from fewstep.generator import BUNDLED, Generator, Teacher, bundled_path, load_generator
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
+from fewstep.training.run import prepare_process
 from fewstep.training.trainer import claim_run_folder, run_job
 
 NAME = "fashion-mnist"
@@ -39,9 +41,16 @@ class QualityCurve:
     network: FeatureNetwork
     reference: FeatureStatistics
     every_seconds: float
+    path: Path
     console: Console
     points: list[CurvePoint] = field(default_factory=list)
     next_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Take up the points of an interrupted run."""
+        if self.path.exists():
+            self.points = [CurvePoint(*point) for point in json.loads(self.path.read_text(encoding="utf-8"))]
+            self.next_at = max([point.minutes * 60 for point in self.points], default=0.0) + self.every_seconds
 
     def __call__(self, step: int, seconds: float) -> None:
         """Measure when the next point is due."""
@@ -55,6 +64,8 @@ class QualityCurve:
             self.job.best_generator(), "generator", self.network, self.reference, num_images=CURVE_IMAGES, seed=1
         )
         self.points.append(CurvePoint(seconds / 60, found.frechet_distance))
+        with replaced_file(self.path) as aside:
+            aside.write_text(json.dumps([[p.minutes, p.frechet_distance] for p in self.points]), encoding="utf-8")
         self.console.print(f"  {seconds / 60:4.1f} min: Frechet distance {found.frechet_distance:.2f}")
 
 
@@ -84,6 +95,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     settings = quickstart_settings(minutes, folder, seed)
     network = load_features(BUNDLED + NAME)
     reference = FeatureStatistics.load(bundled_path(NAME) / "reference_train.npz")
+    prepare_process(settings.compute)
     teacher = open_teacher(settings)
     console.print(
         f"Teacher: {sum(p.numel() for p in teacher.denoiser.parameters()) / 1e6:.1f} M parameters, 35 evaluations an image"
@@ -91,7 +103,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     teacher_figure = _teacher_measurement(teacher)
     claim_run_folder(settings, folder)
     job = DistillationJob(settings, teacher)
-    curve = QualityCurve(job, network, reference, max(5.0, minutes * 60 / 10), console)
+    curve = QualityCurve(job, network, reference, max(5.0, minutes * 60 / 10), folder / "curve.json", console)
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
     exported = run_job(job, settings, folder, observers=(curve,), console=console)
     generator = load_generator(exported, precision=settings.compute.precision)
@@ -101,7 +113,8 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     path = write_report(folder / "report.html", report)
     figures = {"teacher": teacher_figure.to_dict(), "generator": generator_figure.to_dict(), "floor": report.floor,
                "curve": [[point.minutes, point.frechet_distance] for point in curve.points]}  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    with replaced_file(folder / "report.json") as aside:
+        aside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _print_table(console, report)
     console.print(
         f"{(time.perf_counter() - started) / 60:.1f} minutes in all. Open [bold]{path.resolve()}[/bold]", soft_wrap=True

@@ -31,9 +31,7 @@ def vgg() -> Weights:
 @pytest.fixture(scope="module")
 def heads() -> Weights:
     generator = torch.Generator().manual_seed(1)
-    return {
-        f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1, generator=generator) for i, n in enumerate(HEADS)
-    }
+    return {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1, generator=generator) for i, n in enumerate(HEADS)}
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +201,9 @@ def test_missing_files_say_what_to_download(files: tuple[Path, Path], tmp_path: 
 
 
 def test_other_models_are_refused_by_key(files: tuple[Path, Path], heads: Weights, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"does not hold VGG16 \(missing: features\.0\.weight.*23 more"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"does not hold VGG16 \(missing: features\.0\.weight.*23 more") as caught:
         load_lpips(files[1], files[0])
-    assert "unexpected: lin0.model.1.weight, lin1.model.1.weight, lin2.model.1.weight and 2 more" in str(
-        caught.value
-    )
+    assert "unexpected: lin0.model.1.weight, lin1.model.1.weight, lin2.model.1.weight and 2 more" in str(caught.value)
     alex = tmp_path / "alex.pth"
     torch.save(heads | {"lin1.model.1.weight": torch.zeros(1, 192, 1, 1)}, alex)
     wrong = r"alex\.pth.*wrong shape: lin1\.model\.1\.weight \(1, 192, 1, 1\) instead of \(1, 128, 1, 1\)"
@@ -226,9 +220,7 @@ def test_pixel_distance_of_a_constant_and_of_a_checkerboard() -> None:
     fine = (-1.0) ** (rows[:, None] + rows)
     coarse = (-1.0) ** (rows[:, None] // 2 + rows // 2)
     boards = torch.stack([fine, coarse])[:, None]
-    torch.testing.assert_close(
-        pixel_distance(boards, torch.zeros(2, 1, 16, 16)), torch.tensor([1 / 3, 2 / 3])
-    )
+    torch.testing.assert_close(pixel_distance(boards, torch.zeros(2, 1, 16, 16)), torch.tensor([1 / 3, 2 / 3]))
 
 
 @pytest.mark.parametrize(("side", "num_scales"), [(2, 1), (7, 1), (8, 2), (15, 2), (16, 3), (64, 3)])

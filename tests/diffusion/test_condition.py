@@ -14,9 +14,7 @@ def test_labels_become_one_hot_rows() -> None:
 
 
 def test_floating_labels_are_accepted() -> None:
-    assert torch.equal(
-        Condition.from_labels(torch.tensor([1.0]), 2).class_labels, Condition.from_labels(torch.tensor([1]), 2).class_labels
-    )
+    assert Condition.from_labels(torch.tensor([1.0, 0.0]), 2).class_labels.tolist() == [[0, 1], [1, 0]]
 
 
 def test_models_without_classes_get_the_empty_condition() -> None:

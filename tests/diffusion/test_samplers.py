@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -68,7 +69,7 @@ def test_heun_equals_the_published_algorithm_in_python_floats() -> None:
     low, high, last = SIGMA_MIN ** (1 / 7), SIGMA_MAX ** (1 / 7), 17
     sigmas = [(high + i / last * (low - high)) ** 7 for i in range(last + 1)] + [0.0]
     x = sigmas[0]  # the ODE is linear: the image is its noise times one number
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in itertools.pairwise(sigmas):
         slope = (x - x * (DATA_STD / spread(now)) ** 2) / now
         x_next = x + (after - now) * slope
         if after > 0:
@@ -183,7 +184,7 @@ def test_a_single_heun_step_denoises_pure_noise() -> None:
     torch.testing.assert_close(x0, noise * SIGMA_MAX * DATA_STD**2 / spread(SIGMA_MAX) ** 2)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: an AssertionError without a word about num_steps", raises=AssertionError)
+@pytest.mark.xfail(strict=True, reason="defect: AssertionError, no word on num_steps", raises=AssertionError)
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         sample_heun(GaussianDenoiser(), some_noise(), Condition(3), num_steps=0)

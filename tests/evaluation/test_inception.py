@@ -281,9 +281,7 @@ def numpy_resize(image: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(5, 7, 23), (32, 32, 45), (19, 12, 8), (1, 3, 4), (6, 6, 6)]
-)
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 23), (32, 32, 45), (19, 12, 8), (1, 3, 4), (6, 6, 6)])
 def test_resize_against_an_explicit_loop(height: int, width: int, size: int) -> None:
     image = np.random.default_rng(0).uniform(0, 255, (height, width))
     found = resize_bilinear_tf1(torch.from_numpy(image)[None, None], size)[0, 0].numpy()
@@ -309,18 +307,14 @@ def test_resize_refuses_other_input(images: Tensor, size: int) -> None:
 
 
 def test_missing_file_says_what_to_download(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"nowhere\.pth: no such file; .*pt_inception-2015-12-05-6726825d\.pth"
-    ):
+    with pytest.raises(ValueError, match=r"nowhere\.pth: no such file; .*pt_inception-2015-12-05-6726825d\.pth"):
         load_inception(tmp_path / "nowhere.pth")
 
 
 def test_torchvisions_inception_is_refused(weights: Weights, tmp_path: Path) -> None:
     path = tmp_path / "inception_v3_google.pth"
     torch.save(weights | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path)
-    with pytest.raises(
-        ValueError, match=r"inception_v3_google.*fc\.weight \(1000, 2048\) instead of \(1008, 2048\)"
-    ):
+    with pytest.raises(ValueError, match=r"inception_v3_google.*fc\.weight \(1000, 2048\) instead of \(1008, 2048\)"):
         load_inception(path)
 
 

@@ -221,9 +221,7 @@ def test_reads_what_pickle_dump_writes(tmp_path: Path, edm_modules: types.Module
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
-def test_reads_views_and_every_dtype(
-    tmp_path: Path, edm_modules: types.ModuleType, dtype: torch.dtype
-) -> None:
+def test_reads_views_and_every_dtype(tmp_path: Path, edm_modules: types.ModuleType, dtype: torch.dtype) -> None:
     network = edm_network()
     network.register_buffer("view", (torch.arange(24).reshape(2, 3, 4) % 2).to(dtype).permute(2, 0, 1)[1:])
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": network}))

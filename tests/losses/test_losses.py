@@ -202,7 +202,10 @@ A, B = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 5)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: distribution_matching_gradient(A, B, A), "x0 (2, 1, 4, 4), real_x0 (2, 1, 4, 5), fake_x0 (2, 1, 4, 4)"),
+        (
+            lambda: distribution_matching_gradient(A, B, A),
+            "x0 (2, 1, 4, 4), real_x0 (2, 1, 4, 5), fake_x0 (2, 1, 4, 4)",
+        ),
         (lambda: distribution_matching_gradient(A, A, B), "fake_x0 (2, 1, 4, 5)"),
         (lambda: distribution_matching_gradient(A, A[:1], A), "real_x0 (1, 1, 4, 4)"),
         (lambda: distribution_matching_loss(A, B), "x0 (2, 1, 4, 4), gradient (2, 1, 4, 5)"),

@@ -59,9 +59,23 @@ def write_model_folder(
         save_file(tensors, aside / WEIGHTS, metadata=header)
         config = {"_class_name": "EDMUNetModel", "description": description}
         (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        index = {"_class_name": "FewstepPipeline", "unet": ["fewstep.export.diffusers_folder", "EDMUNetModel"]}
-        (aside / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        if card.step_indices:
+            _write_pipeline_files(aside, card)
         (aside / CARD).write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
+
+
+def _write_pipeline_files(folder: Path, card: ModelCard) -> None:
+    """What diffusers needs to assemble a pipeline: its index, and the schedule in a scheduler's config."""
+    module = "fewstep.export.diffusers_folder"
+    index = {
+        "_class_name": "FewstepPipeline", "unet": [module, "EDMUNetModel"], "scheduler": [module, "FewstepScheduler"],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    config = {
+        "_class_name": "FewstepScheduler", "step_indices": list(card.step_indices), "num_levels": card.num_levels,
+    }  # fmt: skip
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def read_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], ModelCard]:

@@ -1,5 +1,7 @@
 """`fewstep.train` and `fewstep.pretrain`: settings in, a run folder with a finished model out."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +12,8 @@ from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pretrain(
@@ -23,7 +27,7 @@ def pretrain(
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    _set_threads(settings.compute)
+    prepare_process(settings.compute)
     folder = run_folder(settings)
     job = Pretraining(settings)
     claim_run_folder(settings, folder)
@@ -35,11 +39,6 @@ def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
     return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 
-def _set_threads(compute: ComputeSettings) -> None:
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
-
-
 def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), console: Console | None = None) -> Path:
     """Distil a generator; continues an interrupted run of the same folder.
 
@@ -49,8 +48,23 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    _set_threads(settings.compute)
+    prepare_process(settings.compute)
     folder = run_folder(settings)
     job = DistillationJob(settings, open_teacher(settings))
     claim_run_folder(settings, folder)
     return run_job(job, settings, folder, observers=observers, console=console)
+
+
+def prepare_process(compute: ComputeSettings) -> None:
+    """Set the number of threads, and let the C library keep freed memory instead of returning it every step.
+
+    On Linux a CPU step otherwise spends a tenth of its time on page faults for activations of the same sizes as in
+    the step before. Where the C library is not glibc nothing changes.
+    """
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

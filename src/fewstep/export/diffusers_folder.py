@@ -1,0 +1,113 @@
+"""Exported generators as diffusers components: `FewstepPipeline.from_pretrained(folder)(num_images=4)`.
+
+The classes here wrap the library's own network and sampler, so the pixels are those of `load_generator`. diffusers is
+an optional dependency (`pip install fewstep[diffusers]`); nothing else in the library imports this module.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import DenoiserOutput
+from fewstep.errors import UserError
+from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.pixels import to_uint8
+from fewstep.generator import Generator
+
+
+class EDMUNetModel(ModelMixin, ConfigMixin):
+    """The EDM network with its preconditioning, under diffusers' loading and saving.
+
+    Args:
+        description: as `EDMDenoiser.describe` gives it; stored in `config.json`.
+    """
+
+    @register_to_config
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+        self._denoiser = [EDMDenoiser.from_description(description)]  # in a list: its keys are registered below
+        self.model = self._denoiser[0].model
+
+    @property
+    def denoiser(self) -> EDMDenoiser:
+        """The same network behind the library's own contract."""
+        return self._denoiser[0]
+
+    def forward(self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """x0 estimate (B, C, H, W) of noisy images at noise levels sigma (B,), with one-hot class labels."""
+        output: DenoiserOutput = self.denoiser(sample, sigma, Condition(len(sample), class_labels))
+        assert output.x0 is not None
+        return output.x0
+
+
+class FewstepScheduler(SchedulerMixin, ConfigMixin):
+    """Carries the generator's step indices in its config; the pipeline reads them, users never type them."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, step_indices: tuple[int, ...] = (999,), num_levels: int = 1000) -> None:
+        self.step_indices = tuple(step_indices)
+        self.num_levels = num_levels
+
+
+@dataclass
+class FewstepPipelineOutput(BaseOutput):
+    """Images: a list of PIL images, or a tensor (N, C, H, W) in [-1, 1]."""
+
+    images: Any
+
+
+class FewstepPipeline(DiffusionPipeline):
+    """Class-conditional generator in the number of steps it was trained for."""
+
+    model_cpu_offload_seq = "unet"
+    unet: EDMUNetModel
+    scheduler: FewstepScheduler
+
+    def __init__(self, unet: EDMUNetModel, scheduler: FewstepScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self, num_images: int = 1, class_labels: list[int] | None = None, seed: int = 0, output_type: str = "pil"
+    ) -> FewstepPipelineOutput:
+        """Make images; image i depends on (seed, i, class_labels[i]) only.
+
+        Args:
+            num_images: how many.
+            class_labels: one an image; None takes all classes in turn.
+            seed: as in `Generator.sample`.
+            output_type: "pil" or "pt".
+        """
+        card = ModelCard("generator", tuple(self.scheduler.config.step_indices), self.scheduler.config.num_levels)
+        images = Generator(self.unet.denoiser, card).sample(num_images, labels=class_labels, seed=seed)
+        if output_type == "pt":
+            return FewstepPipelineOutput(images)
+        if output_type != "pil":
+            raise UserError(f"output_type={output_type!r}: choose 'pil' or 'pt'")
+        pixels = to_uint8(images).numpy()
+        pictures = [
+            Image.fromarray(p[0] if len(p) == 1 else np.ascontiguousarray(p.transpose(1, 2, 0))) for p in pixels
+        ]
+        return FewstepPipelineOutput(pictures)
+
+
+def load_pipeline(folder: str | Path) -> FewstepPipeline:
+    """A diffusers pipeline from an exported generator folder or a run folder."""
+    path = Path(folder).expanduser()
+    path = path / "generator" if (path / "generator").is_dir() else path
+    if not (path / "scheduler/scheduler_config.json").is_file():
+        raise UserError(f"{folder} is no exported generator: scheduler/scheduler_config.json is missing")
+    return FewstepPipeline.from_pretrained(path, local_files_only=True)
