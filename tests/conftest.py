@@ -36,7 +36,7 @@ def golden_denoiser(family: str) -> tuple[EDMDenoiser, dict[str, torch.Tensor]]:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max |a - b| / max |b|, the measure of the golden tolerances."""
-    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    return float((actual.detach().double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def tiny_denoiser(num_classes: int = 4, channels: int = 1, resolution: int = 16, seed: int = 0) -> EDMDenoiser:

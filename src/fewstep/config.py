@@ -1,6 +1,7 @@
 """Settings as frozen, validated trees: TOML recipes plus `key=value`, every mistake named with the nearest right key."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -47,8 +48,8 @@ class TeacherSettings(Tree):
 class GeneratorSettings(Tree):
     """The model being trained."""
 
-    step_indices: list[int] = Field(
-        [999], description="grid indices the generator runs at, noisiest first; they travel with its weights"
+    step_indices: tuple[int, ...] = Field(
+        (999,), description="grid indices the generator runs at, noisiest first; they travel with its weights"
     )
     start_from: str = Field(
         "", description="earlier run folder or exported generator to start from; empty: the teacher"
@@ -153,7 +154,13 @@ class TrainSettings(Tree):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        losses = self.losses
+        losses, steps = self.losses, self.generator.step_indices
+        falling = list(steps) == sorted(set(steps), reverse=True)
+        if not 1 <= len(steps) <= 4 or not falling or not all(0 <= index <= 999 for index in steps):
+            raise ValueError(
+                f"generator.step_indices={list(steps)} must be one to four grid indices between 999 and 0, "
+                "falling, e.g. [999] or [999, 749, 499, 249]"
+            )
         if not (losses.distribution_matching_weight or losses.gan_generator_weight or losses.regression_weight):
             raise ValueError(
                 "losses.distribution_matching_weight, losses.gan_generator_weight and losses.regression_weight "
@@ -205,10 +212,10 @@ def parse_settings(kind: type[SettingsT], values: dict[str, Any], source: str) -
         UserError: an unknown key (with the nearest right one), a wrong type or an impossible combination; the
             message names `source` and the dotted key.
     """
-    _refuse_unknown(kind, values, source, prefix="")
+    _refuse_unknown(kind, values, source)
     try:
         # JSON mode: lists become tuples and integers floats, which TOML and key=value cannot spell otherwise
-        return kind.model_validate_json(_to_json(values))
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
@@ -293,34 +300,42 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"{override!r}: {section} is a value, not a section")
     try:
-        values[name] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        values[name] = text  # a bare word is a string, as a shell user writes it
+        value = text  # a bare word is a string, as a shell user writes it
+    values[name] = value if isinstance(value, str | int | float | list | dict) else text  # dates are text too
 
 
-def _refuse_unknown(kind: type[Tree], values: dict[str, Any], source: str, prefix: str) -> None:
-    for key, value in values.items():
-        if key not in kind.model_fields:
-            known = [row[0] for row in describe_settings(kind)]
-            near = difflib.get_close_matches(key, [*known, *kind.model_fields], n=1, cutoff=0.5)
-            everywhere = [row[0] for row in describe_settings(TrainSettings) + describe_settings(PretrainSettings)]
-            tails = [dotted for dotted in everywhere if dotted.rsplit(".", 1)[-1] == key]
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; did you mean {tails[0]}?" if tails else ""
-            raise UserError(f"{source}: unknown setting {prefix}{key}{hint}")
-        annotation: Any = kind.model_fields[key].annotation
-        if isinstance(annotation, type) and issubclass(annotation, Tree):
-            if not isinstance(value, dict):
-                raise UserError(f"{source}: {prefix}{key} is a section, not a value: set {prefix}{key}.<name>")
-            _refuse_unknown(annotation, value, source, f"{prefix}{key}.")
+def _refuse_unknown(kind: type["Tree"], values: dict[str, Any], source: str) -> None:
+    known = {row[0] for row in describe_settings(kind)}
+
+    def walk(group: type[Tree], values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if key not in group.model_fields:
+                raise UserError(f"{source}: unknown setting {prefix}{key}{_hint(kind, group, prefix, key, known)}")
+            annotation: Any = group.model_fields[key].annotation
+            if isinstance(annotation, type) and issubclass(annotation, Tree):
+                if not isinstance(value, dict):
+                    raise UserError(f"{source}: {prefix}{key} is a section, not a value: set {prefix}{key}.<name>")
+                walk(annotation, value, f"{prefix}{key}.")
+            elif type(value) not in (str, int, float, bool, list, dict):
+                raise UserError(f"{source}: {prefix}{key}={value} has a type no setting has; put it in quotes")
+
+    walk(kind, values, "")
 
 
-def _to_json(values: dict[str, Any]) -> str:
-    import json
-
-    try:
-        return json.dumps(values)
-    except TypeError as error:
-        raise UserError(f"a setting has a type no setting has: {error}") from None
+def _hint(kind: type["Tree"], group: type["Tree"], prefix: str, key: str, known: set[str]) -> str:
+    """The nearest right key: the same name in another section, then a similar one here, then the other command's."""
+    same_name = [dotted for dotted in sorted(known) if dotted.rsplit(".", 1)[-1] == key]
+    if same_name:
+        return f"; did you mean {same_name[0]}?"
+    near = difflib.get_close_matches(key, list(group.model_fields), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    for other, command in ((TrainSettings, "train"), (PretrainSettings, "pretrain")):
+        if other is not kind and f"{prefix}{key}" in {row[0].rsplit(".", 1)[0] for row in describe_settings(other)}:
+            return f"; it belongs to recipes of `fewstep {command}`"
+    return ""
 
 
 def _explain(item: Any) -> str:

@@ -177,14 +177,12 @@ def test_a_step_of_the_generator_is_one_evaluation(num_steps: int) -> None:
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a single step starts at sigma_min instead of sigma_max")
 def test_a_single_heun_step_denoises_pure_noise() -> None:
     noise = some_noise()
     x0 = sample_heun(GaussianDenoiser(), noise, Condition(3), num_steps=1)
     torch.testing.assert_close(x0, noise * SIGMA_MAX * DATA_STD**2 / spread(SIGMA_MAX) ** 2)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: AssertionError, no word on num_steps", raises=AssertionError)
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         sample_heun(GaussianDenoiser(), some_noise(), Condition(3), num_steps=0)

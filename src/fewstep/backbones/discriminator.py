@@ -45,4 +45,4 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, feature: Tensor) -> Tensor:
-        return super().forward(feature.float()).flatten()
+        return super().forward(feature.float()).flatten(1).squeeze(1)

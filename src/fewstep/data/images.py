@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 
 from fewstep.diffusion.draws import Draws
@@ -67,8 +68,11 @@ class ImageDataset:
         name = row.get("path") or f"row {index}"
         try:
             with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as file:
-                picture = file.convert("L" if self.channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+                whole: Image.Image = file
+                if file.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
+                    whole = Image.fromarray((np.asarray(file) // 256).clip(0, 255).astype(np.uint8))
+                picture = whole.convert("L" if self.channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
             raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
         array = np.asarray(fit_picture(picture, self.resolution, self.fit, name))
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
@@ -140,7 +144,9 @@ def _open_rows(settings: "DataSettings") -> Any:
             if any(path.glob("*.parquet")):
                 return datasets.load_dataset("parquet", data_dir=str(path), split=settings.split)
             if not any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*")):
-                raise UserError(f"data.images={settings.images}: no picture in this folder ({', '.join(_SUFFIXES)})")
+                raise UserError(
+                    f"data.images={settings.images}: no picture in this folder ({', '.join(sorted(_SUFFIXES))})"
+                )
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=settings.split)
         if path.exists() or path.is_absolute() or settings.images.count("/") > 1 or settings.images.startswith("."):
             raise UserError(f"data.images={settings.images}: no such folder or parquet file")
@@ -195,13 +201,14 @@ def data_order(seed: int, position: Tensor, length: int, cache: dict[int, Tensor
     rows = torch.empty_like(position)
     epochs = torch.div(position, length, rounding_mode="floor")
     for epoch in epochs.unique().tolist():
-        if epoch not in cache:
-            for old in [key for key in cache if key < epoch - 1]:
-                del cache[old]
+        order = cache.get(epoch)
+        if order is None:
             words = Draws(seed, int(epoch), torch.zeros(1, dtype=torch.int64)).integers("data_order", 0, 2**31)
-            cache[epoch] = torch.randperm(length, generator=torch.Generator().manual_seed(int(words)))
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(int(words)))
+            cache.pop(epoch - 2, None)
+            cache[epoch] = order
         chosen = epochs == epoch
-        rows[chosen] = cache[epoch][position[chosen] % length]
+        rows[chosen] = order[position[chosen] % length]
     return rows
 
 

@@ -48,11 +48,17 @@ class NoiseImagePairs:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of pairs; raises UserError when there is none or it is damaged."""
     try:
-        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        complete = [{"file", "rows", "sha256"} <= set(shard) for shard in manifest["shards"]]
+        if not all(complete) or not isinstance(manifest["complete"], bool):
+            raise ValueError("an entry is incomplete")
+        return manifest
     except FileNotFoundError:
         raise UserError(f"{folder} holds no noise-image pairs; make them with `fewstep prepare pairs`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}); prepare the pairs again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({error}); delete the folder and prepare the pairs again"
+        ) from None
 
 
 def write_shard(folder: Path, number: int, noise: Tensor, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -69,9 +75,17 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+def is_intact(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a shard of the manifest is there, byte for byte."""
+    try:
+        return hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+    except OSError:
+        return False
+
+
 def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / entry["file"]
-    advice = "delete it and run `fewstep prepare pairs` again"
+    advice = "run the same `fewstep prepare pairs` command again, which remakes it"
     try:
         content = path.read_bytes()
     except OSError as error:

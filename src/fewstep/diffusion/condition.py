@@ -51,4 +51,6 @@ class Condition:
         """Concatenate along the batch."""
         size = sum(len(part) for part in parts)
         labels = [part.class_labels for part in parts if part.class_labels is not None]
+        if labels and sum(len(rows) for rows in labels) != size:
+            raise ValueError("conditions with and without class labels cannot be concatenated")
         return Condition(size, torch.cat(labels) if labels else None)

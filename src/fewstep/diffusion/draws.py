@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Purpose = Literal[
-    "generator_noise", "generator_label", "pair_order", "data_order", "data_flip", "label_dropout",
+    "generator_noise", "generator_label", "pair_order", "pair_noise", "pair_label", "data_order", "data_flip", "label_dropout",
     "dm_level", "dm_noise", "gan_level", "gan_noise", "fake_level", "fake_noise",
     "disc_level_real", "disc_noise_real", "disc_level_generated", "disc_noise_generated",
     "simulated_step", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3",
@@ -58,7 +58,7 @@ class Draws:
 
     def uniform(self, purpose: Purpose) -> Tensor:
         """Uniform in (0, 1), (B,), float32."""
-        return ((self._words(purpose, 1)[0, :, 0] >> 8).float() + 0.5) / 2**24
+        return ((self._words(purpose, 1)[0, :, 0] >> 9).float() + 0.5) / 2**23
 
     def integers(self, purpose: Purpose, low: int, high: int) -> Tensor:
         """Uniform over low..high - 1, (B,), int64 (bias below 2^-32 (high - low))."""
@@ -79,9 +79,9 @@ class Draws:
         position = self.positions[:, None]
         shape = (len(self.positions), blocks)
         counter = [
-            block.expand(shape),
+            (block | (position >> 32) << 20).expand(shape),  # a sample has under 2^20 blocks, a run under 2^44 samples
             (position & _MASK).expand(shape),
-            (torch.full_like(position, self.step & _MASK) ^ (position >> 32)).expand(shape),
+            torch.full(shape, self.step & _MASK, dtype=torch.int64, device=device),
             torch.full(shape, zlib.crc32(purpose.encode()), dtype=torch.int64, device=device),
         ]
         return torch.stack(_philox(counter, self.seed & _MASK, self.seed >> 32 & _MASK))

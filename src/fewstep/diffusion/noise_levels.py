@@ -75,7 +75,7 @@ class KarrasSchedule(NoiseSchedule):
 
 
 def karras_sigmas(num_levels: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """sigma_i = (sigma_min^(1/rho) + i/(N-1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, (N,), float64, ascending."""
-    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
+    """sigma_i = (sigma_min^(1/rho) + i/(N-1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, (N,), float64, ascending; N = 1 is sigma_max."""
+    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64) if num_levels > 1 else torch.ones(1).double()
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + ramp * (high - low)) ** rho

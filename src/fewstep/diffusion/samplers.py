@@ -35,7 +35,12 @@ def sample_heun(
 
     Returns:
         x0, (B, C, H, W), float32, not clamped.
+
+    Raises:
+        ValueError: num_steps is below 1.
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: the sampler needs at least 1 step")
     sigmas = [*karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).tolist(), 0.0]
     x = noise.double() * sigmas[0]
 

@@ -77,7 +77,7 @@ class FewstepPipeline(DiffusionPipeline):
 
     def __init__(self, unet: EDMUNetModel, scheduler: FewstepScheduler) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def __call__(
@@ -91,7 +91,7 @@ class FewstepPipeline(DiffusionPipeline):
             seed: as in `Generator.sample`.
             output_type: "pil" or "pt".
         """
-        card = ModelCard("generator", tuple(self.scheduler.config.step_indices), self.scheduler.config.num_levels)
+        card = ModelCard("generator", self.scheduler.step_indices, self.scheduler.num_levels)
         images = Generator(self.unet.denoiser, card).sample(num_images, labels=class_labels, seed=seed)
         if output_type == "pt":
             return FewstepPipelineOutput(images)

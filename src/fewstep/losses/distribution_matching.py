@@ -26,7 +26,8 @@ def distribution_matching_gradient(x0: Tensor, real_x0: Tensor, fake_x0: Tensor)
     require_same_shape(x0=x0, real_x0=real_x0, fake_x0=fake_x0)
     with torch.no_grad():
         scale = (x0 - real_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
-        return torch.where(scale > 0, (fake_x0 - real_x0) / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+        direction = (fake_x0 - real_x0) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        return torch.where(scale == 0, 0.0, direction)  # NaN stays NaN, so that a diverging network is noticed
 
 
 def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:

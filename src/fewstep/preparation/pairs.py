@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from fewstep.data.noise_image_pairs import MANIFEST, read_manifest, write_manifest, write_shard
+from fewstep.data.noise_image_pairs import MANIFEST, is_intact, read_manifest, write_manifest, write_shard
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_heun
 from fewstep.errors import UserError
 from fewstep.formats.pixels import to_uint8
-from fewstep.generator import Teacher, check_guidance, sample_noise
+from fewstep.generator import Teacher, check_guidance
 
 
 def prepare_pairs(
@@ -59,7 +59,9 @@ def _start_or_continue(folder: Path, job: dict[str, object]) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
-        return {"job": job, "shards": [], "complete": False}
+        manifest: dict[str, Any] = {"job": job, "shards": [], "complete": False}
+        write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
+        return manifest
     manifest = read_manifest(folder)
     if manifest["job"] != job:
         changed = [
@@ -68,17 +70,20 @@ def _start_or_continue(folder: Path, job: dict[str, object]) -> dict[str, Any]:
             if manifest["job"].get(key) != job[key]
         ]
         raise UserError(f"{folder} holds other pairs: {', '.join(changed)}; choose another folder")
-    return manifest
+    intact = 0  # shards are made in order: keep those before the first that is missing or changed
+    while intact < len(manifest["shards"]) and is_intact(folder, manifest["shards"][intact]):
+        intact += 1
+    done = manifest["complete"] and intact == len(manifest["shards"])
+    return {**manifest, "shards": manifest["shards"][:intact], "complete": done}
 
 
 def _some_pairs(
     teacher: Teacher, seed: int, first: int, size: int, num_steps: int, guidance_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     denoiser = teacher.denoiser
-    labels = Draws.of_batch(seed, 0, size, teacher.device, first).integers(
-        "sample_label", 0, max(1, denoiser.num_classes)
-    )
-    noise = sample_noise(denoiser, seed, first, size, teacher.device).half()
+    draws = Draws.of_batch(seed, 0, size, teacher.device, first)
+    labels = draws.integers("pair_label", 0, max(1, denoiser.num_classes))
+    noise = draws.normal("pair_noise", denoiser.image_shape).half()  # not the noise that evaluation starts from
     condition = Condition.from_labels(labels, denoiser.num_classes)
     images = sample_heun(denoiser, noise.float(), condition, num_steps=num_steps, guidance_scale=guidance_scale)
     return noise.cpu(), to_uint8(images), labels.cpu()

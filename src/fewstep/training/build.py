@@ -145,6 +145,12 @@ def _build_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Teacher
             f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
             f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
         )
+    classes = max(1, teacher.denoiser.num_classes)
+    if int(pairs.labels.max()) >= classes:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "
+            f"{teacher.denoiser.num_classes} classes: prepare pairs with this teacher"
+        )
     return FreshAndPairedInputs(steps, pairs)
 
 

@@ -1,0 +1,189 @@
+"""A dry run says what a recipe would need, from shapes alone: no teacher, no pictures, no files."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.backbones.catalog import build_network_config, released_network_config
+from fewstep.backbones.discriminator import Discriminator
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.config import TrainSettings, load_settings, parse_settings
+from fewstep.diffusion.condition import Condition
+from fewstep.training import estimate
+from fewstep.training.estimate import describe_distillation, network_size
+from tests.test_cli import PRETRAIN_RECIPE, fewstep
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+IMAGENET = sorted(path.name for path in RECIPES.glob("imagenet64_*.toml"))
+
+
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder without teachers, pictures or runs; the test fails if something is left in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gib_in(lines: list[str], start: str) -> float:
+    (line,) = [line for line in lines if line.startswith(start)]
+    found = re.search(r"([0-9.]+) GiB", line)
+    assert found
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_dry_run_of_the_published_recipes(empty_place: Path, name: str) -> None:
+    answer = fewstep("train", RECIPES / name, "--dry-run")
+    assert (answer.code, answer.err) == (0, "")
+    settings = load_settings(TrainSettings, RECIPES / name)
+    assert f"optimizer.generator_lr = {settings.optimizer.generator_lr!r}\n" in answer.out
+    assert f"training.batch_size = {settings.training.batch_size}\n" in answer.out
+    assert f"run.folder = 'runs/{Path(name).stem}'\n" in answer.out
+    assert "network: 295.9 M parameters, 64x64x3, 1000 classes" in answer.out
+    assert ("; discriminator: " in answer.out) == (settings.losses.gan_discriminator_weight > 0)
+    assert f"published: {settings.expected}" in answer.out
+    assert "published: ImageNet-64 FID" in answer.out
+    assert gib_in(answer.out.splitlines(), "estimated peak") > 10
+    assert os.listdir(empty_place) == []
+
+
+def test_there_is_a_recipe_for_each_published_row() -> None:
+    assert IMAGENET == [
+        "imagenet64_dmd.toml", "imagenet64_dmd2.toml", "imagenet64_dmd2_gan.toml", "imagenet64_dmd2_gan_resumed.toml",
+    ]  # fmt: skip
+
+
+def test_overrides_reach_the_dry_run(empty_place: Path) -> None:
+    name = RECIPES / "imagenet64_dmd2.toml"
+    whole = fewstep("train", name, "--dry-run").out.splitlines()
+    tenth = fewstep("train", name, "--dry-run", "training.batch_size=28", "run.folder=elsewhere").out.splitlines()
+    assert "training.batch_size = 28" in tenth
+    assert "run.folder = 'elsewhere'" in tenth
+    states = "memory for weights"
+    assert gib_in(whole, states) == gib_in(tenth, states)
+    assert gib_in(whole, "estimated peak") > gib_in(tenth, "estimated peak")
+
+
+def test_dry_run_of_pretraining(empty_place: Path) -> None:
+    Path("mine.toml").write_text(PRETRAIN_RECIPE)
+    answer = fewstep("pretrain", "mine.toml", "--dry-run")
+    assert answer.code == 0
+    assert "network.name = 'tiny'" in answer.out
+    assert "network: 0.2 M parameters" in answer.out
+    assert os.listdir(empty_place) == ["mine.toml"]
+
+
+def test_dry_run_of_an_impossible_network(empty_place: Path) -> None:
+    Path("mine.toml").write_text(PRETRAIN_RECIPE)
+    answer = fewstep("pretrain", "mine.toml", "--dry-run", "network.img_resolution=18")
+    assert answer.code == 2
+    assert "network.img_resolution=18 must be a multiple of 4" in answer.err
+
+
+def test_shape_is_read_from_a_teacher_at_hand(teacher_folder: Path) -> None:
+    settings = parse_settings(TrainSettings, {"teacher": {"path": str(teacher_folder)}}, "test")
+    lines = describe_distillation(settings)
+    assert lines[0].endswith("M parameters, 16x16x1, 4 classes")
+
+
+def test_without_teacher_or_shape_the_memory_is_unknown() -> None:
+    (line,) = describe_distillation(TrainSettings())
+    assert line == "memory: unknown; set teacher.path or teacher.network to estimate it"
+
+
+# --- The counts
+
+
+def tiny_config(resolution: int = 16) -> EDMUNetConfig:
+    """The tiny network, with attention at its bottleneck only."""
+    config = build_network_config("tiny", img_resolution=resolution, img_channels=1, label_dim=4)
+    return replace(config, attn_resolutions=())
+
+
+def test_meta_count_equals_the_real_parameters() -> None:
+    real = EDMDenoiser(tiny_config())
+    size = network_size(tiny_config())
+    assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
+    head = Discriminator(real.bottleneck_shape)
+    assert size.head_parameters == sum(parameter.numel() for parameter in head.parameters())
+
+
+def test_released_imagenet_network_has_its_published_size() -> None:
+    with torch.device("meta"):
+        denoiser = EDMDenoiser(released_network_config("imagenet64-adm"))
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == pytest.approx(295.9e6, abs=0.05e6)
+
+
+def real_saved_bytes(denoiser: EDMDenoiser, want: str, size: int) -> int:
+    """Bytes autograd holds after a real forward on the CPU, parameters not counted."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    noisy = torch.randn(size, *denoiser.image_shape)
+    labels = Condition.from_labels(torch.arange(size) % 4, 4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        denoiser(noisy, torch.ones(size), labels, want)  # type: ignore[arg-type]
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def test_activations_are_those_of_a_real_forward() -> None:
+    """The growth from 4 to 8 samples, so that nothing of fixed size counts; attention's workspace may differ a little."""
+    denoiser = EDMDenoiser(tiny_config())
+    size = network_size(tiny_config())
+    for want, counted in (("x0", size.activation_bytes), ("bottleneck", size.encoder_activation_bytes)):
+        grown = (real_saved_bytes(denoiser, want, 8) - real_saved_bytes(denoiser, want, 4)) / 4
+        assert counted == pytest.approx(grown, rel=0.05)
+
+
+def test_activations_scale_with_the_picture() -> None:
+    small, large = network_size(tiny_config(16)), network_size(tiny_config(32))
+    assert small.parameters == large.parameters
+    assert large.activation_bytes == pytest.approx(4 * small.activation_bytes, rel=0.05)
+    assert 0.2 < small.encoder_activation_bytes / small.activation_bytes < 0.6
+    assert small.activation_bytes > 16 * 16 * 4 * 10
+
+
+def test_memory_of_states_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three networks, two moments for each trained weight, and an average where there is one."""
+    million = 2**30 // 4  # a GiB of float32 weights
+    monkeypatch.setattr(
+        estimate, "network_size", lambda config: estimate.NetworkSize(million, 2**28, 2**26, million)
+    )
+
+    def states(**changes: dict[str, object]) -> tuple[float, float]:
+        values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}, **changes}
+        lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+        return gib_in(lines, "memory for weights"), gib_in(lines, "memory for gradients")
+
+    gan = {"gan_generator_weight": 1e-3, "gan_discriminator_weight": 1e-2}
+    fp32 = {"precision": "fp32"}
+    assert states(compute=fp32) == (3 + 2 * 2, 2 + 1)
+    assert states() == (7, 1 + 1)  # bf16 halves the activations
+    assert states(compute=fp32, generator={"ema_half_life_images": 1.0}) == (8, 3)
+    assert states(compute=fp32, losses=gan) == (pytest.approx(3 + 3 * 2, abs=1.1), 2 + 2 * 0.5 + 1)
+
+
+def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter of the counted network lies on the meta device."""
+    seen: list[torch.device] = []
+    original = estimate._saved_bytes
+
+    def watch(denoiser: nn.Module, want: str) -> int:
+        seen.extend(parameter.device for parameter in denoiser.parameters())
+        return original(denoiser, want)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(estimate, "_saved_bytes", watch)
+    network_size(tiny_config())
+    assert seen
+    assert {device.type for device in seen} == {"meta"}
