@@ -27,7 +27,7 @@ from fewstep.preparation.features import accuracy, train_feature_network
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/fashion-mnist"
 NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
-NUM_SUBSET, NUM_TEACHER_IMAGES = 10_000, 5_000
+NUM_SUBSET, NUM_TEACHER_IMAGES = 7_000, 5_000
 
 
 def open_split(data: str, split: str) -> ImageDataset:

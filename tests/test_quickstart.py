@@ -77,11 +77,11 @@ def test_shipped_files_stay_small() -> None:
 
 @pytest.mark.slow
 def test_shipped_statistics_belong_to_the_shipped_pictures_and_features() -> None:
-    """The 10,000 shipped pictures, measured now, lie as close to the shipped statistics as a sixth of the set can."""
+    """The 7,000 shipped pictures, measured now, lie as close to the shipped statistics as a part of the set can."""
     settings = DataSettings(images=str(ASSETS / "train.parquet"), fit="pad")
     pictures = load_images(settings, resolution=32, channels=1, num_classes=10)
-    assert len(pictures) == 10_000
-    assert torch.bincount(pictures.labels).min() > 900
+    assert len(pictures) == 7_000
+    assert torch.bincount(pictures.labels).min() > 600
     found = FeatureStatistics.of(dataset_features(load_features("bundled:fashion-mnist"), pictures, 4000))
     shipped = FeatureStatistics.load(ASSETS / "reference_train.npz")
     assert shipped.num_images == 60_000

@@ -5,11 +5,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fewstep import __version__
 from fewstep.errors import UserError
 
+
+class Interrupted(BaseException):
+    """Ctrl-C inside a command, under a name that the argument parser does not swallow."""
+
+
+class Commands(TyperGroup):
+    """The command group, which lets `main` say what an interrupted user can do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distil a diffusion model into a generator that needs one to four steps.",
 )  # fmt: skip
@@ -28,11 +46,11 @@ Precision = Annotated[str, typer.Option(help="fp32 or bf16 inside the network")]
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     try:
-        app()
+        app(prog_name="fewstep")
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Interrupted:
         print("fewstep: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
@@ -113,7 +131,10 @@ def settings(
     kinds: dict[str, type[Tree]] = {"train": TrainSettings, "pretrain": PretrainSettings}
     if command not in kinds:
         raise UserError(f"settings of {command!r}? choose train or pretrain")
-    table = Table("setting", "default", "meaning")
+    table = Table()
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default")
+    table.add_column("meaning")
     for key, _, default, meaning in describe_settings(kinds[command]):
         table.add_row(key, default, meaning)
     Console().print(table)

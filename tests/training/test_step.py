@@ -305,7 +305,6 @@ def test_the_host_never_reads_a_value_of_the_device(step_indices: tuple[int, ...
         assert all(value.device.type == "meta" for value in metrics.values())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="NoiseSchedule.at and simulated_input copy the grid to the device in every call")
 @pytest.mark.usefixtures("clip_on_meta")
 def test_the_host_never_waits_for_a_copy() -> None:
     run = build_run(device="meta", make_optimizer=sgd)

@@ -37,7 +37,18 @@ class NoiseSchedule(ABC):
 
     def at(self, index: Tensor) -> Tensor:
         """Levels (B,) at integer grid indices (B,)."""
-        return self.grid.to(index.device)[index]
+        return self._grid_on(index.device)[index]
+
+    def expanded(self, index: int, batch_size: int, device: torch.device) -> Tensor:
+        """The level at one grid index for a whole batch, (B,)."""
+        return self._grid_on(device)[index].expand(batch_size)
+
+    def _grid_on(self, device: torch.device) -> Tensor:
+        """The grid, copied to a device once: a copy in every step would make the host wait."""
+        grids: dict[torch.device, Tensor] = self.__dict__.setdefault("_grids", {})
+        if device not in grids:
+            grids[device] = self.grid.to(device)
+        return grids[device]
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """alpha(level) x0 + sigma(level) noise."""

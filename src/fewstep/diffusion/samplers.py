@@ -61,7 +61,7 @@ def sample_heun(
 def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:
     """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, C, H, W)."""
     schedule = denoiser.noise_schedule
-    level = schedule.grid[index].to(noise.device).expand(len(noise))
+    level = schedule.expanded(index, len(noise), noise.device)
     return denoiser.denoise(schedule.initial(noise, level), level, condition)
 
 
@@ -86,6 +86,6 @@ def sample_few_steps(
     """
     x0 = generate(denoiser, noise, condition, steps.indices[0])
     for number, index in enumerate(steps.indices[1:], start=1):
-        level = denoiser.noise_schedule.grid[index].to(noise.device).expand(len(noise))
+        level = denoiser.noise_schedule.expanded(index, len(noise), noise.device)
         x0 = denoiser.denoise(denoiser.add_noise(x0, fresh_noise(number), level), level, condition)
     return x0

@@ -30,7 +30,7 @@ def simulated_input(
     chosen = draws.shared_integer("simulated_step", len(steps))
 
     def level(number: int) -> Tensor:
-        return schedule.grid[steps.indices[number]].to(device).expand(len(condition))
+        return schedule.expanded(steps.indices[number], len(condition), device)
 
     noisy = schedule.initial(draws.normal(_NOISES[0], generator.image_shape), level(0))
     for number in range(chosen):

@@ -123,7 +123,7 @@ class DistillationJob:
         return Condition.from_labels(torch.arange(count, device=self.device) % max(1, classes), classes)
 
     def _estimate(self, network: Denoiser, x0: Tensor, condition: Condition, index: int) -> Tensor:
-        level = network.noise_schedule.grid[index].to(self.device).expand(len(x0))
+        level = network.noise_schedule.expanded(index, len(x0), self.device)
         noise = Draws.of_batch(0, index, len(x0), self.device).normal("diagnostic_noise", network.image_shape)
         return network.denoise(network.add_noise(x0, noise, level), level, condition).clamp(-1, 1)
 

@@ -72,8 +72,8 @@ class RunLog:
                 if not np.isfinite(value):
                     raise NonFiniteError(
                         f"{name} became {value} at step {int(line['step'])}: the run stopped and the last good "
-                        f"checkpoint in {self.folder / 'checkpoints'} is kept. Lower the learning rate or the loss "
-                        "weights, or set compute.precision=fp32, and repeat the command"
+                        f"checkpoint in {self.folder / 'checkpoints'} is kept. Lower the learning rates "
+                        "(optimizer.*), or set compute.precision=fp32, and repeat the command to continue from it"
                     )
         return lines[-1]
 

@@ -85,7 +85,7 @@ def run_job(
 
     with _progress(console) as bar:
         task = bar.add_task(job.phase, total=1.0, rate="")
-        rate = Rate(training.batch_size)
+        rate = Rate(training.batch_size, elapsed)
         while step < training.num_steps and not (limit_seconds and clock.seconds() >= limit_seconds):
             progress = max(step / training.num_steps, clock.seconds() / limit_seconds if limit_seconds else 0.0)
             metrics = job.step(step, progress)
@@ -132,7 +132,8 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
 def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -> None:
     """Write the resolved settings into a new run folder, or check that an existing one has the same.
 
-    The number of steps, the time limit, the device and `run.*` may change between sessions of one run.
+    The number of steps, the time limit, `optimizer.*`, `compute.*` and `run.*` may change between sessions of one run;
+    bit-identical continuation is promised when they do not.
 
     Raises:
         UserError: the folder holds a run of other settings (they are named) or cannot be written.
@@ -146,7 +147,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
                 f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
             ) from None
         before, now = flatten_settings(earlier), flatten_settings(settings)
-        free = ("run.", "training.num_steps", "training.time_limit_minutes", "compute.device", "expected")
+        free = ("run.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes", "expected")
         changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]
         if changed:
             pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
@@ -175,8 +176,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Rate:
     """Images a second over the last steps."""
 
-    def __init__(self, batch_size: int, window: int = 20) -> None:
-        self.batch_size, self.window, self._times = batch_size, window, [0.0]
+    def __init__(self, batch_size: int, start_seconds: float = 0.0, window: int = 20) -> None:
+        self.batch_size, self.window, self._times = batch_size, window, [start_seconds]
         self.images_per_second = 0.0
 
     def count(self, seconds: float) -> None:

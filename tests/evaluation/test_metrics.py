@@ -1,0 +1,316 @@
+"""Frechet distance and precision and recall against their definitions, and the file they are computed from."""
+
+import gc
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+
+
+def gaussian(mean: Any, covariance: Any) -> FeatureStatistics:
+    return FeatureStatistics(torch.as_tensor(mean).double(), torch.as_tensor(covariance).double(), 10)
+
+
+def random_features(rows: int, features: int, seed: int) -> Tensor:
+    """Correlated features of very different scales, as networks give them."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    mixed = mixed @ torch.randn(features, features, generator=generator, dtype=torch.float64)
+    return mixed * torch.logspace(-2, 1, features, dtype=torch.float64) + torch.rand(features, generator=generator) * 3
+
+
+def distance_by_definition(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) with scipy's matrix root."""
+    root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy())
+    mean = ((a.mean - b.mean) ** 2).sum().item()
+    return mean + float(np.trace(a.covariance.numpy() + b.covariance.numpy() - 2 * np.real(root)))
+
+
+# --- Statistics
+
+
+def test_statistics_of_features() -> None:
+    features = random_features(50, 6, seed=0)
+    found = FeatureStatistics.of(features.float())
+    assert (found.mean.dtype, found.covariance.dtype, found.num_images) == (torch.float64, torch.float64, 50)
+    wide = features.float().double().numpy()
+    np.testing.assert_allclose(found.mean.numpy(), wide.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance.numpy(), np.cov(wide, rowvar=False), rtol=1e-10)
+
+
+def test_statistics_are_summed_in_float64() -> None:
+    """In float32 the mean of many large values would be off."""
+    features = torch.full((100_000, 2), 1000.1)
+    features[::2] += 0.5
+    expected = float(features[0, 0].double() + features[1, 0].double()) / 2
+    assert FeatureStatistics.of(features).mean.tolist() == pytest.approx([expected] * 2, rel=1e-12)
+
+
+# --- Frechet distance
+
+
+@pytest.mark.parametrize("features", [1, 2, 7, 32, 100])
+def test_agrees_with_the_definition(features: int) -> None:
+    a = FeatureStatistics.of(random_features(4 * features + 10, features, seed=1))
+    b = FeatureStatistics.of(random_features(5 * features + 10, features, seed=2))
+    a, b = (gaussian(s.mean, s.covariance.reshape(features, features)) for s in (a, b))
+    assert frechet_distance(a, b) == pytest.approx(distance_by_definition(a, b), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 10, 20])
+def test_agrees_with_the_exact_value_for_few_images(rows: int) -> None:
+    """Fewer images than features: the covariances are singular, as for 2,048 features of 1,000 images.
+
+    With S = X^T X / (n - 1) the trace of the root is the sum of the singular values of X Y^T, without any root.
+    """
+    x, y = random_features(rows, 24, seed=3), random_features(rows + 2, 24, seed=4)
+    a, b = FeatureStatistics.of(x), FeatureStatistics.of(y)
+    centred_x, centred_y = (x - x.mean(0)) / (rows - 1) ** 0.5, (y - y.mean(0)) / (rows + 1) ** 0.5
+    root = torch.linalg.svdvals(centred_x @ centred_y.T).sum()
+    traces = (centred_x**2).sum() + (centred_y**2).sum()
+    expected = float(((x.mean(0) - y.mean(0)) ** 2).sum() + traces - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="S_a^(1/2) S_b S_a^(1/2) squares the condition number; svdvals of the roots' product is exact"
+)
+def test_agrees_with_the_exact_value_where_sets_are_nearly_alike() -> None:
+    """A distance far below the variances must not drown in rounding."""
+    x = random_features(200, 64, seed=5)
+    a, b = FeatureStatistics.of(x), FeatureStatistics.of(x * 1.001)
+    spread = float(a.covariance.trace())
+    expected = float((0.001 * a.mean).square().sum()) + spread * (1 + 1.001**2 - 2 * 1.001)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_diagonal_gaussians_in_closed_form() -> None:
+    """sum (m - n)^2 + (s - t)^2 for standard deviations s, t."""
+    m, n, s, t = (torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(4))
+    expected = float(((m - n) ** 2 + (s - t) ** 2).sum())
+    assert frechet_distance(gaussian(m, (s**2).diag()), gaussian(n, (t**2).diag())) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_feature_in_closed_form() -> None:
+    assert frechet_distance(gaussian([1.0], [[4.0]]), gaussian([4.0], [[25.0]])) == pytest.approx(9 + 9)
+
+
+def test_points_are_as_far_apart_as_their_means() -> None:
+    zero = torch.zeros(3, 3)
+    assert frechet_distance(gaussian([0.0, 0, 0], zero), gaussian([1.0, 2, 2], zero)) == pytest.approx(9)
+
+
+@pytest.mark.parametrize("rows", [10, 200])
+def test_is_symmetric(rows: int) -> None:
+    a = FeatureStatistics.of(random_features(rows, 20, seed=5))
+    b = FeatureStatistics.of(random_features(rows, 20, seed=6))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [10, 200])
+def test_is_zero_for_identical_sets(rows: int) -> None:
+    a = FeatureStatistics.of(random_features(rows, 20, seed=7))
+    assert abs(frechet_distance(a, a)) < 1e-6 * float(a.covariance.trace())
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="S_a^(1/2) S_b S_a^(1/2) squares the condition number; svdvals of the roots' product is exact"
+)
+def test_grows_with_the_shift() -> None:
+    """Moving every feature by d adds exactly 20 d^2."""
+    a = FeatureStatistics.of(random_features(100, 20, seed=8))
+    for shift in (0.5, 2.0):
+        moved = gaussian(a.mean + shift, a.covariance)
+        assert frechet_distance(a, moved) == pytest.approx(20 * shift**2, rel=1e-6)
+
+
+def test_statistics_of_different_networks() -> None:
+    with pytest.raises(UserError, match="2 and 3 features: they come from different feature networks"):
+        frechet_distance(gaussian(torch.zeros(2), torch.eye(2)), gaussian(torch.zeros(3), torch.eye(3)))
+
+
+# --- The reference file
+
+
+def test_npz_round_trip(tmp_path: Path) -> None:
+    saved = FeatureStatistics.of(random_features(30, 8, seed=9))
+    saved.save(tmp_path / "reference.npz")
+    loaded = FeatureStatistics.load(tmp_path / "reference.npz")
+    assert torch.equal(loaded.mean, saved.mean)
+    assert torch.equal(loaded.covariance, saved.covariance)
+    assert loaded.num_images == 30
+    with np.load(tmp_path / "reference.npz", allow_pickle=False) as file:
+        assert (file["mu"].shape, file["sigma"].shape, file["mu"].dtype) == ((8,), (8, 8), np.float64)
+
+
+def test_reference_of_other_tools(tmp_path: Path) -> None:
+    """Only mu and sigma, perhaps in float32; how many images there were is not known."""
+    np.savez(tmp_path / "other.npz", mu=np.ones(2, np.float32), sigma=np.eye(2, dtype=np.float32))
+    loaded = FeatureStatistics.load(tmp_path / "other.npz")
+    assert (loaded.mean.dtype, loaded.covariance.dtype, loaded.num_images) == (torch.float64, torch.float64, 0)
+
+
+def write_npz(**arrays: Any) -> Any:
+    return lambda path: np.savez(path, **arrays)
+
+
+def test_pickled_objects_are_refused_and_not_executed(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Marker:
+        def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+            return Path.touch, (marker,)
+
+    pickle.loads(pickle.dumps(Marker()))
+    assert marker.exists()  # the trap works
+    marker.unlink()
+    np.savez(tmp_path / "trap.npz", mu=np.array([Marker()], dtype=object), sigma=np.eye(1))
+    (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Marker()))
+    for name in ("trap.npz", "trap.pkl"):
+        with pytest.raises(UserError, match=rf"{name} is no feature reference \(\.npz with mu and sigma\)"):
+            FeatureStatistics.load(tmp_path / name)
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda path: None, id="missing"),
+        pytest.param(lambda path: path.mkdir(), id="folder"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_text("mu, sigma\n1, 2\n"), id="text"),
+        pytest.param(write_npz(mu=np.zeros(2)), id="without sigma"),
+        pytest.param(write_npz(mean=np.zeros(2), cov=np.eye(2)), id="other names"),
+    ],
+)
+def test_what_is_no_reference(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "reference.npz"
+    write(path)
+    with pytest.raises(UserError, match=r"reference\.npz is no feature reference \(\.npz with mu and sigma\)"):
+        FeatureStatistics.load(path)
+
+
+def truncated_npz(path: Path) -> None:
+    np.savez(path, mu=np.zeros(200), sigma=np.eye(200))
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def save_npy(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def truncated_npz(path: Path) -> None:
+    np.savez(path, mu=np.zeros(200), sigma=np.eye(200))
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="BadZipFile and TypeError are not turned into UserError")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(truncated_npz, id="truncated"),
+        pytest.param(save_npy, id="npy"),
+        pytest.param(write_npz(mu=np.array(["a"]), sigma=np.eye(1)), id="words"),
+    ],
+)
+def test_what_is_no_reference_either(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "reference.npz"
+    write(path)
+    kind, message = "", ""
+    try:
+        FeatureStatistics.load(path)
+    except Exception as error:
+        kind, message = type(error).__name__, str(error)
+    gc.collect()  # numpy forgets to close a file that it cannot read
+    assert (kind, message[: len(str(path))]) == ("UserError", str(path))
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [((3,), (2, 2)), ((2,), (2, 3)), ((2, 2), (2, 2)), ((2,), (2,))])
+def test_shapes_that_do_not_fit(tmp_path: Path, mu: tuple[int, ...], sigma: tuple[int, ...]) -> None:
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(mu), sigma=np.zeros(sigma))
+    with pytest.raises(UserError, match="they do not fit"):
+        FeatureStatistics.load(tmp_path / "reference.npz")
+
+
+# --- Precision and recall
+
+
+def by_brute_force(real: Tensor, generated: Tensor, k: int) -> tuple[float, float]:
+    """Loops over pairs of points, as the definition reads."""
+
+    def far(a: Tensor, b: Tensor) -> float:
+        return float(((a - b) ** 2).sum().sqrt())
+
+    def share(points: Tensor, centres: Tensor) -> float:
+        radii = [sorted(far(c, o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)]
+        inside = [any(far(p, c) <= radius for c, radius in zip(centres, radii, strict=True)) for p in points]
+        return sum(inside) / len(inside)
+
+    return share(generated, real), share(real, generated)
+
+
+@pytest.mark.parametrize(("k", "block"), [(1, 1024), (3, 1024), (3, 7), (5, 1)])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+def test_agrees_with_brute_force(k: int, block: int, shift: float) -> None:
+    generator = torch.Generator().manual_seed(10)
+    real = torch.randn(30, 4, generator=generator)
+    generated = torch.randn(23, 4, generator=generator) * 0.6 + shift
+    expected = by_brute_force(real, generated, k)
+    assert precision_recall(real, generated, neighbours=k, block=block) == pytest.approx(expected)
+    if shift == 1.0:
+        assert 0 < expected[0] < 1  # neither all nor nothing
+        assert 0 < expected[1] < 1
+
+
+def line(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def test_points_on_a_line() -> None:
+    """Real 0..4 with k = 1 have radius 1; of the generated points 4.5 and 0.5 lie inside, 7 and 9 do not."""
+    precision, recall = precision_recall(line(0, 1, 2, 3, 4), line(0.5, 4.5, 7, 9), neighbours=1)
+    # radii of the generated: 4 (0.5 to 4.5), 2.5, 2, 2: reach -3.5..4.5, 2..7, 5..9, 7..11
+    assert (precision, recall) == (0.5, 1.0)
+
+
+def test_mode_collapse_keeps_precision_and_loses_recall() -> None:
+    real = line(*(10.0 * number for number in range(10)))
+    generated = line(*(10.0 + 0.01 * number for number in range(5)))
+    assert precision_recall(real, generated, neighbours=3) == (1.0, pytest.approx(0.1))
+
+
+def test_identical_and_distant_sets() -> None:
+    points = torch.randn(20, 3, generator=torch.Generator().manual_seed(11))
+    assert precision_recall(points, points.clone()) == (1.0, 1.0)
+    assert precision_recall(points, points + 100) == (0.0, 0.0)
+
+
+def test_swapping_the_sets_swaps_the_figures() -> None:
+    generator = torch.Generator().manual_seed(12)
+    a, b = torch.randn(40, 3, generator=generator), torch.randn(40, 3, generator=generator) * 0.5
+    assert precision_recall(a, b) == precision_recall(b, a)[::-1]
+
+
+def test_a_point_on_the_border_is_inside() -> None:
+    assert precision_recall(line(0, 1, 2), line(3, 13, 23), neighbours=1)[0] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("real", "generated"), list(itertools.product([2, 3, 4], [2, 3, 4])))
+def test_too_few_images(real: int, generated: int) -> None:
+    sets = torch.randn(real, 2), torch.randn(generated, 2)
+    if min(real, generated) > 3:
+        precision_recall(*sets, neighbours=3)
+        return
+    with pytest.raises(UserError, match=f"need more than 3 images, there are {real if real <= 3 else generated}"):
+        precision_recall(*sets, neighbours=3)

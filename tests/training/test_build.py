@@ -1,0 +1,365 @@
+"""From settings to networks, terms and inputs; and runs that start from earlier ones or from stored pairs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.catalog import build_network_config, released_network_config
+from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.perceptual import pixel_distance
+from fewstep.config import TrainSettings, parse_settings
+from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs
+from fewstep.distillation.roles import Roles, build_roles
+from fewstep.distillation.terms import (
+    DiscriminatorAdversarial,
+    DistributionMatching,
+    FakeScoreDenoising,
+    GeneratorAdversarial,
+    Regression,
+)
+from fewstep.errors import UserError
+from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.generator import Teacher, load_generator, load_teacher
+from fewstep.preparation.pairs import prepare_pairs
+from fewstep.training.build import (
+    build_distillation,
+    build_real_batches,
+    build_step_schedule,
+    check_network,
+    open_teacher,
+    start_roles,
+)
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.run import train
+from tests.conftest import tiny_denoiser, write_pictures
+from tests.training.helpers import tiny_train_settings
+
+NO_GAN = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder: Path) -> Teacher:
+    return load_teacher(teacher_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    return prepare_pairs(teacher, "teacher", folder, num_pairs=6, seed=11, num_steps=3, shard_size=4)
+
+
+@pytest.fixture(scope="module")
+def earlier_run(
+    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Two steps with GAN, so that generator, fake score and head have all moved."""
+    pictures = write_pictures(tmp_path_factory.mktemp("pictures"))
+    folder = tmp_path_factory.mktemp("runs") / "earlier"
+    train(tiny_train_settings(teacher_folder, pictures, folder, training={"num_steps": 2, "generator_every": 1}))
+    return folder
+
+
+def settings_of(**sections: dict[str, Any]) -> TrainSettings:
+    return parse_settings(TrainSettings, sections, "test")
+
+
+def assert_same_weights(module: nn.Module, tensors: dict[str, Tensor], name: str = "") -> None:
+    own = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+    assert own.keys() == module.state_dict().keys()
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, own[key]), key
+
+
+def differ(a: nn.Module, b: nn.Module) -> bool:
+    return any(not torch.equal(a.state_dict()[key], value) for key, value in b.state_dict().items())
+
+
+# --- Terms and inputs
+
+
+@pytest.mark.parametrize(
+    ("losses", "generator_terms", "fake_score_terms"),
+    [
+        ({}, [DistributionMatching], [FakeScoreDenoising]),
+        ({"gan_generator_weight": 3e-3, "gan_discriminator_weight": 1e-2},
+         [DistributionMatching, GeneratorAdversarial], [FakeScoreDenoising, DiscriminatorAdversarial]),
+        ({"gan_discriminator_weight": 1e-2}, [DistributionMatching], [FakeScoreDenoising, DiscriminatorAdversarial]),
+        ({"distribution_matching_weight": 0.0, "gan_generator_weight": 1.0, "gan_discriminator_weight": 1.0},
+         [GeneratorAdversarial], [FakeScoreDenoising, DiscriminatorAdversarial]),
+    ],
+)  # fmt: skip
+def test_weights_choose_the_terms(
+    teacher: Teacher, losses: dict[str, float], generator_terms: list[type], fake_score_terms: list[type]
+) -> None:
+    run = build_distillation(settings_of(losses=losses), teacher)
+    assert [type(term) for term in run.generator_terms] == generator_terms
+    assert [type(term) for term in run.fake_score_terms] == fake_score_terms
+    assert (run.roles.discriminator is not None) == (losses.get("gan_discriminator_weight", 0) > 0)
+    assert isinstance(run.inputs, FreshInputs)
+
+
+def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder: Path) -> None:
+    run = build_distillation(
+        settings_of(
+            teacher={"guidance_scale": 1.5},
+            data={"pairs": str(pairs_folder)},
+            losses={
+                "distribution_matching_weight": 0.7, "min_level_index": 5, "max_level_index": 900,
+                "gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3, "regression_weight": 0.25,
+            },
+            optimizer={"generator_lr": 1e-4, "fake_score_lr": 3e-4, "max_grad_norm": 2.0, "betas": [0.5, 0.6]},
+            training={"generator_every": 7},
+        ),
+        teacher,
+    )  # fmt: skip
+    matching, adversarial, regression = run.generator_terms
+    assert isinstance(matching, DistributionMatching)
+    assert isinstance(regression, Regression)
+    assert (matching.weight, adversarial.weight, regression.weight) == (0.7, 0.2, 0.25)
+    assert (matching.guidance_scale, matching.min_index, matching.max_index) == (1.5, 5, 900)
+    assert (matching.teacher, matching.fake_score) == (run.roles.teacher, run.roles.fake_score)
+    assert regression.distance is pixel_distance
+    assert [term.weight for term in run.fake_score_terms] == [1.0, 0.3]
+    assert (run.generator_every, run.max_grad_norm) == (7, 2.0)
+    assert isinstance(run.inputs, FreshAndPairedInputs)
+    assert len(run.inputs.pairs) == 6
+    for optimizer, lr, modules in (
+        (run.generator_optimizer, 1e-4, [run.roles.generator]),
+        (run.fake_score_optimizer, 3e-4, [run.roles.fake_score, run.roles.discriminator]),
+    ):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (lr, (0.5, 0.6))
+        expected = [id(parameter) for module in modules for parameter in module.parameters()]  # type: ignore[union-attr]
+        assert [id(parameter) for parameter in group["params"]] == expected
+
+
+def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
+    roles = build_distillation(settings_of(), teacher).roles
+    assert roles.teacher is teacher.denoiser
+    for network in (roles.generator, roles.fake_score):
+        assert_same_weights(network, teacher.denoiser.state_dict())
+        assert all(parameter.requires_grad for parameter in network.parameters())
+        assert not network.training  # distillation has no dropout
+    storages = {p.data_ptr() for network in (roles.teacher, roles.generator, roles.fake_score) for p in network.parameters()}
+    assert len(storages) == 3 * len(list(teacher.denoiser.parameters()))
+    assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
+
+
+def test_head_start_follows_the_seed(teacher: Teacher) -> None:
+    gan = {"gan_discriminator_weight": 1e-2}
+    heads = [
+        build_distillation(settings_of(losses=gan, training={"seed": seed}), teacher).roles.discriminator
+        for seed in (1, 1, 2)
+    ]
+    assert not differ(heads[0], heads[1])  # type: ignore[arg-type]
+    assert differ(heads[0], heads[2])  # type: ignore[arg-type]
+
+
+def test_pictures_are_read_only_where_a_term_needs_them(teacher: Teacher) -> None:
+    """Without GAN no pictures are needed at all."""
+    assert build_real_batches(settings_of(), teacher) is None
+    with pytest.raises(UserError, match=r"data\.images is not set"):
+        build_real_batches(settings_of(losses={"gan_discriminator_weight": 1e-2}), teacher)
+
+
+def test_step_indices_travel_with_the_run(teacher: Teacher) -> None:
+    settings = settings_of(generator={"step_indices": [999, 749, 499, 249]})
+    assert build_step_schedule(settings).indices == (999, 749, 499, 249)
+    inputs = build_distillation(settings, teacher).inputs
+    assert isinstance(inputs, FreshInputs)
+    assert inputs.steps.indices == (999, 749, 499, 249)
+
+
+# --- Starting from an earlier run
+
+
+def roles_like(teacher: Teacher, with_discriminator: bool = True) -> Roles:
+    torch.manual_seed(99)
+    return build_roles(teacher.denoiser, with_discriminator)
+
+
+def test_start_from_a_run_folder(teacher: Teacher, earlier_run: Path) -> None:
+    roles = roles_like(teacher)
+    start_roles(roles, earlier_run)
+    tensors, _ = read_checkpoint(list_checkpoints(earlier_run / "checkpoints")[-1])
+    assert roles.discriminator is not None
+    assert_same_weights(roles.generator, tensors, "generator.")
+    assert_same_weights(roles.fake_score, tensors, "fake_score.")
+    assert_same_weights(roles.discriminator, tensors, "discriminator.")
+    assert differ(roles.generator, teacher.denoiser)
+    assert differ(roles.fake_score, teacher.denoiser)
+    assert_same_weights(roles.teacher, load_teacher_weights(teacher))
+
+
+def load_teacher_weights(teacher: Teacher) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
+
+
+def test_start_without_head_from_a_run_with_one(teacher: Teacher, earlier_run: Path) -> None:
+    roles = roles_like(teacher, with_discriminator=False)
+    start_roles(roles, earlier_run)
+    assert roles.discriminator is None
+    assert differ(roles.generator, teacher.denoiser)
+
+
+def test_start_with_gan_from_a_run_without(teacher_folder: Path, teacher: Teacher, tmp_path: Path) -> None:
+    """The published second phase: the GAN joins a run that had none, its head starts at random."""
+    settings = tiny_train_settings(
+        teacher_folder, tmp_path, tmp_path / "first", losses=NO_GAN, data={"images": ""},
+        training={"num_steps": 1, "generator_every": 1},
+    )  # fmt: skip
+    train(settings)
+    roles, untouched = roles_like(teacher), roles_like(teacher)
+    start_roles(roles, tmp_path / "first")
+    assert differ(roles.generator, teacher.denoiser)
+    assert differ(roles.fake_score, teacher.denoiser)
+    assert roles.discriminator is not None
+    assert untouched.discriminator is not None
+    assert not differ(roles.discriminator, untouched.discriminator)
+
+
+def test_start_from_an_exported_generator(teacher: Teacher, earlier_run: Path) -> None:
+    """Only the generator is there; the fake score starts as the teacher."""
+    roles = roles_like(teacher)
+    start_roles(roles, earlier_run / "generator")
+    exported = load_generator(earlier_run / "generator", device="cpu").denoiser
+    assert_same_weights(roles.generator, exported.state_dict())
+    assert not differ(roles.fake_score, teacher.denoiser)
+    assert all(parameter.requires_grad for parameter in roles.generator.parameters())
+
+
+def test_a_run_starts_from_the_one_before(
+    teacher_folder: Path, pictures: Path, tmp_path: Path, earlier_run: Path
+) -> None:
+    """Through the settings: one step at a rate of almost nothing leaves the earlier weights in place."""
+    settings = tiny_train_settings(
+        teacher_folder, pictures, tmp_path / "second", generator={"start_from": str(earlier_run)},
+        optimizer={"generator_lr": 1e-12, "fake_score_lr": 1e-12}, training={"num_steps": 1},
+    )  # fmt: skip
+    train(settings)
+    earlier, _ = read_checkpoint(list_checkpoints(earlier_run / "checkpoints")[-1])
+    now, _ = read_checkpoint(list_checkpoints(tmp_path / "second/checkpoints")[-1])
+    for name in earlier:
+        if name.startswith(("generator.", "fake_score.", "discriminator.")):
+            assert torch.allclose(now[name], earlier[name], atol=1e-9), name
+
+
+def test_start_from_another_network(teacher: Teacher, tmp_path: Path) -> None:
+    narrow = tiny_denoiser(num_classes=0)
+    write_model_folder(tmp_path / "narrow", narrow.describe(), narrow.state_dict(), ModelCard("generator", (999,)))
+    with pytest.raises(UserError, match=r"generator\.start_from=.*narrow is another network than the teacher"):
+        start_roles(roles_like(teacher), tmp_path / "narrow")
+
+
+def test_start_from_a_run_of_another_network(teacher_folder: Path, earlier_run: Path) -> None:
+    colour = tiny_denoiser(channels=3)
+    roles = build_roles(colour, with_discriminator=False)
+    with pytest.raises(UserError, match="the checkpoint's generator is another network") as error:
+        start_roles(roles, earlier_run)
+    assert "\n" not in str(error.value)
+
+
+def test_start_from_nothing(teacher: Teacher, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        start_roles(roles_like(teacher), tmp_path / "nowhere")
+
+
+def test_start_from_a_teacher(teacher: Teacher, teacher_folder: Path) -> None:
+    with pytest.raises(UserError, match="is a teacher without a step schedule"):
+        start_roles(roles_like(teacher), teacher_folder)
+
+
+# --- The teacher a recipe was written for
+
+
+def test_teacher_of_another_shape_than_the_recipe(teacher_folder: Path) -> None:
+    settings = settings_of(
+        teacher={"path": str(teacher_folder), "network": "imagenet64-adm"}, compute={"device": "cpu"}
+    )
+    with pytest.raises(UserError) as error:
+        open_teacher(settings)
+    message = str(error.value)
+    assert f"teacher.path={teacher_folder} is no imagenet64-adm (teacher.network)" in message
+    assert "set teacher.network='' to use it all the same" in message
+
+
+def test_unknown_teacher_network(teacher_folder: Path) -> None:
+    settings = settings_of(teacher={"path": str(teacher_folder), "network": "imagenet-adm"}, compute={"device": "cpu"})
+    with pytest.raises(UserError, match=r"teacher\.network='imagenet-adm' is no released network; choose one of .*imagenet64-adm"):
+        open_teacher(settings)
+
+
+def test_the_right_teacher_is_accepted_whatever_its_dropout() -> None:
+    """Released teachers carry the dropout they were trained with; distillation has none."""
+    with torch.device("meta"):
+        denoiser = EDMDenoiser(released_network_config("cifar10-ddpmpp"))
+        wider = EDMDenoiser(build_network_config("ffhq64-ddpmpp", img_resolution=64, img_channels=3, label_dim=10))
+    settings = settings_of(teacher={"path": "x", "network": "cifar10-ddpmpp"})
+    check_network(Teacher(denoiser, ModelCard("teacher")), settings)
+    with pytest.raises(UserError, match="is no cifar10-ddpmpp"):
+        check_network(Teacher(wider, ModelCard("teacher")), settings)
+
+
+def test_no_teacher() -> None:
+    with pytest.raises(UserError, match=r"teacher\.path is not set"):
+        open_teacher(settings_of())
+
+
+# --- DMD with regression, from the pairs to the generator
+
+
+def test_dmd_with_regression_end_to_end(teacher_folder: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dmd"
+    settings = tiny_train_settings(
+        teacher_folder, tmp_path, folder, data={"images": "", "pairs": str(pairs_folder)},
+        losses={**NO_GAN, "regression_weight": 0.25}, training={"num_steps": 3, "generator_every": 1},
+    )  # fmt: skip
+    result = train(settings)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "regression_loss" in line]
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    for line in steps:
+        assert line["regression_loss"] > 0
+        assert line["regression_norm_at_x0"] > 0
+        assert "generator_grad_norm" in line
+        assert "gan_generator_loss" not in line
+    assert load_generator(result).card.step_indices == (999,)
+
+
+def test_regression_brings_the_generator_to_the_stored_images(
+    teacher_folder: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    """Alone and long enough, it reproduces the teacher's images from their noises better than at the start."""
+    settings = tiny_train_settings(
+        teacher_folder, tmp_path, tmp_path / "dmd", data={"images": "", "pairs": str(pairs_folder)},
+        losses={**NO_GAN, "regression_weight": 1.0, "distribution_matching_weight": 0.0},
+        generator={"ema_half_life_images": 0.0}, optimizer={"generator_lr": 2e-3},
+        training={"num_steps": 25, "generator_every": 1}, run={"sample_every": 1000, "checkpoint_every": 1000},
+    )  # fmt: skip
+    train(settings)
+    lines = [json.loads(line) for line in (tmp_path / "dmd/metrics.jsonl").read_text().splitlines()]
+    losses = [line["regression_loss"] for line in lines if "regression_loss" in line]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_regression_without_pairs(teacher: Teacher) -> None:
+    with pytest.raises(UserError, match=r"losses\.regression_weight needs data\.pairs"):
+        build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher)
+
+
+def test_pairs_of_another_shape(pairs_folder: Path) -> None:
+    other = Teacher(tiny_denoiser(resolution=32), ModelCard("teacher"))
+    settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
+    with pytest.raises(UserError, match=r"data\.pairs=.* holds images of shape \(1, 16, 16\), the teacher makes \(1, 32, 32\)"):
+        build_distillation(settings, other)
+
+
+def test_pairs_of_a_teacher_with_more_classes(pairs_folder: Path) -> None:
+    other = Teacher(tiny_denoiser(num_classes=2), ModelCard("teacher"))
+    settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
+    with pytest.raises(UserError, match=r"data\.pairs=.* holds labels up to 3, the teacher has 2 classes"):
+        build_distillation(settings, other)
