@@ -115,7 +115,9 @@ def features_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_is_fast_and_leaves_torch_alone() -> None:
     """Under 2 seconds of this machine's time, whatever else it is doing."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    script = "import sys; from fewstep.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    script = (
+        "import sys; from fewstep.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
@@ -126,7 +128,17 @@ def test_help_is_fast_and_leaves_torch_alone() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["quickstart", "pretrain", "train", "settings", "sample", "evaluate", "prepare pairs", "prepare features", "prepare statistics"],
+    [
+        "quickstart",
+        "pretrain",
+        "train",
+        "settings",
+        "sample",
+        "evaluate",
+        "prepare pairs",
+        "prepare features",
+        "prepare statistics",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     answer = fewstep(*command.split(), "--help")
@@ -301,9 +313,7 @@ def test_evaluate_against_statistics(
     assert other["frechet_distance"] != pytest.approx(found["frechet_distance"], rel=1e-4)
 
 
-def test_evaluate_against_pictures(
-    teacher_folder: Path, features_folder: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_evaluate_against_pictures(teacher_folder: Path, features_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Real pictures give the reference, and precision and recall with it."""
     figure = tmp_path / "figure.json"
     answer = evaluate(

@@ -202,7 +202,10 @@ def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32
 
 def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
     """Eval mode, on the device, with its compute precision set."""
-    denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise UserError(f"precision={precision!r}: choose fp32 or bf16")
+    denoiser.compute_dtype = dtypes[precision]
     return denoiser.to(choose_device(device)).eval()
 
 
@@ -214,8 +217,12 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"compute.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"compute.device={name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"compute.device={name!r}: this machine has no usable CUDA device; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"compute.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -250,6 +257,8 @@ def _load_pickle(path: Path) -> tuple[Denoiser, ModelCard]:
     if path.suffix != ".pkl":
         raise UserError(f"{path} is neither a model folder nor an EDM .pkl")
     pickle = read_edm_pickle(path)
+    if pickle.class_name != "EDMPrecond":
+        raise UserError(f"{path} holds a {pickle.class_name}; only EDM's own preconditioning (EDMPrecond) is supported")
     description = describe_edm_arguments(pickle.init_kwargs)
     return _with_weights(description, pickle.state_dict, str(path)), ModelCard(role="teacher")
 

@@ -19,7 +19,7 @@ from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocols import Measurement, measure_model
 from fewstep.evaluation.report import CurvePoint, Report, write_report
 from fewstep.formats.atomic import replaced_file
-from fewstep.formats.pixels import save_grid
+from fewstep.formats.pixels import save_grid, save_side_by_side
 from fewstep.generator import BUNDLED, Generator, Teacher, bundled_path, load_generator
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
@@ -103,7 +103,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     teacher_figure = _teacher_measurement(teacher)
     claim_run_folder(settings, folder)
     job = DistillationJob(settings, teacher)
-    curve = QualityCurve(job, network, reference, max(5.0, minutes * 60 / 10), folder / "curve.json", console)
+    curve = QualityCurve(job, network, reference, max(3.0, minutes * 60 / 10), folder / "curve.json", console)
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
     exported = run_job(job, settings, folder, observers=(curve,), console=console)
     generator = load_generator(exported, precision=settings.compute.precision)
@@ -142,6 +142,7 @@ def _build_report(
     generator_images = generator.sample(GRID_IMAGES, batch_size=GRID_IMAGES)
     save_grid(folder / "teacher.png", teacher_images, GRID_COLUMNS)
     save_grid(folder / "generator.png", generator_images, GRID_COLUMNS)
+    save_side_by_side(folder / "side_by_side.png", teacher_images, generator_images, GRID_COLUMNS)
     return Report(
         title="One step instead of 35: Fashion-MNIST, distilled on this machine",
         teacher_images=teacher_images, generator_images=generator_images, columns=GRID_COLUMNS,

@@ -125,8 +125,8 @@ def test_a_failing_save_leaves_the_network_before(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*net: .*No space left"):
-        patch.setattr("fewstep.evaluation.features.save_file", full)
+    monkeypatch.setattr("fewstep.evaluation.features.save_file", full)
+    with pytest.raises(UserError, match=r"cannot write .*net: .*No space left"):
         model.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
@@ -137,7 +137,13 @@ def test_a_failing_save_leaves_the_network_before(
 
 @pytest.mark.parametrize(
     "config",
-    ["{", "[]", "{}", '{"channels": 1, "num_classes": 4, "depth": 3}', '{"channels": 3, "num_classes": 4, "width": 32, "name": "x"}'],
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"channels": 1, "num_classes": 4, "depth": 3}',
+        '{"channels": 3, "num_classes": 4, "width": 32, "name": "x"}',
+    ],
 )
 def test_another_or_a_damaged_config(trained: tuple[SmallClassifier, Path], tmp_path: Path, config: str) -> None:
     (tmp_path / "model.safetensors").write_bytes((trained[1] / "model.safetensors").read_bytes())

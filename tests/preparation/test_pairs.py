@@ -124,15 +124,16 @@ def test_a_job_killed_between_shard_and_manifest(
 ) -> None:
     """A shard the manifest does not know yet is made again."""
     folder, original = tmp_path / "parts", pairs_module.write_manifest
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
 
-        def interrupted(folder: Path, manifest: dict[str, Any]) -> None:
-            if len(manifest["shards"]) == 2:
-                raise Interrupted
-            original(folder, manifest)
+    def interrupted(folder: Path, manifest: dict[str, Any]) -> None:
+        if len(manifest["shards"]) == 2:
+            raise Interrupted
+        original(folder, manifest)
 
+    with monkeypatch.context() as patch:
         patch.setattr(pairs_module, "write_manifest", interrupted)
-        prepare_pairs(teacher, "teacher", folder, **JOB)
+        with pytest.raises(Interrupted):
+            prepare_pairs(teacher, "teacher", folder, **JOB)
     prepare_pairs(teacher, "teacher", folder, **JOB)
     assert files_of(folder) == files_of(whole)
 

@@ -53,9 +53,7 @@ def pairs_folder(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def earlier_run(
-    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def earlier_run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps with GAN, so that generator, fake score and head have all moved."""
     pictures = write_pictures(tmp_path_factory.mktemp("pictures"))
     folder = tmp_path_factory.mktemp("runs") / "earlier"
@@ -133,7 +131,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
     ):
         (group,) = optimizer.param_groups
         assert (group["lr"], group["betas"]) == (lr, (0.5, 0.6))
-        expected = [id(parameter) for module in modules for parameter in module.parameters()]  # type: ignore[union-attr]
+        expected = [id(parameter) for parameter in nn.ModuleList(modules).parameters()]
         assert [id(parameter) for parameter in group["params"]] == expected
 
 
@@ -144,7 +142,9 @@ def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
         assert_same_weights(network, teacher.denoiser.state_dict())
         assert all(parameter.requires_grad for parameter in network.parameters())
         assert not network.training  # distillation has no dropout
-    storages = {p.data_ptr() for network in (roles.teacher, roles.generator, roles.fake_score) for p in network.parameters()}
+    storages = {
+        p.data_ptr() for network in (roles.teacher, roles.generator, roles.fake_score) for p in network.parameters()
+    }
     assert len(storages) == 3 * len(list(teacher.denoiser.parameters()))
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
 
@@ -289,7 +289,9 @@ def test_teacher_of_another_shape_than_the_recipe(teacher_folder: Path) -> None:
 
 def test_unknown_teacher_network(teacher_folder: Path) -> None:
     settings = settings_of(teacher={"path": str(teacher_folder), "network": "imagenet-adm"}, compute={"device": "cpu"})
-    with pytest.raises(UserError, match=r"teacher\.network='imagenet-adm' is no released network; choose one of .*imagenet64-adm"):
+    with pytest.raises(
+        UserError, match=r"teacher\.network='imagenet-adm' is no released network; choose one of .*imagenet64-adm"
+    ):
         open_teacher(settings)
 
 
@@ -354,7 +356,9 @@ def test_regression_without_pairs(teacher: Teacher) -> None:
 def test_pairs_of_another_shape(pairs_folder: Path) -> None:
     other = Teacher(tiny_denoiser(resolution=32), ModelCard("teacher"))
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
-    with pytest.raises(UserError, match=r"data\.pairs=.* holds images of shape \(1, 16, 16\), the teacher makes \(1, 32, 32\)"):
+    with pytest.raises(
+        UserError, match=r"data\.pairs=.* holds images of shape \(1, 16, 16\), the teacher makes \(1, 32, 32\)"
+    ):
         build_distillation(settings, other)
 
 

@@ -106,9 +106,10 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(
 ) -> None:
     earlier = write_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
     content = {path.name: path.read_bytes() for path in earlier.iterdir()}
-    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+    with monkeypatch.context() as patch:
         FAILURES[stage](patch)
-        write_checkpoint(tmp_path, 2, some_tensors(2.0), STATE, keep=1)
+        with pytest.raises(UserError) as error:
+            write_checkpoint(tmp_path, 2, some_tensors(2.0), STATE, keep=1)
     message = str(error.value)
     assert f"cannot write {tmp_path / 'step_00000002'}" in message
     assert "No space left on device" in message
@@ -178,7 +179,9 @@ def test_truncated_tensors(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
     file = path / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"checkpoint .*step_00000001 cannot be read .*remove it to continue from the one before"):
+    with pytest.raises(
+        UserError, match=r"checkpoint .*step_00000001 cannot be read .*remove it to continue from the one before"
+    ):
         read_checkpoint(path)
 
 
@@ -257,7 +260,7 @@ def no_unpickling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checkpoint_of_a_run(
     teacher_folder: Path, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Every file is safetensors or JSON; networks, average, optimisers, random state, data position and phase are there."""
+    """Only safetensors and JSON; networks, average, optimisers, random state, data position and phase are there."""
     settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 2})
     train(settings)
     (path,) = list_checkpoints(tmp_path / "run/checkpoints")

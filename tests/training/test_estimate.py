@@ -138,7 +138,7 @@ def real_saved_bytes(denoiser: EDMDenoiser, want: str, size: int) -> int:
 
 
 def test_activations_are_those_of_a_real_forward() -> None:
-    """The growth from 4 to 8 samples, so that nothing of fixed size counts; attention's workspace may differ a little."""
+    """The growth from 4 to 8 samples, so that nothing of fixed size counts; attention's workspace may differ."""
     denoiser = EDMDenoiser(tiny_config())
     size = network_size(tiny_config())
     for want, counted in (("x0", size.activation_bytes), ("bottleneck", size.encoder_activation_bytes)):
@@ -156,7 +156,9 @@ def test_activations_scale_with_the_picture() -> None:
 
 def test_memory_of_states_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three networks, two moments for each trained weight, and an average where there is one."""
-    size = estimate.NetworkSize(parameters=2**28, activation_bytes=2**28, encoder_activation_bytes=2**26, head_parameters=0)
+    size = estimate.NetworkSize(
+        parameters=2**28, activation_bytes=2**28, encoder_activation_bytes=2**26, head_parameters=0
+    )
     monkeypatch.setattr(estimate, "network_size", lambda config: size)
 
     def states(**changes: dict[str, object]) -> tuple[float, float]:

@@ -444,9 +444,7 @@ def expected_generator_terms(roles: Any, draws: Draws) -> dict[str, TermResult]:
     return results
 
 
-def expected_fake_score_gradient(
-    roles: Any, x0: Tensor, real: RealBatch, draws: Draws
-) -> tuple[float, float, Tensor]:
+def expected_fake_score_gradient(roles: Any, x0: Tensor, real: RealBatch, draws: Draws) -> tuple[float, float, Tensor]:
     """Both losses and the gradient of fake score and head, real and generated images in forwards of their own."""
     labels = labels_of(draws)
     for network in (roles.fake_score, roles.discriminator):

@@ -50,7 +50,9 @@ class Counting:
 
     phase = "distill"
 
-    def __init__(self, seconds: float = 0.0, picture_seconds: float = 0.0, values: dict[int, float] | None = None) -> None:
+    def __init__(
+        self, seconds: float = 0.0, picture_seconds: float = 0.0, values: dict[int, float] | None = None
+    ) -> None:
         self.seconds, self.picture_seconds, self.values = seconds, picture_seconds, values or {}
         self.done = torch.zeros(1)
         self.steps: list[int] = []
@@ -372,9 +374,10 @@ def test_a_non_finite_loss_stops_a_distillation(
         calls.append(len(calls))
         return original(estimate, x0, weight) * (math.nan if calls[-1] == 3 else 1.0)
 
-    with monkeypatch.context() as patch, pytest.raises(NonFiniteError, match=r"^fake_score_loss became nan at step 3: "):
+    with monkeypatch.context() as patch:
         patch.setattr(terms, "denoising_loss", sometimes_nan)
-        train(settings)
+        with pytest.raises(NonFiniteError, match=r"^fake_score_loss became nan at step 3: "):
+            train(settings)
     folder = tmp_path / "run"
     assert checkpoint_steps(folder) == [2]
     assert not (folder / "generator").exists()
@@ -444,6 +447,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     [
         ("training", {"num_steps": 9}), ("training", {"time_limit_minutes": 2.0}), ("run", {"log_every": 7}),
         ("run", {"keep_checkpoints": 5}), ("compute", {"device": "cpu"}),
+        ("compute", {"precision": "fp32"}), ("optimizer", {"generator_lr": 1e-7}),
     ],
 )  # fmt: skip
 def test_settings_that_may_change_between_sessions(tmp_path: Path, section: str, changes: dict[str, Any]) -> None:
@@ -485,5 +489,7 @@ def test_a_checkpoint_of_another_phase(tmp_path: Path) -> None:
     run_job(Counting(), counting_settings(tmp_path), tmp_path)
     job = Counting()
     job.phase = "pretrain"
-    with pytest.raises(UserError, match=r"holds a run of phase 'distill', this is 'pretrain'; choose another run\.folder"):
+    with pytest.raises(
+        UserError, match=r"holds a run of phase 'distill', this is 'pretrain'; choose another run\.folder"
+    ):
         run_job(job, counting_settings(tmp_path), tmp_path)

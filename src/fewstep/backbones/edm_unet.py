@@ -174,8 +174,11 @@ class UNetBlock(nn.Module):
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
         h = self.conv1(h)
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = self._scaled(h + (x if self.skip is None else self.skip(x)))
         return self._attend(x) if self.attention else x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.skip_scale == 1 else x * self.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -184,7 +187,7 @@ class UNetBlock(nn.Module):
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
         a = F.scaled_dot_product_attention(q, k, v)
         a = a.transpose(2, 3).reshape(batch, channels, height, width)
-        return (self.proj(a) + x) * self.skip_scale
+        return self._scaled(self.proj(a) + x)
 
 
 class NoiseEmbedding(nn.Module):

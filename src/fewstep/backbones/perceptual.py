@@ -5,6 +5,7 @@ its authors publish; `pixel_distance` is the plain stand-in for when those files
 """
 
 import pickle
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from fewstep.errors import UserError
 
 # VGG16's five stages as (convolutions, channels); LPIPS reads the last ReLU of each.
 _VGG16_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -204,14 +207,22 @@ def read_published_weights(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {model} is read from {download}")
+        raise UserError(f"{path}: no such file; {model} is read from {download}")
     read: Callable[[Path], object] = load_file if path.suffix == ".safetensors" else _load_torch
     try:
         found = read(path)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a state dict of tensors; {model} is read from {download}") from error
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        struct.error,
+    ) as error:
+        raise UserError(f"{path} is not a state dict of tensors; {model} is read from {download}") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} is not a flat state dict of tensors; {model} is read from {download}")
+        raise UserError(f"{path} is not a flat state dict of tensors; {model} is read from {download}")
     kept = {key: value for key, value in found.items() if not any(part in key for part in ignored)}
     faults = {
         "missing": [key for key in shapes if key not in kept],
@@ -224,7 +235,7 @@ def read_published_weights(
     }
     told = [f"{kind}: {_first(items)}" for kind, items in faults.items() if items]
     if told:
-        raise ValueError(f"{path} does not hold {model} ({'; '.join(told)}); expected {download}")
+        raise UserError(f"{path} does not hold {model} ({'; '.join(told)}); expected {download}")
     return {key: value.detach().float() for key, value in kept.items()}
 
 

@@ -33,3 +33,15 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Save a grid as PNG, written aside and renamed."""
     with replaced_file(path) as aside:
         make_grid(images, columns).save(aside, format="PNG")
+
+
+def save_side_by_side(path: Path, left: Tensor, right: Tensor, columns: int, scale: int = 2) -> None:
+    """Two grids next to each other, enlarged `scale` times without smoothing, as one PNG."""
+    grids = [make_grid(images, columns) for images in (left, right)]
+    gap = grids[0].width // 24
+    canvas = Image.new("RGB", (grids[0].width + gap + grids[1].width, max(grid.height for grid in grids)), "white")
+    canvas.paste(grids[0], (0, 0))
+    canvas.paste(grids[1], (grids[0].width + gap, 0))
+    enlarged = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.NEAREST)
+    with replaced_file(path) as aside:
+        enlarged.save(aside, format="PNG")

@@ -77,7 +77,10 @@ def start_roles(roles: Roles, source: Path) -> None:
         try:
             roles.generator.load_state_dict(earlier.denoiser.state_dict())
         except RuntimeError as error:
-            raise UserError(f"generator.start_from={source} is another network than the teacher: {error}") from None
+            raise UserError(
+                f"generator.start_from={source} is another network than the teacher: "
+                f"{str(error).splitlines()[-1].strip()}"
+            ) from None
         return
     tensors, _ = read_checkpoint(checkpoints[-1])
     restore_module("generator", roles.generator, tensors)

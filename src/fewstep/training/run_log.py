@@ -61,8 +61,11 @@ class RunLog:
         for step, metrics, numbers in self._pending:
             lines.append({"step": step, **{name: next(values) for name in metrics}, **numbers})
         self._pending = []
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error}; free some space, then repeat the command") from error
         if self._writer is not None:
             for line in lines:
                 for name, value in line.items():

@@ -154,7 +154,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
             raise UserError(
                 f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and no run of fewstep; choose another run.folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
