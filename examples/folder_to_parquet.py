@@ -1,7 +1,7 @@
 """Turn a folder of pictures into parquet files, one a split, which open in seconds instead of minutes.
 
-    python examples/folder_to_parquet.py data/cifar10 data/cifar10-parquet
-    fewstep train recipes/cifar10_small_dmd2.toml data.images=data/cifar10-parquet
+python examples/folder_to_parquet.py data/cifar10 data/cifar10-parquet
+fewstep train recipes/cifar10_small_dmd2.toml data.images=data/cifar10-parquet
 """
 
 import sys

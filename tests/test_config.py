@@ -289,7 +289,7 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, message: str) 
 
 def test_a_type_toml_has_and_settings_have_not_is_refused(tmp_path: Path) -> None:
     recipe = write(tmp_path, "r.toml", "[training]\nseed = 2024-01-01\n")
-    with pytest.raises(UserError, match="training.seed=2024-01-01 has a type no setting has"):
+    with pytest.raises(UserError, match=r"training\.seed=2024-01-01 has a type no setting has"):
         load_settings(TrainSettings, recipe)
 
 

@@ -122,7 +122,7 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
 def settings(
     command: Annotated[str, typer.Argument(help="train or pretrain")] = "train",
 ) -> None:
-    """List every setting of a command with its type, default and meaning."""
+    """List every setting of a command with its default and meaning."""
     from rich.console import Console
     from rich.table import Table
 

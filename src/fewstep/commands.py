@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -81,6 +82,14 @@ def evaluate_model(
         dataset = _open(images, split, fit, resolution, channels)
         real = dataset_features(network, dataset, device=model.device)
     statistics = FeatureStatistics.load(reference) if reference is not None else FeatureStatistics.of(real)  # type: ignore[arg-type]
+    if json_out is not None and not json_out.parent.is_dir():
+        raise UserError(f"--json {json_out}: the folder {json_out.parent} does not exist; make it first")
+    probe = network(torch.zeros(1, *model.denoiser.image_shape, device=model.device)).shape[1]
+    if probe != len(statistics.mean):
+        raise UserError(
+            f"--reference {reference} has {len(statistics.mean)} features, {network.name} has {probe}: "
+            "it was made with another feature network"
+        )
     figure = measure_model(
         model, source, network, statistics, num_images=num_images, seed=seed, num_steps=teacher_steps,
         real_features=None if real is None else real[:num_images], batch_size=batch_size,
@@ -118,11 +127,10 @@ def make_features(
         dataset, folder, num_classes=num_classes, num_passes=num_passes, flip=flip, seed=seed, device=device, name=name,
         report=lambda step, steps, loss: console.print(f"step {step} of {steps}: loss {loss:.3f}"),
     )  # fmt: skip
-    try:
-        test = _open(images, "test", fit, resolution, channels, num_classes)
-    except UserError:
+    if Path(images).expanduser().is_dir() and not list(Path(images).expanduser().glob("test*")):
         console.print("no split `test`: accuracy on unseen pictures is not known")
     else:
+        test = _open(images, "test", fit, resolution, channels, num_classes)
         console.print(f"accuracy on the {len(test)} pictures of split test: {accuracy(model, test):.4f}")
     print(folder)
 
@@ -131,6 +139,8 @@ def make_statistics(
     images: str, out: Path, features: str, split: str, resolution: int, channels: int, fit: str, device: str
 ) -> None:
     """`fewstep prepare statistics`."""
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
     place = choose_device(device)
     network = load_features(features, place)
     dataset = _open(images, split, fit, resolution, channels)

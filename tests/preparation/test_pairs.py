@@ -209,6 +209,6 @@ def test_the_manifest_says_what_was_made(whole: Path) -> None:
     assert manifest["complete"]
     assert manifest["job"] == {
         "teacher": "teacher", "num_pairs": 10, "seed": 4, "num_steps": 2, "guidance_scale": 1.0, "shard_size": 4,
-        "image_shape": [1, 16, 16],
+        "image_shape": [1, 16, 16], "precision": "float32",
     }  # fmt: skip
     assert [entry["rows"] for entry in manifest["shards"]] == [4, 4, 2]

@@ -94,7 +94,7 @@ def test_shape_is_read_from_a_teacher_at_hand(teacher_folder: Path) -> None:
 
 def test_without_teacher_or_shape_the_memory_is_unknown() -> None:
     (line,) = describe_distillation(TrainSettings())
-    assert line == "memory: unknown; set teacher.path or teacher.network to estimate it"
+    assert line == "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
 
 
 # --- The counts

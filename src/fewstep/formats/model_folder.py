@@ -93,8 +93,10 @@ def read_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
         values["step_indices"] = tuple(values["step_indices"])
         values["class_names"] = tuple(values["class_names"])
         card = ModelCard(**values)
-        description = config["description"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        description = dict(config["description"])
+        if not all(0 <= int(index) < card.num_levels for index in card.step_indices):
+            raise ValueError(f"step indices {card.step_indices} outside the grid")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {CONFIG} or {CARD} is damaged ({error}); export the model again") from error
     try:
         weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}

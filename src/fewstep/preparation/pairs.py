@@ -36,6 +36,7 @@ def prepare_pairs(
     job = {
         "teacher": teacher_name, "num_pairs": num_pairs, "seed": seed, "num_steps": num_steps,
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
+        "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
     manifest = _start_or_continue(folder, job)
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
@@ -52,6 +53,8 @@ def prepare_pairs(
 
 
 def _start_or_continue(folder: Path, job: dict[str, object]) -> dict[str, Any]:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; choose a folder for the pairs")
     if not (folder / MANIFEST).exists():
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no pairs; choose another folder")

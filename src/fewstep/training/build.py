@@ -83,10 +83,13 @@ def start_roles(roles: Roles, source: Path) -> None:
             ) from None
         return
     tensors, _ = read_checkpoint(checkpoints[-1])
-    restore_module("generator", roles.generator, tensors)
-    restore_module("fake_score", roles.fake_score, tensors)
-    if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
-        restore_module("discriminator", roles.discriminator, tensors)
+    try:
+        restore_module("generator", roles.generator, tensors)
+        restore_module("fake_score", roles.fake_score, tensors)
+        if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
+            restore_module("discriminator", roles.discriminator, tensors)
+    except UserError as error:
+        raise UserError(f"generator.start_from={source}: {error}") from None
 
 
 def build_real_batches(settings: TrainSettings, teacher: Teacher) -> ImageBatches | None:

@@ -73,15 +73,16 @@ def describe_distillation(settings: TrainSettings) -> list[str]:
     """Lines for `fewstep train --dry-run`."""
     config = _teacher_config(settings)
     if config is None:
-        return ["memory: unknown; set teacher.path or teacher.network to estimate it"]
+        return ["memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"]
     size, gan = network_size(config), settings.losses.gan_discriminator_weight > 0
     batch, half = settings.training.batch_size, 0.5 if settings.compute.precision == "bf16" else 1.0
     weights = size.parameters * 4
-    trained = size.parameters * 2 + (size.head_parameters if gan else 0)
-    states = weights * (3 + bool(settings.generator.ema_half_life_images)) + trained * 8
+    head = size.head_parameters * 4 if gan else 0
+    trained = weights * 2 + head
+    states = weights * (3 + bool(settings.generator.ema_half_life_images)) + head + trained * 2
     graph, encoder = size.activation_bytes * batch * half, size.encoder_activation_bytes * batch * half
     generator_turn = graph + (encoder if gan else 0) + weights
-    fake_score_turn = graph + (2 * encoder if gan else 0) + weights
+    fake_score_turn = graph + (2 * encoder if gan else 0) + weights + head
     lines = [
         f"network: {size.parameters / 1e6:.1f} M parameters, {config.img_resolution}x{config.img_resolution}x"
         f"{config.img_channels}, {config.label_dim} classes"

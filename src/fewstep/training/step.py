@@ -70,8 +70,8 @@ def combined_gradient(
         total += weighted
         norms.append(weighted.norm())
         metrics[f"{term.name}_loss"], metrics[f"{term.name}_norm_at_x0"] = loss, norms[-1]
-    for term, norm in zip(terms[1:], norms[1:], strict=True):
-        metrics[f"{term.name}_norm_ratio"] = norm / norms[0].clamp_min(1e-12)
+    for term, norm in zip(terms[1:], norms[1:], strict=True):  # 0 at first, while fake score and teacher are equal
+        metrics[f"{term.name}_norm_ratio"] = torch.where(norms[0] > 0, norm / norms[0].clamp_min(1e-12), 0.0)
     return total
 
 

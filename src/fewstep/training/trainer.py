@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ def run_job(
         write_checkpoint(folder / "checkpoints", step, {**job.tensors(), **random_state()}, state, run.keep_checkpoints)
         saved_step = step
 
-    with _progress(console) as bar:
+    with closing(log), _progress(console) as bar:
         task = bar.add_task(job.phase, total=1.0, rate="")
         rate = Rate(training.batch_size, elapsed)
         while step < training.num_steps and not (limit_seconds and clock.seconds() >= limit_seconds):
@@ -105,11 +106,10 @@ def run_job(
                 observer(step, clock.seconds())
             clock.resume()
         bar.update(task, completed=1.0)
-    clock.pause()
-    if step != saved_step:
-        job.pictures(log, step)
-        save()
-    log.close()
+        clock.pause()
+        if step != saved_step:
+            job.pictures(log, step)
+            save()
     return job.save_result(folder, step)
 
 
@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another run.folder") from None
 
 
