@@ -57,6 +57,8 @@ def _losses(folder: Path) -> list[dict[str, float]]:
     return [kept for line in lines if len(kept := {k: v for k, v in line.items() if k not in timed}) > 1]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_twenty_kills(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """SIGKILL at 20 random moments, at least 5 of them while a checkpoint is being written."""
     run = {"checkpoint_every": 1, "keep_checkpoints": 1}
