@@ -1,0 +1,40 @@
+"""Small promises of the repository that nothing else checks."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def test_no_unpickling_in_src() -> None:
+    """No pickle.load, and torch.load only with weights_only=True."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            assert (owner, node.func.attr) not in {("pickle", "load"), ("pickle", "loads")}, path
+            if (owner, node.func.attr) == ("torch", "load"):
+                safe = any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+                assert safe, f"{path}:{node.lineno}"
+
+
+def test_every_module_says_why_it_exists() -> None:
+    assert not [path for path in SOURCES if ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None]
+
+
+def test_ci_runs_what_the_readme_names() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    for target in ("lint", "types", "test"):
+        assert re.search(rf'make VENV="\$VENV" {target}$', script, flags=re.MULTILINE)
+
+
+def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "torch>=2.8" in project["dependencies"]
+    assert re.search(r"^torch==\d+\.\d+\.\d+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert project["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").strip().startswith("Apache License")
