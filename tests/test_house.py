@@ -35,6 +35,8 @@ def test_ci_runs_what_the_readme_names() -> None:
 def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "torch>=2.8" in project["dependencies"]
-    assert re.search(r"^torch==\d+\.\d+\.\d+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert re.search(
+        r"^torch==\d+\.\d+\.\d+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert project["license"] == "Apache-2.0"
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").strip().startswith("Apache License")

@@ -443,6 +443,20 @@ def test_a_batch_may_be_larger_than_the_set(coloured: ImageDataset) -> None:
     torch.testing.assert_close(images, coloured.pixels(rows).float() / 127.5 - 1)
 
 
+def test_pictures_in_memory_need_no_second_thread(coloured: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor operations in a second thread bring a second pool of compute threads, which slows the step by half."""
+    threads: list[str] = []
+    decode = coloured.pixels
+    monkeypatch.setattr(
+        coloured, "pixels", lambda rows: threads.append(threading.current_thread().name) or decode(rows)
+    )
+    batches = ImageBatches(coloured, 5, 4, flip=False)
+    for step in range(3):
+        batches.at(step, "cpu")
+    batches._pool.shutdown(wait=True)
+    assert threads == [threading.current_thread().name] * 3
+
+
 def test_the_next_batch_is_decoded_in_the_background_and_once(
     coloured: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,6 +468,7 @@ def test_the_next_batch_is_decoded_in_the_background_and_once(
         return decode(rows)
 
     monkeypatch.setattr(coloured, "pixels", recording)
+    monkeypatch.setattr(ImageDataset, "in_memory", property(lambda self: False))
     batches = ImageBatches(coloured, 5, 4, flip=False)
     for step in range(3):
         batches.at(step, "cpu")

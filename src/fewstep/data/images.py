@@ -45,6 +45,11 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all pictures are held decoded."""
+        return self._decoded is not None
+
     def pixels(self, indices: Tensor) -> Tensor:
         """Pictures at these rows, (B, C, H, W), uint8.
 
@@ -213,7 +218,7 @@ def data_order(seed: int, position: Tensor, length: int, cache: dict[int, Tensor
 
 
 class ImageBatches:
-    """Training batches of real pictures by step; the next step's pictures are decoded in the background."""
+    """Training batches of real pictures by step; where they must be decoded, the next step's are in the background."""
 
     def __init__(self, dataset: ImageDataset, seed: int, batch_size: int, flip: bool) -> None:
         self.dataset, self.seed, self.batch_size, self.flip = dataset, seed, batch_size, flip
@@ -227,7 +232,10 @@ class ImageBatches:
             pixels, labels = self._ahead[1].result()
         else:
             pixels, labels = self._read(step)
-        self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
+        if not self.dataset.in_memory:
+            # a thread that runs tensor operations brings its own pool of compute threads, which would fight with the
+            # training step's: worth it for decoding, not for indexing
+            self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1
         return images, labels.to(device, non_blocking=True)
 
