@@ -164,6 +164,7 @@ class UNetBlock(nn.Module):
             self.proj = Resample(cout, cout, 1, init_scale=1e-5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, cin, H, W) and the embedding (B, E) to (B, cout, H', W')."""
         h = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None]
         if self.scale_and_shift:
@@ -220,7 +221,7 @@ class NoiseEmbedding(nn.Module):
 class EDMUNet(nn.Module):
     """The raw network F(c_in x, c_noise, labels) of EDM preconditioning, ADM or Song family.
 
-    Keys equal those of EDM checkpoints below their `model.` prefix. `resolve` the two outputs in one call: the
+    Keys equal those of EDM checkpoints below their `model.` prefix. Output and bottleneck leave one forward; the
     decoder is skipped when only the bottleneck is asked for.
     """
 
