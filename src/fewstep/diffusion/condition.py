@@ -1,6 +1,6 @@
 """What a model is conditioned on, as one immutable object with its unconditional twin."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditions of a batch.
+    """Conditions of a batch: class labels, or text with what its family adds. Absent parts are None.
 
     Attributes:
-        class_labels: one-hot rows, (B, num_classes), float32; all zeros is unconditional. None for models
-            without classes.
         batch_size: B, needed where there is no tensor to read it from.
+        class_labels: one-hot rows, (B, num_classes), float32; all zeros is unconditional.
+        text: token embeddings, (B, T, D).
+        pooled: pooled text embedding, (B, P).
+        time_ids: original size, crop and target size in pixels, (B, 6) (SDXL).
+        empty_text: what replaces `text` in the unconditional branch, (1, T, D).
+        empty_pooled: what replaces `pooled` there, (1, P).
     """
 
     batch_size: int
     class_labels: Tensor | None = None
+    text: Tensor | None = None
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    empty_text: Tensor | None = None
+    empty_pooled: Tensor | None = None
 
     @classmethod
     def from_labels(cls, labels: Tensor, num_classes: int) -> "Condition":
@@ -28,29 +37,59 @@ class Condition:
         return cls(len(labels), F.one_hot(labels.long(), num_classes).float())
 
     def unconditional(self) -> "Condition":
-        """The twin that carries no information, as classifier-free guidance needs it."""
-        if self.class_labels is None:
-            return self
-        return replace(self, class_labels=torch.zeros_like(self.class_labels))
+        """The twin that carries no information, as classifier-free guidance needs it; time ids stay.
+
+        Raises:
+            ValueError: there is text but no empty text to replace it.
+        """
+        if self.text is not None and self.empty_text is None:
+            raise ValueError("this condition has no unconditional branch: empty_text is missing")
+        return replace(
+            self,
+            class_labels=None if self.class_labels is None else torch.zeros_like(self.class_labels),
+            text=_expanded(self.empty_text, self.batch_size),
+            pooled=_expanded(self.empty_pooled, self.batch_size),
+        )
 
     def __len__(self) -> int:
         return self.batch_size
 
     def __getitem__(self, rows: slice) -> "Condition":
         size = len(range(*rows.indices(self.batch_size)))
-        labels = None if self.class_labels is None else self.class_labels[rows]
-        return Condition(size, labels)
+        return replace(self, batch_size=size, **{name: part[rows] for name, part in self._rows().items()})
 
     def to(self, device: torch.device | str) -> "Condition":
         """The same conditions on another device."""
-        labels = None if self.class_labels is None else self.class_labels.to(device, non_blocking=True)
-        return replace(self, class_labels=labels)
+        parts = {**self._rows(), **self._shared()}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
     @staticmethod
     def cat(parts: "list[Condition]") -> "Condition":
-        """Concatenate along the batch."""
+        """Concatenate along the batch; parts without samples are skipped, the unconditional branch is the first part's.
+
+        Raises:
+            ValueError: the parts are conditioned on different things.
+        """
+        parts = [part for part in parts if len(part)] or parts[:1]
+        rows = [part._rows() for part in parts]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            kinds = sorted({", ".join(row) or "nothing" for row in rows})
+            raise ValueError(f"conditions on different things cannot be concatenated: {' / '.join(kinds)}")
         size = sum(len(part) for part in parts)
-        labels = [part.class_labels for part in parts if part.class_labels is not None]
-        if labels and sum(len(rows) for rows in labels) != size:
-            raise ValueError("conditions with and without class labels cannot be concatenated")
-        return Condition(size, torch.cat(labels) if labels else None)
+        return replace(parts[0], batch_size=size, **{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+
+    def _rows(self) -> dict[str, Tensor]:
+        """The parts with one row a sample."""
+        return {name: part for name, part in self._tensors().items() if not name.startswith("empty_")}
+
+    def _shared(self) -> dict[str, Tensor]:
+        """The parts with one row for all samples."""
+        return {name: part for name, part in self._tensors().items() if name.startswith("empty_")}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _expanded(row: Tensor | None, size: int) -> Tensor | None:
+    return None if row is None else row.expand(size, *row.shape[1:])

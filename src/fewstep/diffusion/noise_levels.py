@@ -85,6 +85,87 @@ class KarrasSchedule(NoiseSchedule):
         return per_sample(level, noise) * noise
 
 
+class DiscreteSchedule(NoiseSchedule):
+    """A variance-preserving schedule over integer timesteps: the level is the timestep itself.
+
+    alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod). Source: Ho et al. 2020 (arXiv:2006.11239), eq. 4.
+
+    Args:
+        alphas_cumprod: (T,), falling, in [0, 1); kept in float64.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        cumprod = alphas_cumprod.detach().double().cpu()
+        self.num_levels = len(cumprod)
+        self._alphas, self._sigmas = cumprod.sqrt(), (1 - cumprod).sqrt()
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        return torch.arange(self.num_levels)
+
+    @property
+    def grid(self) -> Tensor:
+        return self._grid
+
+    @property
+    def has_signal_everywhere(self) -> bool:
+        """False for zero-terminal-SNR schedules, whose last alpha is 0."""
+        return bool(self._alphas[-1] > 0)
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return self.alpha64(level).float()
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return self.sigma64(level).float()
+
+    def alpha64(self, level: Tensor) -> Tensor:
+        """`alpha` in float64, for conversions that divide by it."""
+        return self._table("alpha", self._alphas, level.device)[level.long()]
+
+    def sigma64(self, level: Tensor) -> Tensor:
+        """`sigma` in float64."""
+        return self._table("sigma", self._sigmas, level.device)[level.long()]
+
+    def initial(self, noise: Tensor, level: Tensor) -> Tensor:
+        return noise
+
+    def _table(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+        if (name, device) not in self._tables:
+            self._tables[name, device] = values.to(device)
+        return self._tables[name, device]
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """Straight paths from image to noise: the level is t in (0, 1], alpha = 1 - t, sigma = t.
+
+    The grid is t_i = s u / (1 + (s - 1) u) at u = (i + 1) / T, s the shift of the model's scheduler.
+    Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23.
+    """
+
+    shift: float = 1.0
+    num_levels: int = 1000
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        u = torch.arange(1, self.num_levels + 1, dtype=torch.float64) / self.num_levels
+        return (self.shift * u / (1 + (self.shift - 1) * u)).float()
+
+    @property
+    def grid(self) -> Tensor:
+        return self._grid
+
+    def alpha(self, level: Tensor) -> Tensor:
+        return 1 - level
+
+    def sigma(self, level: Tensor) -> Tensor:
+        return level
+
+    def initial(self, noise: Tensor, level: Tensor) -> Tensor:
+        return noise
+
+
 def karras_sigmas(num_levels: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """sigma_i = (sigma_min^(1/rho) + i/(N-1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, (N,), float64, ascending; N = 1 is sigma_max."""
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64) if num_levels > 1 else torch.ones(1).double()

@@ -1,4 +1,4 @@
-"""Samplers over the Denoiser contract: the teacher's deterministic Heun ODE and the generator's few steps."""
+"""Samplers over the Denoiser contract: the teacher's deterministic ODEs (Heun, DDIM) and the generator's few steps."""
 
 import itertools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.guidance import guided_denoise
-from fewstep.diffusion.noise_levels import karras_sigmas
+from fewstep.diffusion.noise_levels import karras_sigmas, per_sample
 from fewstep.diffusion.step_schedule import StepSchedule
 
 
@@ -56,6 +56,58 @@ def sample_heun(
             return euler.float()
         x = x + (after - now) * (first + slope(euler, after)) / 2
     raise AssertionError("the last sigma is 0")
+
+
+def trailing_indices(num_steps: int, num_levels: int) -> list[int]:
+    """Grid indices of `num_steps` sampling steps that end at the noisiest level: T - 1, T - 1 - T/n, ...
+
+    Source: Lin et al. 2023 (arXiv:2305.08891), table 2, "trailing".
+
+    Raises:
+        ValueError: more steps than levels, or none.
+    """
+    if not 1 <= num_steps <= num_levels:
+        raise ValueError(f"num_steps={num_steps} must lie between 1 and the {num_levels} levels of the model")
+    return [round(num_levels - number * num_levels / num_steps) - 1 for number in range(num_steps)]
+
+
+@torch.no_grad()
+def sample_ddim(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 50, guidance_scale: float = 1.0
+) -> Tensor:
+    """Deterministic first-order sampling in any schedule's own alpha and sigma, trailing spacing; one evaluation a step.
+
+    For flow models this is Euler's method. The state is integrated in float64.
+    Source: Song et al. 2021 (arXiv:2010.02502), eq. 12 with eta = 0.
+
+    Args:
+        denoiser: a model whose noisiest level is (nearly) pure noise.
+        noise: unit Gaussian, (B, C, H, W).
+        condition: B conditions.
+        num_steps: network evaluations (guidance doubles each one's batch).
+
+    Returns:
+        x0, (B, C, H, W), float32, not clamped.
+
+    Raises:
+        ValueError: num_steps is below 1 or above the number of levels.
+    """
+    schedule = denoiser.noise_schedule
+    indices = trailing_indices(num_steps, schedule.num_levels)
+    levels = [schedule.expanded(index, len(noise), noise.device) for index in indices]
+    x = schedule.initial(noise, levels[0]).double()
+    for number, level in enumerate(levels):
+        x0 = guided_denoise(denoiser, x.float(), level, condition, guidance_scale).double()
+        if number == len(levels) - 1:
+            return x0.float()
+        alpha, sigma = (per_sample(part(level).double(), x) for part in (schedule.alpha, schedule.sigma))
+        after = levels[number + 1]
+        estimated_noise = (x - alpha * x0) / sigma
+        x = (
+            per_sample(schedule.alpha(after).double(), x) * x0
+            + per_sample(schedule.sigma(after).double(), x) * estimated_noise
+        )
+    raise AssertionError("the last step returns")
 
 
 def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:

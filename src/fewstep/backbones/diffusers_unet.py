@@ -1,0 +1,118 @@
+"""Stable Diffusion 1.x, 2.x and SDXL U-Nets as Denoisers."""
+
+from typing import Any, cast, get_args
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Want
+from fewstep.diffusion.noise_levels import DiscreteSchedule
+from fewstep.diffusion.preconditioning import Prediction
+
+
+class DiffusersUNetDenoiser(DiffusersDenoiser):
+    """A `UNet2DConditionModel`; its bottleneck is the output of the mid block.
+
+    Args:
+        unet: the network, with its own keys.
+        scheduler_config: the model's scheduler config: betas and prediction type are read from it.
+        latent_size: height and width of the latents; 0 takes the network's `sample_size`.
+
+    Raises:
+        ValueError: a prediction type or conditioning this library does not know.
+    """
+
+    family = "diffusers-unet"
+    network: UNet2DConditionModel
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
+        config = unet.config
+        if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
+            raise ValueError(
+                f"U-Nets with addition_embed_type={config.addition_embed_type!r} and class_embed_type="
+                f"{config.class_embed_type!r} are not supported; Stable Diffusion 1.x, 2.x and SDXL are"
+            )
+        size = latent_size or config.sample_size
+        prediction = scheduler_config.get("prediction_type", "epsilon")
+        if prediction not in get_args(Prediction) or prediction == "flow":
+            raise ValueError(f"the scheduler's prediction_type={prediction!r} is not supported; epsilon and v_prediction are")
+        schedule = DiscreteSchedule(discrete_alphas_cumprod(scheduler_config))
+        super().__init__(unet, schedule, cast(Prediction, prediction), (config.in_channels, size, size))
+        self.scheduler_config = dict(scheduler_config)
+        for _ in config.down_block_types[:-1]:
+            size = -(-size // 2)
+        self.bottleneck_shape = (config.block_out_channels[-1], size, size)
+        self.has_time_ids = config.addition_embed_type == "text_time"
+
+    def run_network(
+        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if condition.text is None or (self.has_time_ids and (condition.pooled is None or condition.time_ids is None)):
+            raise ValueError("this U-Net needs text embeddings" + (", pooled embeddings and time ids" * self.has_time_ids))
+        feature, skips, embedding = self._encode(noisy, level, condition)
+        if want == "bottleneck":
+            return None, feature
+        raw = self._decode(feature, skips, embedding, condition.text, noisy.shape[-2:])
+        return raw, feature if want == "both" else None
+
+    def _encode(
+        self, noisy: Tensor, level: Tensor, condition: Condition
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Mid-block output, skip tensors and time embedding, as the network's own forward makes them."""
+        unet, text = self.network, condition.text
+        embedding = unet.time_embedding(unet.get_time_embed(noisy, level))
+        if self.has_time_ids:
+            added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+            embedding = embedding + unet.get_aug_embed(embedding, text, added)
+        x = unet.conv_in(noisy)
+        skips: tuple[Tensor, ...] = (x,)
+        for block in unet.down_blocks:
+            if getattr(block, "has_cross_attention", False):
+                x, outputs = block(x, embedding, encoder_hidden_states=text)
+            else:
+                x, outputs = block(x, embedding)
+            skips += outputs
+        if getattr(unet.mid_block, "has_cross_attention", False):
+            return unet.mid_block(x, embedding, encoder_hidden_states=text), skips, embedding
+        return unet.mid_block(x, embedding), skips, embedding
+
+    def _decode(
+        self, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor, text: Tensor, size: torch.Size
+    ) -> Tensor:
+        unet = self.network
+        uneven = any(side % 2**unet.num_upsamplers for side in size)
+        for number, block in enumerate(unet.up_blocks):
+            own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            last = number == len(unet.up_blocks) - 1
+            target = skips[-1].shape[2:] if uneven and not last else None
+            if getattr(block, "has_cross_attention", False):
+                x = block(x, own, embedding, encoder_hidden_states=text, upsample_size=target)
+            else:
+                x = block(x, own, embedding, upsample_size=target)
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
+            "latent_size": self.image_shape[1],
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "DiffusersUNetDenoiser":
+        """Build an untrained model from `describe`'s dict."""
+        unet = UNet2DConditionModel.from_config(description["network"])
+        return cls(unet, description["scheduler"], int(description["latent_size"]))
+
+
+def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
+    """alphas_cumprod (T,) of any diffusers scheduler config with betas (DDIM, Euler, PNDM, LCM, ...)."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    return DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config}).alphas_cumprod
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A diffusers config without its private entries."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
