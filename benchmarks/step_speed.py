@@ -29,9 +29,9 @@ from fewstep.config import TrainSettings, parse_settings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.preconditioning import edm_preconditioning
-from fewstep.distillation.terms import RealBatch
+from fewstep.distillation.conditions import RealBatch
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import Teacher, load_teacher
+from fewstep.generator import Teacher, load_class_teacher
 from fewstep.training.build import build_distillation
 from fewstep.training.step import Distillation, two_time_scale_step
 
@@ -133,7 +133,7 @@ def build(teacher: Teacher, batch_size: int, precision: str, compile_networks: b
     """A fresh distillation whose fake score and generator differ from the teacher, as in the middle of a run."""
     own = Teacher(copy.deepcopy(teacher.denoiser), teacher.card)
     own.denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    run = build_distillation(settings(batch_size, compile_networks), own)
+    run = build_distillation(settings(batch_size, compile_networks), own, own.conditions)
     with torch.no_grad():
         for network, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
             for parameter in network.parameters():
@@ -254,7 +254,7 @@ def main() -> None:
     flags = torch.backends.cpu.get_cpu_capability()
     print(f"{where} ({flags}), {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "quickstart" in options.networks:
-        teacher = load_teacher("bundled:fashion-mnist", device=options.device)
+        teacher = load_class_teacher("bundled:fashion-mnist", device=options.device)
         measure("quick-start network", teacher, 64, options.cycles, options.compile)
         compare_gradients("quick-start network", teacher, 64)
     if "narrow-adm-64" in options.networks:

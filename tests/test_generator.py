@@ -14,6 +14,8 @@ from torch import Tensor
 from fewstep import generator as generator_module
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.devices import choose_device
+from fewstep.diffusion import samplers
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
@@ -24,7 +26,6 @@ from fewstep.generator import (
     Teacher,
     bundled_path,
     check_guidance,
-    choose_device,
     load_generator,
     load_model,
     load_teacher,
@@ -128,13 +129,14 @@ def test_a_teacher_in_one_step_from_the_definition() -> None:
 
 def test_teacher_and_generator_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    original = generator_module.sample_noise
+    original = samplers.sample_noise
 
     def watch(*arguments: Any, **options: Any) -> Tensor:
         seen.append(original(*arguments, **options))
         return seen[-1]
 
     monkeypatch.setattr(generator_module, "sample_noise", watch)
+    monkeypatch.setattr(samplers, "sample_noise", watch)
     make_teacher().sample(3, seed=6, num_steps=1)
     teachers = seen[0]
     seen.clear()

@@ -10,15 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fewstep"
 
-TOP = {"cli", "app", "quickstart", "commands", "__main__"}
+TOP = {"cli", "app", "quickstart", "commands", "commands_text", "__main__"}
 LAYERS = [  # top to bottom
     TOP,
     {"training"},
     {"preparation", "evaluation", "export"},
-    {"generator"},
+    {"generator", "text_model"},
     {"distillation"},
     {"backbones"},
-    {"formats", "data", "losses"},
+    {"devices", "formats", "data", "losses"},
     {"diffusion"},
     {"config", "distributed"},
     {"errors"},

@@ -143,23 +143,32 @@ def settings(
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
-    num_images: Annotated[int, typer.Option(min=1, help="number of pictures")] = 16,
+    prompt: Annotated[list[str] | None, typer.Option(help="text-to-image models: what to show; may be given several times")] = None,
+    prompts: Annotated[str, typer.Option(help="file of prompts: .txt (one a line), .parquet, .pkl list")] = "",
+    num_images: Annotated[int | None, typer.Option(min=1, help="number of pictures  [default: 16, or one a prompt]")] = None,
     labels: Annotated[str, typer.Option(help="class numbers, comma-separated, repeated over the pictures; default: all in turn")] = "",
     seed: Annotated[int, typer.Option(help="picture i depends on the seed, i and its label only")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures made at once; does not change them")] = 64,
     out: Annotated[Path | None, typer.Option(help="folder for one PNG a picture")] = None,
     grid: Annotated[Path | None, typer.Option(help="one PNG with all pictures")] = None,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps, for teachers; 18 are 35 evaluations")] = 18,
-    guidance_scale: Annotated[float, typer.Option(help="for teachers: uncond + w (cond - uncond); 1 is off")] = 1.0,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: 18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="for teachers: uncond + w (cond - uncond); 1 is off; text-to-image: 7.5 unless set")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:  # fmt: skip
     """Make pictures with a generator (in its own few steps) or a teacher."""
     from fewstep.commands import sample_pictures
 
+    texts = list(prompt or [])
+    if prompts:
+        from fewstep.data.prompts import load_prompts
+
+        texts += load_prompts(Path(prompts).expanduser())
+
     sample_pictures(
-        model, num_images, labels, seed, batch_size, out, grid, teacher_steps, guidance_scale, device, precision
-    )
+        model, num_images, labels, seed, batch_size, out, grid, teacher_steps, guidance_scale, device, precision,
+        texts,
+    )  # fmt: skip
 
 
 @app.command()
@@ -214,6 +223,57 @@ def prepare_pairs(
     from fewstep.commands import make_pairs
 
     make_pairs(teacher, folder, num_pairs, seed, teacher_steps, guidance_scale, batch_size, device, precision)
+
+
+@prepare.command("embeddings")
+def prepare_embeddings(
+    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
+    prompts: Annotated[Path, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
+    folder: Annotated[Path, typer.Argument(help="where the embeddings go; an interrupted job in it is continued")],
+    column: Annotated[str, typer.Option(help="column of the prompts in tables")] = "text",
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="prompts a file")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts encoded at once")] = 32,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Store the text embeddings of a prompt list, which text-to-image training draws its conditions from."""
+    from fewstep.commands_text import make_embeddings
+
+    make_embeddings(teacher, prompts, folder, column, truncate_prompts, shard_size, batch_size, device)
+
+
+@prepare.command("latents")
+def prepare_latents(
+    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
+    folder: Annotated[Path, typer.Argument(help="where the latents go; an interrupted job in it is continued")],
+    images: Annotated[str, typer.Option(help="pictures with captions: folder with metadata.jsonl, parquet, .tar or folder of them, hub id")] = "",
+    from_lmdb: Annotated[Path | None, typer.Option(help="published LMDB of latents and prompts, instead of --images")] = None,
+    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its latents by this; default: take them as they are")] = None,
+    split: Annotated[str, typer.Option(help="split of the pictures, where they have several")] = "train",
+    caption_column: Annotated[str, typer.Option(help="where the captions are; default: txt in tars, text elsewhere")] = "",
+    resolution: Annotated[int, typer.Option(min=0, help="side in pixels; 0 is the teacher's own")] = 0,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed; default: its mean")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="read a hub set while it is downloaded, keeping nothing")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out pictures and captions that cannot be used")] = False,
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut captions that are too long instead of refusing them")] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="pictures a file")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures encoded at once")] = 8,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
+    from fewstep.commands_text import import_latents, make_latents
+
+    if (from_lmdb is None) == (not images):
+        raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
+    if from_lmdb is not None:
+        import_latents(teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, device)
+        return
+    make_latents(
+        teacher, images, folder, split, caption_column, resolution, fit, noise_seed, num_images, streaming, skip_bad,
+        truncate_prompts, shard_size, batch_size, device,
+    )  # fmt: skip
 
 
 @prepare.command("features")

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from rich.console import Console
 
 from fewstep.config import DataSettings, parse_settings
 from fewstep.data.images import ImageDataset, load_images
+from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import save_grid, to_uint8
-from fewstep.generator import Generator, Teacher, choose_device, load_model, load_teacher
+from fewstep.generator import Generator, Teacher, load_class_teacher, load_model
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 
@@ -25,33 +27,46 @@ console = Console(stderr=True)
 
 
 def sample_pictures(
-    source: str, num_images: int, labels: str, seed: int, batch_size: int, out: Path | None, grid: Path | None,
-    teacher_steps: int, guidance_scale: float, device: str, precision: str,
+    source: str, num_images: int | None, labels: str, seed: int, batch_size: int, out: Path | None, grid: Path | None,
+    teacher_steps: int | None, guidance_scale: float | None, device: str, precision: str, prompts: list[str],
 ) -> None:  # fmt: skip
     """`fewstep sample`: PNG files with their origin in the metadata, a grid, or both."""
     if out is None and grid is None:
         raise UserError("nothing to write: give --out FOLDER for single pictures, --grid FILE for one with all")
     model = load_model(source, device=device, precision=_precision(precision))
-    chosen = _repeat(_parse_labels(labels), num_images)
-    if isinstance(model, Teacher):
-        options = {"num_steps": teacher_steps, "guidance_scale": guidance_scale}
-        evaluations = model.evaluations(teacher_steps)
+    num_images = num_images or len(prompts) or 16
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    if model.card.step_indices:
+        if guidance_scale not in (None, 1):
+            raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it out")
+        evaluations = model.evaluations()
     else:
-        if guidance_scale != 1:
-            raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it at 1")
-        options, evaluations = {}, model.evaluations()
+        text = not isinstance(model, Teacher | Generator)
+        num_steps = teacher_steps or (50 if text else 18)
+        options |= {
+            "num_steps": num_steps,
+            "guidance_scale": (7.5 if text else 1.0) if guidance_scale is None else guidance_scale,
+        }
+        evaluations = model.evaluations(num_steps)  # type: ignore[call-arg]
     started = time.perf_counter()
-    images = model.sample(num_images, labels=chosen, seed=seed, batch_size=batch_size, **options)  # type: ignore[arg-type]
+    if isinstance(model, Generator | Teacher):
+        if prompts:
+            raise UserError("--prompt and --prompts are for text-to-image models; this one takes --labels")
+        images = model.sample(num_images, labels=_repeat(_parse_labels(labels), num_images), **options)
+    else:
+        if labels or not prompts:
+            raise UserError("a text-to-image model takes --prompt or --prompts (and no --labels)")
+        images = model.sample([prompts[number % len(prompts)] for number in range(num_images)], **options)
     spent = time.perf_counter() - started
     if grid is not None:
         save_grid(grid, images, columns=max(1, round(num_images**0.5)))
         console.print(f"{grid}")
     if out is not None:
-        _save_pictures(out, to_uint8(images).numpy(), source, seed, evaluations)
+        _save_pictures(out, to_uint8(images).numpy(), source, seed, evaluations, prompts)
     console.print(f"{num_images} pictures, {evaluations} evaluations each, {num_images / spent:.1f} images/s")
 
 
-def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evaluations: int) -> None:
+def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evaluations: int, prompts: list[str]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     try:
@@ -60,8 +75,11 @@ def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evalua
         raise UserError(f"cannot make {out}: {error}; choose another --out") from error
     for number, image in enumerate(pixels):
         facts = PngInfo()
-        for key, value in {"model": source, "seed": seed, "image": number, "evaluations": evaluations}.items():
-            facts.add_text(f"fewstep:{key}", str(value))
+        values = {"model": source, "seed": seed, "image": number, "evaluations": evaluations}
+        if prompts:
+            values["prompt"] = prompts[number % len(prompts)]
+        for key, value in values.items():
+            facts.add_itxt(f"fewstep:{key}", str(value))
         picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
         with replaced_file(out / f"{number:05d}.png") as aside:
             picture.save(aside, format="PNG", pnginfo=facts)
@@ -74,7 +92,9 @@ def evaluate_model(
     """`fewstep evaluate`: one figure with everything beside it."""
     if reference is None and not images:
         raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
-    model: Generator | Teacher = load_model(source, device=device, precision=_precision(precision))
+    model = load_model(source, device=device, precision=_precision(precision))
+    if not isinstance(model, Generator | Teacher):
+        raise UserError(f"{source} is a text-to-image model: measure it with --prompts")
     network = load_features(features, model.device)
     real = None
     if images:
@@ -105,7 +125,7 @@ def make_pairs(
     device: str, precision: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
-    model = load_teacher(teacher, device=device, precision=_precision(precision))
+    model = load_class_teacher(teacher, device=device, precision=_precision(precision))
     started = time.perf_counter()
 
     def report(done: int, total: int) -> None:

@@ -33,6 +33,19 @@ class DataSettings(Tree):
     )
     flip: bool = Field(False, description="mirror half of the pictures, chosen per sample and step")
     pairs: str = Field("", description="folder written by `fewstep prepare pairs`, for the regression loss")
+    prompts: str = Field(
+        "", description="prompts of a text-to-image run: .txt, .parquet, .pkl list or folder with captions"
+    )
+    prompt_column: str = Field("text", description="column of the prompts, where the file has several")
+    truncate_prompts: bool = Field(
+        False, description="cut prompts at the encoders' length instead of refusing long ones"
+    )
+    text_embeddings: Literal["stored", "computed"] = Field(
+        "stored", description="stored: encode each prompt once, then free the text encoders; computed: at every step"
+    )
+    latents: str = Field(
+        "", description="folder written by `fewstep prepare latents`: real data of a text-to-image GAN"
+    )
 
 
 class TeacherSettings(Tree):
@@ -43,6 +56,7 @@ class TeacherSettings(Tree):
         "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
     )
     guidance_scale: float = Field(1.0, ge=0, description="uncond + w (cond - uncond); 1 is off")
+    resolution: int = Field(0, ge=0, description="side of text-to-image pictures in pixels; 0: the model's own")
 
 
 class GeneratorSettings(Tree):
@@ -51,12 +65,30 @@ class GeneratorSettings(Tree):
     step_indices: tuple[int, ...] = Field(
         (999,), description="grid indices the generator runs at, noisiest first; they travel with its weights"
     )
+    training_inputs: Literal["simulated", "noised_data"] = Field(
+        "simulated",
+        description="what later steps are trained on: the generator's own path, or noised real data (ablation)",
+    )
     start_from: str = Field(
         "", description="earlier run folder or exported generator to start from; empty: the teacher"
     )
     ema_half_life_images: NonNegative = Field(
         0.0, description="half-life of the generator's weight average in images; 0: none"
     )
+
+
+class MemorySettings(Tree):
+    """How the three roles share memory."""
+
+    mode: Literal["full", "lora_generator", "shared_base"] = Field(
+        "full", description="full: three networks; lora_generator: generator is a LoRA on the frozen teacher; "
+        "shared_base: generator and fake score are two LoRAs on one frozen teacher"
+    )  # fmt: skip
+    lora_rank: Positive = Field(64, description="rank of each LoRA")
+    lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
+    frozen_precision: Literal["fp32", "bf16"] = Field("fp32", description="storage of weights that are never trained")
+    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass (text models)")
 
 
 class LossSettings(Tree):
@@ -146,6 +178,7 @@ class TrainSettings(Tree):
     teacher: TeacherSettings = TeacherSettings()
     generator: GeneratorSettings = GeneratorSettings()
     data: DataSettings = DataSettings()
+    memory: MemorySettings = MemorySettings()
     losses: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
@@ -183,6 +216,19 @@ class TrainSettings(Tree):
                         f"losses.regression_distance='lpips' needs losses.{name}; "
                         "losses.regression_distance='pixel' needs no file"
                     )
+        memory = self.memory
+        if memory.frozen_precision == "bf16" and (memory.mode == "full" or self.compute.precision == "fp32"):
+            raise ValueError(
+                "memory.frozen_precision='bf16' needs a frozen base (memory.mode='lora_generator' or 'shared_base') "
+                "and compute.precision='bf16'"
+            )
+        if memory.mode != "full" and self.compute.compile:
+            raise ValueError("compute.compile=true does not go with LoRA (memory.mode); set it to false")
+        if self.generator.training_inputs == "noised_data" and not losses.gan_discriminator_weight:
+            raise ValueError(
+                "generator.training_inputs='noised_data' reads the real batch of the GAN: set "
+                "losses.gan_discriminator_weight too"
+            )
         if len(self.generator.step_indices) != 1 and losses.regression_weight:
             raise ValueError(
                 "losses.regression_weight needs a one-step generator: generator.step_indices has "

@@ -1,25 +1,34 @@
 """The public face of a model: load a teacher or a generator, sample from it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fewstep.backbones.catalog import build_denoiser
-from fewstep.diffusion.condition import Condition
+from fewstep.devices import prepare_denoiser
+from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.draws import Draws, Purpose
-from fewstep.diffusion.samplers import heun_evaluations, sample_few_steps, sample_heun
+from fewstep.diffusion.samplers import heun_evaluations, sample_generator, sample_heun, sample_noise
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.errors import UserError
 from fewstep.formats.edm_pickle import read_edm_pickle
-from fewstep.formats.model_folder import ModelCard, read_model_folder
+from fewstep.formats.model_folder import ModelCard, read_model_folder, write_model_folder
+from fewstep.formats.text_generator_folder import is_generator_folder
+
+if TYPE_CHECKING:
+    from fewstep.text_model import TextGenerator, TextTeacher
 
 BUNDLED = "bundled:"
+AnyTeacher: TypeAlias = "Teacher | TextTeacher"
+AnyGenerator: TypeAlias = "Generator | TextGenerator"
+AnyModel: TypeAlias = "Teacher | TextTeacher | Generator | TextGenerator"
 
 
 @dataclass
@@ -38,6 +47,15 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def conditions(self) -> ConditionTable:
+        """Everything the model can be conditioned on, by number."""
+        return ClassTable(self.denoiser.num_classes)
+
+    def to_images(self, x0: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] from the model's own x0."""
+        return x0.clamp(-1, 1)
 
     def _in_batches(
         self, sample_chunk: Callable[[Tensor, Condition, int], Tensor], num_images: int,
@@ -83,15 +101,23 @@ class Teacher(Model):
         check_guidance(self, guidance_scale)
 
         def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
-            return sample_heun(
-                self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale
-            ).clamp(-1, 1)
+            return self.to_images(
+                sample_heun(self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
+            )
 
         return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
 
     def evaluations(self, num_steps: int = 18) -> int:
         """Network evaluations an image."""
         return heun_evaluations(num_steps)
+
+    def student(self, network: Denoiser, card: ModelCard) -> "Generator":
+        """A generator trained from this teacher."""
+        return Generator(network, card)
+
+    def write_generator(self, folder: Path, network: Denoiser, card: ModelCard) -> None:
+        """Write a generator trained from this teacher as a model folder."""
+        write_model_folder(folder, network.describe(), network.state_dict(), card)
 
 
 class Generator(Model):
@@ -120,33 +146,16 @@ class Generator(Model):
         """
 
         def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
-            return sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=start)
+            return self.to_images(
+                sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=start)
+            )
 
         return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
 
 
-def sample_generator(
-    denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: int, first: int = 0
-) -> Tensor:
-    """Images first..first + B - 1 of a seed from a generator network, (B, C, H, W), clamped to [-1, 1]."""
-    device = next(denoiser.parameters()).device
-    size = len(condition)
-
-    def fresh_noise(number: int) -> Tensor:
-        return sample_noise(denoiser, seed, first, size, device, step=number)
-
-    return sample_few_steps(denoiser, fresh_noise(0), condition, steps, fresh_noise).clamp(-1, 1)
-
-
-def sample_noise(denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0) -> Tensor:
-    """Unit Gaussian that images first..first + size - 1 of a seed start from (or meet at a later step)."""
-    purpose: Purpose = "sample_noise"
-    return Draws.of_batch(seed, step, size, device, first).normal(purpose, denoiser.image_shape)
-
-
-def check_guidance(model: Model, guidance_scale: float) -> None:
+def check_guidance(model: AnyTeacher, guidance_scale: float) -> None:
     """Refuse guidance for a model without an unconditional branch."""
-    if guidance_scale == 1:
+    if guidance_scale == 1 or not isinstance(model, Teacher):
         return
     if not model.denoiser.num_classes:
         raise UserError(f"guidance_scale={guidance_scale}: this teacher has no condition to guide; use 1")
@@ -157,73 +166,108 @@ def check_guidance(model: Model, guidance_scale: float) -> None:
         )
 
 
-def load_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Teacher:
+def load_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32", resolution: int = 0) -> AnyTeacher:
     """Load a diffusion model.
 
     Args:
         path: a model folder, a run folder of `fewstep pretrain`, an EDM .pkl (read without executing anything in
-            it), or "bundled:fashion-mnist".
+            it), "bundled:fashion-mnist"; or a text-to-image model: a diffusers folder or hub id.
         device: "auto", "cpu", "cuda", "cuda:N".
         precision: "fp32" or "bf16" inside the network.
+        resolution: side of a text-to-image model's pictures in pixels; 0 takes its own.
 
     Raises:
         UserError: no such model, or a damaged one.
     """
+    if _names_text_model(path):
+        from fewstep.text_model import load_text_teacher
+
+        return load_text_teacher(path, device=device, precision=precision, resolution=resolution)
+    return load_class_teacher(path, device=device, precision=precision)
+
+
+def load_class_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Teacher:
+    """As `load_teacher`, for models conditioned on class labels or on nothing."""
+    if _names_text_model(path):
+        raise UserError(f"{path} is a text-to-image model; this command works on class-conditional models")
     denoiser, card = _load(path, "teacher")
     return Teacher(prepare_denoiser(denoiser, device, precision), card)
 
 
-def load_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Generator:
+def load_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32", base: str = "") -> AnyGenerator:
     """Load a distilled generator: an exported folder or a run folder of `fewstep train`.
+
+    Args:
+        base: for text-to-image generators, where the teacher lies that text encoders and VAE are read from;
+            empty: where it was during training.
 
     Raises:
         UserError: no such model, a damaged one, or one that is a teacher (it has no step schedule).
     """
+    folder = _generator_folder(path)
+    if is_generator_folder(folder):
+        _need_text_libraries()
+        from fewstep.text_model import load_text_generator
+
+        return load_text_generator(folder, device=device, precision=precision, base=base)
+    return load_class_generator(path, device=device, precision=precision)
+
+
+def load_class_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Generator:
+    """As `load_generator`, for models conditioned on class labels or on nothing."""
     denoiser, card = _load(path, "generator")
     if not card.step_indices:
         raise UserError(f"{path} is a {card.role} without a step schedule; load it with fewstep.load_teacher")
     return Generator(prepare_denoiser(denoiser, device, precision), card)
 
 
-def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> "Generator | Teacher":
+def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> AnyModel:
     """Load whichever the path holds; of a run folder with both, the generator.
 
     Raises:
         UserError: no such model, or a damaged one.
     """
     folder = Path(path).expanduser()
+    if is_generator_folder(_generator_folder(path)):
+        return load_generator(path, device=device, precision=precision)
+    if _names_text_model(path):
+        return load_teacher(path, device=device, precision=precision)
     is_teacher = str(path).startswith(BUNDLED) or folder.is_file() or (folder / "teacher").is_dir()
     if is_teacher and not (folder / "generator").is_dir():
-        return load_teacher(path, device=device, precision=precision)
+        return load_class_teacher(path, device=device, precision=precision)
     denoiser, card = _load(path, "generator")
     kind = Generator if card.step_indices else Teacher
     return kind(prepare_denoiser(denoiser, device, precision), card)
 
 
-def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
-    """Eval mode, on the device, with its compute precision set."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if precision not in dtypes:
-        raise UserError(f"precision={precision!r}: choose fp32 or bf16")
-    denoiser.compute_dtype = dtypes[precision]
-    return denoiser.to(choose_device(device)).eval()
+def _generator_folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    return folder / "generator" if (folder / "generator").is_dir() else folder
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises UserError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _names_text_model(path: str | Path) -> bool:
+    """Whether a path is a diffusers text-to-image folder, or a hub id that is no local path."""
+    folder, name = Path(path).expanduser(), str(path)
+    if folder.exists():
+        if not _has_text_encoder(folder / "model_index.json"):
+            return False
+    elif name.startswith((BUNDLED, ".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith(".pkl"):
+        return False
+    _need_text_libraries()
+    return True
+
+
+def _has_text_encoder(index: Path) -> bool:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"compute.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"compute.device={name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"compute.device={name!r}: this machine has no usable CUDA device; use cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"compute.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+        return any(name.startswith("text_encoder") for name in json.loads(index.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def _need_text_libraries() -> None:
+    missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")
 
 
 def bundled_path(name: str) -> Path:

@@ -20,8 +20,7 @@ from fewstep.evaluation.protocols import Measurement, measure_model
 from fewstep.evaluation.report import CurvePoint, Report, write_report
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import save_grid, save_side_by_side
-from fewstep.generator import BUNDLED, Generator, Teacher, bundled_path, load_generator
-from fewstep.training.build import open_teacher
+from fewstep.generator import BUNDLED, Generator, Teacher, bundled_path, load_class_generator, load_class_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_process
 from fewstep.training.trainer import claim_run_folder, run_job
@@ -60,9 +59,9 @@ class QualityCurve:
 
     def measure(self, seconds: float) -> None:
         """Add one point."""
-        found = measure_model(
-            self.job.best_generator(), "generator", self.network, self.reference, num_images=CURVE_IMAGES, seed=1
-        )
+        generator = self.job.best_generator()
+        assert isinstance(generator, Generator)
+        found = measure_model(generator, "generator", self.network, self.reference, num_images=CURVE_IMAGES, seed=1)
         self.points.append(CurvePoint(seconds / 60, found.frechet_distance))
         with replaced_file(self.path) as aside:
             aside.write_text(json.dumps([[p.minutes, p.frechet_distance] for p in self.points]), encoding="utf-8")
@@ -96,7 +95,9 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     network = load_features(BUNDLED + NAME)
     reference = FeatureStatistics.load(bundled_path(NAME) / "reference_train.npz")
     prepare_process(settings.compute)
-    teacher = open_teacher(settings)
+    teacher = load_class_teacher(
+        settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision
+    )
     console.print(
         f"Teacher: {sum(p.numel() for p in teacher.denoiser.parameters()) / 1e6:.1f} M parameters, 35 evaluations an image"
     )
@@ -106,7 +107,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     curve = QualityCurve(job, network, reference, max(3.0, minutes * 60 / 10), folder / "curve.json", console)
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
     exported = run_job(job, settings, folder, observers=(curve,), console=console)
-    generator = load_generator(exported, precision=settings.compute.precision)
+    generator = load_class_generator(exported, precision=settings.compute.precision)
     generator_figure = measure_model(generator, "generator", network, reference, num_images=NUM_IMAGES, seed=0)
     curve.points.append(CurvePoint(minutes, generator_figure.frechet_distance))
     report = _build_report(folder, settings, teacher, generator, teacher_figure, generator_figure, curve, reference)

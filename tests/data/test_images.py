@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from fewstep.config import DataSettings
-from fewstep.data.images import ImageBatches, ImageDataset, data_order, fit_picture, load_images
+from fewstep.data.images import ImageBatches, ImageDataset, data_order, load_images
+from fewstep.data.pictures import fit_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from tests.conftest import write_pictures

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.noise_image_pairs import MANIFEST, NoiseImagePairs, read_manifest, write_manifest, write_shard
+from fewstep.data.noise_image_pairs import PAIRS, NoiseImagePairs, write_shard
+from fewstep.data.shard_folder import MANIFEST, read_manifest, write_manifest
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
 from fewstep.generator import Teacher
@@ -52,7 +53,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert pairs.images.dtype == torch.uint8
     assert torch.equal(pairs.images, images)
     assert torch.equal(pairs.labels, labels)
-    assert pairs.manifest == read_manifest(tmp_path)
+    assert pairs.manifest == read_manifest(tmp_path, PAIRS)
     assert pairs.manifest["job"] == {"seed": 3}
 
 
@@ -72,7 +73,7 @@ def test_rows_are_ready_for_training(tmp_path: Path) -> None:
 
 def test_the_manifest_counts_rows_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     write_folder(tmp_path, sizes=(3, 2, 1))
-    entries = read_manifest(tmp_path)["shards"]
+    entries = read_manifest(tmp_path, PAIRS)["shards"]
     assert [(entry["file"], entry["rows"]) for entry in entries] == [
         ("pairs_00000.safetensors", 3), ("pairs_00001.safetensors", 2), ("pairs_00002.safetensors", 1),
     ]  # fmt: skip
@@ -82,7 +83,7 @@ def test_the_manifest_counts_rows_and_leaves_nothing_half_written(tmp_path: Path
 def test_rewriting_the_manifest_replaces_it(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"shards": [], "complete": False})
     write_manifest(tmp_path, {"shards": [], "complete": True})
-    assert read_manifest(tmp_path) == {"shards": [], "complete": True}
+    assert read_manifest(tmp_path, PAIRS) == {"shards": [], "complete": True}
 
 
 @pytest.mark.parametrize("make", [True, False])

@@ -5,18 +5,20 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.data.noise_image_pairs import NoiseImagePairs, write_manifest, write_shard
-from fewstep.diffusion.condition import Condition
+from fewstep.data.noise_image_pairs import NoiseImagePairs, write_shard
+from fewstep.data.shard_folder import write_manifest
+from fewstep.diffusion.condition import ClassTable, Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_few_steps
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.backward_simulation import simulated_input
-from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, uniform_condition
+from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, RealBatch, uniform_condition
 from tests.conftest import tiny_denoiser
 
 FOUR = StepSchedule.evenly(4)
 NOISES = ["generator_noise", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3"]
 SHAPE = (1, 16, 16)
+NO_DATA = RealBatch(torch.empty(0, *SHAPE), Condition(0))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_more_than_four_steps_are_refused(generator: EDMDenoiser) -> None:
 
 
 def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser) -> None:
-    condition = uniform_condition(generator, Draws.of_batch(0, 0, 4000))
+    condition = uniform_condition(ClassTable(generator.num_classes), Draws.of_batch(0, 0, 4000))
     counts = condition.class_labels.sum(0)
     assert ((counts - 1000).abs() < 5 * (4000 * 3 / 16) ** 0.5).all()
     assert (condition.class_labels.sum(1) == 1).all()
@@ -132,7 +134,7 @@ def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser)
 
 def test_fresh_inputs_are_simulated_under_their_own_labels(generator: EDMDenoiser) -> None:
     draws = draws_at(2)
-    batch = FreshInputs(FOUR)(generator, draws)
+    batch = FreshInputs(FOUR, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
     assert torch.equal(batch.condition.class_labels, uniform_condition(generator, draws).class_labels)
     noisy, level = simulated_input(generator, FOUR, batch.condition, draws)
     assert torch.equal(batch.noisy, noisy)
@@ -148,8 +150,8 @@ def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: P
     write_manifest(tmp_path, {"shards": [shard], "complete": True})
     pairs, steps = NoiseImagePairs(tmp_path), StepSchedule((999,))
     draws = Draws.of_batch(1, 6, 4)
-    batch = FreshAndPairedInputs(steps, pairs)(generator, draws)
-    alone = FreshInputs(steps)(generator, draws)
+    batch = FreshAndPairedInputs(steps, ClassTable(generator.num_classes), pairs)(generator, draws, NO_DATA)
+    alone = FreshInputs(steps, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
     assert batch.num_fresh == 4
     assert len(batch.noisy) == len(batch.level) == len(batch.condition) == 8
     assert torch.equal(batch.noisy[:4], alone.noisy)

@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import generate
-from fewstep.distillation.conditions import GeneratorInput
+from fewstep.distillation.conditions import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
-    RealBatch,
 )
 from tests.conftest import GOLDEN, golden_denoiser, relative_error
 

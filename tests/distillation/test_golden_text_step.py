@@ -12,13 +12,12 @@ from fewstep.backbones.diffusers_unet import DiffusersUNetDenoiser
 from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import generate
-from fewstep.distillation.conditions import GeneratorInput
+from fewstep.distillation.conditions import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
-    RealBatch,
 )
 from tests.conftest import GOLDEN, relative_error
 

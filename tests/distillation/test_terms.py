@@ -12,13 +12,12 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.noise_levels import KarrasSchedule
-from fewstep.distillation.conditions import GeneratorInput
+from fewstep.distillation.conditions import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
-    RealBatch,
     Regression,
     TermResult,
     pad_rows,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.noise_image_pairs import MANIFEST, NoiseImagePairs
+from fewstep.data.noise_image_pairs import NoiseImagePairs
+from fewstep.data.shard_folder import MANIFEST
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import sample_heun
 from fewstep.errors import UserError

@@ -27,7 +27,7 @@ from fewstep.generator import Teacher, load_generator, load_teacher
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.training.build import (
     build_distillation,
-    build_real_batches,
+    build_real_data,
     build_step_schedule,
     check_network,
     open_teacher,
@@ -93,7 +93,7 @@ def differ(a: nn.Module, b: nn.Module) -> bool:
 def test_weights_choose_the_terms(
     teacher: Teacher, losses: dict[str, float], generator_terms: list[type], fake_score_terms: list[type]
 ) -> None:
-    run = build_distillation(settings_of(losses=losses), teacher)
+    run = build_distillation(settings_of(losses=losses), teacher, teacher.conditions)
     assert [type(term) for term in run.generator_terms] == generator_terms
     assert [type(term) for term in run.fake_score_terms] == fake_score_terms
     assert (run.roles.discriminator is not None) == (losses.get("gan_discriminator_weight", 0) > 0)
@@ -113,6 +113,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
             training={"generator_every": 7},
         ),
         teacher,
+        teacher.conditions,
     )  # fmt: skip
     matching, adversarial, regression = run.generator_terms
     assert isinstance(matching, DistributionMatching)
@@ -136,7 +137,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
 
 
 def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
-    roles = build_distillation(settings_of(), teacher).roles
+    roles = build_distillation(settings_of(), teacher, teacher.conditions).roles
     assert roles.teacher is teacher.denoiser
     for network in (roles.generator, roles.fake_score):
         assert_same_weights(network, teacher.denoiser.state_dict())
@@ -152,7 +153,9 @@ def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
 def test_head_start_follows_the_seed(teacher: Teacher) -> None:
     gan = {"gan_discriminator_weight": 1e-2}
     heads = [
-        build_distillation(settings_of(losses=gan, training={"seed": seed}), teacher).roles.discriminator
+        build_distillation(
+            settings_of(losses=gan, training={"seed": seed}), teacher, teacher.conditions
+        ).roles.discriminator
         for seed in (1, 1, 2)
     ]
     assert not differ(heads[0], heads[1])  # type: ignore[arg-type]
@@ -161,15 +164,15 @@ def test_head_start_follows_the_seed(teacher: Teacher) -> None:
 
 def test_pictures_are_read_only_where_a_term_needs_them(teacher: Teacher) -> None:
     """Without GAN no pictures are needed at all."""
-    assert build_real_batches(settings_of(), teacher) is None
+    assert build_real_data(settings_of(), teacher) is None
     with pytest.raises(UserError, match=r"data\.images is not set"):
-        build_real_batches(settings_of(losses={"gan_discriminator_weight": 1e-2}), teacher)
+        build_real_data(settings_of(losses={"gan_discriminator_weight": 1e-2}), teacher)
 
 
 def test_step_indices_travel_with_the_run(teacher: Teacher) -> None:
     settings = settings_of(generator={"step_indices": [999, 749, 499, 249]})
     assert build_step_schedule(settings).indices == (999, 749, 499, 249)
-    inputs = build_distillation(settings, teacher).inputs
+    inputs = build_distillation(settings, teacher, teacher.conditions).inputs
     assert isinstance(inputs, FreshInputs)
     assert inputs.steps.indices == (999, 749, 499, 249)
 
@@ -350,7 +353,7 @@ def test_regression_brings_the_generator_to_the_stored_images(
 
 def test_regression_without_pairs(teacher: Teacher) -> None:
     with pytest.raises(UserError, match=r"losses\.regression_weight needs data\.pairs"):
-        build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher)
+        build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher, teacher.conditions)
 
 
 def test_pairs_of_another_shape(pairs_folder: Path) -> None:
@@ -359,11 +362,11 @@ def test_pairs_of_another_shape(pairs_folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"data\.pairs=.* holds images of shape \(1, 16, 16\), the teacher makes \(1, 32, 32\)"
     ):
-        build_distillation(settings, other)
+        build_distillation(settings, other, other.conditions)
 
 
 def test_pairs_of_a_teacher_with_more_classes(pairs_folder: Path) -> None:
     other = Teacher(tiny_denoiser(num_classes=2), ModelCard("teacher"))
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
     with pytest.raises(UserError, match=r"data\.pairs=.* holds labels up to 3, the teacher has 2 classes"):
-        build_distillation(settings, other)
+        build_distillation(settings, other, other.conditions)

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import ClassTable, Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.noise_levels import KarrasSchedule
 from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.conditions import FreshInputs, GeneratorInput
+from fewstep.distillation.conditions import FreshInputs, GeneratorInput, RealBatch
 from fewstep.distillation.roles import build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
-    RealBatch,
     TermResult,
 )
 from fewstep.training.optimizers import clipped_update
@@ -63,7 +62,7 @@ def build_run(
         network.to(device)
     return Distillation(
         roles=roles,
-        inputs=FreshInputs(StepSchedule(step_indices)),
+        inputs=FreshInputs(StepSchedule(step_indices), ClassTable(roles.generator.num_classes)),
         generator_terms=[
             DistributionMatching(roles.teacher, roles.fake_score, 1.0, 20, 980),
             GeneratorAdversarial(roles.fake_score, head, GAN),
@@ -155,7 +154,7 @@ def test_fake_score_learns_from_the_generators_own_images(step: int) -> None:
     before = copy.deepcopy(run.roles.generator)
     two_time_scale_step(run, step, real_batch(), draws_of(step))
     with torch.no_grad():
-        batch = run.inputs(before, draws_of(step))
+        batch = run.inputs(before, draws_of(step), real_batch())
         expected = before.denoise(batch.noisy, batch.level, batch.condition)
     spies = [*run.generator_terms, *run.fake_score_terms]
     assert [len(spy.seen) for spy in spies] == ([1, 1, 1, 1] if step == 0 else [0, 0, 1, 1])
@@ -170,8 +169,8 @@ def test_paired_rows_are_kept_from_the_fake_score() -> None:
     run = build_run()
     inputs = run.inputs
 
-    def with_pairs(generator: Any, draws: Draws) -> GeneratorInput:
-        fresh = inputs(generator, draws)
+    def with_pairs(generator: Any, draws: Draws, real: RealBatch) -> GeneratorInput:
+        fresh = inputs(generator, draws, real)
         again = Condition.cat([fresh.condition, fresh.condition])
         noisy, level = torch.cat([fresh.noisy, -fresh.noisy]), fresh.level.repeat(2)
         return GeneratorInput(noisy, level, again, BATCH, torch.zeros(BATCH, *SHAPE))
@@ -180,7 +179,7 @@ def test_paired_rows_are_kept_from_the_fake_score() -> None:
     run.fake_score_terms = [Spy(term) for term in run.fake_score_terms]  # type: ignore[misc]
     before = copy.deepcopy(run.roles.generator)
     two_time_scale_step(run, 0, real_batch(), draws_of(0))
-    fresh = inputs(before, draws_of(0))
+    fresh = inputs(before, draws_of(0), real_batch())
     with torch.no_grad():
         expected = before.denoise(fresh.noisy, fresh.level, fresh.condition)
     for spy in run.fake_score_terms:

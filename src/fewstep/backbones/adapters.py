@@ -66,7 +66,9 @@ class SharedBase:
         trainable = {parameter for parameter in self.base.parameters() if parameter.requires_grad}
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several roles are the point
+                warnings.filterwarnings(
+                    "ignore", message="Already found a `peft_config`"
+                )  # several roles are the point
                 inject_adapter_in_model(config, self.base, role)
         except ValueError as error:
             raise UserError(f"memory.lora_targets: {error}") from error

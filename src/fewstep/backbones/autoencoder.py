@@ -12,19 +12,29 @@ from fewstep.errors import UserError
 
 
 class Autoencoder(nn.Module):
-    """An `AutoencoderKL` or `AutoencoderTiny` in the model's own scaling of latents.
+    """A VAE in the model's own scaling of latents.
+
+    Args:
+        vae: an `AutoencoderKL` or `AutoencoderTiny`.
 
     Attributes:
         latent_channels: channels of the latents.
         factor: pixels a latent side stands for.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         config: Any = vae.config
         self.latent_channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels if hasattr(config, "block_out_channels") else config.encoder_block_out_channels) - 1)
+        self.factor = 2 ** (
+            len(
+                config.block_out_channels
+                if hasattr(config, "block_out_channels")
+                else config.encoder_block_out_channels
+            )
+            - 1
+        )
         self.scale = float(getattr(config, "scaling_factor", 1.0) or 1.0)
         self.shift = float(getattr(config, "shift_factor", 0.0) or 0.0)
 

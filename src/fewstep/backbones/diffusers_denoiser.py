@@ -46,7 +46,9 @@ class DiffusersDenoiser(Denoiser):
         self.num_classes = 0
         self.compute_dtype = torch.float32
 
-    def run_network(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want) -> tuple[Tensor | None, Tensor | None]:
+    def run_network(
+        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(raw prediction, bottleneck feature), each None where not wanted; "bottleneck" stops early."""
         raise NotImplementedError("a DiffusersDenoiser subclass implements run_network")
 

@@ -26,9 +26,9 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
     """
 
     family = "diffusers-unet"
-    network: UNet2DConditionModel
+    network: Any  # diffusers models carry no types
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
+    def __init__(self, unet: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = unet.config
         if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
             raise ValueError(
@@ -38,7 +38,9 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         size = latent_size or config.sample_size
         prediction = scheduler_config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction) or prediction == "flow":
-            raise ValueError(f"the scheduler's prediction_type={prediction!r} is not supported; epsilon and v_prediction are")
+            raise ValueError(
+                f"the scheduler's prediction_type={prediction!r} is not supported; epsilon and v_prediction are"
+            )
         schedule = DiscreteSchedule(discrete_alphas_cumprod(scheduler_config))
         super().__init__(unet, schedule, cast(Prediction, prediction), (config.in_channels, size, size))
         self.scheduler_config = dict(scheduler_config)
@@ -51,16 +53,16 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
     ) -> tuple[Tensor | None, Tensor | None]:
         if condition.text is None or (self.has_time_ids and (condition.pooled is None or condition.time_ids is None)):
-            raise ValueError("this U-Net needs text embeddings" + (", pooled embeddings and time ids" * self.has_time_ids))
+            raise ValueError(
+                "this U-Net needs text embeddings" + (", pooled embeddings and time ids" * self.has_time_ids)
+            )
         feature, skips, embedding = self._encode(noisy, level, condition)
         if want == "bottleneck":
             return None, feature
         raw = self._decode(feature, skips, embedding, condition.text, noisy.shape[-2:])
         return raw, feature if want == "both" else None
 
-    def _encode(
-        self, noisy: Tensor, level: Tensor, condition: Condition
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def _encode(self, noisy: Tensor, level: Tensor, condition: Condition) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Mid-block output, skip tensors and time embedding, as the network's own forward makes them."""
         unet, text = self.network, condition.text
         embedding = unet.time_embedding(unet.get_time_embed(noisy, level))
@@ -109,8 +111,16 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
 
 def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
     """alphas_cumprod (T,) of any diffusers scheduler config with betas (DDIM, Euler, PNDM, LCM, ...)."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    return DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config}).alphas_cumprod
+    names = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
+    scheduler: Any = DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config})
+    return scheduler.alphas_cumprod
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -28,11 +28,9 @@ class SD3Denoiser(DiffusersDenoiser):
     """
 
     family = "sd3"
-    network: SD3Transformer2DModel
+    network: Any  # diffusers models carry no types
 
-    def __init__(
-        self, transformer: SD3Transformer2DModel, scheduler_config: dict[str, Any], latent_size: int = 0
-    ) -> None:
+    def __init__(self, transformer: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = transformer.config
         if scheduler_config.get("use_dynamic_shifting"):
             raise ValueError("schedulers with use_dynamic_shifting have no fixed grid of levels and are not supported")

@@ -1,6 +1,9 @@
 """Prompts to embeddings, with the text encoders of a diffusers folder and the pipeline's own rules."""
 
+import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +18,27 @@ from fewstep.errors import UserError
 _PIPELINES = {
     "sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
 }  # fmt: skip
+
+
+_COMPONENTS = {
+    "vae", "unet", "transformer", "safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3",
+}  # fmt: skip  # optional or unused here
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the progress bars of diffusers and transformers: loading a component is no long work."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 class TextEmbeddings(NamedTuple):
@@ -47,16 +71,22 @@ class TextEncoders:
     def __init__(self, folder: Path, family: str) -> None:
         self.folder, self.family = folder, family
         names = [name for name in read_model_index(folder) if name.startswith(("text_encoder", "tokenizer"))]
-        others = dict.fromkeys(["vae", "unet" if family != "sd3" else "transformer"])
+        kind = getattr(diffusers, _PIPELINES[family])
+        others: dict[str, Any] = {
+            name: None
+            for name in inspect.signature(kind.__init__).parameters
+            if name in _COMPONENTS and name not in names
+        }
         if family == "sd":
-            others |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            others["requires_safety_checker"] = False
         for name in names:
             if not (folder / name).is_dir():
                 raise UserError(f"{folder} is incomplete: its component {name} is missing; download it again")
         try:
-            self._pipeline: Any = getattr(diffusers, _PIPELINES[family]).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, **others
-            )
+            with quiet_loading():
+                self._pipeline: Any = kind.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, **others
+                )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: its text encoders cannot be loaded ({str(error).splitlines()[0]})") from error
         for name in names:

@@ -1,6 +1,7 @@
 """What a model is conditioned on, as one immutable object with its unconditional twin."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class Condition:
     def to(self, device: torch.device | str) -> "Condition":
         """The same conditions on another device."""
         parts = {**self._rows(), **self._shared()}
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
+        moved: dict[str, Any] = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        return replace(self, **moved)
 
     @staticmethod
     def cat(parts: "list[Condition]") -> "Condition":
@@ -89,6 +91,32 @@ class Condition:
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+class ConditionTable(Protocol):
+    """All conditions of a run by number: classes, or the prompts of a list."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+
+    def rows(self, index: Tensor) -> Condition:
+        """The conditions at these numbers (B,), on the index's device."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Condition i is class i; without classes there is one row, the empty condition."""
+
+    num_classes: int
+
+    @property
+    def num_rows(self) -> int:
+        """Classes, at least 1."""
+        return max(1, self.num_classes)
+
+    def rows(self, index: Tensor) -> Condition:
+        return Condition.from_labels(index, self.num_classes)
 
 
 def _expanded(row: Tensor | None, size: int) -> Tensor | None:

@@ -17,7 +17,7 @@ Purpose = Literal[
     "dm_level", "dm_noise", "gan_level", "gan_noise", "fake_level", "fake_noise",
     "disc_level_real", "disc_noise_real", "disc_level_generated", "disc_noise_generated",
     "simulated_step", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3",
-    "pretrain_level", "pretrain_noise", "encoder_noise", "prompt_order", "sample_noise", "sample_label", "diagnostic_noise", "global_state",
+    "pretrain_level", "pretrain_noise", "encoder_noise", "sample_noise", "sample_label", "diagnostic_noise", "global_state",
 ]  # fmt: skip
 
 _MASK = 0xFFFFFFFF

@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 
 

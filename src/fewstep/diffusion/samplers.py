@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.guidance import guided_denoise
-from fewstep.diffusion.noise_levels import karras_sigmas, per_sample
+from fewstep.diffusion.noise_levels import KarrasSchedule, karras_sigmas, per_sample
 from fewstep.diffusion.step_schedule import StepSchedule
 
 
@@ -141,3 +142,29 @@ def sample_few_steps(
         level = denoiser.noise_schedule.expanded(index, len(noise), noise.device)
         x0 = denoiser.denoise(denoiser.add_noise(x0, fresh_noise(number), level), level, condition)
     return x0
+
+
+def sample_generator(
+    denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: int, first: int = 0
+) -> Tensor:
+    """x0 of images first..first + B - 1 of a seed from a generator network, (B, C, H, W), not clamped."""
+    size, device = len(condition), next(denoiser.parameters()).device
+
+    def fresh_noise(number: int) -> Tensor:
+        return sample_noise(denoiser, seed, first, size, device, step=number)
+
+    return sample_few_steps(denoiser, fresh_noise(0), condition, steps, fresh_noise)
+
+
+def sample_noise(denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0) -> Tensor:
+    """Unit Gaussian that images first..first + size - 1 of a seed start from (or meet at a later step)."""
+    return Draws.of_batch(seed, step, size, device, first).normal("sample_noise", denoiser.image_shape)
+
+
+def sample_teacher(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 0, guidance_scale: float = 1.0
+) -> Tensor:
+    """x0 by the sampler that fits the model's schedule: Heun for EDM, DDIM for the others; 0 steps: 18 and 50."""
+    if isinstance(denoiser.noise_schedule, KarrasSchedule):
+        return sample_heun(denoiser, noise, condition, num_steps=num_steps or 18, guidance_scale=guidance_scale)
+    return sample_ddim(denoiser, noise, condition, num_steps=num_steps or 50, guidance_scale=guidance_scale)

@@ -1,17 +1,24 @@
 """What the generator is fed each step: conditions drawn independently of the real batch, and its noisy input."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.data.noise_image_pairs import NoiseImagePairs
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.backward_simulation import simulated_input
+
+
+class RealBatch(NamedTuple):
+    """Real images (B, C, H, W) with their own conditions; empty where no term reads them."""
+
+    images: Tensor
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -36,18 +43,19 @@ class GeneratorInput:
 class GeneratorInputs(Protocol):
     """Makes the generator's batch of one step."""
 
-    def __call__(self, generator: Denoiser, draws: Draws) -> GeneratorInput:
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         """The batch for these draws; a second call with the same arguments gives the same batch."""
 
 
 @dataclass(frozen=True)
 class FreshInputs:
-    """Uniform labels and backward-simulated inputs (for one step: pure noise)."""
+    """Uniformly drawn conditions and backward-simulated inputs (for one step: pure noise)."""
 
     steps: StepSchedule
+    conditions: ConditionTable
 
-    def __call__(self, generator: Denoiser, draws: Draws) -> GeneratorInput:
-        condition = uniform_condition(generator, draws)
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        condition = uniform_condition(self.conditions, draws)
         noisy, level = simulated_input(generator, self.steps, condition, draws)
         return GeneratorInput(noisy, level, condition, num_fresh=len(condition))
 
@@ -60,13 +68,14 @@ class FreshAndPairedInputs:
     """
 
     steps: StepSchedule
+    conditions: ConditionTable
     pairs: NoiseImagePairs
 
-    def __call__(self, generator: Denoiser, draws: Draws) -> GeneratorInput:
-        fresh = FreshInputs(self.steps)(generator, draws)
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        fresh = FreshInputs(self.steps, self.conditions)(generator, draws, real)
         rows = draws.integers("pair_order", 0, len(self.pairs))
         noise, image, labels = self.pairs.rows(rows, fresh.noisy.device)
-        paired = Condition.from_labels(labels, generator.num_classes)
+        paired = self.conditions.rows(labels)
         level = fresh.level[:1].expand(len(noise))
         noisy = generator.noise_schedule.initial(noise, level)
         return GeneratorInput(
@@ -75,7 +84,26 @@ class FreshAndPairedInputs:
         )  # fmt: skip
 
 
-def uniform_condition(denoiser: Denoiser, draws: Draws) -> Condition:
-    """Uniformly drawn class labels; the empty condition for models without classes."""
-    labels = draws.integers("generator_label", 0, max(1, denoiser.num_classes))
-    return Condition.from_labels(labels, denoiser.num_classes)
+@dataclass(frozen=True)
+class NoisedDataInputs:
+    """The ablation of backward simulation: real data noised to a step, pure noise at the first, with its own conditions.
+
+    Training and inference inputs then differ. Source: DMD2 (arXiv:2405.14867), section 4.5.
+    """
+
+    steps: StepSchedule
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        chosen = draws.shared_integer("simulated_step", len(self.steps))
+        schedule, shape = generator.noise_schedule, generator.image_shape
+        level = schedule.expanded(self.steps.indices[chosen], len(real.images), real.images.device)
+        if chosen == 0:
+            noisy = schedule.initial(draws.normal("generator_noise", shape), level)
+        else:
+            noisy = generator.add_noise(real.images, draws.normal("simulation_noise_1", shape), level)
+        return GeneratorInput(noisy, level, real.condition, num_fresh=len(noisy))
+
+
+def uniform_condition(conditions: ConditionTable, draws: Draws) -> Condition:
+    """Conditions drawn uniformly from all there are, with replacement."""
+    return conditions.rows(draws.integers("generator_label", 0, conditions.num_rows))

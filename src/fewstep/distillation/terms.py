@@ -16,7 +16,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.guidance import guided_denoise
-from fewstep.distillation.conditions import GeneratorInput
+from fewstep.distillation.conditions import GeneratorInput, RealBatch
 from fewstep.losses.adversarial import discriminator_adversarial_loss, generator_adversarial_loss
 from fewstep.losses.denoising import denoising_loss
 from fewstep.losses.distribution_matching import distribution_matching_gradient, distribution_matching_loss
@@ -134,15 +134,8 @@ class FakeScoreTerm(Protocol):
     name: str
     weight: float
 
-    def __call__(self, x0: Tensor, condition: Condition, real: "RealBatch", draws: Draws) -> Tensor:
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
         """Scalar loss on detached generated images x0 (B, C, H, W) and, where the term uses them, real ones."""
-
-
-class RealBatch(NamedTuple):
-    """Real images (B, C, H, W) with their own conditions; empty where no term reads them."""
-
-    images: Tensor
-    condition: Condition
 
 
 @dataclass

@@ -30,6 +30,7 @@ class ModelCard:
         can_be_guided: whether the model was trained without its condition part of the time.
         made_with: resolved settings, steps and library version of the run that made it.
         licence: of the weights.
+        base: model that the remaining components of a text-to-image generator are read from.
     """
 
     role: str
@@ -39,6 +40,7 @@ class ModelCard:
     can_be_guided: bool = False
     made_with: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    base: str = ""
 
 
 def write_model_folder(

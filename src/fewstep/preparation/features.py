@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fewstep.data.images import ImageDataset, data_order
+from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
-from fewstep.generator import choose_device
 
 
 def train_feature_network(

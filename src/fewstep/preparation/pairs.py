@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fewstep.data.noise_image_pairs import MANIFEST, is_intact, read_manifest, write_manifest, write_shard
+from fewstep.data.noise_image_pairs import PAIRS, write_shard
+from fewstep.data.shard_folder import start_or_continue, write_manifest
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_heun
-from fewstep.errors import UserError
 from fewstep.formats.pixels import to_uint8
 from fewstep.generator import Teacher, check_guidance
 
@@ -38,7 +37,7 @@ def prepare_pairs(
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
         "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
-    manifest = _start_or_continue(folder, job)
+    manifest = start_or_continue(folder, job, PAIRS)
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
         first = number * shard_size
         size = min(shard_size, num_pairs - first)
@@ -50,34 +49,6 @@ def prepare_pairs(
         write_manifest(folder, manifest)
         report(first + size, num_pairs)
     return folder
-
-
-def _start_or_continue(folder: Path, job: dict[str, object]) -> dict[str, Any]:
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; choose a folder for the pairs")
-    if not (folder / MANIFEST).exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no pairs; choose another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
-        manifest: dict[str, Any] = {"job": job, "shards": [], "complete": False}
-        write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
-        return manifest
-    manifest = read_manifest(folder)
-    if manifest["job"] != job:
-        changed = [
-            f"{key} was {manifest['job'].get(key)!r}, is {job[key]!r}"
-            for key in job
-            if manifest["job"].get(key) != job[key]
-        ]
-        raise UserError(f"{folder} holds other pairs: {', '.join(changed)}; choose another folder")
-    intact = 0  # shards are made in order: keep those before the first that is missing or changed
-    while intact < len(manifest["shards"]) and is_intact(folder, manifest["shards"][intact]):
-        intact += 1
-    done = manifest["complete"] and intact == len(manifest["shards"])
-    return {**manifest, "shards": manifest["shards"][:intact], "complete": done}
 
 
 def _some_pairs(

@@ -1,6 +1,8 @@
 """From settings to a distillation: networks, terms and optimisers are chosen here, once."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -10,8 +12,16 @@ from fewstep.backbones.perceptual import load_lpips, pixel_distance
 from fewstep.config import LossSettings, TrainSettings
 from fewstep.data.images import ImageBatches, ImageDataset, load_images
 from fewstep.data.noise_image_pairs import NoiseImagePairs
+from fewstep.diffusion.condition import ConditionTable
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, GeneratorInputs
+from fewstep.distillation.conditions import (
+    FreshAndPairedInputs,
+    FreshInputs,
+    GeneratorInputs,
+    NoisedDataInputs,
+    RealBatch,
+)
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -23,7 +33,7 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
-from fewstep.generator import Teacher, check_guidance, load_generator, load_teacher
+from fewstep.generator import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.optimizers import build_adamw
 from fewstep.training.step import Distillation
@@ -37,7 +47,7 @@ def build_step_schedule(settings: TrainSettings) -> StepSchedule:
         raise UserError(str(error)) from None
 
 
-def build_distillation(settings: TrainSettings, teacher: Teacher) -> Distillation:
+def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions: ConditionTable) -> Distillation:
     """Roles, inputs, terms and optimisers of one run.
 
     Raises:
@@ -46,7 +56,7 @@ def build_distillation(settings: TrainSettings, teacher: Teacher) -> Distillatio
     check_guidance(teacher, settings.teacher.guidance_scale)
     steps = build_step_schedule(settings)
     torch.manual_seed(settings.training.seed)  # the head's random start
-    roles = build_roles(teacher.denoiser, with_discriminator=settings.losses.gan_discriminator_weight > 0)
+    roles = build_chosen_roles(settings, teacher.denoiser)
     if settings.generator.start_from:
         start_roles(roles, Path(settings.generator.start_from).expanduser())
     if settings.compute.compile:
@@ -55,7 +65,7 @@ def build_distillation(settings: TrainSettings, teacher: Teacher) -> Distillatio
     optimizer = settings.optimizer
     return Distillation(
         roles=roles,
-        inputs=_build_inputs(settings, steps, teacher),
+        inputs=_build_inputs(settings, steps, teacher, conditions),
         generator_terms=_build_generator_terms(settings, roles),
         fake_score_terms=_build_fake_score_terms(settings.losses, roles),
         generator_optimizer=build_adamw(roles.generator.parameters(), optimizer.generator_lr, optimizer),
@@ -63,6 +73,34 @@ def build_distillation(settings: TrainSettings, teacher: Teacher) -> Distillatio
         generator_every=settings.training.generator_every,
         max_grad_norm=optimizer.max_grad_norm,
     )
+
+
+def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
+    """Roles in the memory mode of the settings."""
+    memory = settings.memory
+    with_discriminator = settings.losses.gan_discriminator_weight > 0
+    if memory.mode == "full":
+        roles = build_roles(teacher, with_discriminator)
+        if memory.checkpoint_activations:
+            for network in (roles.generator, roles.fake_score):
+                _checkpointed(network)
+        return roles
+    from fewstep.backbones.adapters import LoraShape
+    from fewstep.distillation.lora_roles import build_lora_generator_roles, build_shared_base_roles
+
+    lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets)
+    dtype = torch.bfloat16 if memory.frozen_precision == "bf16" else torch.float32
+    build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
+    return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations)
+
+
+def _checkpointed(network: Denoiser) -> None:
+    checkpoint = getattr(network, "checkpoint_activations", None)
+    if checkpoint is None:
+        raise UserError(
+            "memory.checkpoint_activations=true: this model family cannot recompute its activations; set it to false"
+        )
+    checkpoint()
 
 
 def start_roles(roles: Roles, source: Path) -> None:
@@ -92,16 +130,49 @@ def start_roles(roles: Roles, source: Path) -> None:
         raise UserError(f"generator.start_from={source}: {error}") from None
 
 
-def build_real_batches(settings: TrainSettings, teacher: Teacher) -> ImageBatches | None:
-    """Batches of real pictures, or None where no term reads them."""
+class RealData(Protocol):
+    """Real samples of the model's own space with their conditions."""
+
+    def at(self, step: int, device: torch.device) -> RealBatch:
+        """The batch of a step."""
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Pictures with class labels."""
+
+    batches: ImageBatches
+    conditions: ConditionTable
+
+    def at(self, step: int, device: torch.device) -> RealBatch:
+        images, labels = self.batches.at(step, device)
+        return RealBatch(images, self.conditions.rows(labels))
+
+
+def build_real_data(settings: TrainSettings, teacher: AnyTeacher) -> RealData | None:
+    """Batches of real data, or None where no term reads them."""
     if not settings.losses.gan_discriminator_weight:
         return None
+    if not isinstance(teacher, Teacher):
+        from fewstep.training.text_data import open_latents
+
+        return open_latents(settings, teacher)
     channels, resolution, _ = teacher.denoiser.image_shape
     dataset = load_images(
         settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
     )
     check_class_names(dataset, teacher)
-    return ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+    batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+    return RealImages(batches, teacher.conditions)
+
+
+def build_conditions(settings: TrainSettings, teacher: AnyTeacher, folder: Path) -> ConditionTable:
+    """What the generator is asked for: all classes, or the prompts of the run (their embeddings go into `folder`)."""
+    if isinstance(teacher, Teacher):
+        return teacher.conditions
+    from fewstep.training.text_data import open_prompts
+
+    return open_prompts(settings, teacher, folder)
 
 
 def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
@@ -114,17 +185,20 @@ def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
         )
 
 
-def open_teacher(settings: TrainSettings) -> Teacher:
+def open_teacher(settings: TrainSettings) -> AnyTeacher:
     """The teacher of a run, on its device and in its precision."""
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
-    teacher = load_teacher(settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision)
+    teacher = load_teacher(
+        settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision,
+        resolution=settings.teacher.resolution,
+    )  # fmt: skip
     if settings.teacher.network:
         check_network(teacher, settings)
     return teacher
 
 
-def check_network(teacher: Teacher, settings: TrainSettings) -> None:
+def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
     """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
     try:
         with torch.device("meta"):
@@ -140,9 +214,13 @@ def check_network(teacher: Teacher, settings: TrainSettings) -> None:
         )
 
 
-def _build_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Teacher) -> GeneratorInputs:
+def _build_inputs(
+    settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher, conditions: ConditionTable
+) -> GeneratorInputs:
+    if settings.generator.training_inputs == "noised_data":
+        return NoisedDataInputs(steps)
     if not settings.losses.regression_weight:
-        return FreshInputs(steps)
+        return FreshInputs(steps, conditions)
     if not settings.data.pairs:
         raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
     pairs = NoiseImagePairs(Path(settings.data.pairs).expanduser())
@@ -151,13 +229,12 @@ def _build_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Teacher
             f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
             f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
         )
-    classes = max(1, teacher.denoiser.num_classes)
-    if int(pairs.labels.max()) >= classes:
+    if int(pairs.labels.max()) >= conditions.num_rows:
         raise UserError(
             f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "
             f"{teacher.denoiser.num_classes} classes: prepare pairs with this teacher"
         )
-    return FreshAndPairedInputs(steps, pairs)
+    return FreshAndPairedInputs(steps, conditions, pairs)
 
 
 def _build_generator_terms(settings: TrainSettings, roles: Roles) -> list[GeneratorTerm]:

@@ -1,7 +1,6 @@
 """Distilling a generator, as a job for the one loop."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from fewstep.config import TrainSettings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_heun
-from fewstep.distillation.terms import RealBatch
-from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.generator import Generator, Teacher, sample_generator, sample_noise
-from fewstep.training.build import build_distillation, build_real_batches, build_step_schedule
+from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
+from fewstep.distillation.conditions import RealBatch
+from fewstep.formats.model_folder import ModelCard
+from fewstep.generator import AnyGenerator, AnyTeacher
+from fewstep.training.build import build_conditions, build_distillation, build_real_data, build_step_schedule
 from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from fewstep.training.ema import WeightAverage
 from fewstep.training.optimizers import learning_rate_factor, set_learning_rate
@@ -35,12 +34,13 @@ class DistillationJob:
 
     phase = "distill"
 
-    def __init__(self, settings: TrainSettings, teacher: Teacher) -> None:
+    def __init__(self, settings: TrainSettings, teacher: AnyTeacher) -> None:
         self.settings, self.teacher = settings, teacher
         self.device = teacher.device
         self.steps = build_step_schedule(settings)
-        self.batches = build_real_batches(settings, teacher)
-        self.run = build_distillation(settings, teacher)
+        self.conditions = build_conditions(settings, teacher, Path(settings.run.folder))
+        self.real_data = build_real_data(settings, teacher)
+        self.run = build_distillation(settings, teacher, self.conditions)
         half_life = settings.generator.ema_half_life_images
         self.average = WeightAverage(self.run.roles.generator, half_life) if half_life else None
 
@@ -58,11 +58,10 @@ class DistillationJob:
         return metrics
 
     def _real_batch(self, step: int) -> RealBatch:
-        if self.batches is None:
+        if self.real_data is None:
             shape = self.teacher.denoiser.image_shape
             return RealBatch(torch.empty(0, *shape, device=self.device), Condition(0))
-        images, labels = self.batches.at(step, self.device)
-        return RealBatch(images, Condition.from_labels(labels, self.teacher.denoiser.num_classes))
+        return self.real_data.at(step, self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Networks, average and optimisers; the teacher is frozen and stays where it is."""
@@ -95,37 +94,34 @@ class DistillationJob:
             "fake_score_optimizer": self.run.fake_score_optimizer,
         }
 
-    def best_generator(self) -> Generator:
+    def best_generator(self) -> AnyGenerator:
         """The averaged generator where there is an average, else the current one; shares its weights."""
-        network: Any = self.run.roles.generator if self.average is None else self.average.module
-        return Generator(network, self._card(0))
+        network: Denoiser = self.run.roles.generator if self.average is None else self.average.module
+        return self.teacher.student(network, self._card(0))
 
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:
         """Generator and teacher from the same noise, and both scores' estimates on noised generator images."""
         generator = self.best_generator().denoiser
         count = self.settings.run.sample_images
-        condition = self._fixed_condition(count)
+        condition = self.conditions.rows(torch.arange(count, device=self.device) % self.conditions.num_rows)
+        show = self.teacher.to_images
         x0 = sample_generator(generator, self.steps, condition, seed=0)
-        log.picture("generator", step, x0, columns=min(10, count))
+        log.picture("generator", step, show(x0), columns=min(10, count))
         if step == 1:
             noise = sample_noise(generator, 0, 0, count, self.device)
-            log.picture(
-                "teacher", step, sample_heun(self.teacher.denoiser, noise, condition).clamp(-1, 1), min(10, count)
-            )
+            guidance = self.settings.teacher.guidance_scale
+            made = sample_teacher(self.teacher.denoiser, noise, condition, guidance_scale=guidance)
+            log.picture("teacher", step, show(made), min(10, count))
         shown = min(10, count)
         for name, network in (("teacher_score", self.teacher.denoiser), ("fake_score", self.run.roles.fake_score)):
             rows = [self._estimate(network, x0[:shown], condition[:shown], index) for index in DIAGNOSTIC_INDICES]
-            log.picture(name, step, torch.cat([x0[:shown], *rows]), columns=shown)
-
-    def _fixed_condition(self, count: int) -> Condition:
-        classes = self.teacher.denoiser.num_classes
-        return Condition.from_labels(torch.arange(count, device=self.device) % max(1, classes), classes)
+            log.picture(name, step, show(torch.cat([x0[:shown], *rows])), columns=shown)
 
     def _estimate(self, network: Denoiser, x0: Tensor, condition: Condition, index: int) -> Tensor:
         level = network.noise_schedule.expanded(index, len(x0), self.device)
         noise = Draws.of_batch(0, index, len(x0), self.device).normal("diagnostic_noise", network.image_shape)
-        return network.denoise(network.add_noise(x0, noise, level), level, condition).clamp(-1, 1)
+        return network.denoise(network.add_noise(x0, noise, level), level, condition)
 
     def _card(self, num_steps: int) -> ModelCard:
         made_with = {
@@ -139,6 +135,5 @@ class DistillationJob:
 
     def save_result(self, folder: Path, num_steps: int) -> Path:
         """Write the generator (the average where there is one) as a model folder with its step schedule."""
-        generator = self.best_generator().denoiser
-        write_model_folder(folder / "generator", generator.describe(), generator.state_dict(), self._card(num_steps))
+        self.teacher.write_generator(folder / "generator", self.best_generator().denoiser, self._card(num_steps))
         return folder / "generator"

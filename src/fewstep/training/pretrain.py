@@ -10,12 +10,12 @@ from fewstep.backbones.catalog import build_network_config
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.config import PretrainSettings
 from fewstep.data.images import ImageBatches, load_images
+from fewstep.devices import choose_device, prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_heun
+from fewstep.diffusion.samplers import sample_heun, sample_noise
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.generator import choose_device, prepare_denoiser, sample_noise
 from fewstep.losses.denoising import denoising_loss
 from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from fewstep.training.ema import WeightAverage

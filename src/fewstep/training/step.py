@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.distillation.conditions import GeneratorInput, GeneratorInputs
+from fewstep.distillation.conditions import GeneratorInput, GeneratorInputs, RealBatch
 from fewstep.distillation.roles import Roles
-from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm, RealBatch
+from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
 from fewstep.training.optimizers import clipped_update
 
 
@@ -43,7 +43,7 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
         generator's output.
     """
     metrics: dict[str, Tensor] = {}
-    batch = run.inputs(run.roles.generator, draws)
+    batch = run.inputs(run.roles.generator, draws, real)
     if step % run.generator_every == 0:
         x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
         gradient = combined_gradient(run.generator_terms, x0.detach(), batch, draws, metrics)

@@ -25,6 +25,7 @@ from fewstep.training.checkpoint import (
 )
 from fewstep.training.run_log import Clock, RunLog
 
+EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
 Observer = Callable[[int, float], None]
 
 
@@ -154,7 +155,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
             raise UserError(
                 f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != EMBEDDINGS for path in folder.iterdir())):
         raise UserError(f"{folder} is not empty and no run of fewstep; choose another run.folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,136 @@
+"""Prompt lists from text files, tables, published pickles and folders of captioned pictures."""
+
+import csv
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+from fewstep.formats.inert_pickle import read_pickled_strings
+
+_SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def load_prompts(path: str | Path, column: str = "text") -> list[str]:
+    """All prompts of a file or folder, in order, repeated ones included.
+
+    Args:
+        path: .txt (UTF-8, one prompt a line), .parquet, .jsonl or .csv (their column), .pkl (a pickled list[str], read
+            without executing anything); or a folder of pictures with metadata.jsonl, .csv or .parquet, or of parquet
+            files.
+        column: of the tables.
+
+    Raises:
+        UserError: nothing there, no prompts, an empty prompt, bytes that are not UTF-8, no such column. The message
+            names the file and the line or row.
+    """
+    path = Path(path).expanduser()
+    files = _tables(path) if path.is_dir() else [path]
+    prompts = [prompt for file in files for prompt in _read(file, column)]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; give a file with at least one")
+    return prompts
+
+
+def check_column(names: Sequence[str], column: str, where: object, setting: str) -> None:
+    """Raise UserError, with the nearest name, when a column is not among these."""
+    if column not in names:
+        near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where} has no column {setting}={column!r} among {sorted(names)}{guess}")
+
+
+def _tables(folder: Path) -> list[Path]:
+    for place in (folder, folder / "train"):
+        for name in _METADATA:
+            if (place / name).is_file():
+                return [place / name]
+    if files := sorted(folder.glob("*.parquet")):
+        return files
+    raise UserError(
+        f"{folder} holds no prompts: neither {', '.join(_METADATA)} nor parquet files; name the file itself"
+    )
+
+
+def _read(path: Path, column: str) -> list[str]:
+    readers = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    if path.suffix == ".pkl":
+        rows: Iterator[tuple[str, Any]] = ((f"item {n}", s) for n, s in enumerate(read_pickled_strings(path)))
+    elif path.suffix in readers:
+        rows = readers[path.suffix](path, column)
+    else:
+        raise UserError(f"{path}: prompts are read from {', '.join(_SUFFIXES)} files and folders, not {path.suffix!r}")
+    return [_checked(prompt, path, place) for place, prompt in rows]
+
+
+def _checked(prompt: Any, path: Path, place: str) -> str:
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        raise UserError(f"{path}: {place} is an empty prompt; remove it")
+    if not isinstance(prompt, str):
+        raise UserError(f"{path}: {place} is {str(prompt)[:60]!r}, not text; name a column of texts")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: {place} holds half a character ({prompt[:60]!r}); mend or remove it") from None
+    return prompt
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file without their ends; only line feeds end a line."""
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _from_text(path: Path, _: str) -> Iterator[tuple[str, Any]]:
+    return ((f"line {number}", line) for number, line in enumerate(_lines(path), start=1))
+
+
+def _from_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is no JSON ({error}); mend or remove it") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no JSON object; each line is one, with {column!r} in it")
+        check_column(list(row), column, f"{path}: line {number}", "column")
+        yield f"line {number}", row[column]
+
+
+def _from_csv(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader([line + "\n" for line in _lines(path)], strict=True)
+    try:
+        check_column(list(reader.fieldnames or []), column, path, "column")
+        for row in reader:
+            yield f"line {reader.line_num}", row[column]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the file") from None
+
+
+def _from_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_column(file.schema_arrow.names, column, path, "column")
+            row = 0
+            for batch in file.iter_batches(columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield f"row {row}", value
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); write or download it again") from None

@@ -1,0 +1,135 @@
+"""Folders of safetensors shards with a manifest, written shard by shard so that an interrupted job continues."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import replaced_file
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardKind:
+    """What messages call the content of a folder.
+
+    Attributes:
+        name: what it holds, "noise-image pairs".
+        short: the same in a word, "pairs"; also the shards' file name.
+        command: the command that makes it.
+    """
+
+    name: str
+    short: str
+    command: str
+
+
+def read_manifest(folder: Path, kind: ShardKind) -> dict[str, Any]:
+    """The manifest (job, shards, complete) of a folder; raises UserError when there is none or it is damaged."""
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        complete = [{"file", "rows", "sha256"} <= set(shard) for shard in manifest["shards"]]
+        if not all(complete) or not isinstance(manifest["complete"], bool):
+            raise ValueError("an entry is incomplete")
+        return manifest
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {kind.name}; make them with `{kind.command}`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({error}); delete the folder and prepare the {kind.short} again"
+        ) from None
+
+
+def read_complete_manifest(folder: Path, kind: ShardKind) -> dict[str, Any]:
+    """The manifest of a finished job; raises UserError also when it is unfinished."""
+    manifest = read_manifest(folder, kind)
+    if not manifest["complete"]:
+        raise UserError(f"{folder} is unfinished: run the same `{kind.command}` command again to complete it")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replace the manifest in one step."""
+    with replaced_file(folder / MANIFEST) as aside:
+        aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def write_tensors(folder: Path, number: int, tensors: dict[str, Tensor], rows: int, kind: ShardKind) -> dict[str, Any]:
+    """Write one shard and return its manifest entry (file, rows, sha256)."""
+    path = folder / f"{kind.short}_{number:05d}.safetensors"
+    with replaced_file(path) as aside:
+        save_file(tensors, aside)
+    return {"file": path.name, "rows": rows, "sha256": _sha256(path)}
+
+
+def is_intact(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a shard of the manifest is there, byte for byte."""
+    try:
+        return _sha256(folder / entry["file"]) == entry["sha256"]
+    except OSError:
+        return False
+
+
+def check_shard(folder: Path, entry: dict[str, Any], kind: ShardKind) -> Path:
+    """Path of a shard that is byte for byte the one written; raises UserError otherwise."""
+    path = folder / entry["file"]
+    try:
+        same = _sha256(path) == entry["sha256"]
+    except OSError as error:
+        raise unreadable(path, error, kind) from None
+    if not same:
+        raise UserError(f"{path} is not the file that was written (checksum differs); {_again(kind)}")
+    return path
+
+
+def unreadable(path: Path, error: Exception, kind: ShardKind) -> UserError:
+    """The error to raise for a shard that does not open."""
+    return UserError(f"{path} cannot be read ({error}); {_again(kind)}")
+
+
+def start_or_continue(folder: Path, job: dict[str, Any], kind: ShardKind) -> dict[str, Any]:
+    """The manifest to go on with: of a new folder, or of an unfinished one up to its first damaged shard.
+
+    Raises:
+        UserError: the folder holds something else, or another job of this kind.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; choose a folder for the {kind.short}")
+    if not (folder / MANIFEST).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no {kind.short}; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
+        manifest: dict[str, Any] = {"job": job, "shards": [], "complete": False}
+        write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
+        return manifest
+    manifest = read_manifest(folder, kind)
+    before = manifest["job"]
+    if before != job:
+        keys = [*job, *(key for key in before if key not in job)]
+        changed = [
+            f"{key} was {before.get(key)!r}, is {job.get(key)!r}" for key in keys if before.get(key) != job.get(key)
+        ]
+        raise UserError(f"{folder} holds other {kind.short}: {', '.join(changed)}; choose another folder")
+    intact = 0  # shards are made in order: keep those before the first that is missing or changed
+    while intact < len(manifest["shards"]) and is_intact(folder, manifest["shards"][intact]):
+        intact += 1
+    done = manifest["complete"] and intact == len(manifest["shards"])
+    return {**manifest, "shards": manifest["shards"][:intact], "complete": done}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _again(kind: ShardKind) -> str:
+    return f"run the same `{kind.command}` command again, which remakes it"

@@ -1,0 +1,222 @@
+"""The LMDB data sets of published distillation runs: row i of array A under `A_i_data`, its shape under `A_shape`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import written_aside
+
+Kind = torch.dtype | type[str]
+IMAGENET: dict[str, Kind] = {"images": torch.uint8, "labels": torch.int64}
+LATENTS: dict[str, Kind] = {"latents": torch.float16, "prompts": str}
+ODE_PAIRS: dict[str, Kind] = dict.fromkeys(
+    ("latents", "images", "prompt_embeds_list", "pooled_prompt_embeds"), torch.float16
+)
+_REMEDY = "the data set is incomplete or damaged: download or make it again"
+
+
+class LmdbArrays:
+    """The arrays of one LMDB, read row by row; nothing is held in memory.
+
+    Args:
+        path: the folder with data.mdb, or the file itself.
+        kinds: the arrays to read, {name: dtype, or str for UTF-8 text}; IMAGENET, LATENTS and ODE_PAIRS are the
+            published ones. Every row of them is looked up on opening: about a second a million rows.
+
+    Attributes:
+        shapes: {name: shape}, rows first.
+
+    Raises:
+        UserError: no LMDB there, no lmdb package, a shape key or a row is missing, a row has another length than its
+            shape and dtype say. The message names path and key.
+    """
+
+    def __init__(self, path: str | Path, kinds: Mapping[str, Kind]) -> None:
+        self.path, self._kinds = Path(path), dict(kinds)
+        self._env = _open(self.path)
+        try:
+            self.shapes = {name: read_array_shape(self._env, name) for name in kinds}
+            for name in kinds:
+                self._check(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the files."""
+        self._env.close()
+
+    def __enter__(self) -> LmdbArrays:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def rows(self, name: str, indices: Sequence[int] | Tensor) -> Tensor:
+        """Rows of an array, (len(indices), *shape[1:]), in its own dtype.
+
+        Raises:
+            ValueError: an array of text, or one that was not opened.
+            IndexError: no such row.
+        """
+        dtype = self._kinds.get(name)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name!r} is no opened array of numbers; opened are {self._kinds}")
+        shape = (len(indices), *self.shapes[name][1:])
+        flat = (
+            torch.frombuffer(bytearray(b"".join(self._raw(name, indices))), dtype=dtype) if math.prod(shape) else None
+        )
+        return torch.empty(shape, dtype=dtype) if flat is None else flat.reshape(shape)
+
+    def texts(self, name: str, indices: Sequence[int] | Tensor) -> list[str]:
+        """Rows of an array of text.
+
+        Raises:
+            ValueError: an array of numbers, or one that was not opened.
+            IndexError: no such row.
+            UserError: a row is not UTF-8.
+        """
+        if self._kinds.get(name) is not str:
+            raise ValueError(f"{name!r} is no opened array of text; opened are {self._kinds}")
+        texts = []
+        for index, raw in zip(_numbers(indices), self._raw(name, indices), strict=True):
+            try:
+                texts.append(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.path}: {_key(name, index)} is not UTF-8 text ({error}); {_REMEDY}") from None
+        return texts
+
+    def _raw(self, name: str, indices: Sequence[int] | Tensor) -> list[bytes]:
+        numbers = _numbers(indices)
+        if any(not 0 <= number < self.shapes[name][0] for number in numbers):
+            raise IndexError(f"rows {numbers} of an array of {self.shapes[name][0]}")
+        with self._env.begin() as transaction:
+            return [transaction.get(_key(name, number).encode()) for number in numbers]
+
+    def _check(self, name: str) -> None:
+        shape, kind = self.shapes[name], self._kinds[name]
+        size = math.prod(shape[1:]) * kind.itemsize if isinstance(kind, torch.dtype) else None
+        if size is None and len(shape) != 1:
+            raise UserError(f"{self.path}: {name}_shape is {shape}, for text it has one number; {_REMEDY}")
+        with self._env.begin(buffers=True) as transaction:
+            for number in range(shape[0]):
+                row = transaction.get(_key(name, number).encode())
+                if row is None:
+                    raise UserError(f"{self.path}: {_key(name, number)} is missing of {shape[0]} rows; {_REMEDY}")
+                if size is not None and len(row) != size:
+                    raise UserError(
+                        f"{self.path}: {_key(name, number)} has {len(row)} bytes, a row of shape {shape[1:]} and "
+                        f"{str(kind).removeprefix('torch.')} has {size}; {_REMEDY}"
+                    )
+
+
+def read_array_shape(env: Any, name: str) -> tuple[int, ...]:
+    """Shape of an array, rows first, from an open lmdb environment.
+
+    Raises:
+        UserError: its shape key is missing or no shape; names the arrays that are there.
+    """
+    key = f"{name}_shape"
+    with env.begin() as transaction:
+        raw = transaction.get(key.encode())
+    if raw is None:
+        there = array_names(env)
+        raise UserError(
+            f"{env.path()}: the key {key} is missing (arrays there: {', '.join(there) or 'none'}); "
+            "it is another kind of data set, or damaged: give the right one or download it again"
+        )
+    words = raw.decode("utf-8", errors="replace").split()
+    if not words or not all(word.isascii() and word.isdigit() and len(word) < 16 for word in words):
+        raise UserError(f"{env.path()}: {key} is {raw[:80]!r}, not numbers separated by spaces; {_REMEDY}")
+    return tuple(int(word) for word in words)
+
+
+def array_names(env: Any) -> list[str]:
+    """Names of the arrays of an open lmdb environment, from its shape keys."""
+    names = []
+    with env.begin() as transaction, transaction.cursor() as cursor:
+        found = cursor.first()
+        while found:  # skip over the rows of each array, of which there may be millions
+            key = bytes(cursor.key())
+            if key.endswith(b"_shape"):
+                names.append(key.removesuffix(b"_shape").decode("utf-8", errors="replace"))
+            stem = key.removesuffix(b"_data").rstrip(b"0123456789")
+            skips = key.endswith(b"_data") and stem != key.removesuffix(b"_data")
+            found = cursor.set_range(stem + b":") if skips else cursor.next()  # ":" follows the digits
+    return names
+
+
+def write_lmdb(path: Path, arrays: Mapping[str, Tensor | Sequence[str]]) -> None:
+    """Write arrays in the published layout, whole or not at all.
+
+    Args:
+        path: folder to write, replaced if there.
+        arrays: {name: (N, ...) tensor, or N texts}.
+
+    Raises:
+        UserError: no lmdb package, or writing failed.
+    """
+    lmdb = _import_lmdb()
+    rows = {name: [_row_bytes(row) for row in array] for name, array in arrays.items()}
+    pages = sum(2 + len(row) // 2048 for values in rows.values() for row in values)
+    with written_aside(path) as aside:
+        try:
+            with (
+                lmdb.open(str(aside), map_size=2**24 + pages * 2**13, lock=False) as env,
+                env.begin(write=True) as transaction,
+            ):
+                for name, values in rows.items():
+                    array = arrays[name]
+                    shape = tuple(array.shape) if isinstance(array, Tensor) else (len(array),)
+                    transaction.put(f"{name}_shape".encode(), " ".join(map(str, shape)).encode())
+                    for number, value in enumerate(values):
+                        transaction.put(_key(name, number).encode(), value)
+        except lmdb.Error as error:
+            raise OSError(str(error)) from error
+
+
+def _row_bytes(row: Tensor | str) -> bytes:
+    if isinstance(row, str):
+        return row.encode("utf-8")
+    return np.ascontiguousarray(row.detach().cpu().numpy()).tobytes()
+
+
+def _key(name: str, number: int) -> str:
+    return f"{name}_{number}_data"
+
+
+def _numbers(indices: Sequence[int] | Tensor) -> list[int]:
+    return [int(number) for number in (indices.tolist() if isinstance(indices, Tensor) else indices)]
+
+
+def _open(path: Path) -> Any:
+    lmdb = _import_lmdb()
+    if not (path / "data.mdb").is_file() and not path.is_file():
+        raise UserError(f"{path} holds no LMDB: give the folder with data.mdb, or the file")
+    try:
+        env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False)
+    except (lmdb.Error, OSError) as error:
+        raise UserError(f"{path} cannot be opened as LMDB ({error}); check the path, or download it again") from error
+    needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size = (path / "data.mdb" if path.is_dir() else path).stat().st_size
+    if size < needed:  # the file is mapped: reading what is not there would end the process
+        env.close()
+        raise UserError(f"{path} is cut short: {size} bytes of {needed}; download or make it again")
+    return env
+
+
+def _import_lmdb() -> ModuleType:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("LMDB data sets need the lmdb package: pip install 'fewstep[text]'") from None
+    return lmdb

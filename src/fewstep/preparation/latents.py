@@ -1,0 +1,222 @@
+"""Latents of captioned pictures with their captions' embeddings: shard by shard, so that an interrupted job continues."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.backbones.autoencoder import Autoencoder
+from fewstep.backbones.text_encoders import TextEncoders
+from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
+from fewstep.data.latents import LATENTS, read_texts
+from fewstep.data.pictures import decode_picture
+from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+from fewstep.formats.fingerprints import text_fingerprint
+from fewstep.formats.lmdb import LATENTS as LMDB_LATENTS
+from fewstep.formats.lmdb import LmdbArrays
+from fewstep.preparation.embeddings import PromptTable, check_prompt
+
+Report = Callable[[int, int | None], None]
+_UNSCALED_STD = 3.0  # a model's own scaling gives about 1; unscaled latents of Stable Diffusion have 5, of SDXL 7
+
+
+class _Part(NamedTuple):
+    """A shard's worth of rows: latents (n, C, h, w), n captions, and the rows of the source they took."""
+
+    latents: Tensor
+    captions: list[str]
+    source_rows: int
+
+
+def prepare_latents(
+    autoencoder: Autoencoder, encoders: TextEncoders, source: CaptionedImages, folder: Path, *, resolution: int,
+    vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", noise_seed: int | None = None,
+    num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
+    batch_size: int = 8, report: Report = lambda done, total: None,
+) -> Path:  # fmt: skip
+    """Store latents and caption embeddings as float16, each distinct caption's once.
+
+    Args:
+        source: pictures with captions (data/captioned_images.py).
+        folder: new, or one that an interrupted call with the same arguments left unfinished.
+        resolution: side of the pictures in pixels, a multiple of the VAE's factor.
+        vae_fingerprint: of the autoencoder's folder (formats/fingerprints.py).
+        noise_seed: None stores the mean of the VAE's distribution; a number a sample of it, drawn with this seed.
+        num_images: rows of the source to take, from its beginning; None takes all.
+        skip_bad: leave out pictures that do not decode or fit, and empty or too long captions; otherwise they end the
+            job with their name.
+        truncate: cut captions at the encoders' length, as the model's own pipeline does.
+        shard_size: rows of the source a file.
+        report: called with (finished rows of the source, all of them or None where that is not known).
+
+    Raises:
+        UserError: a picture or caption cannot be used, the source cannot be read, the folder holds other latents, the
+            resolution does not fit, the disk is full.
+    """
+    if resolution % autoencoder.factor:
+        raise UserError(f"--resolution {resolution} is no multiple of the VAE's factor {autoencoder.factor}")
+    job = {
+        "images": source.facts, "num_images": num_images, "resolution": resolution, "fit": fit,
+        "noise_seed": noise_seed, "skip_bad": skip_bad, "vae": vae_fingerprint,
+        **_text_job(encoders, truncate, shard_size),
+    }  # fmt: skip
+    known = [number for number in (num_images, source.num_rows) if number is not None]
+    reader = _Reader(
+        autoencoder, encoders, source, resolution, fit, noise_seed, skip_bad, truncate, batch_size
+    )  # fmt: skip
+    table = PromptTable(encoders, batch_size)
+    return _write_parts(folder, job, table, reader.read_part, min(known) if known else None, shard_size, report)
+
+
+@dataclass
+class _Reader:
+    """Reads a source once from some row on and encodes its pictures; arguments as of `prepare_latents`."""
+
+    autoencoder: Autoencoder
+    encoders: TextEncoders
+    source: CaptionedImages
+    resolution: int
+    fit: Literal["crop", "pad", "exact"]
+    noise_seed: int | None
+    skip_bad: bool
+    truncate: bool
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self._rows: Iterator[CaptionedImage] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+
+    def read_part(self, first: int, size: int) -> _Part:
+        """Rows first..first + size - 1 of the source, fewer at its end; parts are read in order."""
+        if self._rows is None:
+            self._rows = self.source.rows(first)
+        side = self.resolution // self.autoencoder.factor
+        latents = [torch.empty(0, self.autoencoder.latent_channels, side, side)]
+        captions: list[str] = []
+        taken = 0
+        while taken < size and (batch := list(islice(self._rows, min(self.batch_size, size - taken)))):
+            decoded = self._pool.map(self._decode, batch)
+            found = [self._usable(row, picture) for row, picture in zip(batch, decoded, strict=True)]
+            kept = [number for number, picture in enumerate(found) if picture is not None]
+            if kept:
+                pixels = np.stack([picture for picture in found if picture is not None])
+                latents.append(self._encode(pixels, [first + taken + number for number in kept]))
+            captions += [batch[number].caption for number in kept]
+            taken += len(batch)
+        return _Part(torch.cat(latents), captions, taken)
+
+    def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:
+        try:
+            return decode_picture(row.picture, row.name, self.resolution, 3, self.fit)
+        except UserError as error:
+            return error
+
+    def _usable(self, row: CaptionedImage, picture: np.ndarray | UserError) -> np.ndarray | None:
+        try:
+            place = f"{self.source.source}: the caption of {row.name}"
+            check_prompt(self.encoders, row.caption, place, self.truncate)
+            if isinstance(picture, UserError):
+                raise picture
+        except UserError:
+            if not self.skip_bad:
+                raise
+            return None
+        return picture
+
+    def _encode(self, pixels: np.ndarray, positions: list[int]) -> Tensor:
+        device = self.autoencoder.device
+        images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
+        draws = None
+        if self.noise_seed is not None:
+            draws = Draws(self.noise_seed, 0, torch.tensor(positions, dtype=torch.int64, device=device))
+        return self.autoencoder.encode(images, draws).cpu()
+
+
+def import_lmdb_latents(
+    encoders: TextEncoders, path: Path, folder: Path, *, vae_fingerprint: str, scale: float | None = None,
+    truncate: bool = False, shard_size: int = 512, batch_size: int = 32, report: Report = lambda done, total: None,
+) -> Path:  # fmt: skip
+    """Store the latents of a published LMDB (METHOD.md section 6) with the embeddings of its prompts.
+
+    The LMDB does not say which VAE made its latents: `vae_fingerprint` is taken at your word.
+
+    Args:
+        scale: the latents are multiplied by it; None takes them as they are, and refuses latents that look unscaled.
+
+    Raises:
+        UserError: the LMDB is damaged, its latents are unscaled, a prompt is empty or too long; and as `prepare_latents`.
+    """
+    with LmdbArrays(path, LMDB_LATENTS) as arrays:
+        shape, num_prompts = arrays.shapes["latents"], arrays.shapes["prompts"][0]
+        if len(shape) != 4 or shape[0] != num_prompts or not num_prompts:
+            raise UserError(f"{path}: latents of shape {shape} and {num_prompts} prompts do not belong together")
+        if scale is None:
+            _check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
+        job = {"lmdb": str(path), "lmdb_shape": list(shape), "scale": scale, "vae": vae_fingerprint,
+               **_text_job(encoders, truncate, shard_size)}  # fmt: skip
+
+        def read_part(first: int, size: int) -> _Part:
+            numbers = range(first, min(first + size, num_prompts))
+            prompts = arrays.texts("prompts", numbers)
+            for number, prompt in zip(numbers, prompts, strict=True):
+                check_prompt(encoders, prompt, f"{path}: prompts_{number}_data", truncate)
+            latents = arrays.rows("latents", numbers).float() * (1.0 if scale is None else scale)
+            return _Part(latents, prompts, len(numbers))
+
+        return _write_parts(folder, job, PromptTable(encoders, batch_size), read_part, num_prompts, shard_size, report)
+
+
+def _write_parts(
+    folder: Path, job: dict[str, Any], table: PromptTable, read_part: Callable[[int, int], _Part], total: int | None,
+    shard_size: int, report: Report,
+) -> Path:  # fmt: skip
+    """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took."""
+    manifest = start_or_continue(folder, job, LATENTS)
+    for entry in manifest["shards"]:
+        table.add_known(read_texts(folder / entry["file"]))
+    taken = sum(entry["source_rows"] for entry in manifest["shards"])
+    while not manifest["complete"]:
+        size = shard_size if total is None else min(shard_size, total - taken)
+        part = read_part(taken, size)
+        taken += part.source_rows
+        if part.source_rows:
+            tensors = {"latents": _half(part.latents), **table.shard_tensors(part.captions)}
+            entry = write_tensors(folder, len(manifest["shards"]), tensors, len(part.captions), LATENTS)
+            manifest["shards"].append({**entry, "source_rows": part.source_rows})
+        manifest["complete"] = part.source_rows < size or taken == total
+        if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
+            raise UserError(f"{folder}: the source has no usable picture with a caption; look at it, or at --skip-bad")
+        write_manifest(folder, manifest)
+        report(taken, total)
+    return folder
+
+
+def _half(latents: Tensor) -> Tensor:
+    half = latents.half().contiguous()
+    if not half.isfinite().all():
+        raise UserError("a latent is not finite as float16; the VAE or the stored latents are damaged")
+    return half
+
+
+def _check_scale(path: Path, latents: Tensor) -> None:
+    spread = float(latents.float().std())
+    if not spread <= _UNSCALED_STD:
+        raise UserError(
+            f"{path}: its latents have a standard deviation of {spread:.2f}, a model's own scaling gives about 1; give "
+            "--lmdb-scale (the scaling_factor of vae/config.json, or 1 to take them as they are)"
+        )
+
+
+def _text_job(encoders: TextEncoders, truncate: bool, shard_size: int) -> dict[str, Any]:
+    return {
+        "family": encoders.family, "text_encoders": text_fingerprint(encoders.folder), "truncate_prompts": truncate,
+        "shard_size": shard_size,
+    }  # fmt: skip

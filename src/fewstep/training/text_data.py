@@ -1,0 +1,103 @@
+"""What a text-to-image run reads: prompts as the generator's conditions, latents as real data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.backbones.text_encoders import TextEmbeddings
+from fewstep.config import TrainSettings
+from fewstep.data.images import data_order
+from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddings_fit, check_latents_fit
+from fewstep.data.prompts import load_prompts
+from fewstep.diffusion.condition import ConditionTable
+from fewstep.distillation.conditions import RealBatch
+from fewstep.errors import UserError
+from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
+from fewstep.preparation.embeddings import prepare_embeddings
+from fewstep.text_model import LiveEmbeddings, PromptTable, TextTeacher
+from fewstep.training.trainer import EMBEDDINGS
+
+
+@dataclass(frozen=True)
+class EmbeddingsOnDisk:
+    """Stored embeddings as an embedding source."""
+
+    stored: StoredEmbeddings
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def rows(self, index: Tensor) -> TextEmbeddings:
+        return TextEmbeddings(*self.stored.rows(index))
+
+    @property
+    def empty(self) -> TextEmbeddings:
+        """The unconditional branch."""
+        return TextEmbeddings(self.stored.empty_text, self.stored.empty_pooled)
+
+
+@dataclass(frozen=True)
+class RealLatents:
+    """Batches of stored latents with their captions' conditions; the order of each pass follows from the seed."""
+
+    stored: StoredLatents
+    captions: PromptTable
+    seed: int
+    batch_size: int
+
+    def at(self, step: int, device: torch.device) -> RealBatch:
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        index = data_order(self.seed, positions, len(self.stored))
+        latents = self.stored.rows(index)[0].to(device, torch.float32)
+        return RealBatch(latents, self.captions.rows(index.to(device)))
+
+
+def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) -> ConditionTable:
+    """The run's prompts; by default encoded once into `folder`, after which the text encoders are freed.
+
+    Raises:
+        UserError: no prompts, an empty or too long one, stored embeddings of another encoder.
+    """
+    if not settings.data.prompts:
+        raise UserError(
+            "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder)"
+        )
+    path = Path(settings.data.prompts).expanduser()
+    if (path / "manifest.json").is_file():
+        return _stored_prompts(teacher, path)
+    prompts = load_prompts(path, settings.data.prompt_column)
+    if settings.data.text_embeddings == "computed":
+        return teacher.table(LiveEmbeddings(teacher.encoders, prompts))
+    prepare_embeddings(teacher.encoders, prompts, folder / EMBEDDINGS, truncate=settings.data.truncate_prompts)
+    return _stored_prompts(teacher, folder / EMBEDDINGS)
+
+
+def open_latents(settings: TrainSettings, teacher: TextTeacher) -> RealLatents:
+    """Real latents for the GAN.
+
+    Raises:
+        UserError: none given, or of another VAE, encoder or resolution than the teacher's.
+    """
+    if not settings.data.latents:
+        raise UserError(
+            "data.latents is not set: the GAN of a text-to-image run reads real latents; make them with "
+            "`fewstep prepare latents`, or set losses.gan_generator_weight=0 and losses.gan_discriminator_weight=0"
+        )
+    stored = StoredLatents(Path(settings.data.latents).expanduser())
+    check_latents_fit(
+        stored, vae_fingerprint=vae_fingerprint(teacher.folder), text_fingerprint=text_fingerprint(teacher.folder),
+        latent_shape=teacher.denoiser.image_shape,
+    )  # fmt: skip
+    captions = EmbeddingsOnDisk(stored.captions)
+    training = settings.training
+    return RealLatents(stored, teacher.table(captions, captions.empty), training.seed, training.batch_size)
+
+
+def _stored_prompts(teacher: TextTeacher, folder: Path) -> PromptTable:
+    stored = StoredEmbeddings(folder)
+    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher.folder))
+    source = EmbeddingsOnDisk(stored)
+    teacher.release_encoders()
+    return teacher.table(source, source.empty)
