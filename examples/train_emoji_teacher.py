@@ -52,7 +52,7 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, batch: int = 64) -> Tenso
 
 
 def run_vae(options: argparse.Namespace, pictures: Pictures, split: Split, budget: Budget, sizes: Sizes) -> None:
-    """Train the autoencoder; write vae/, latents.safetensors of the training pictures, split.json."""
+    """Train the autoencoder; write out/vae with the latents of the training pictures."""
     out = options.out
     seen, held_out = pictures.of(list(split["train"])), pictures.of(list(split["held_out"]))
     vae = build_vae(sizes)
@@ -93,12 +93,13 @@ def run_diffusion(options: argparse.Namespace, pictures: Pictures, split: Split,
     out = options.out
     if not (out / "vae/latents.safetensors").is_file():
         raise UserError(f"{out} has no trained autoencoder: run the same command with --stage vae first")
-    if json.loads((out / "vae/split.json").read_text()) != split:
+    seen = pictures.of(list(split["train"]))
+    latents = load_file(out / "vae/latents.safetensors")["latents"]
+    if json.loads((out / "vae/split.json").read_text()) != split or len(latents) != len(seen.texts):
         raise UserError(f"{out / 'vae'} was trained on other pictures than {options.data}: run --stage vae again")
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    latents = load_file(out / "vae/latents.safetensors")["latents"]
     tokenizer = build_tokenizer(list(split["train"]), out / "tokenizer")
-    captions = Captions(tokenizer, pictures.of(list(split["train"])).texts)
+    captions = Captions(tokenizer, seen.texts)
     networks = build_networks(options.stage, sizes, tokenizer)
     parts = count_parameters({**networks, "vae": vae})
     print(parts)

@@ -209,11 +209,12 @@ def evaluate(
 
 @prepare.command("pairs")
 def prepare_pairs(
-    teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl or bundled:NAME")],
+    teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
     num_pairs: Annotated[int, typer.Option(min=1, help="noise-image pairs to make")] = 25_000,
+    prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
     seed: Annotated[int, typer.Option()] = 0,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps; 18 are 35 evaluations")] = 18,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     device: Device = "auto",
@@ -222,7 +223,7 @@ def prepare_pairs(
     """Store noises with the teacher's deterministic images for DMD's regression loss."""
     from fewstep.commands import make_pairs
 
-    make_pairs(teacher, folder, num_pairs, seed, teacher_steps, guidance_scale, batch_size, device, precision)
+    make_pairs(teacher, folder, num_pairs, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts)
 
 
 @prepare.command("embeddings")

@@ -19,7 +19,7 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import save_grid, to_uint8
-from fewstep.generator import Generator, Teacher, load_class_teacher, load_model
+from fewstep.generator import Generator, Teacher, load_model, load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 
@@ -121,19 +121,27 @@ def evaluate_model(
 
 
 def make_pairs(
-    teacher: str, folder: Path, num_pairs: int, seed: int, teacher_steps: int, guidance_scale: float, batch_size: int,
-    device: str, precision: str,
+    teacher: str, folder: Path, num_pairs: int, seed: int, teacher_steps: int | None, guidance_scale: float,
+    batch_size: int, device: str, precision: str, prompts: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
-    model = load_class_teacher(teacher, device=device, precision=_precision(precision))
+    model = load_teacher(teacher, device=device, precision=_precision(precision))
+    conditions = None
+    if not isinstance(model, Teacher):
+        from fewstep.commands_text import pair_prompts
+
+        conditions = pair_prompts(model, prompts, folder)
+    elif prompts:
+        raise UserError("--prompts are for text-to-image teachers; this one has classes")
+    num_steps = teacher_steps or (18 if conditions is None else 50)
     started = time.perf_counter()
 
     def report(done: int, total: int) -> None:
         console.print(f"{done} of {total} pairs, {time.perf_counter() - started:.0f} s")
 
     print(prepare_pairs(
-        model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=teacher_steps,
-        guidance_scale=guidance_scale, batch_size=batch_size, report=report,
+        model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale,
+        batch_size=batch_size, conditions=conditions, report=report,
     ))  # fmt: skip
 
 

@@ -3,16 +3,20 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from rich.console import Console
 
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.latents import StoredEmbeddings, StoredLatents
+from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import vae_fingerprint
+
+if TYPE_CHECKING:
+    from fewstep.text_model import PromptTable, TextTeacher
 
 console = Console(stderr=True)
 Fit = Literal["crop", "pad", "exact"]
@@ -77,6 +81,18 @@ def import_latents(
         shard_size=shard_size, batch_size=batch_size, report=_progress("latents"),
     )  # fmt: skip
     _print_latents(folder)
+
+
+def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path) -> "PromptTable":
+    """The prompts that pairs are made of; their embeddings are stored beside the pairs."""
+    from fewstep.preparation.embeddings import prepare_embeddings
+    from fewstep.training.text_data import stored_prompts
+
+    if not prompts:
+        raise UserError("pairs of a text-to-image teacher need --prompts FILE")
+    target = folder / PROMPT_EMBEDDINGS
+    prepare_embeddings(teacher.encoders, load_prompts(prompts), target, report=_progress("prompts"))
+    return stored_prompts(teacher, target)
 
 
 def _print_latents(folder: Path) -> None:

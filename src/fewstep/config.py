@@ -101,6 +101,9 @@ class LossSettings(Tree):
     gan_discriminator_weight: NonNegative = Field(0.0, description="weight of the discriminator's loss")
     regression_weight: NonNegative = Field(0.0, description="weight of DMD's regression on noise-image pairs")
     regression_distance: Literal["pixel", "lpips"] = Field("pixel", description="distance of the regression")
+    regression_autoencoder: str = Field(
+        "", description="VAE that decodes latents for lpips, e.g. a folder of TAESD; empty: the teacher's"
+    )
     vgg_weights: str = Field("", description="VGG16 state dict for lpips (vgg16-397923af.pth)")
     lpips_weights: str = Field("", description="LPIPS v0.1 linear heads (vgg.pth)")
 

@@ -12,7 +12,13 @@ from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_few_steps
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.backward_simulation import simulated_input
-from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, RealBatch, uniform_condition
+from fewstep.distillation.conditions import (
+    FreshAndPairedInputs,
+    FreshInputs,
+    PairedInputs,
+    RealBatch,
+    uniform_condition,
+)
 from tests.conftest import tiny_denoiser
 
 FOUR = StepSchedule.evenly(4)
@@ -129,13 +135,13 @@ def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser)
     counts = condition.class_labels.sum(0)
     assert ((counts - 1000).abs() < 5 * (4000 * 3 / 16) ** 0.5).all()
     assert (condition.class_labels.sum(1) == 1).all()
-    assert uniform_condition(tiny_denoiser(num_classes=0), Draws.of_batch(0, 0, 3)) == Condition(3)
+    assert uniform_condition(ClassTable(0), Draws.of_batch(0, 0, 3)) == Condition(3)
 
 
 def test_fresh_inputs_are_simulated_under_their_own_labels(generator: EDMDenoiser) -> None:
     draws = draws_at(2)
     batch = FreshInputs(FOUR, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
-    assert torch.equal(batch.condition.class_labels, uniform_condition(generator, draws).class_labels)
+    assert torch.equal(batch.condition.class_labels, uniform_condition(ClassTable(4), draws).class_labels)
     noisy, level = simulated_input(generator, FOUR, batch.condition, draws)
     assert torch.equal(batch.noisy, noisy)
     assert torch.equal(batch.level, level)
@@ -150,7 +156,9 @@ def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: P
     write_manifest(tmp_path, {"shards": [shard], "complete": True})
     pairs, steps = NoiseImagePairs(tmp_path), StepSchedule((999,))
     draws = Draws.of_batch(1, 6, 4)
-    batch = FreshAndPairedInputs(steps, ClassTable(generator.num_classes), pairs)(generator, draws, NO_DATA)
+    batch = FreshAndPairedInputs(FreshInputs(steps, ClassTable(4)), PairedInputs(steps, ClassTable(4), pairs))(
+        generator, draws, NO_DATA
+    )
     alone = FreshInputs(steps, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
     assert batch.num_fresh == 4
     assert len(batch.noisy) == len(batch.level) == len(batch.condition) == 8

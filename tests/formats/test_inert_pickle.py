@@ -1,5 +1,6 @@
 """Published prompt lists are read, and nothing a pickle asks for is done."""
 
+import contextlib
 import os
 import pickle
 import time
@@ -98,7 +99,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     [
         b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"abc",  # a string of 2^60 bytes
         b"\x80\x04]r" + (2**32 - 1).to_bytes(4, "little") + b"X",  # memo far away
-        b"\x80\x04" + b"(" * 1_000_000, b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",
+        b"\x80\x04" + b"(" * 100_000, b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
         b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"].",
     ],
 )  # fmt: skip
@@ -107,10 +108,8 @@ def test_memory_and_time_stay_bounded(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     tracemalloc.start()
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(UserError):
         read_pickled_strings(path)
-    except UserError:
-        pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400 * len(content) + 2**20

@@ -27,13 +27,13 @@ from fewstep.generator import Teacher, load_generator, load_teacher
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.training.build import (
     build_distillation,
-    build_real_data,
     build_step_schedule,
     check_network,
     open_teacher,
     start_roles,
 )
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.inputs import build_real_data
 from fewstep.training.run import train
 from tests.conftest import tiny_denoiser, write_pictures
 from tests.training.helpers import tiny_train_settings
@@ -125,7 +125,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
     assert [term.weight for term in run.fake_score_terms] == [1.0, 0.3]
     assert (run.generator_every, run.max_grad_norm) == (7, 2.0)
     assert isinstance(run.inputs, FreshAndPairedInputs)
-    assert len(run.inputs.pairs) == 6
+    assert len(run.inputs.paired.pairs) == 6
     for optimizer, lr, modules in (
         (run.generator_optimizer, 1e-4, [run.roles.generator]),
         (run.fake_score_optimizer, 3e-4, [run.roles.fake_score, run.roles.discriminator]),

@@ -199,3 +199,41 @@ def test_bad_input_is_one_sentence(work: Path, tmp_path: Path, changes: dict[str
     with pytest.raises(UserError, match=message):
         train(settings(work, "sd", tmp_path / "run", **changes))
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_warm_up_then_distillation(work: Path, tmp_path: Path) -> None:
+    """Pairs, regression alone, and a run that starts from its generator; the warm-up resumes exactly."""
+    run_command("prepare", "pairs", work / "sdxl", tmp_path / "pairs", "--num-pairs", 6, "--teacher-steps", 3,
+                "--guidance-scale", 3, "--prompts", work / "prompts.txt", "--device", "cpu")  # fmt: skip
+    alone = {
+        "distribution_matching_weight": 0.0, "gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0,
+        "regression_weight": 1.0,
+    }  # fmt: skip
+    one_step = {"step_indices": [399]}
+    data = {"pairs": str(tmp_path / "pairs"), "prompts": "", "latents": ""}
+    many = {"num_steps": 30}
+    options: dict[str, Any] = {"losses": alone, "generator": one_step, "data": data}
+    train(settings(work, "sdxl", tmp_path / "warm", training=many, **options))
+    lines = [json.loads(line) for line in (tmp_path / "warm/metrics.jsonl").read_text().splitlines()]
+    losses = [line["regression_loss"] for line in lines if "regression_loss" in line]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    train(settings(work, "sdxl", tmp_path / "parts", training={"num_steps": 14}, **options))
+    train(settings(work, "sdxl", tmp_path / "parts", training=many, **options))
+    whole, _ = read_checkpoint(list_checkpoints(tmp_path / "warm/checkpoints")[-1])
+    parts, _ = read_checkpoint(list_checkpoints(tmp_path / "parts/checkpoints")[-1])
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not any(name.startswith("fake_score") for name in whole)
+    after = {"step_indices": [399], "start_from": str(tmp_path / "warm")}
+    train(settings(work, "sdxl", tmp_path / "after", generator=after, training={"num_steps": 1}))
+    end, _ = read_checkpoint(list_checkpoints(tmp_path / "after/checkpoints")[-1])
+    moved = max((end[n] - whole[n]).abs().max().item() for n in whole if n.startswith("generator."))
+    assert moved < 5e-3  # one small step away from the warm-up, not from the teacher
+
+
+def run_command(*arguments: object) -> None:
+    from typer.testing import CliRunner
+
+    from fewstep.cli import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output

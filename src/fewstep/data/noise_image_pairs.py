@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fewstep.data.shard_folder import ShardKind, check_shard, read_complete_manifest, unreadable, write_tensors
 
+PROMPT_EMBEDDINGS = "embeddings"  # subfolder with the embeddings of the prompts that the labels number
 PAIRS = ShardKind("noise-image pairs", "pairs", "fewstep prepare pairs")
 
 
 class NoiseImagePairs:
-    """All pairs of a folder, verified and held in memory: noise as float16, images as uint8.
+    """All pairs of a folder, verified and held in memory: noise as float16, images as uint8 (latents as float16).
 
     Raises:
         UserError: no manifest, a shard missing, changed or cut short, or an unfinished folder.
@@ -31,9 +32,11 @@ class NoiseImagePairs:
         return len(self.noise)
 
     def rows(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise (B, C, H, W) float32, images (B, C, H, W) float32 in [-1, 1], labels (B,) int64."""
+        """Noise and images (B, C, H, W) float32, images in [-1, 1], or latents as they are; condition numbers (B,) int64."""
         index = index.to(self.noise.device)
-        images = self.images[index].to(device).float() / 127.5 - 1
+        images = self.images[index].to(device).float()
+        if self.images.dtype == torch.uint8:
+            images = images / 127.5 - 1
         return self.noise[index].to(device).float(), images, self.labels[index].to(device)
 
 

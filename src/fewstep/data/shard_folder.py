@@ -93,8 +93,13 @@ def unreadable(path: Path, error: Exception, kind: ShardKind) -> UserError:
     return UserError(f"{path} cannot be read ({error}); {_again(kind)}")
 
 
-def start_or_continue(folder: Path, job: dict[str, Any], kind: ShardKind) -> dict[str, Any]:
+def start_or_continue(
+    folder: Path, job: dict[str, Any], kind: ShardKind, ignore: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The manifest to go on with: of a new folder, or of an unfinished one up to its first damaged shard.
+
+    Args:
+        ignore: names that may already lie in a new folder.
 
     Raises:
         UserError: the folder holds something else, or another job of this kind.
@@ -102,7 +107,7 @@ def start_or_continue(folder: Path, job: dict[str, Any], kind: ShardKind) -> dic
     if folder.is_file():
         raise UserError(f"{folder} is a file; choose a folder for the {kind.short}")
     if not (folder / MANIFEST).exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name not in ignore for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no {kind.short}; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -67,21 +67,35 @@ class FreshAndPairedInputs:
     Source: Yin et al. 2023 (arXiv:2311.18828), algorithm 1.
     """
 
+    fresh: FreshInputs
+    paired: "PairedInputs"
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        fresh, paired = self.fresh(generator, draws, real), self.paired(generator, draws, real)
+        return GeneratorInput(
+            torch.cat([fresh.noisy, paired.noisy]), torch.cat([fresh.level, paired.level]),
+            Condition.cat([fresh.condition, paired.condition]), fresh.num_fresh, paired.target,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairedInputs:
+    """Stored noises alone, whose images by the teacher are known; drawn with replacement.
+
+    Attributes:
+        conditions: the conditions that the pairs' labels number.
+    """
+
     steps: StepSchedule
     conditions: ConditionTable
     pairs: NoiseImagePairs
 
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
-        fresh = FreshInputs(self.steps, self.conditions)(generator, draws, real)
-        rows = draws.integers("pair_order", 0, len(self.pairs))
-        noise, image, labels = self.pairs.rows(rows, fresh.noisy.device)
-        paired = self.conditions.rows(labels)
-        level = fresh.level[:1].expand(len(noise))
+        device = draws.positions.device
+        noise, image, labels = self.pairs.rows(draws.integers("pair_order", 0, len(self.pairs)), device)
+        level = generator.noise_schedule.expanded(self.steps.indices[0], len(noise), device)
         noisy = generator.noise_schedule.initial(noise, level)
-        return GeneratorInput(
-            torch.cat([fresh.noisy, noisy]), torch.cat([fresh.level, level]),
-            Condition.cat([fresh.condition, paired]), fresh.num_fresh, image,
-        )  # fmt: skip
+        return GeneratorInput(noisy, level, self.conditions.rows(labels), 0, image)
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from fewstep.data.noise_image_pairs import PAIRS, write_shard
+from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
 from fewstep.data.shard_folder import start_or_continue, write_manifest
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_heun
+from fewstep.diffusion.samplers import sample_teacher
 from fewstep.formats.pixels import to_uint8
-from fewstep.generator import Teacher, check_guidance
+from fewstep.generator import AnyTeacher, Teacher, check_guidance
 
 
 def prepare_pairs(
-    teacher: Teacher, teacher_name: str, folder: Path, *, num_pairs: int, seed: int = 0, num_steps: int = 18,
+    teacher: AnyTeacher, teacher_name: str, folder: Path, *, num_pairs: int, seed: int = 0, num_steps: int = 18,
     guidance_scale: float = 1.0, shard_size: int = 1000, batch_size: int = 100,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    conditions: ConditionTable | None = None, report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """Sample the teacher deterministically from stored noise with uniform labels.
+    """Sample the teacher deterministically from stored noise with uniformly drawn conditions.
 
     The noise is rounded to float16 before it is used, so that the stored noise is exactly what made the image.
     Source: Yin et al. 2023 (arXiv:2311.18828), section 3.3.
 
     Args:
         folder: new, or one that an interrupted call with the same arguments left unfinished.
+        conditions: what to draw from; None: the teacher's classes. A text-to-image teacher needs its prompts here.
         report: called with (finished pairs, all pairs) after each shard.
 
     Raises:
@@ -37,12 +39,18 @@ def prepare_pairs(
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
         "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
-    manifest = start_or_continue(folder, job, PAIRS)
+    if conditions is None:
+        if not isinstance(teacher, Teacher):
+            raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
+        conditions = teacher.conditions
+    manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
         first = number * shard_size
         size = min(shard_size, num_pairs - first)
-        parts = [_some_pairs(teacher, seed, first + start, min(batch_size, size - start), num_steps, guidance_scale)
-                 for start in range(0, size, batch_size)]  # fmt: skip
+        parts = []
+        for start in range(0, size, batch_size):
+            draws = Draws.of_batch(seed, 0, min(batch_size, size - start), teacher.device, first + start)
+            parts.append(_some_pairs(teacher, conditions, draws, num_steps, guidance_scale))
         noise, images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         manifest["shards"].append(write_shard(folder, number, noise, images, labels))
         manifest["complete"] = first + size == num_pairs
@@ -52,12 +60,13 @@ def prepare_pairs(
 
 
 def _some_pairs(
-    teacher: Teacher, seed: int, first: int, size: int, num_steps: int, guidance_scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    teacher: AnyTeacher, conditions: ConditionTable, draws: Draws, num_steps: int, guidance_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     denoiser = teacher.denoiser
-    draws = Draws.of_batch(seed, 0, size, teacher.device, first)
-    labels = draws.integers("pair_label", 0, max(1, denoiser.num_classes))
+    labels = draws.integers("pair_label", 0, conditions.num_rows)
     noise = draws.normal("pair_noise", denoiser.image_shape).half()  # not the noise that evaluation starts from
-    condition = Condition.from_labels(labels, denoiser.num_classes)
-    images = sample_heun(denoiser, noise.float(), condition, num_steps=num_steps, guidance_scale=guidance_scale)
-    return noise.cpu(), to_uint8(images), labels.cpu()
+    x0 = sample_teacher(
+        denoiser, noise.float(), conditions.rows(labels), num_steps=num_steps, guidance_scale=guidance_scale
+    )
+    stored = to_uint8(x0) if isinstance(teacher, Teacher) else x0.half().cpu()
+    return noise.cpu(), stored, labels.cpu()

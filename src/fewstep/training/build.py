@@ -1,27 +1,18 @@
 """From settings to a distillation: networks, terms and optimisers are chosen here, once."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fewstep.backbones.catalog import released_network_config
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.perceptual import load_lpips, pixel_distance
 from fewstep.config import LossSettings, TrainSettings
-from fewstep.data.images import ImageBatches, ImageDataset, load_images
-from fewstep.data.noise_image_pairs import NoiseImagePairs
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.conditions import (
-    FreshAndPairedInputs,
-    FreshInputs,
-    GeneratorInputs,
-    NoisedDataInputs,
-    RealBatch,
-)
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -35,6 +26,7 @@ from fewstep.distillation.terms import (
 from fewstep.errors import UserError
 from fewstep.generator import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
+from fewstep.training.inputs import build_inputs
 from fewstep.training.optimizers import build_adamw
 from fewstep.training.step import Distillation
 
@@ -65,8 +57,8 @@ def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions:
     optimizer = settings.optimizer
     return Distillation(
         roles=roles,
-        inputs=_build_inputs(settings, steps, teacher, conditions),
-        generator_terms=_build_generator_terms(settings, roles),
+        inputs=build_inputs(settings, steps, teacher, conditions),
+        generator_terms=_build_generator_terms(settings, roles, teacher),
         fake_score_terms=_build_fake_score_terms(settings.losses, roles),
         generator_optimizer=build_adamw(roles.generator.parameters(), optimizer.generator_lr, optimizer),
         fake_score_optimizer=build_adamw(roles.fake_score_and_head().parameters(), optimizer.fake_score_lr, optimizer),
@@ -123,66 +115,12 @@ def start_roles(roles: Roles, source: Path) -> None:
     tensors, _ = read_checkpoint(checkpoints[-1])
     try:
         restore_module("generator", roles.generator, tensors)
-        restore_module("fake_score", roles.fake_score, tensors)
+        if any(name.startswith("fake_score.") for name in tensors):  # a warm-up has none: it stays the teacher
+            restore_module("fake_score", roles.fake_score, tensors)
         if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
             restore_module("discriminator", roles.discriminator, tensors)
     except UserError as error:
         raise UserError(f"generator.start_from={source}: {error}") from None
-
-
-class RealData(Protocol):
-    """Real samples of the model's own space with their conditions."""
-
-    def at(self, step: int, device: torch.device) -> RealBatch:
-        """The batch of a step."""
-
-
-@dataclass(frozen=True)
-class RealImages:
-    """Pictures with class labels."""
-
-    batches: ImageBatches
-    conditions: ConditionTable
-
-    def at(self, step: int, device: torch.device) -> RealBatch:
-        images, labels = self.batches.at(step, device)
-        return RealBatch(images, self.conditions.rows(labels))
-
-
-def build_real_data(settings: TrainSettings, teacher: AnyTeacher) -> RealData | None:
-    """Batches of real data, or None where no term reads them."""
-    if not settings.losses.gan_discriminator_weight:
-        return None
-    if not isinstance(teacher, Teacher):
-        from fewstep.training.text_data import open_latents
-
-        return open_latents(settings, teacher)
-    channels, resolution, _ = teacher.denoiser.image_shape
-    dataset = load_images(
-        settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
-    )
-    check_class_names(dataset, teacher)
-    batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
-    return RealImages(batches, teacher.conditions)
-
-
-def build_conditions(settings: TrainSettings, teacher: AnyTeacher, folder: Path) -> ConditionTable:
-    """What the generator is asked for: all classes, or the prompts of the run (their embeddings go into `folder`)."""
-    if isinstance(teacher, Teacher):
-        return teacher.conditions
-    from fewstep.training.text_data import open_prompts
-
-    return open_prompts(settings, teacher, folder)
-
-
-def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
-    """Refuse pictures whose named classes are not the teacher's."""
-    names, known = dataset.class_names, teacher.card.class_names
-    if names and known and tuple(names) != known:
-        raise UserError(
-            f"the classes of data.images ({', '.join(names[:4])}, ...) are not the teacher's "
-            f"({', '.join(known[:4])}, ...); use the pictures the teacher was trained on"
-        )
 
 
 def open_teacher(settings: TrainSettings) -> AnyTeacher:
@@ -214,30 +152,7 @@ def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
         )
 
 
-def _build_inputs(
-    settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher, conditions: ConditionTable
-) -> GeneratorInputs:
-    if settings.generator.training_inputs == "noised_data":
-        return NoisedDataInputs(steps)
-    if not settings.losses.regression_weight:
-        return FreshInputs(steps, conditions)
-    if not settings.data.pairs:
-        raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
-    pairs = NoiseImagePairs(Path(settings.data.pairs).expanduser())
-    if tuple(pairs.images.shape[1:]) != teacher.denoiser.image_shape:
-        raise UserError(
-            f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
-            f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
-        )
-    if int(pairs.labels.max()) >= conditions.num_rows:
-        raise UserError(
-            f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "
-            f"{teacher.denoiser.num_classes} classes: prepare pairs with this teacher"
-        )
-    return FreshAndPairedInputs(steps, conditions, pairs)
-
-
-def _build_generator_terms(settings: TrainSettings, roles: Roles) -> list[GeneratorTerm]:
+def _build_generator_terms(settings: TrainSettings, roles: Roles, teacher: AnyTeacher) -> list[GeneratorTerm]:
     losses, terms = settings.losses, list[GeneratorTerm]()
     if losses.distribution_matching_weight:
         terms.append(
@@ -250,15 +165,26 @@ def _build_generator_terms(settings: TrainSettings, roles: Roles) -> list[Genera
         assert roles.discriminator is not None
         terms.append(GeneratorAdversarial(roles.fake_score, roles.discriminator, losses.gan_generator_weight))
     if losses.regression_weight:
-        terms.append(Regression(_build_distance(losses, roles), losses.regression_weight))
+        terms.append(Regression(build_distance(losses, teacher), losses.regression_weight))
     return terms
 
 
-def _build_distance(losses: LossSettings, roles: Roles):  # type: ignore[no-untyped-def]
+def build_distance(losses: LossSettings, teacher: AnyTeacher) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the regression compares in: x0 itself, or LPIPS on pictures (latents are decoded first).
+
+    Raises:
+        UserError: weights that are not there.
+    """
     if losses.regression_distance == "pixel":
         return pixel_distance
-    lpips = load_lpips(losses.vgg_weights, losses.lpips_weights)
-    return lpips.to(next(roles.generator.parameters()).device)
+    lpips = load_lpips(losses.vgg_weights, losses.lpips_weights).to(teacher.device)
+    if isinstance(teacher, Teacher):
+        return lpips
+    from fewstep.backbones.autoencoder import load_autoencoder
+
+    tiny = losses.regression_autoencoder
+    vae = load_autoencoder(Path(tiny).expanduser()).to(teacher.device) if tiny else teacher.autoencoder
+    return lambda x0, target: lpips(vae.decode(x0), vae.decode(target))
 
 
 def _build_fake_score_terms(losses: LossSettings, roles: Roles) -> list[FakeScoreTerm]:

@@ -12,6 +12,7 @@ from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
+from fewstep.training.warmup import WarmupJob, is_warmup
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -50,7 +51,8 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     """
     prepare_process(settings.compute)
     folder = run_folder(settings)
-    job = DistillationJob(settings, open_teacher(settings))
+    kind = WarmupJob if is_warmup(settings) else DistillationJob
+    job = kind(settings, open_teacher(settings))
     claim_run_folder(settings, folder)
     return run_job(job, settings, folder, observers=observers, console=console)
 

@@ -66,12 +66,12 @@ def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) ->
         )
     path = Path(settings.data.prompts).expanduser()
     if (path / "manifest.json").is_file():
-        return _stored_prompts(teacher, path)
+        return stored_prompts(teacher, path)
     prompts = load_prompts(path, settings.data.prompt_column)
     if settings.data.text_embeddings == "computed":
         return teacher.table(LiveEmbeddings(teacher.encoders, prompts))
     prepare_embeddings(teacher.encoders, prompts, folder / EMBEDDINGS, truncate=settings.data.truncate_prompts)
-    return _stored_prompts(teacher, folder / EMBEDDINGS)
+    return stored_prompts(teacher, folder / EMBEDDINGS)
 
 
 def open_latents(settings: TrainSettings, teacher: TextTeacher) -> RealLatents:
@@ -95,7 +95,12 @@ def open_latents(settings: TrainSettings, teacher: TextTeacher) -> RealLatents:
     return RealLatents(stored, teacher.table(captions, captions.empty), training.seed, training.batch_size)
 
 
-def _stored_prompts(teacher: TextTeacher, folder: Path) -> PromptTable:
+def stored_prompts(teacher: TextTeacher, folder: Path) -> PromptTable:
+    """Prompts embedded earlier, checked to be of this teacher's text encoders, which are freed.
+
+    Raises:
+        UserError: no stored embeddings, or another encoder's.
+    """
     stored = StoredEmbeddings(folder)
     check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher.folder))
     source = EmbeddingsOnDisk(stored)

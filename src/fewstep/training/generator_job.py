@@ -1,0 +1,99 @@
+"""What every training of a generator has in common: its average, pictures, checkpoints and result."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import __version__
+from fewstep.config import TrainSettings
+from fewstep.diffusion.condition import ConditionTable
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
+from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.formats.model_folder import ModelCard
+from fewstep.generator import AnyGenerator, AnyTeacher
+from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from fewstep.training.ema import WeightAverage
+from fewstep.training.run_log import RunLog
+
+
+class GeneratorJob:
+    """A generator in training; the base of jobs, which say how a step is made and what else is trained.
+
+    Attributes:
+        teacher: the loaded teacher.
+        steps: grid indices of the generator.
+        conditions: everything the generator is asked for.
+        generator: the network in training.
+        average: its weight average, or None.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, teacher: AnyTeacher, steps: StepSchedule, conditions: ConditionTable,
+        generator: Denoiser,
+    ) -> None:  # fmt: skip
+        self.settings, self.teacher, self.device = settings, teacher, teacher.device
+        self.steps, self.conditions, self.generator = steps, conditions, generator
+        half_life = settings.generator.ema_half_life_images
+        self.average = WeightAverage(generator, half_life) if half_life else None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything trained, by the name it has in checkpoints."""
+        modules: dict[str, nn.Module] = {"generator": self.generator}
+        if self.average is not None:
+            modules["average"] = self.average.module
+        return modules
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimisers, by the name they have in checkpoints."""
+        raise NotImplementedError("a GeneratorJob subclass names its optimisers")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Networks, average and optimisers; the teacher is frozen and stays where it is."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules().items():
+            tensors.update(module_tensors(name, module))
+        for name, optimizer in self.optimizers().items():
+            tensors.update(optimizer_tensors(name, optimizer))
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `tensors`."""
+        for name, module in self.modules().items():
+            restore_module(name, module, tensors)
+        for name, optimizer in self.optimizers().items():
+            restore_optimizer(name, optimizer, tensors)
+
+    def best_generator(self) -> AnyGenerator:
+        """The averaged generator where there is an average, else the current one; shares its weights."""
+        network: Denoiser = self.generator if self.average is None else self.average.module
+        return self.teacher.student(network, self._card(0))
+
+    @torch.no_grad()
+    def pictures(self, log: RunLog, step: int) -> None:
+        """Generator, and at the first step the teacher, from the same noise and conditions."""
+        count = self.settings.run.sample_images
+        condition = self.conditions.rows(torch.arange(count, device=self.device) % self.conditions.num_rows)
+        x0 = sample_generator(self.best_generator().denoiser, self.steps, condition, seed=0)
+        log.picture("generator", step, self.teacher.to_images(x0), columns=min(10, count))
+        if step == 1:
+            noise = sample_noise(self.teacher.denoiser, 0, 0, count, self.device)
+            guidance = self.settings.teacher.guidance_scale
+            made = sample_teacher(self.teacher.denoiser, noise, condition, guidance_scale=guidance)
+            log.picture("teacher", step, self.teacher.to_images(made), columns=min(10, count))
+
+    def _card(self, num_steps: int) -> ModelCard:
+        made_with = {
+            "fewstep": __version__, "num_steps": num_steps, "settings": self.settings.model_dump(mode="json"),
+            "teacher": self.teacher.card.made_with,
+        }  # fmt: skip
+        return ModelCard(
+            role="generator", step_indices=self.steps.indices, num_levels=self.steps.num_levels,
+            class_names=self.teacher.card.class_names, made_with=made_with, licence=self.teacher.card.licence,
+        )  # fmt: skip
+
+    def save_result(self, folder: Path, num_steps: int) -> Path:
+        """Write the generator (the average where there is one) with its step schedule."""
+        self.teacher.write_generator(folder / "generator", self.best_generator().denoiser, self._card(num_steps))
+        return folder / "generator"

@@ -1,0 +1,123 @@
+"""What a run is fed: the generator's conditions and inputs, real data, stored pairs. Chosen from settings once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fewstep.config import TrainSettings
+from fewstep.data.images import ImageBatches, ImageDataset, load_images
+from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS, NoiseImagePairs
+from fewstep.diffusion.condition import ConditionTable
+from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.distillation.conditions import (
+    FreshAndPairedInputs,
+    FreshInputs,
+    GeneratorInputs,
+    NoisedDataInputs,
+    PairedInputs,
+    RealBatch,
+)
+from fewstep.errors import UserError
+from fewstep.generator import AnyTeacher, Teacher
+
+
+class RealData(Protocol):
+    """Real samples of the model's own space with their conditions."""
+
+    def at(self, step: int, device: torch.device) -> RealBatch:
+        """The batch of a step."""
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Pictures with class labels."""
+
+    batches: ImageBatches
+    conditions: ConditionTable
+
+    def at(self, step: int, device: torch.device) -> RealBatch:
+        images, labels = self.batches.at(step, device)
+        return RealBatch(images, self.conditions.rows(labels))
+
+
+def build_real_data(settings: TrainSettings, teacher: AnyTeacher) -> RealData | None:
+    """Batches of real data, or None where no term reads them."""
+    if not settings.losses.gan_discriminator_weight:
+        return None
+    if not isinstance(teacher, Teacher):
+        from fewstep.training.text_data import open_latents
+
+        return open_latents(settings, teacher)
+    channels, resolution, _ = teacher.denoiser.image_shape
+    dataset = load_images(
+        settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
+    )
+    check_class_names(dataset, teacher)
+    batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+    return RealImages(batches, teacher.conditions)
+
+
+def build_conditions(settings: TrainSettings, teacher: AnyTeacher, folder: Path) -> ConditionTable:
+    """What the generator is asked for: all classes, or the prompts of the run (their embeddings go into `folder`)."""
+    if isinstance(teacher, Teacher):
+        return teacher.conditions
+    from fewstep.training.text_data import open_prompts
+
+    return open_prompts(settings, teacher, folder)
+
+
+def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
+    """Refuse pictures whose named classes are not the teacher's."""
+    names, known = dataset.class_names, teacher.card.class_names
+    if names and known and tuple(names) != known:
+        raise UserError(
+            f"the classes of data.images ({', '.join(names[:4])}, ...) are not the teacher's "
+            f"({', '.join(known[:4])}, ...); use the pictures the teacher was trained on"
+        )
+
+
+def build_inputs(
+    settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher, conditions: ConditionTable
+) -> GeneratorInputs:
+    """What the generator is fed each step.
+
+    Raises:
+        UserError: pairs are needed and missing, or of another teacher.
+    """
+    if settings.generator.training_inputs == "noised_data":
+        return NoisedDataInputs(steps)
+    if not settings.losses.regression_weight:
+        return FreshInputs(steps, conditions)
+    return FreshAndPairedInputs(FreshInputs(steps, conditions), build_paired_inputs(settings, steps, teacher))
+
+
+def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher) -> PairedInputs:
+    """Stored noise-image pairs of this teacher.
+
+    Raises:
+        UserError: none given, or of another teacher.
+    """
+    if not settings.data.pairs:
+        raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
+    folder = Path(settings.data.pairs).expanduser()
+    pairs = NoiseImagePairs(folder)
+    if tuple(pairs.images.shape[1:]) != teacher.denoiser.image_shape:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
+            f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
+        )
+    if isinstance(teacher, Teacher):
+        conditions: ConditionTable = teacher.conditions
+    else:
+        from fewstep.training.text_data import stored_prompts
+
+        conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
+    what = "classes" if isinstance(teacher, Teacher) else "prompts"
+    if int(pairs.labels.max()) >= conditions.num_rows:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "
+            f"{conditions.num_rows} {what}: prepare pairs with this teacher"
+        )
+    return PairedInputs(steps, conditions, pairs)

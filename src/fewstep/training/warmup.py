@@ -1,0 +1,72 @@
+"""Regression alone: a generator that reproduces the teacher's own samples, from which distillation can start."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from fewstep.config import TrainSettings
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.draws import Draws
+from fewstep.distillation.conditions import RealBatch
+from fewstep.distillation.terms import Regression
+from fewstep.errors import UserError
+from fewstep.generator import AnyTeacher
+from fewstep.training.build import build_distance, build_step_schedule
+from fewstep.training.generator_job import GeneratorJob
+from fewstep.training.inputs import build_paired_inputs
+from fewstep.training.optimizers import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
+from fewstep.training.step import combined_gradient
+
+
+class WarmupJob(GeneratorJob):
+    """The warm-up of one-step SDXL: regression on noise-image pairs, no fake score and no discriminator.
+
+    Source: DMD2 (arXiv:2405.14867), appendix on SDXL; the loss is that of Yin et al. 2023 (arXiv:2311.18828), eq. 9.
+    """
+
+    phase = "warmup"
+
+    def __init__(self, settings: TrainSettings, teacher: AnyTeacher) -> None:
+        if settings.memory.mode != "full" or settings.generator.start_from:
+            raise UserError(
+                "a warm-up (regression alone) trains the full network from the teacher: leave memory.mode at 'full' and "
+                "generator.start_from empty"
+            )
+        steps = build_step_schedule(settings)
+        self.inputs = build_paired_inputs(settings, steps, teacher)
+        teacher.denoiser.eval().requires_grad_(False)
+        generator = copy.deepcopy(teacher.denoiser).requires_grad_(True)
+        if settings.memory.checkpoint_activations:
+            generator.checkpoint_activations()  # type: ignore[operator]
+        if settings.compute.compile:
+            generator.compile_network()
+        super().__init__(settings, teacher, steps, self.inputs.conditions, generator)
+        self.terms = [Regression(build_distance(settings.losses, teacher), settings.losses.regression_weight)]
+        self.optimizer = build_adamw(generator.parameters(), settings.optimizer.generator_lr, settings.optimizer)
+        shape = teacher.denoiser.image_shape
+        self._no_data = RealBatch(torch.empty(0, *shape, device=self.device), Condition(0))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"generator_optimizer": self.optimizer}
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        """One update on one batch of pairs."""
+        settings, size = self.settings, self.settings.training.batch_size
+        lr = settings.optimizer.generator_lr * learning_rate_factor(settings.optimizer, step, progress)
+        set_learning_rate(self.optimizer, lr)
+        draws = Draws.of_batch(settings.training.seed, step, size, self.device)
+        batch = self.inputs(self.generator, draws, self._no_data)
+        metrics: dict[str, Tensor] = {}
+        x0 = self.generator.denoise(batch.noisy, batch.level, batch.condition)
+        x0.backward(combined_gradient(list(self.terms), x0.detach(), batch, draws, metrics))
+        metrics["generator_grad_norm"] = clipped_update(self.optimizer, settings.optimizer.max_grad_norm)
+        if self.average is not None:
+            self.average.update(self.generator, step * size, size)
+        return metrics
+
+
+def is_warmup(settings: TrainSettings) -> bool:
+    """Whether the regression is the run's only term."""
+    losses = settings.losses
+    return not (losses.distribution_matching_weight or losses.gan_generator_weight)

@@ -1,0 +1,125 @@
+"""Captioned pictures from every kind of source, in order, from any row on."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from fewstep.data.captioned_images import check_tar, open_captioned_images
+from fewstep.data.pictures import decode_picture
+from fewstep.errors import UserError
+
+
+def png(grey: int, size: int = 16) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), grey, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, captions: list[str], size: int = 16) -> Path:
+    """Pictures whose grey is their number, and a metadata.jsonl."""
+    folder.mkdir(parents=True)
+    for number in range(len(captions)):
+        (folder / f"{number:03d}.png").write_bytes(png(number, size))
+    rows = [{"file_name": f"{number:03d}.png", "text": caption} for number, caption in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_tar(path: Path, captions: list[str], first: int = 0) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for number, caption in enumerate(captions, start=first):
+            for suffix, content in (("png", png(number)), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path: Path, captions: list[str]) -> Path:
+    import datasets
+
+    pictures = [{"bytes": png(number), "path": None} for number in range(len(captions))]
+    rows = datasets.Dataset.from_dict({"image": pictures, "text": captions})
+    rows.cast_column("image", datasets.Image()).to_parquet(path)
+    return path
+
+
+CAPTIONS = [f"cat {number}" for number in range(70)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "tar", "tars"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_source(tmp_path: Path, kind: str, streaming: bool) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        write_folder(path, CAPTIONS)
+    elif kind == "parquet":
+        path = write_parquet(path.with_suffix(".parquet"), CAPTIONS)
+    elif kind == "tar":
+        path = write_tar(path.with_suffix(".tar"), CAPTIONS)
+    else:
+        path.mkdir()
+        write_tar(path / "b.tar", CAPTIONS[30:], first=30)
+        write_tar(path / "a.tar", CAPTIONS[:30])
+    source = open_captioned_images(str(path), streaming=streaming)
+    assert source.num_rows == (None if streaming or "tar" in kind else 70)
+    for first in (0, 29, 69, 70):
+        rows = list(source.rows(first))
+        assert [row.caption for row in rows] == CAPTIONS[first:]
+        greys = [int(decode_picture(row.picture, row.name, 16, 3, "exact")[0, 0, 0]) for row in rows]
+        assert greys == list(range(first, 70))
+        assert all(f"(row {number})" in row.name for number, row in enumerate(rows, start=first))
+
+
+def refused(source: object, **options: str) -> str:
+    with pytest.raises(UserError) as error:
+        list(open_captioned_images(str(source), **options).rows(0))
+    return str(error.value)
+
+
+def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ["one", "two", "three"])
+    content = path.read_bytes()
+    check_tar(path)
+    end = content.rindex(b"three") // 512 * 512 + 512
+    for size in [0, 1, 511, 512, 513, 700, 1024, 1025, 1536, 2048, 3000, end - 1, end, end + 511]:
+        path.write_bytes(content[:size])
+        told = f"{path} is cut short: it ends at byte {size} without the end mark of a tar; download or write it again"
+        assert refused(path) == told
+    path.write_bytes(content[: end + 512])
+    assert len(list(open_captioned_images(str(path)).rows(0))) == 3
+
+
+def test_no_tar(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"word" * 1000)
+    assert "is no tar file, or damaged at byte 0" in refused(tmp_path / "a.tar")
+    assert "cannot be read ([Errno 2]" in refused(tmp_path / "b.tar")
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none") == f"{tmp_path / 'none'}: no such folder, parquet file or tar"
+    assert "no/such/set: no such folder" in refused("no/such/set")
+    assert "cannot be read" in refused("nobody/nothing")
+    folder = write_folder(tmp_path / "pictures", ["a"])
+    assert "has no column --caption-column='txet' among ['image', 'text']; did you mean 'text'?" in refused(
+        folder, caption_column="txet"
+    )
+    (folder / "metadata.jsonl").unlink()
+    assert "(captions of a folder belong into its metadata.jsonl) has no column --caption-column='text'" in refused(
+        folder
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    assert "no column of pictures among ['text']" in refused(tmp_path / "a.parquet")
+
+
+def test_captions_that_are_no_text(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pictures", ["a"])
+    (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": 3}\n')
+    assert "captions are int, not text; name another column with --caption-column" in refused(folder)

@@ -1,0 +1,184 @@
+"""Stored embeddings are the text encoders' own, and an interrupted job ends in the same bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
+from fewstep.data.latents import StoredEmbeddings
+from fewstep.data.shard_folder import MANIFEST
+from fewstep.errors import UserError
+from fewstep.preparation import embeddings as module
+from fewstep.preparation.embeddings import prepare_embeddings
+from tests.tiny_models import MAX_TOKENS, tiny_sd_folder, tiny_sdxl_folder
+
+PROMPTS = ["a cat", "a dog", "a cat", "red", "big cat", "a dog", "the end", "a cat", "one", "two"]
+JOB: dict[str, Any] = {"shard_size": 4, "batch_size": 2}
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def encoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextEncoders:
+    make = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder}[request.param]
+    return TextEncoders(make(tmp_path_factory.mktemp("models") / request.param), request.param)
+
+
+@pytest.fixture
+def whole(encoders: TextEncoders, tmp_path: Path) -> Path:
+    """A job nobody interrupted: shards of 4, 4 and 2 prompts."""
+    return prepare_embeddings(encoders, PROMPTS, tmp_path / "whole", **JOB)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_the_encoders_own(encoders: TextEncoders, whole: Path) -> None:
+    stored = StoredEmbeddings(whole)
+    index = torch.tensor([9, 0, 4, 7])
+    text, pooled = stored.rows(index)
+    expected = encoders.encode([PROMPTS[i] for i in index.tolist()])
+    torch.testing.assert_close(text.float(), expected.text, atol=2e-3, rtol=2e-3)
+    assert (text[0] - text[1]).abs().mean() > 0.01  # the comparison can fail
+    if expected.pooled is None:
+        assert pooled is None
+    else:
+        assert pooled is not None
+        torch.testing.assert_close(pooled.float(), expected.pooled, atol=2e-3, rtol=2e-3)
+    empty = encoders.encode_empty()
+    torch.testing.assert_close(stored.empty_text.float(), empty.text, atol=2e-3, rtol=2e-3)
+    assert (stored.empty_pooled is None) == (empty.pooled is None)
+    assert stored.prompts(torch.arange(10)) == PROMPTS
+
+
+def test_distinct_prompts_are_encoded_once(
+    encoders: TextEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    original = TextEncoders.encode
+
+    def counted(self: TextEncoders, prompts: list[str]) -> TextEmbeddings:
+        seen.extend(prompts)
+        return original(self, prompts)
+
+    monkeypatch.setattr(TextEncoders, "encode", counted)
+    progress: list[tuple[int, int]] = []
+    prepare_embeddings(
+        encoders, PROMPTS, tmp_path / "e", **JOB, report=lambda done, total: progress.append((done, total))
+    )
+    assert [prompt for prompt in seen if prompt] == ["a cat", "a dog", "red", "big cat", "the end", "one", "two"]
+    assert progress == [(4, 10), (8, 10), (10, 10)]
+    stored = StoredEmbeddings(tmp_path / "e")
+    assert (len(stored), stored.num_distinct) == (10, 7)
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+@pytest.mark.parametrize("at", ["write_tensors", "write_manifest"])
+def test_an_interrupted_job_ends_in_the_same_bytes(
+    encoders: TextEncoders, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, at: str
+) -> None:
+    """Killed before or after the shard following `finished` whole ones is written."""
+    folder, original, calls = tmp_path / "parts", getattr(module, at), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == finished + 1:
+            raise Interrupted
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, at, interrupted)
+        with pytest.raises(Interrupted):
+            prepare_embeddings(encoders, PROMPTS, folder, **JOB)
+        with pytest.raises(UserError, match="is unfinished: run the same `fewstep prepare embeddings` command again"):
+            StoredEmbeddings(folder)
+        prepare_embeddings(encoders, PROMPTS, folder, **JOB)
+    assert len(calls) == 4  # three shards and the one call that failed: what is done is not made again
+    assert files_of(folder) == files_of(whole)
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_damaged_shard_is_remade(encoders: TextEncoders, whole: Path, shard: int) -> None:
+    before = files_of(whole)
+    path = whole / f"embeddings_{shard:05d}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{path.name} .*`fewstep prepare embeddings`"):
+        StoredEmbeddings(whole)
+    prepare_embeddings(encoders, PROMPTS, whole, **JOB)
+    assert files_of(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "told"),
+    [
+        (PROMPTS[:-1], {}, "num_prompts was 10, is 9"), ([*PROMPTS[:-1], "three"], {}, "prompts was '"),
+        (PROMPTS, {"shard_size": 5}, "shard_size was 4, is 5"),
+        (PROMPTS, {"truncate": True}, "truncate_prompts was False, is True"),
+    ],
+)  # fmt: skip
+def test_another_job_is_refused(
+    encoders: TextEncoders, whole: Path, prompts: list[str], changes: dict[str, Any], told: str
+) -> None:
+    before = files_of(whole)
+    with pytest.raises(UserError) as error:
+        prepare_embeddings(encoders, prompts, whole, **{**JOB, **changes})
+    assert str(error.value).startswith(f"{whole} holds other embeddings: ")
+    assert told in str(error.value)
+    assert str(error.value).endswith("; choose another folder")
+    assert files_of(whole) == before
+
+
+def test_other_encoders_are_refused(encoders: TextEncoders, whole: Path, tmp_path: Path) -> None:
+    make = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder}[encoders.family]
+    other = TextEncoders(make(tmp_path / "other", seed=1), encoders.family)
+    with pytest.raises(UserError, match="holds other embeddings: text_encoders was '"):
+        prepare_embeddings(other, PROMPTS, whole, **JOB)
+
+
+def test_empty_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
+    """The limit counts the two marks at the ends; nothing is written before all prompts are looked at."""
+    fits, long = " ".join("cat" for _ in range(MAX_TOKENS - 2)), " ".join("cat" for _ in range(MAX_TOKENS - 1))
+    folder = tmp_path / "e"
+    for prompts, told in (
+        ([], "there are no prompts to embed"),
+        (["a", " "], "the prompt on line 2 is empty; remove it"),
+        (["a", "b", long], f"the prompt on line 3 has {MAX_TOKENS + 1} tokens, the text encoder takes {MAX_TOKENS} ("),
+    ):
+        with pytest.raises(UserError) as error:
+            prepare_embeddings(encoders, prompts, folder)
+        assert told in str(error.value)
+        assert not folder.exists()
+    assert "cut all long ones with --truncate-prompts" in str(error.value)
+    stored = StoredEmbeddings(prepare_embeddings(encoders, [fits, long], folder, truncate=True))
+    text, _ = stored.rows(torch.tensor([0, 1]))
+    torch.testing.assert_close(text[0].float(), text[1].float(), atol=2e-3, rtol=2e-3)
+
+
+def test_embeddings_that_float16_cannot_hold(
+    encoders: TextEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TextEncoders.encode
+    monkeypatch.setattr(
+        TextEncoders, "encode", lambda self, prompts: TextEmbeddings(*[
+            None if part is None else part + 1e6 for part in original(self, prompts)
+        ]),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="an embedding is not finite as float16"):
+        prepare_embeddings(encoders, ["a"], tmp_path / "e")
+
+
+def test_the_manifest_says_what_was_made(encoders: TextEncoders, whole: Path) -> None:
+    manifest = json.loads((whole / MANIFEST).read_text())
+    assert manifest["complete"]
+    job = manifest["job"]
+    assert (job["family"], job["num_prompts"], job["shard_size"], job["truncate_prompts"]) == (
+        encoders.family, 10, 4, False,
+    )  # fmt: skip
+    assert len(job["text_encoders"]) == len(job["prompts"]) == 64
+    assert [entry["rows"] for entry in manifest["shards"]] == [4, 4, 2]
