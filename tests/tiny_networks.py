@@ -46,7 +46,9 @@ def tiny_condition(family: str, size: int = 2, *, seed: int = 0, dtype: torch.dt
         row = random(1, *part.shape[1:])
         values[f"empty_{name}"] = torch.zeros_like(row) if family == "sdxl" else row
     if family == "sdxl":
-        values["time_ids"] = torch.tensor([[16, 16, 0, 0, 16, 16], [24, 16, 2, 1, 16, 24]]).repeat(size, 1)[:size].to(dtype)
+        values["time_ids"] = (
+            torch.tensor([[16, 16, 0, 0, 16, 16], [24, 16, 2, 1, 16, 24]]).repeat(size, 1)[:size].to(dtype)
+        )
     return Condition(size, **values)
 
 

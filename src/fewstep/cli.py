@@ -102,7 +102,10 @@ def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False,
+    suggest_gan_weight: Annotated[bool, typer.Option("--suggest-gan-weight", help="measure gradient norms for a few updates in memory, print a GAN weight, then stop")] = False,
+) -> None:  # fmt: skip
     """Distil a teacher into a generator. The same command continues an interrupted run."""
     from fewstep.config import TrainSettings, load_settings
 
@@ -112,6 +115,11 @@ def train(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) 
         from fewstep.training.estimate import describe_distillation
 
         _print_dry_run(settings, describe_distillation(settings))
+        return
+    if suggest_gan_weight:
+        from fewstep.training.run import print_gan_weight
+
+        print_gan_weight(settings)
         return
     from fewstep.training.run import train as run
 

@@ -174,6 +174,17 @@ class RunSettings(Tree):
     tensorboard: bool = Field(True, description="write TensorBoard event files too")
 
 
+class BestSettings(Tree):
+    """The best generator of a run, kept beside the newest checkpoints; measured at every checkpoint."""
+
+    metric: Literal["", "frechet_distance"] = Field("", description="what decides; empty: nothing is measured or kept")
+    features: str = Field(
+        "", description="feature network: folder of `fewstep prepare features`, bundled:NAME or Inception"
+    )
+    reference: str = Field("", description=".npz of `fewstep prepare statistics`")
+    num_images: int = Field(1000, ge=50, description="generated pictures a measurement")
+
+
 class TrainSettings(Tree):
     """Everything `fewstep train` needs."""
 
@@ -187,6 +198,7 @@ class TrainSettings(Tree):
     training: TrainingSettings = TrainingSettings()
     compute: ComputeSettings = ComputeSettings()
     run: RunSettings = RunSettings()
+    best: BestSettings = BestSettings()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -77,7 +77,9 @@ def assert_same_gradients(role: AdapterRole, separate: SeparateCopy) -> None:
             assert found[name] is None or not found[name].any(), name
         else:
             touched += 1
-            torch.testing.assert_close(found[name], factor.grad, rtol=1e-7, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], factor.grad, rtol=1e-7, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert touched > 10
 
 
@@ -353,7 +355,9 @@ def with_one_more(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_another_adapters_state_is_refused(spoil: Callable[..., Any]) -> None:
     role = SharedBase(tiny_text_denoiser("sd"), SHAPE).add_role("generator")
     before = {name: value.clone() for name, value in role.adapter_state().items()}
-    with pytest.raises(UserError, match=r"the LoRA does not fit this base, rank and targets: \d+ of its tensors differ"):
+    with pytest.raises(
+        UserError, match=r"the LoRA does not fit this base, rank and targets: \d+ of its tensors differ"
+    ):
         role.load_adapter_state(spoil(before))
     assert all(torch.equal(value, before[name]) for name, value in role.adapter_state().items())
 

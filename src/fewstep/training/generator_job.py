@@ -15,6 +15,7 @@ from fewstep.formats.model_folder import ModelCard
 from fewstep.generator import AnyGenerator, AnyTeacher
 from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from fewstep.training.ema import WeightAverage
+from fewstep.training.health import sample_statistics
 from fewstep.training.run_log import RunLog
 
 
@@ -29,6 +30,8 @@ class GeneratorJob:
         average: its weight average, or None.
     """
 
+    phase: str
+
     def __init__(
         self, settings: TrainSettings, teacher: AnyTeacher, steps: StepSchedule, conditions: ConditionTable,
         generator: Denoiser,
@@ -37,6 +40,10 @@ class GeneratorJob:
         self.steps, self.conditions, self.generator = steps, conditions, generator
         half_life = settings.generator.ema_half_life_images
         self.average = WeightAverage(generator, half_life) if half_life else None
+
+    def step(self, step: int, progress: float) -> dict[str, Tensor]:
+        """Make training step `step` (from 0) at `progress` in 0..1; returns scalar metrics on the device."""
+        raise NotImplementedError("a GeneratorJob subclass makes the step")
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything trained, by the name it has in checkpoints."""
@@ -70,18 +77,30 @@ class GeneratorJob:
         network: Denoiser = self.generator if self.average is None else self.average.module
         return self.teacher.student(network, self._card(0))
 
+    def sample_images(self, first: int, count: int, seed: int = 1) -> Tensor:
+        """Images first..first + count - 1 of a seed, all conditions in turn, (N, C, H, W) in [-1, 1], on the CPU."""
+        numbers = torch.arange(first, first + count, device=self.device) % self.conditions.num_rows
+        network = self.best_generator().denoiser
+        x0 = sample_generator(network, self.steps, self.conditions.rows(numbers), seed=seed, first=first)
+        return self.teacher.to_images(x0).cpu()
+
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:
         """Generator, and at the first step the teacher, from the same noise and conditions."""
         count = self.settings.run.sample_images
         condition = self.conditions.rows(torch.arange(count, device=self.device) % self.conditions.num_rows)
         x0 = sample_generator(self.best_generator().denoiser, self.steps, condition, seed=0)
-        log.picture("generator", step, self.teacher.to_images(x0), columns=min(10, count))
+        images = self.teacher.to_images(x0)
+        log.picture("generator", step, images, columns=min(10, count))
         if step == 1:
             noise = sample_noise(self.teacher.denoiser, 0, 0, count, self.device)
             guidance = self.settings.teacher.guidance_scale
-            made = sample_teacher(self.teacher.denoiser, noise, condition, guidance_scale=guidance)
-            log.picture("teacher", step, self.teacher.to_images(made), columns=min(10, count))
+            made = self.teacher.to_images(
+                sample_teacher(self.teacher.denoiser, noise, condition, guidance_scale=guidance)
+            )
+            log.picture("teacher", step, made, columns=min(10, count))
+            log.keep_reference(sample_statistics(made))
+        log.samples(step, sample_statistics(images))
 
     def _card(self, num_steps: int) -> ModelCard:
         made_with = {

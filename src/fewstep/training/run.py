@@ -8,8 +8,10 @@ import torch
 from rich.console import Console
 
 from fewstep.config import ComputeSettings, PretrainSettings, TrainSettings
+from fewstep.training.best import BestGenerator
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
+from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -52,9 +54,24 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     prepare_process(settings.compute)
     folder = run_folder(settings)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
-    job = kind(settings, open_teacher(settings))
+    job: GeneratorJob = kind(settings, open_teacher(settings))
+    if settings.best.metric:
+        observers = (*observers, BestGenerator(job, settings, folder, console))
     claim_run_folder(settings, folder)
     return run_job(job, settings, folder, observers=observers, console=console)
+
+
+def print_gan_weight(settings: TrainSettings) -> None:
+    """`fewstep train --suggest-gan-weight`."""
+    from fewstep.training.gan_weight import suggest_gan_weight
+
+    prepare_process(settings.compute)
+    found = suggest_gan_weight(settings)
+    print(
+        f"losses.gan_generator_weight={found.equal_weight:.2g} makes the GAN's gradient at the generator's output as strong as "
+        f"distribution matching's ({found.distribution_matching_norm:.3g} against {found.gan_norm:.3g} at weight 1; mean of "
+        f"{found.num_updates} generator updates)."
+    )
 
 
 def prepare_process(compute: ComputeSettings) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import make_grid, save_grid
+from fewstep.training.health import SampleStatistics, alarms
+
+REFERENCE = "teacher_statistics.json"
 
 
 class NonFiniteError(UserError):
@@ -31,12 +35,14 @@ class RunLog:
         tensorboard: also write event files under `tensorboard/`.
     """
 
-    def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool, console: Console | None = None) -> None:
         self.folder = folder
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._path = folder / "metrics.jsonl"
         _cut_metrics(self._path, start_step)
+        _cut_metrics(folder / "alarms.jsonl", start_step)
+        self.console = console or Console(stderr=True)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -87,6 +93,27 @@ class RunLog:
         if self._writer is not None:
             self._writer.add_image(name, np.asarray(make_grid(images, columns)), step, dataformats="HWC")
         return path
+
+    def keep_reference(self, statistics: SampleStatistics) -> None:
+        """Remember the teacher's sample statistics for the rest of the run, also over interruptions."""
+        with replaced_file(self.folder / "samples" / REFERENCE) as aside:
+            aside.write_text(json.dumps(statistics.to_dict(), indent=1), encoding="utf-8")
+
+    def samples(self, step: int, found: SampleStatistics) -> list[str]:
+        """Log the generator's sample statistics; returns alarms where they are far from the teacher's.
+
+        Alarms also go to `alarms.jsonl`. They never stop a run.
+        """
+        self._pending.append((step - 1, {}, {f"samples_{name}": value for name, value in found.to_dict().items()}))
+        path = self.folder / "samples" / REFERENCE
+        if not path.is_file():
+            return []
+        sentences = alarms(found, SampleStatistics(**json.loads(path.read_text(encoding="utf-8"))))
+        with open(self.folder / "alarms.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step - 1, "alarm": sentence}) + "\n" for sentence in sentences)
+        for sentence in sentences:
+            self.console.print(f"[bold yellow]step {step}:[/] {sentence}")
+        return sentences
 
     def close(self) -> None:
         """Close the event file."""

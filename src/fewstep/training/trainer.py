@@ -70,7 +70,7 @@ def run_job(
     console = console or Console(stderr=True)
     training, run = settings.training, settings.run
     step, elapsed = resume(job, folder)
-    log = RunLog(folder, step, run.tensorboard)
+    log = RunLog(folder, step, run.tensorboard, console)
     clock = Clock(elapsed)
     limit_seconds = training.time_limit_minutes * 60
     saved_step = step
@@ -148,7 +148,15 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
                 f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
             ) from None
         before, now = flatten_settings(earlier), flatten_settings(settings)
-        free = ("run.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes", "expected")
+        free = (
+            "run.",
+            "best.",
+            "optimizer.",
+            "compute.",
+            "training.num_steps",
+            "training.time_limit_minutes",
+            "expected",
+        )
         changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]
         if changed:
             pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])

@@ -1,0 +1,63 @@
+"""Is the generator going wrong? Saturation, contrast and diversity of its samples beside the teacher's."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# a sample set is alarming when its ratio to the teacher's leaves this range
+LIMITS = {"saturation": (0.4, 1.6), "contrast": (0.5, 1.6), "diversity": (0.5, float("inf"))}
+_MEANING = {
+    "saturation": "colours drift: lower teacher.guidance_scale or the learning rates",
+    "contrast": "contrast drifts: lower teacher.guidance_scale or the learning rates",
+    "diversity": "the pictures become alike: raise training.generator_every, lower losses.gan_generator_weight or the rates",
+}
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """Of a set of pictures in [-1, 1].
+
+    Attributes:
+        saturation: mean over pixels of the largest minus the smallest colour channel; 0 for grey pictures.
+        contrast: mean over pictures of the standard deviation of their pixels.
+        diversity: mean root-mean-square difference between two pictures, each shrunk to at most 16x16 pixels.
+    """
+
+    saturation: float
+    contrast: float
+    diversity: float
+
+    def to_dict(self) -> dict[str, float]:
+        """{name: value}."""
+        return asdict(self)
+
+
+def sample_statistics(images: Tensor) -> SampleStatistics:
+    """Statistics of images (N, C, H, W) in [-1, 1]; one picture alone has no diversity (0).
+
+    Raises:
+        ValueError: no images.
+    """
+    if not len(images):
+        raise ValueError("no images")
+    images = images.detach().float().cpu()
+    saturation = (images.amax(1) - images.amin(1)).mean()
+    contrast = images.flatten(1).std(1).mean()
+    small = F.adaptive_avg_pool2d(images, min(16, *images.shape[2:])).flatten(1)
+    pairs = torch.pdist(small) / small.shape[1] ** 0.5
+    return SampleStatistics(float(saturation), float(contrast), float(pairs.mean()) if len(pairs) else 0.0)
+
+
+def alarms(found: SampleStatistics, teacher: SampleStatistics) -> list[str]:
+    """One sentence for each statistic whose ratio to the teacher's is out of `LIMITS`."""
+    sentences = []
+    for name, (low, high) in LIMITS.items():
+        mine, theirs = getattr(found, name), getattr(teacher, name)
+        if theirs <= 1e-3:  # grey pictures have no saturation, one picture no diversity
+            continue
+        ratio = mine / theirs
+        if not low <= ratio <= high:
+            sentences.append(f"{name} of the samples is {ratio:.2f} times the teacher's; {_MEANING[name]}")
+    return sentences
