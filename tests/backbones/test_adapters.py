@@ -166,7 +166,7 @@ def test_checkpoint_binds_and_restores() -> None:
 def test_a_checkpoint_that_forgets_the_role_is_wrong() -> None:
     """Control: with torch's plain checkpoint the test above would see other gradients or an error."""
     base = tiny_text_denoiser("sd")
-    shared, generator, _ = two_roles(base)
+    _, generator, _ = two_roles(base)
     base.checkpoint_activations(plain_checkpoint)
     x0 = generator.denoise(noisy_input(), some_levels(base, 700, 100), tiny_condition("sd", dtype=torch.float64))
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
@@ -291,7 +291,7 @@ def test_update_is_alpha_over_rank_times_b_a(kind: type[nn.Module], lora: LoraSh
 
 
 def test_a_deep_copy_is_another_adapter_on_the_same_base() -> None:
-    shared, generator, fake_score = two_roles(tiny_text_denoiser("sd"), torch.float32)
+    shared, generator, _ = two_roles(tiny_text_denoiser("sd"), torch.float32)
     average = copy.deepcopy(generator)
     assert average.shared is shared
     assert average.role not in ("generator", "fake_score")

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import ClassTable, Condition
 
 
 def test_labels_become_one_hot_rows() -> None:
@@ -71,3 +71,115 @@ def test_is_immutable() -> None:
     condition = Condition(2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         condition.batch_size = 3  # type: ignore[misc]
+
+
+# --- Text
+
+
+def text_condition(size: int, first: int = 0, **changes: torch.Tensor | None) -> Condition:
+    """SDXL's parts; row i of every part is filled with first + i, the empty rows with -1."""
+    rows = torch.arange(first, first + size).float()
+    parts = {
+        "text": rows[:, None, None].expand(size, 3, 2), "pooled": rows[:, None].expand(size, 4),
+        "time_ids": rows[:, None].expand(size, 6), "empty_text": torch.full((1, 3, 2), -1.0),
+        "empty_pooled": torch.full((1, 4), -1.0),
+    }  # fmt: skip
+    return Condition(size, **{**parts, **changes})
+
+
+def numbers(part: torch.Tensor | None) -> list[float]:
+    """The one value every row is filled with."""
+    assert part is not None
+    flat = part.flatten(1)
+    assert (flat == flat[:, :1]).all()
+    return flat[:, 0].tolist()
+
+
+def test_unconditional_text_is_the_empty_rows_with_the_same_time_ids() -> None:
+    condition = text_condition(3)
+    twin = condition.unconditional()
+    assert len(twin) == 3
+    assert twin.text.shape == condition.text.shape
+    assert twin.pooled.shape == condition.pooled.shape
+    assert numbers(twin.text) == numbers(twin.pooled) == [-1, -1, -1]
+    assert numbers(twin.time_ids) == [0, 1, 2]
+    assert numbers(condition.text) == [0, 1, 2]
+    assert numbers(twin.unconditional().text) == [-1, -1, -1]
+
+
+def test_text_alone_has_a_twin_without_pooled() -> None:
+    condition = text_condition(2, pooled=None, time_ids=None, empty_pooled=None)
+    twin = condition.unconditional()
+    assert numbers(twin.text) == [-1, -1]
+    assert twin.pooled is None
+    assert twin.time_ids is None
+
+
+def test_text_without_an_empty_branch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no unconditional branch: empty_text is missing"):
+        text_condition(2, empty_text=None).unconditional()
+
+
+@pytest.mark.parametrize("rows", [slice(2), slice(1, 4), slice(-2, None), slice(3, 3), slice(0, 5, 2)])
+def test_slices_keep_text_parts_together(rows: slice) -> None:
+    part = text_condition(5)[rows]
+    expected = list(range(5))[rows]
+    assert len(part) == len(expected)
+    assert numbers(part.text) == numbers(part.pooled) == numbers(part.time_ids) == expected
+    assert part.empty_text.shape == (1, 3, 2)
+    assert part.empty_pooled.shape == (1, 4)
+    assert numbers(part.unconditional().text) == [-1] * len(expected)
+
+
+def test_concatenated_text_keeps_order_and_one_empty_row() -> None:
+    whole = Condition.cat([text_condition(2), text_condition(1, 7), text_condition(2, 4)])
+    assert len(whole) == 5
+    assert numbers(whole.text) == numbers(whole.pooled) == numbers(whole.time_ids) == [0, 1, 7, 4, 5]
+    assert whole.empty_text.shape == (1, 3, 2)
+    assert numbers(whole.unconditional().pooled) == [-1] * 5
+
+
+def test_both_branches_of_guidance_in_one_batch() -> None:
+    condition = text_condition(2, 3)
+    both = Condition.cat([condition.unconditional(), condition])
+    assert numbers(both.text) == numbers(both.pooled) == [-1, -1, 3, 4]
+    assert numbers(both.time_ids) == [3, 4, 3, 4]
+
+
+def test_a_part_without_samples_is_skipped() -> None:
+    assert numbers(Condition.cat([Condition(0), text_condition(2)]).text) == [0, 1]
+    assert numbers(Condition.cat([text_condition(2), Condition(0)]).text) == [0, 1]
+    assert len(Condition.cat([Condition(0), Condition(0)])) == 0
+
+
+@pytest.mark.parametrize(
+    "other", [Condition(2), Condition.from_labels(torch.tensor([0, 1]), 2), text_condition(2, pooled=None)]
+)
+def test_conditions_on_different_things_do_not_mix(other: Condition) -> None:
+    with pytest.raises(ValueError, match="conditions on different things cannot be concatenated"):
+        Condition.cat([text_condition(2), other])
+
+
+def test_a_pooled_part_without_its_empty_row_is_noticed_when_guided() -> None:
+    condition = text_condition(2, empty_pooled=None)
+    with pytest.raises(ValueError, match="different things"):
+        Condition.cat([condition.unconditional(), condition])
+
+
+def test_every_text_part_moves() -> None:
+    moved = text_condition(2).to("meta")
+    for name in ("text", "pooled", "time_ids", "empty_text", "empty_pooled"):
+        assert getattr(moved, name).device.type == "meta", name
+    assert moved.class_labels is None
+    assert len(moved) == 2
+
+
+def test_class_table_row_i_is_class_i() -> None:
+    table = ClassTable(3)
+    assert table.num_rows == 3
+    assert table.rows(torch.tensor([2, 0])).class_labels.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_class_table_without_classes_has_one_row() -> None:
+    assert ClassTable(0).num_rows == 1
+    assert ClassTable(0).rows(torch.tensor([0, 0])) == Condition(2)

@@ -5,7 +5,13 @@ import torch
 
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.preconditioning import edm_denoising_weight, edm_preconditioning
+from fewstep.diffusion.preconditioning import (
+    Prediction,
+    edm_denoising_weight,
+    edm_preconditioning,
+    native_denoising_weight,
+    predicted_x0,
+)
 from tests.conftest import tiny_denoiser
 
 SIGMAS = torch.tensor([0.002, 0.01, 0.3, 0.5, 2, 80], dtype=torch.float64)
@@ -93,3 +99,64 @@ def test_edm_denoiser_is_the_formula_around_its_raw_network(sigma_data: float) -
             torch.testing.assert_close(out.x0[one], expected, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(out.bottleneck[one], feature.float())
     torch.testing.assert_close(denoiser.denoising_weight(level), level**-2 + sigma_data**-2)
+
+
+# --- Epsilon-, v- and flow-prediction
+
+ANGLES = torch.tensor([0.02, 0.3, 0.8, 1.2, 1.5], dtype=torch.float64)
+
+
+def levels_of(prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma of five levels, (5, 1, 1, 1): on the circle, or on the straight path."""
+    alpha, sigma = ANGLES.cos(), ANGLES.sin()
+    if prediction == "flow":
+        alpha, sigma = 1 - ANGLES / 1.6, ANGLES / 1.6
+    return alpha[:, None, None, None], sigma[:, None, None, None]
+
+
+def native_target(
+    prediction: Prediction, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """What a perfect network of this kind would predict."""
+    return {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0}[prediction]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_a_perfect_prediction_gives_x0_back(prediction: Prediction) -> None:
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 5, 4, 3, 3, dtype=torch.float64)
+    alpha, sigma = levels_of(prediction)
+    output = native_target(prediction, x0, noise, alpha, sigma)
+    found = predicted_x0(prediction, output, alpha * x0 + sigma * noise, alpha, sigma)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, x0, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_weighted_x0_error_is_the_native_error(prediction: Prediction) -> None:
+    """Of any output, not only a good one; per sample, to the last digits of float64."""
+    torch.manual_seed(1)
+    x0, noise, output = torch.randn(3, 5, 4, 3, 3, dtype=torch.float64)
+    alpha, sigma = levels_of(prediction)
+    estimate = predicted_x0(prediction, output, alpha * x0 + sigma * noise, alpha, sigma)
+    weight = native_denoising_weight(prediction, alpha.flatten(), sigma.flatten())
+    assert weight.shape == (5,)
+    ours = weight * (estimate - x0).square().mean(dim=(1, 2, 3))
+    native = (output - native_target(prediction, x0, noise, alpha, sigma)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ours, native, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("prediction", "expected"), [("v_prediction", "-output"), ("flow", "noisy - output")])
+def test_without_signal_v_and_flow_stay_finite(prediction: Prediction, expected: str) -> None:
+    noisy, output = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64)
+    alpha, sigma = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    x0 = predicted_x0(prediction, output, noisy, alpha, sigma)
+    torch.testing.assert_close(x0, -output if expected == "-output" else noisy - output)
+    assert native_denoising_weight(prediction, alpha, sigma).item() == 1
+
+
+def test_without_signal_epsilon_says_nothing_about_x0() -> None:
+    """Why such models are refused."""
+    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    assert not predicted_x0("epsilon", 2 * one, one, none, one).isfinite().any()
+    assert native_denoising_weight("epsilon", none, one).item() == 0

@@ -1,14 +1,25 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
-from fewstep.diffusion.noise_levels import KarrasSchedule
-from fewstep.diffusion.samplers import generate, heun_evaluations, sample_few_steps, sample_heun
+from fewstep.diffusion.noise_levels import DiscreteSchedule, FlowSchedule, KarrasSchedule, NoiseSchedule, per_sample
+from fewstep.diffusion.preconditioning import Prediction, predicted_x0
+from fewstep.diffusion.samplers import (
+    generate,
+    heun_evaluations,
+    sample_ddim,
+    sample_few_steps,
+    sample_heun,
+    sample_teacher,
+    trailing_indices,
+)
 from fewstep.diffusion.step_schedule import StepSchedule
 from tests.conftest import tiny_denoiser
 
@@ -186,3 +197,158 @@ def test_a_single_heun_step_denoises_pure_noise() -> None:
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         sample_heun(GaussianDenoiser(), some_noise(), Condition(3), num_steps=0)
+
+
+# --- DDIM
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def ddim_scheduler(prediction_type: str = "epsilon") -> Any:
+    """diffusers' own, eta 0, trailing, nothing clipped, its tables in float64."""
+    scheduler: Any = DDIMScheduler(
+        **BETAS, prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
+    )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    return scheduler
+
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "discrete": DiscreteSchedule(ddim_scheduler().alphas_cumprod), "flow": FlowSchedule(3.0)
+}  # fmt: skip
+
+
+class GaussianVPDenoiser(Denoiser):
+    """The exact denoiser of N(0, DATA_STD^2) data for any alpha and sigma."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.noise_schedule = schedule
+        self.levels: list[Tensor] = []
+
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
+        self.levels.append(level)
+        alpha, sigma = self.noise_schedule.alpha(level).double(), self.noise_schedule.sigma(level).double()
+        gain = alpha * DATA_STD**2 / (alpha**2 * DATA_STD**2 + sigma**2)
+        return DenoiserOutput((per_sample(gain, noisy) * noisy.double()).to(noisy.dtype), None)
+
+
+class FixedNetwork(Denoiser):
+    """A smooth made-up network of any parameterisation, that remembers what it was fed and what it said."""
+
+    def __init__(self, schedule: NoiseSchedule, prediction: Prediction) -> None:
+        super().__init__()
+        self.noise_schedule, self.prediction = schedule, prediction
+        self.fed: list[Tensor] = []
+
+    def raw(self, noisy: Tensor, level: Tensor) -> Tensor:
+        return torch.tanh(noisy.flip(-1) + 0.3 * noisy**2 - per_sample(level.double() / 500, noisy))
+
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
+        self.fed.append(noisy)
+        schedule = self.noise_schedule
+        alpha, sigma = (per_sample(part(level).double(), noisy) for part in (schedule.alpha, schedule.sigma))
+        x0 = predicted_x0(self.prediction, self.raw(noisy.double(), level), noisy.double(), alpha, sigma)
+        return DenoiserOutput(x0.to(noisy.dtype), None)
+
+
+def test_trailing_indices_are_those_of_diffusers() -> None:
+    """For every number of steps that diffusers' floating-point range does not overrun."""
+    scheduler, compared = ddim_scheduler(), 0
+    for num_steps in range(1, 1001):
+        scheduler.set_timesteps(num_steps)
+        found = trailing_indices(num_steps, 1000)
+        assert len(found) == num_steps
+        assert found[0] == 999
+        assert min(found) >= 0
+        assert all(a > b for a, b in itertools.pairwise(found))
+        if len(scheduler.timesteps) == num_steps:
+            compared += 1
+            differences = [abs(a - b) for a, b in zip(found, scheduler.timesteps.tolist(), strict=True)]
+            assert max(differences) <= (0 if 1000 % num_steps == 0 else 1), num_steps  # a half may round either way
+            assert sum(differences) <= 1, num_steps
+    assert compared > 900
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 11])
+def test_impossible_numbers_of_steps_are_refused(num_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_steps={num_steps} must lie between 1 and the 10 levels of the model"):
+        trailing_indices(num_steps, 10)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_ddim_converges_to_the_exact_solution(name: str) -> None:
+    """For Gaussian data x_t / sqrt(alpha^2 s^2 + sigma^2) is constant along the ODE; the error falls like 1 / n."""
+    schedule, noise = SCHEDULES[name], some_noise()
+
+    def spread_at(index: int) -> float:
+        level = schedule.grid[index : index + 1]
+        return math.hypot(schedule.alpha(level).item() * DATA_STD, schedule.sigma(level).item())
+
+    errors = []
+    for num_steps in (20, 100, 500):
+        x0 = sample_ddim(GaussianVPDenoiser(schedule), noise, Condition(3), num_steps=num_steps)
+        exact = noise * DATA_STD / spread_at(999)
+        errors.append(((x0 - exact).norm() / exact.norm()).item())
+    assert errors[2] < 0.02
+    assert 3 < errors[0] / errors[1] < 7
+    assert 3 < errors[1] / errors[2] < 7
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_is_diffusers_step_by_step(prediction: Prediction, num_steps: int) -> None:
+    """Numbers of steps that divide 1000: elsewhere diffusers steps to levels it does not evaluate at."""
+    denoiser, noise = FixedNetwork(SCHEDULES["discrete"], prediction), some_noise()
+    x0 = sample_ddim(denoiser, noise, Condition(3), num_steps=num_steps)
+    scheduler = ddim_scheduler(prediction)
+    scheduler.set_timesteps(num_steps)
+    x = noise.double()
+    assert len(denoiser.fed) == num_steps
+    for fed, timestep in zip(denoiser.fed, scheduler.timesteps.tolist(), strict=True):
+        assert ((fed - x).norm() / x.norm()).item() < 1e-5
+        x = scheduler.step(denoiser.raw(x, torch.full((3,), timestep)), timestep, x, eta=0.0).prev_sample
+    assert ((x0 - x).norm() / x.norm()).item() < 1e-5
+    assert x0.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 28])
+def test_flow_sampling_is_eulers_method(num_steps: int) -> None:
+    """x += (t' - t) v by hand, and by diffusers' scheduler given the same times."""
+    schedule = SCHEDULES["flow"]
+    denoiser, noise = FixedNetwork(schedule, "flow"), some_noise()
+    x0 = sample_ddim(denoiser, noise, Condition(3), num_steps=num_steps)
+    unshifted = [1 - number / num_steps for number in range(num_steps)]
+    indices = [round(1000 * u) - 1 for u in unshifted]
+    times = [*(3 * (i + 1) / 1000 / (1 + 2 * (i + 1) / 1000) for i in indices), 0.0]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[(i + 1) / 1000 for i in indices])
+    x, theirs = noise.double(), noise.double()
+    for number, (now, after) in enumerate(itertools.pairwise(times)):
+        assert ((denoiser.fed[number] - x).norm() / x.norm()).item() < 1e-5
+        x = x + (after - now) * denoiser.raw(x, torch.full((3,), now))
+        velocity = denoiser.raw(theirs, torch.full((3,), now))
+        theirs = scheduler.step(velocity, scheduler.timesteps[number], theirs).prev_sample
+    assert ((x0 - x).norm() / x.norm()).item() < 1e-5
+    assert ((x0 - theirs).norm() / theirs.norm()).item() < 1e-5
+
+
+def test_one_ddim_step_denoises_pure_noise() -> None:
+    for schedule in SCHEDULES.values():
+        denoiser, noise = GaussianVPDenoiser(schedule), some_noise()
+        x0 = sample_ddim(denoiser, noise, Condition(3), num_steps=1)
+        assert torch.equal(x0, denoiser.denoise(noise, schedule.expanded(999, 3, noise.device), Condition(3)))
+
+
+def test_teachers_get_the_sampler_of_their_schedule() -> None:
+    edm, noise = GaussianDenoiser(), some_noise()
+    assert torch.equal(sample_teacher(edm, noise, Condition(3)), sample_heun(edm, noise, Condition(3), num_steps=18))
+    for schedule in SCHEDULES.values():
+        denoiser = GaussianVPDenoiser(schedule)
+        found = sample_teacher(denoiser, noise, Condition(3))
+        assert len(denoiser.levels) == 50
+        assert torch.equal(found, sample_ddim(denoiser, noise, Condition(3), num_steps=50))
+        assert torch.equal(
+            sample_teacher(denoiser, noise, Condition(3), num_steps=3),
+            sample_ddim(denoiser, noise, Condition(3), num_steps=3),
+        )

@@ -18,10 +18,10 @@ from fewstep.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import emoji_teacher_data as data  # noqa: E402
-import emoji_teacher_models as models  # noqa: E402
-import emoji_teacher_training as training  # noqa: E402
-import train_emoji_teacher as script  # noqa: E402
+import emoji_teacher_data as data
+import emoji_teacher_models as models
+import emoji_teacher_training as training
+import train_emoji_teacher as script
 
 SMALL = models.Sizes(
     vae_channels=(8, 8, 16), vae_groups=4, unet_channels=(32, 32), text_width=32, text_layers=2,
@@ -93,7 +93,7 @@ def test_training_conditions_as_the_pipeline_samples(finished: Path, stage: str)
         "blue bar, bs", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     embeddings = torch.cat([found[1], found[0]])
-    noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([400, 400])
+    noisy, timesteps = torch.randn(1, 4, 16, 16).expand(2, -1, -1, -1), torch.tensor([400, 400])
     added = None
     if stage == "sdxl":
         assert not found[1].any()
@@ -105,7 +105,7 @@ def test_training_conditions_as_the_pipeline_samples(finished: Path, stage: str)
         expected = pipeline.unet(noisy, timesteps, embeddings, added_cond_kwargs=added).sample
         actual = models.predict_noise(networks, noisy, timesteps, ids, torch.tensor([True, False]))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert (expected[0] - expected[1]).abs().max() == 0 or not torch.equal(noisy[0], noisy[1])
+    assert (expected[0] - expected[1]).abs().max() > 1e-4  # the text reaches the output
 
 
 def test_files_of_a_folder(finished: Path) -> None:
@@ -139,10 +139,8 @@ def test_held_out_pictures_do_not_change_the_weights(finished: Path, emoji: Path
             Image.new("RGB", (64, 64)).save(changed / row["file_name"])
     for stage in ("vae", "sd"):
         run(changed, tmp_path / "again", stage)
-    for name in (
-        "vae/latents.safetensors",
-        *(f"sd/{part}" for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")),
-    ):
+    parts = ("vae/latents", "sd/unet/diffusion_pytorch_model", "sd/text_encoder/model")
+    for name in (f"{part}.safetensors" for part in parts):
         one, other = load_file(finished / name), load_file(tmp_path / "again" / name)
         assert all(torch.equal(one[key], other[key]) for key in one | other)
 

@@ -185,7 +185,8 @@ class UNetBlock(nn.Module):
         batch, channels, height, width = x.shape
         # qkv channels are head-major, then channel, then (q, k, v) innermost
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
+        # contiguous: the fused kernels want the channels of a position next to each other, and fall back silently otherwise
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         a = F.scaled_dot_product_attention(q, k, v)
         a = a.transpose(2, 3).reshape(batch, channels, height, width)
         return self._scaled(self.proj(a) + x)
