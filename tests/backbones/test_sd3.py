@@ -145,7 +145,7 @@ def test_recomputed_gradients_equal_kept_ones(want: Any) -> None:
     runs = []
     for denoiser in (kept, recomputed):
         count: list[int] = []
-        denoiser.network.transformer_blocks[0].attn.register_forward_hook(lambda *_, count=count: count.append(1))
+        denoiser.network.transformer_blocks[0].attn.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         condition = tiny_condition("sd3", dtype=torch.float64)
         output = denoiser(latents().double(), LEVEL.double(), condition, want)
         (output.x0 if want == "x0" else output.bottleneck).square().mean().backward()

@@ -1,8 +1,8 @@
 """Named network shapes: the released EDM configurations and the small ones this library trains on a CPU."""
 
+import importlib
 from typing import Any
 
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.edm_unet import EDMUNetConfig
 from fewstep.diffusion.denoiser import Denoiser
 
@@ -60,6 +60,14 @@ _RELEASED_PICTURES = {
 }
 
 
+# family -> (module below backbones, class)
+FAMILIES = {
+    "edm": ("edm_denoiser", "EDMDenoiser"),
+    "diffusers-unet": ("diffusers_unet", "DiffusersUNetDenoiser"),
+    "sd3": ("sd3", "SD3Denoiser"),
+}
+
+
 def released_network_config(name: str) -> EDMUNetConfig:
     """Shape of a released class-conditional (FFHQ: unconditional) network, pictures included.
 
@@ -94,8 +102,10 @@ def build_denoiser(description: dict[str, Any]) -> Denoiser:
     Raises:
         ValueError: the family is unknown or its description is wrong.
     """
-    families = {"edm": EDMDenoiser}
     family = description.get("family")
-    if family not in families:
-        raise ValueError(f"model family {family!r} is unknown; this version knows {sorted(families)}")
-    return families[family].from_description(description)
+    if family not in FAMILIES:
+        raise ValueError(f"model family {family!r} is unknown; this version knows {sorted(FAMILIES)}")
+    module, name = FAMILIES[family]
+    kind = getattr(importlib.import_module(f"fewstep.backbones.{module}"), name)  # diffusers is imported only when needed
+    built: Denoiser = kind.from_description(description)
+    return built

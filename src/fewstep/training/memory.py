@@ -1,0 +1,296 @@
+"""What a training step would need: the real networks, terms, optimisers and step of a run, rehearsed on a fake machine."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.perceptual import LPIPS, pixel_distance
+from fewstep.config import TrainSettings
+from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.guidance import guided_denoise
+from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
+from fewstep.distillation.terms import FakeScoreTerm, Regression
+from fewstep.formats.model_folder import ModelCard
+from fewstep.generator import AnyTeacher, Teacher
+from fewstep.training.build import build_distillation, build_step_schedule
+from fewstep.training.distill import DistillationJob
+from fewstep.training.ema import WeightAverage
+from fewstep.training.memory_meter import ACTIVATIONS, FakeMachine, MemoryMeter
+from fewstep.training.optimizers import build_adamw
+from fewstep.training.step import Distillation
+from fewstep.training.warmup import WarmupJob, is_warmup
+
+GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES, BUILDING = "generator's turn", "fake score's turn", "sample pictures", "start"
+FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS = "frozen", "trained", "average", "optimiser states", "gradients"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes of tensors in each phase of a run.
+
+    Attributes:
+        peaks: by phase, the largest sum of all live tensors.
+        kinds: by phase, what that sum is made of: FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS, ACTIVATIONS.
+        parameters: of the teacher, of what each optimiser trains ("generator", "fake_score"), of the "discriminator".
+    """
+
+    peaks: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The phase of a step that needs most."""
+        return max((GENERATOR_TURN, FAKE_SCORE_TURN), key=lambda phase: self.peaks.get(phase, 0))
+
+    @property
+    def step(self) -> int:
+        """Peak of a training step in bytes."""
+        return self.peaks[self.phase]
+
+    def close(self, phase: str, meter: MemoryMeter) -> None:
+        """Note the peak since the last phase as this phase's."""
+        self.peaks[phase], self.kinds[phase] = meter.peak, meter.at_peak.copy()
+        meter.start_phase()
+
+
+def estimate_memory(
+    settings: TrainSettings, denoiser: Denoiser, *, gpu: bool = True, autoencoder: dict[str, Any] | None = None
+) -> MemoryEstimate:
+    """Rehearse one step of a run, generator's turn included, and its sample pictures.
+
+    Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
+    data are read; `generator.start_from` and `compute.compile` are ignored.
+
+    Args:
+        denoiser: the teacher on the meta device; left as it is.
+        gpu: count as on a GPU (autocast normalises in float32 there).
+        autoencoder: config of a text-to-image model's VAE, which stays on the device for pictures.
+    """
+    settings = settings.model_copy(
+        update={
+            "generator": settings.generator.model_copy(update={"start_from": ""}),
+            "compute": settings.compute.model_copy(update={"compile": False}),
+        }
+    )
+    estimate = MemoryEstimate()
+    with FakeMachine(gpu) as meter:
+        network = copy.deepcopy(denoiser).to_empty(device="cpu").eval()
+        network.compute_dtype = _DTYPES[settings.compute.precision]
+        estimate.parameters["teacher"] = _count(network.parameters())
+        vae = _build_autoencoder(autoencoder, meter)
+        teacher = _teacher(network)
+        if is_warmup(settings):
+            _rehearse_warmup(settings, teacher, vae, meter, estimate)
+        else:
+            _rehearse_distillation(settings, teacher, vae, meter, estimate)
+        meter.start_phase()
+        _rehearse_pictures(settings, teacher, vae)
+        estimate.close(PICTURES, meter)
+    return estimate
+
+
+def _rehearse_distillation(
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+) -> None:
+    conditions = _conditions(teacher.denoiser)
+    losses = settings.losses
+    plain = losses.model_copy(update={"regression_weight": 0.0})
+    run = build_distillation(settings.model_copy(update={"losses": plain}), teacher, conditions)
+    if losses.regression_weight:  # its pairs and the weights of its distance are files: stand-ins of their shapes
+        steps = build_step_schedule(settings)
+        pairs = PairedInputs(steps, conditions, cast(Any, _Pairs(teacher.denoiser.image_shape)))
+        run.inputs = FreshAndPairedInputs(FreshInputs(steps, conditions), pairs)
+        run.generator_terms.append(Regression(_distance(settings, teacher, vae), losses.regression_weight))
+    roles = run.roles
+    average = _average(settings, roles.generator)
+    head = roles.discriminator
+    estimate.parameters["discriminator"] = _count(head.parameters()) if head is not None else 0
+    optimizers = {"generator": run.generator_optimizer, "fake_score": run.fake_score_optimizer}
+    _prepare(teacher.denoiser, average, optimizers, meter, estimate)
+    run.fake_score_terms[0] = _Announced(run.fake_score_terms[0], lambda: estimate.close(GENERATOR_TURN, meter))
+    size, device = settings.training.batch_size, teacher.device
+    count = size if losses.gan_discriminator_weight else 0
+    rows = torch.zeros(count, dtype=torch.int64)
+    real = RealBatch(torch.zeros(count, *teacher.denoiser.image_shape), conditions.rows(rows) if count else Condition(0))
+    job = SimpleNamespace(
+        settings=settings, run=run, device=device, average=average, generator=roles.generator, teacher=teacher,
+        _real_batch=lambda step: real,
+    )  # fmt: skip
+    metrics = DistillationJob.step(cast(Any, job), 0, 0.0)
+    estimate.close(FAKE_SCORE_TURN, meter)
+    assert metrics and isinstance(run, Distillation)
+
+
+def _rehearse_warmup(
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+) -> None:
+    steps, denoiser = build_step_schedule(settings), teacher.denoiser
+    denoiser.requires_grad_(False)
+    generator = copy.deepcopy(denoiser).requires_grad_(True)
+    if settings.memory.checkpoint_activations:
+        cast(Any, generator).checkpoint_activations()
+    average = _average(settings, generator)
+    optimizer = build_adamw(generator.parameters(), 1e-5, settings.optimizer)
+    _prepare(denoiser, average, {"generator": optimizer}, meter, estimate)
+    job = SimpleNamespace(
+        settings=settings, device=teacher.device, generator=generator, average=average, optimizer=optimizer,
+        inputs=PairedInputs(steps, _conditions(denoiser), cast(Any, _Pairs(denoiser.image_shape))),
+        terms=[Regression(_distance(settings, teacher, vae), settings.losses.regression_weight)],
+        _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
+    )  # fmt: skip
+    WarmupJob.step(cast(Any, job), 0, 0.0)
+    estimate.close(GENERATOR_TURN, meter)
+
+
+@torch.no_grad()
+def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -> None:
+    """The largest forward of the first sample pictures, and for latents the decoder."""
+    count, network = settings.run.sample_images, teacher.denoiser
+    index = torch.zeros(count, dtype=torch.int64)
+    noisy, condition = torch.zeros(count, *network.image_shape), _conditions(network).rows(index)
+    level = network.noise_schedule.at(index)
+    x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
+    if vae is not None:
+        vae.decode(x0[:8])  # as TextModel.to_images splits
+
+
+def _prepare(
+    teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: dict[str, torch.optim.AdamW],
+    meter: MemoryMeter, estimate: MemoryEstimate,
+) -> None:  # fmt: skip
+    """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
+    meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])
+    if average is not None:
+        meter.assign(AVERAGE, average.module.parameters())
+    for name, optimizer in optimizers.items():
+        parameters = optimizer.param_groups[0]["params"]
+        estimate.parameters[name] = _count(parameters)
+        meter.assign(TRAINED, parameters)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.assign(STATES, [value for state in optimizer.state.values() for value in state.values()])
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: meter.assign(GRADIENTS, [p.grad]))
+    meter.start_phase()
+
+
+@dataclass
+class _Announced:
+    """A term that says when it is reached: the generator's turn is over then."""
+
+    term: FakeScoreTerm
+    announce: Any
+
+    def __post_init__(self) -> None:
+        self.name, self.weight = self.term.name, self.term.weight
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> Tensor:
+        self.announce()
+        return self.term(x0, condition, real, draws)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Embeddings of any prompt, of one network's shapes."""
+
+    text: tuple[int, int]
+    pooled: int
+    has_time_ids: bool
+    num_rows: int = 1
+
+    def rows(self, index: Tensor) -> Condition:
+        size = len(index)
+        pooled, empty = (torch.zeros(rows, self.pooled) if self.pooled else None for rows in (size, 1))
+        return Condition(
+            size, None, torch.zeros(size, *self.text), pooled, torch.zeros(size, 6) if self.has_time_ids else None,
+            torch.zeros(1, *self.text), empty,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Noise-image pairs of one shape."""
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(len(index), *self.shape), torch.zeros(len(index), *self.shape), torch.zeros_like(index)
+
+
+def _conditions(denoiser: Denoiser) -> ConditionTable:
+    network = getattr(denoiser, "network", None)
+    if network is None:
+        return ClassTable(denoiser.num_classes)
+    config: Any = network.config
+    if hasattr(config, "joint_attention_dim"):  # SD 3: 77 tokens of CLIP, 256 of T5
+        return _Prompts((77 + 256, config.joint_attention_dim), config.pooled_projection_dim, False)
+    width = config.cross_attention_dim
+    if config.addition_embed_type is None:
+        return _Prompts((77, width), 0, False)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return _Prompts((77, width), pooled, True)
+
+
+def _teacher(network: Denoiser) -> AnyTeacher:
+    card = ModelCard(role="teacher", can_be_guided=True)
+    if getattr(network, "network", None) is None:
+        return Teacher(network, card)
+    from fewstep.text_model import TextTeacher
+
+    return TextTeacher(network, card, Path(), "", "")
+
+
+def _build_autoencoder(config: dict[str, Any] | None, meter: MemoryMeter) -> Any:
+    if config is None:
+        return None
+    from diffusers import AutoencoderKL
+
+    from fewstep.backbones.autoencoder import Autoencoder
+
+    vae = Autoencoder(AutoencoderKL.from_config(config))  # type: ignore[no-untyped-call]
+    meter.assign(FROZEN, vae.parameters())
+    return vae
+
+
+def _distance(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -> Any:
+    """The regression's distance with untrained weights."""
+    if settings.losses.regression_distance == "pixel":
+        return pixel_distance
+    lpips = LPIPS()
+    if isinstance(teacher, Teacher) or vae is None:
+        return lpips
+    decoder = vae
+    if settings.losses.regression_autoencoder:  # a small one, as TAESD
+        from diffusers import AutoencoderTiny
+
+        from fewstep.backbones.autoencoder import Autoencoder
+
+        decoder = Autoencoder(AutoencoderTiny(latent_channels=teacher.denoiser.image_shape[0]))
+    return lambda x0, target: lpips(decoder.decode(x0), decoder.decode(target))
+
+
+def _average(settings: TrainSettings, generator: Denoiser) -> WeightAverage[Denoiser] | None:
+    half_life = settings.generator.ema_half_life_images
+    return WeightAverage(generator, half_life) if half_life else None
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+__all__ = ["ACTIVATIONS", "AVERAGE", "BUILDING", "FROZEN", "GRADIENTS", "STATES", "TRAINED", "MemoryEstimate", "estimate_memory"]

@@ -1,0 +1,129 @@
+"""Counts live tensor bytes of code that runs on fake tensors: the real code, its autograd, its optimisers, no memory."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ACTIVATIONS = "activations"
+_NORMS: dict[Any, Any] = {
+    F.group_norm: F.group_norm, torch.group_norm: F.group_norm,
+    F.layer_norm: F.layer_norm, torch.layer_norm: F.layer_norm,
+}  # fmt: skip
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Live and peak bytes of the storages that operations make inside it, by kind.
+
+    A storage counts once, whatever views it has, from the operation that makes it until it is freed. What kernels
+    allocate and free inside one operation is not seen.
+
+    Attributes:
+        live: bytes by kind; everything is an activation until `assign` says otherwise.
+        peak: the largest total since `start_phase`, in bytes.
+        at_peak: `live` at that moment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.total = self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        self.storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self.kinds: dict[int, str] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # a fake tensor has no value: the step's one host number is which simulated step to train
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return made
+
+    def assign(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Say what the storages of these tensors are for."""
+        for tensor in tensors:
+            self._note(tensor)
+            key = tensor.untyped_storage()._cdata
+            size = self.storages[key][1]
+            self.live[self.kinds[key]] -= size
+            self.live[kind] += size
+            self.kinds[key] = kind
+
+    def start_phase(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self.at_peak = self.total, self.live.copy()
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        self.storages[key] = (weakref.ref(storage, self._forget(key)), size)
+        self.kinds[key] = ACTIVATIONS
+        self.live[ACTIVATIONS] += size
+        self.total += size
+        if self.total > self.peak:
+            self.start_phase()
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            size = self.storages.pop(key)[1]
+            self.live[self.kinds.pop(key)] -= size
+            self.total -= size
+
+        return forget
+
+
+class GpuNormPrecision(TorchFunctionMode):
+    """CUDA's autocast runs normalisations in float32, the CPU's in bf16: make the CPU's follow, so that sizes agree."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _NORMS or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_float, args), **{name: _float(value) for name, value in kwargs.items()})
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
+class FakeMachine:
+    """Where tensors have shapes, types and gradients but no bytes; what they would take is metered.
+
+    Args:
+        gpu: follow CUDA's autocast instead of the CPU's.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        self.meter, self.gpu = MemoryMeter(), gpu
+        self._stack = ExitStack()
+
+    def __enter__(self) -> MemoryMeter:
+        self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._stack.enter_context(self.meter)
+        if self.gpu:
+            self._stack.enter_context(GpuNormPrecision())
+        return self.meter
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
