@@ -285,3 +285,17 @@ def test_betas_of_every_scheduler_are_read() -> None:
 
 def test_private_entries_stay_out_of_descriptions() -> None:
     assert plain_config({"_name_or_path": "x", "sample_size": 8}) == {"sample_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("center_input_sample", True), ("time_embedding_act_fn", "silu"), ("encoder_hid_dim", 32), ("num_class_embeds", 10),
+        ("mid_block_type", None), ("in_channels", 9), ("out_channels", 8),
+    ],
+)  # fmt: skip
+def test_networks_of_another_kind_are_refused(name: str, value: object) -> None:
+    """Each would run, but not as diffusers runs it, or fail deep inside."""
+    config = {**plain_config(tiny_text_denoiser("sd").network.config), name: value}
+    with pytest.raises(ValueError, match="are not supported; Stable Diffusion"):
+        DiffusersUNetDenoiser(UNet2DConditionModel.from_config(config), {"beta_schedule": "scaled_linear"})

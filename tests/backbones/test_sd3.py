@@ -110,9 +110,16 @@ def test_description_round_trip() -> None:
     assert torch.equal(outputs[0].bottleneck, outputs[1].bottleneck)
 
 
-def test_dynamic_shifting_is_refused() -> None:
-    with pytest.raises(ValueError, match="use_dynamic_shifting have no fixed grid of levels"):
-        SD3Denoiser(sd3().network, {"use_dynamic_shifting": True})
+@pytest.mark.parametrize("option", ["use_dynamic_shifting", "use_karras_sigmas", "shift_terminal", "invert_sigmas"])
+def test_schedulers_with_another_grid_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"schedulers with {option} are not supported"):
+        SD3Denoiser(sd3().network, {option: True})
+
+
+@pytest.mark.parametrize("size", [9, 64])
+def test_latent_sizes_the_transformer_cannot_take(size: int) -> None:
+    with pytest.raises(ValueError, match=f"latents of side {size} do not fit this transformer"):
+        SD3Denoiser(sd3().network, {"shift": 3.0}, size)
 
 
 @pytest.mark.parametrize("missing", ["text", "pooled"])

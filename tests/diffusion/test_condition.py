@@ -162,8 +162,8 @@ def test_conditions_on_different_things_do_not_mix(other: Condition) -> None:
 
 def test_a_pooled_part_without_its_empty_row_is_noticed_when_guided() -> None:
     condition = text_condition(2, empty_pooled=None)
-    with pytest.raises(ValueError, match="different things"):
-        Condition.cat([condition.unconditional(), condition])
+    with pytest.raises(ValueError, match="no unconditional branch: empty_pooled is missing"):
+        condition.unconditional()
 
 
 def test_every_text_part_moves() -> None:

@@ -61,7 +61,13 @@ class SharedBase:
         base.requires_grad_(False)
 
     def add_role(self, role: str) -> "AdapterRole":
-        """A new adapter, trainable, float32, that starts as no change at all."""
+        """A new adapter, trainable, float32, that starts as no change at all.
+
+        Raises:
+            ValueError: the role exists, or a role is bound now.
+        """
+        if self.role is not None or any(role in layer.lora_A for layer in self.layers.values()):
+            raise ValueError(f"role {role!r} exists already, or roles are added inside a forward of {self.role!r}")
         config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(self.targets))  # type: ignore[arg-type]
         trainable = {parameter for parameter in self.base.parameters() if parameter.requires_grad}
         try:

@@ -106,6 +106,8 @@ def build_denoiser(description: dict[str, Any]) -> Denoiser:
     if family not in FAMILIES:
         raise ValueError(f"model family {family!r} is unknown; this version knows {sorted(FAMILIES)}")
     module, name = FAMILIES[family]
-    kind = getattr(importlib.import_module(f"fewstep.backbones.{module}"), name)  # diffusers is imported only when needed
+    kind = getattr(
+        importlib.import_module(f"fewstep.backbones.{module}"), name
+    )  # diffusers is imported only when needed
     built: Denoiser = kind.from_description(description)
     return built

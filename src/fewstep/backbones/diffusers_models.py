@@ -96,7 +96,7 @@ def load_diffusers_denoiser(folder: Path, resolution: int = 0) -> DiffusersDenoi
         ) from error
     try:
         return denoiser(weights.float(), plain_config(scheduler), size)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"{folder}: {error}") from error
 
 

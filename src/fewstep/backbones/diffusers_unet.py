@@ -30,11 +30,7 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
 
     def __init__(self, unet: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = unet.config
-        if config.addition_embed_type not in (None, "text_time") or config.class_embed_type is not None:
-            raise ValueError(
-                f"U-Nets with addition_embed_type={config.addition_embed_type!r} and class_embed_type="
-                f"{config.class_embed_type!r} are not supported; Stable Diffusion 1.x, 2.x and SDXL are"
-            )
+        _refuse_other_kinds(config)
         size = latent_size or config.sample_size
         prediction = scheduler_config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction) or prediction == "flow":
@@ -107,6 +103,22 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         """Build an untrained model from `describe`'s dict."""
         unet = UNet2DConditionModel.from_config(description["network"])
         return cls(unet, description["scheduler"], int(description["latent_size"]))
+
+
+def _refuse_other_kinds(config: Any) -> None:
+    """Raise ValueError for U-Nets whose own forward does more than `run_network`: nothing may be left out silently."""
+    expected = {
+        "addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "num_class_embeds": (None,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
+        "time_embedding_act_fn": (None,), "time_cond_proj_dim": (None,), "center_input_sample": (None, False),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+        "out_channels": (config.in_channels,),
+    }  # fmt: skip
+    for name, allowed in expected.items():
+        if config.get(name) not in allowed:
+            raise ValueError(
+                f"U-Nets with {name}={config.get(name)!r} are not supported; Stable Diffusion 1.x, 2.x and SDXL are"
+                + (" (an inpainting model has more input channels than it predicts)" if name == "out_channels" else "")
+            )
 
 
 def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:

@@ -24,7 +24,7 @@ class SD3Denoiser(DiffusersDenoiser):
         latent_size: height and width of the latents; 0 takes the network's `sample_size`.
 
     Raises:
-        ValueError: the scheduler shifts its times dynamically, which has no fixed grid.
+        ValueError: scheduler options that change the grid, or a latent size the network cannot take.
     """
 
     family = "sd3"
@@ -32,9 +32,25 @@ class SD3Denoiser(DiffusersDenoiser):
 
     def __init__(self, transformer: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = transformer.config
-        if scheduler_config.get("use_dynamic_shifting"):
-            raise ValueError("schedulers with use_dynamic_shifting have no fixed grid of levels and are not supported")
+        others = (
+            "use_dynamic_shifting",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
+        for name in others:
+            if scheduler_config.get(name):
+                raise ValueError(
+                    f"schedulers with {name} are not supported: the grid of levels follows from `shift` alone"
+                )
         size = latent_size or config.sample_size
+        if size % config.patch_size or size > config.patch_size * config.pos_embed_max_size:
+            raise ValueError(
+                f"latents of side {size} do not fit this transformer: it takes multiples of its patch size {config.patch_size} up to "
+                f"{config.patch_size * config.pos_embed_max_size} (teacher.resolution)"
+            )
         levels = int(scheduler_config.get("num_train_timesteps", 1000))
         schedule = FlowSchedule(float(scheduler_config.get("shift", 1.0)), levels)
         super().__init__(transformer, schedule, "flow", (config.in_channels, size, size))

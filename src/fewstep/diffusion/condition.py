@@ -43,8 +43,9 @@ class Condition:
         Raises:
             ValueError: there is text but no empty text to replace it.
         """
-        if self.text is not None and self.empty_text is None:
-            raise ValueError("this condition has no unconditional branch: empty_text is missing")
+        for part, empty in (("text", self.empty_text), ("pooled", self.empty_pooled)):
+            if getattr(self, part) is not None and empty is None:
+                raise ValueError(f"this condition has no unconditional branch: empty_{part} is missing")
         return replace(
             self,
             class_labels=None if self.class_labels is None else torch.zeros_like(self.class_labels),

@@ -28,7 +28,12 @@ from fewstep.training.optimizers import build_adamw
 from fewstep.training.step import Distillation
 from fewstep.training.warmup import WarmupJob, is_warmup
 
-GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES, BUILDING = "generator's turn", "fake score's turn", "sample pictures", "start"
+GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES, BUILDING = (
+    "generator's turn",
+    "fake score's turn",
+    "sample pictures",
+    "start",
+)
 FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS = "frozen", "trained", "average", "optimiser states", "gradients"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,9 +87,11 @@ def estimate_memory(
             "compute": settings.compute.model_copy(update={"compile": False}),
         }
     )
-    estimate = MemoryEstimate()
+    estimate, network = MemoryEstimate(), copy.deepcopy(denoiser)
+    schedule = network.noise_schedule  # holds real numbers, which cannot be copied where tensors are fake: share it
+    object.__setattr__(schedule, "__deepcopy__", lambda memo: schedule)
     with FakeMachine(gpu) as meter:
-        network = copy.deepcopy(denoiser).to_empty(device="cpu").eval()
+        network.to_empty(device="cpu").eval()
         network.compute_dtype = _DTYPES[settings.compute.precision]
         estimate.parameters["teacher"] = _count(network.parameters())
         vae = _build_autoencoder(autoencoder, meter)
@@ -121,7 +128,9 @@ def _rehearse_distillation(
     size, device = settings.training.batch_size, teacher.device
     count = size if losses.gan_discriminator_weight else 0
     rows = torch.zeros(count, dtype=torch.int64)
-    real = RealBatch(torch.zeros(count, *teacher.denoiser.image_shape), conditions.rows(rows) if count else Condition(0))
+    real = RealBatch(
+        torch.zeros(count, *teacher.denoiser.image_shape), conditions.rows(rows) if count else Condition(0)
+    )
     job = SimpleNamespace(
         settings=settings, run=run, device=device, average=average, generator=roles.generator, teacher=teacher,
         _real_batch=lambda step: real,
@@ -293,4 +302,14 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-__all__ = ["ACTIVATIONS", "AVERAGE", "BUILDING", "FROZEN", "GRADIENTS", "STATES", "TRAINED", "MemoryEstimate", "estimate_memory"]
+__all__ = [
+    "ACTIVATIONS",
+    "AVERAGE",
+    "BUILDING",
+    "FROZEN",
+    "GRADIENTS",
+    "STATES",
+    "TRAINED",
+    "MemoryEstimate",
+    "estimate_memory",
+]
