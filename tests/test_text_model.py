@@ -158,3 +158,40 @@ def test_sampler_needs_possible_steps(tmp_path: Path) -> None:
     condition = teacher.table(LiveEmbeddings(teacher.encoders, ["cat"])).rows(torch.tensor([0]))
     with pytest.raises(ValueError, match="num_steps=0"):
         sample_ddim(teacher.denoiser, torch.zeros(1, 4, 8, 8), condition, num_steps=0)
+
+
+def test_evaluate_on_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Teacher and generator are measured on the same prompts against real pictures, each with its evaluations."""
+    from typer.testing import CliRunner
+
+    from fewstep.cli import app
+    from fewstep.evaluation.features import SmallClassifier
+    from tests.conftest import write_pictures
+
+    folder = tiny_sd_folder(tmp_path / "sd")
+    teacher = load(folder)
+    teacher.write_generator(
+        tmp_path / "run/generator", teacher.denoiser, ModelCard(role="generator", step_indices=(999, 499))
+    )
+    torch.manual_seed(0)
+    SmallClassifier(3, 4, width=4, name="tiny").eval().save(tmp_path / "features")
+    pictures = write_pictures(tmp_path / "pictures", count=30, channels=3)
+    (tmp_path / "prompts.txt").write_text("cat\ndog\nred cat\n")
+    common = [
+        "--features",
+        str(tmp_path / "features"),
+        "--images",
+        str(pictures),
+        "--num-images",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    for model, extra, evaluations in ((folder, ["--teacher-steps", "3"], 3), (tmp_path / "run", [], 2)):
+        arguments = ["evaluate", str(model), *common, "--prompts", str(tmp_path / "prompts.txt"), *extra]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert (
+            f"8 images against 30 real ones, features tiny, {evaluations} evaluations an image, seed 0" in result.output
+        )
+    with pytest.raises(UserError, match="text-to-image models are measured with --prompts FILE"):
+        CliRunner().invoke(app, ["evaluate", str(folder), *common], catch_exceptions=False)

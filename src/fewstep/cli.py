@@ -167,16 +167,20 @@ def sample(
     """Make pictures with a generator (in its own few steps) or a teacher."""
     from fewstep.commands import sample_pictures
 
-    texts = list(prompt or [])
-    if prompts:
-        from fewstep.data.prompts import load_prompts
-
-        texts += load_prompts(Path(prompts).expanduser())
+    texts = _read_prompts(prompt or [], prompts)
 
     sample_pictures(
         model, num_images, labels, seed, batch_size, out, grid, teacher_steps, guidance_scale, device, precision,
         texts,
     )  # fmt: skip
+
+
+def _read_prompts(given: list[str], file: str) -> list[str]:
+    if not file:
+        return list(given)
+    from fewstep.data.prompts import load_prompts
+
+    return [*given, *load_prompts(Path(file).expanduser())]
 
 
 @app.command()
@@ -187,10 +191,12 @@ def evaluate(
     images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
     split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
     num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
     seed: Annotated[int, typer.Option(help="seed of the generated pictures")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 250,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Heun steps, for teachers; 18 are 35 evaluations")] = 18,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: 18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 (off), text-to-image 7.5, unless set")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -209,9 +215,11 @@ def evaluate(
         seed,
         batch_size,
         teacher_steps,
+        guidance_scale,
         json_out,
         device,
         precision,
+        _read_prompts([], prompts),
     )
 
 

@@ -87,31 +87,37 @@ def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evalua
 
 def evaluate_model(
     source: str, features: str, reference: Path | None, images: str, split: str, fit: str, num_images: int, seed: int,
-    batch_size: int, teacher_steps: int, json_out: Path | None, device: str, precision: str,
+    batch_size: int, teacher_steps: int | None, guidance_scale: float | None, json_out: Path | None, device: str,
+    precision: str, prompts: list[str],
 ) -> None:  # fmt: skip
     """`fewstep evaluate`: one figure with everything beside it."""
     if reference is None and not images:
         raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
     model = load_model(source, device=device, precision=_precision(precision))
-    if not isinstance(model, Generator | Teacher):
-        raise UserError(f"{source} is a text-to-image model: measure it with --prompts")
+    text = not isinstance(model, Generator | Teacher)
+    if text != bool(prompts):
+        raise UserError(f"{source}: text-to-image models are measured with --prompts FILE, all others without")
+    if guidance_scale is not None and model.card.step_indices:
+        raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it out")
     network = load_features(features, model.device)
     real = None
     if images:
-        channels, resolution, _ = model.denoiser.image_shape
+        channels, resolution, _ = model.picture_shape
         dataset = _open(images, split, fit, resolution, channels)
         real = dataset_features(network, dataset, device=model.device)
     statistics = FeatureStatistics.load(reference) if reference is not None else FeatureStatistics.of(real)  # type: ignore[arg-type]
     if json_out is not None and not json_out.parent.is_dir():
         raise UserError(f"--json {json_out}: the folder {json_out.parent} does not exist; make it first")
-    probe = network(torch.zeros(1, *model.denoiser.image_shape, device=model.device)).shape[1]
+    probe = network(torch.zeros(1, *model.picture_shape, device=model.device)).shape[1]
     if probe != len(statistics.mean):
         raise UserError(
             f"--reference {reference} has {len(statistics.mean)} features, {network.name} has {probe}: "
             "it was made with another feature network"
         )
     figure = measure_model(
-        model, source, network, statistics, num_images=num_images, seed=seed, num_steps=teacher_steps,
+        model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
+        num_steps=teacher_steps or (50 if text else 18),
+        guidance_scale=(7.5 if text else 1.0) if guidance_scale is None else guidance_scale,
         real_features=None if real is None else real[:num_images], batch_size=batch_size,
     )  # fmt: skip
     print(figure.sentence())

@@ -53,6 +53,11 @@ class Model:
         """Everything the model can be conditioned on, by number."""
         return ClassTable(self.denoiser.num_classes)
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return self.denoiser.image_shape
+
     def to_images(self, x0: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] from the model's own x0."""
         return x0.clamp(-1, 1)

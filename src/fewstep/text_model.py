@@ -118,6 +118,11 @@ class TextModel:
         _, height, width = self.denoiser.image_shape
         return height * self.autoencoder.factor, width * self.autoencoder.factor
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return (3, *self.size)
+
     def to_images(self, x0: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], a few at a time."""
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from fewstep.diffusion.samplers import heun_evaluations
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, extract_features
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
-from fewstep.generator import Generator, Teacher
+from fewstep.generator import AnyModel, Generator, Teacher
+
+if TYPE_CHECKING:
+    from fewstep.text_model import TextGenerator, TextTeacher
 
 Sampler = Callable[[int, int], Tensor]  # (first image, number) -> images (B, C, H, W) in [-1, 1]
 
@@ -92,13 +95,32 @@ def teacher_sampler(teacher: Teacher, seed: int, num_steps: int, guidance_scale:
     )
 
 
+def prompt_sampler(
+    model: "TextTeacher | TextGenerator", prompts: list[str], seed: int, num_steps: int, guidance_scale: float
+) -> Sampler:
+    """Pictures of a seed from a text-to-image model, prompts in turn."""
+
+    def sample(first: int, count: int) -> Tensor:
+        texts = [prompts[number % len(prompts)] for number in range(first, first + count)]
+        if model.card.step_indices:
+            return model.sample(texts, seed=seed, batch_size=count, first=first)
+        return model.sample(  # type: ignore[call-arg]
+            texts, seed=seed, batch_size=count, first=first, num_steps=num_steps, guidance_scale=guidance_scale
+        )
+
+    return sample
+
+
 def measure_model(
-    model: Generator | Teacher, name: str, network: FeatureNetwork, reference: FeatureStatistics, *,
+    model: AnyModel, name: str, network: FeatureNetwork, reference: FeatureStatistics, *,
     num_images: int, seed: int, num_steps: int = 18, guidance_scale: float = 1.0,
-    real_features: Tensor | None = None, batch_size: int = 250,
+    real_features: Tensor | None = None, batch_size: int = 250, prompts: list[str] | None = None,
 ) -> Measurement:  # fmt: skip
-    """Measure a generator in its own steps, or a teacher in `num_steps` Heun steps."""
-    if isinstance(model, Generator):
+    """Measure a generator in its own steps, or a teacher in `num_steps` steps; text-to-image models on `prompts` in turn."""
+    if not isinstance(model, Generator | Teacher):
+        sampler = prompt_sampler(model, prompts or [], seed, num_steps, guidance_scale)
+        evaluations = len(model.card.step_indices) or num_steps
+    elif isinstance(model, Generator):
         sampler, evaluations = generator_sampler(model, seed), model.evaluations()
     else:
         sampler, evaluations = teacher_sampler(model, seed, num_steps, guidance_scale), heun_evaluations(num_steps)

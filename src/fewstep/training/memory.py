@@ -23,17 +23,11 @@ from fewstep.generator import AnyTeacher, Teacher
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
 from fewstep.training.ema import WeightAverage
-from fewstep.training.memory_meter import ACTIVATIONS, FakeMachine, MemoryMeter
+from fewstep.training.memory_meter import FakeMachine, MemoryMeter
 from fewstep.training.optimizers import build_adamw
-from fewstep.training.step import Distillation
 from fewstep.training.warmup import WarmupJob, is_warmup
 
-GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES, BUILDING = (
-    "generator's turn",
-    "fake score's turn",
-    "sample pictures",
-    "start",
-)
+GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES = "generator's turn", "fake score's turn", "sample pictures"
 FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS = "frozen", "trained", "average", "optimiser states", "gradients"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,18 +91,18 @@ def estimate_memory(
         vae = _build_autoencoder(autoencoder, meter)
         teacher = _teacher(network)
         if is_warmup(settings):
-            _rehearse_warmup(settings, teacher, vae, meter, estimate)
+            job = _rehearse_warmup(settings, teacher, vae, meter, estimate)
         else:
-            _rehearse_distillation(settings, teacher, vae, meter, estimate)
-        meter.start_phase()
+            job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
         _rehearse_pictures(settings, teacher, vae)
         estimate.close(PICTURES, meter)
+        del job  # until here: what it holds lies in memory beside the pictures
     return estimate
 
 
 def _rehearse_distillation(
     settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
-) -> None:
+) -> SimpleNamespace:
     conditions = _conditions(teacher.denoiser)
     losses = settings.losses
     plain = losses.model_copy(update={"regression_weight": 0.0})
@@ -135,14 +129,14 @@ def _rehearse_distillation(
         settings=settings, run=run, device=device, average=average, generator=roles.generator, teacher=teacher,
         _real_batch=lambda step: real,
     )  # fmt: skip
-    metrics = DistillationJob.step(cast(Any, job), 0, 0.0)
+    DistillationJob.step(cast(Any, job), 0, 0.0)
     estimate.close(FAKE_SCORE_TURN, meter)
-    assert metrics and isinstance(run, Distillation)
+    return job
 
 
 def _rehearse_warmup(
     settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
-) -> None:
+) -> SimpleNamespace:
     steps, denoiser = build_step_schedule(settings), teacher.denoiser
     denoiser.requires_grad_(False)
     generator = copy.deepcopy(denoiser).requires_grad_(True)
@@ -159,6 +153,7 @@ def _rehearse_warmup(
     )  # fmt: skip
     WarmupJob.step(cast(Any, job), 0, 0.0)
     estimate.close(GENERATOR_TURN, meter)
+    return job
 
 
 @torch.no_grad()
@@ -300,16 +295,3 @@ def _average(settings: TrainSettings, generator: Denoiser) -> WeightAverage[Deno
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "AVERAGE",
-    "BUILDING",
-    "FROZEN",
-    "GRADIENTS",
-    "STATES",
-    "TRAINED",
-    "MemoryEstimate",
-    "estimate_memory",
-]

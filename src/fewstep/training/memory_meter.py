@@ -6,20 +6,16 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ACTIVATIONS = "activations"
-_NORMS: dict[Any, Any] = {
-    F.group_norm: F.group_norm, torch.group_norm: F.group_norm,
-    F.layer_norm: F.layer_norm, torch.layer_norm: F.layer_norm,
-}  # fmt: skip
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -88,21 +84,39 @@ class MemoryMeter(TorchDispatchMode):
         return forget
 
 
-class GpuNormPrecision(TorchFunctionMode):
-    """CUDA's autocast runs normalisations in float32, the CPU's in bf16: make the CPU's follow, so that sizes agree."""
+def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A normalisation as CUDA's autocast runs it: in float32; the CPU's runs it in bf16, at other sizes."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _NORMS or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(*map(_float, args), **{name: _float(value) for name, value in kwargs.items()})
+            return norm(*map(_float, args), **{name: _float(value) for name, value in kwargs.items()})
+
+    return run
 
 
 def _float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) else value
+
+
+def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `to`, `float` and `to_empty` do: torch's own swaps every fake parameter, and cannot where it is referenced.
+
+    A parameter that stays as it is stays the same object, as outside: adapters share theirs.
+    """
+    for child in module.children() if recurse else ():
+        _apply(child, convert)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            made = convert(parameter)
+        if made is not parameter:
+            module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else convert(buffer)
+    return module
 
 
 class FakeMachine:
@@ -117,10 +131,12 @@ class FakeMachine:
         self._stack = ExitStack()
 
     def __enter__(self) -> MemoryMeter:
+        self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(self.meter)
         if self.gpu:
-            self._stack.enter_context(GpuNormPrecision())
+            for name in ("group_norm", "layer_norm"):
+                self._stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
         return self.meter
 
     def __exit__(
