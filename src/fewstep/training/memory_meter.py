@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -119,6 +119,14 @@ def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool
     return module
 
 
+def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy of a fake tensor; torch's own asks for its data."""
+    if id(tensor) not in memo:
+        made = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return memo[id(tensor)]
+
+
 class FakeMachine:
     """Where tensors have shapes, types and gradients but no bytes; what they would take is metered.
 
@@ -132,6 +140,7 @@ class FakeMachine:
 
     def __enter__(self) -> MemoryMeter:
         self._stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        self._stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deepcopy, create=True))
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(self.meter)
         if self.gpu:
