@@ -185,6 +185,9 @@ def save_folder(
         for place in aside.glob("tokenizer*"):
             for name in ("vocab.json", "merges.txt"):
                 shutil.copyfile(tokenizer_folder / name, place / name)
+        # transformers opens a network in the type it was stored in, diffusers in float32: ask both for float32
+        for path in aside.glob("text_encoder*/config.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2))
         (aside / "split.json").write_text(json.dumps(split, indent=1, ensure_ascii=False), encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
 

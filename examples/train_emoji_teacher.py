@@ -48,7 +48,8 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, batch: int = 64) -> Tenso
     """Posterior means of all pictures, unscaled, (N, 4, 16, 16)."""
     rows = torch.arange(len(pictures.texts)).split(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([vae.encode(pictures.batch(part)).latent_dist.mean.float() for part in rows])
+        means = [vae.encode(pictures.batch(part)).latent_dist.mean.float() for part in rows]
+    return torch.cat(means).contiguous()
 
 
 def run_vae(options: argparse.Namespace, pictures: Pictures, split: Split, budget: Budget, sizes: Sizes) -> None:

@@ -33,6 +33,9 @@ class EmbeddingSource(Protocol):
     def rows(self, index: Tensor) -> TextEmbeddings:
         """Embeddings of the prompts at these rows (B,)."""
 
+    def texts(self, index: Tensor) -> list[str]:
+        """The prompts at these rows (B,)."""
+
 
 @dataclass(frozen=True)
 class LiveEmbeddings:
@@ -45,7 +48,10 @@ class LiveEmbeddings:
         return len(self.prompts)
 
     def rows(self, index: Tensor) -> TextEmbeddings:
-        return self.encoders.encode([self.prompts[number] for number in index.tolist()])
+        return self.encoders.encode(self.texts(index))
+
+    def texts(self, index: Tensor) -> list[str]:
+        return [self.prompts[number] for number in index.tolist()]
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class PromptTable:
     def rows(self, index: Tensor) -> Condition:
         embeddings = self.source.rows(index.cpu()).to(index.device)
         return text_condition(embeddings, self.empty.to(index.device), self.family, *self.size)
+
+    def texts(self, index: Tensor) -> list[str]:
+        """The prompts at these numbers."""
+        return self.source.texts(index.cpu())
 
 
 @dataclass

@@ -23,6 +23,9 @@ import emoji_teacher_models as models
 import emoji_teacher_training as training
 import train_emoji_teacher as script
 
+# diffusers' Euler scheduler hands torch tensors to NumPy 2 in the old way
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 SMALL = models.Sizes(
     vae_channels=(8, 8, 16), vae_groups=4, unet_channels=(32, 32), text_width=32, text_layers=2,
     first_text_width=32, first_text_layers=2,

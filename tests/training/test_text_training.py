@@ -102,6 +102,7 @@ def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, 
     assert isinstance(again, TextGenerator)
     assert torch.equal(pictures, again.sample(["red cat", "a dog"], seed=1))
     assert (tmp_path / "whole/samples/generator_00000001.png").is_file()
+    assert (tmp_path / "whole/samples/prompts.txt").read_text().splitlines() == PROMPTS[:3]
     metrics = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert any(line.get("gan_generator_norm_at_x0", 0) > 0 for line in metrics)
     teacher = fewstep.load_teacher(work / family, device="cpu")

@@ -1,6 +1,7 @@
 """What every training of a generator has in common: its average, pictures, checkpoints and result."""
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from fewstep.training.checkpoint import module_tensors, optimizer_tensors, resto
 from fewstep.training.ema import WeightAverage
 from fewstep.training.health import sample_statistics
 from fewstep.training.run_log import RunLog
+
+
+@runtime_checkable
+class HasTexts(Protocol):
+    """Conditions that can be read."""
+
+    def texts(self, index: Tensor) -> list[str]:
+        """The prompts at these numbers."""
 
 
 class GeneratorJob:
@@ -88,7 +97,8 @@ class GeneratorJob:
     def pictures(self, log: RunLog, step: int) -> None:
         """Generator, and at the first step the teacher, from the same noise and conditions."""
         count = self.settings.run.sample_images
-        condition = self.conditions.rows(torch.arange(count, device=self.device) % self.conditions.num_rows)
+        numbers = torch.arange(count, device=self.device) % self.conditions.num_rows
+        condition = self.conditions.rows(numbers)
         x0 = sample_generator(self.best_generator().denoiser, self.steps, condition, seed=0)
         images = self.teacher.to_images(x0)
         log.picture("generator", step, images, columns=min(10, count))
@@ -100,6 +110,8 @@ class GeneratorJob:
             )
             log.picture("teacher", step, made, columns=min(10, count))
             log.keep_reference(sample_statistics(made))
+            if isinstance(self.conditions, HasTexts):
+                log.note("prompts", self.conditions.texts(numbers))
         log.samples(step, sample_statistics(images))
 
     def _card(self, num_steps: int) -> ModelCard:

@@ -94,6 +94,11 @@ class RunLog:
             self._writer.add_image(name, np.asarray(make_grid(images, columns)), step, dataformats="HWC")
         return path
 
+    def note(self, name: str, lines: list[str]) -> None:
+        """Write lines of text beside the pictures they belong to, as samples/<name>.txt."""
+        with replaced_file(self.folder / "samples" / f"{name}.txt") as aside:
+            aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
     def keep_reference(self, statistics: SampleStatistics) -> None:
         """Remember the teacher's sample statistics for the rest of the run, also over interruptions."""
         with replaced_file(self.folder / "samples" / REFERENCE) as aside:

@@ -32,6 +32,9 @@ class EmbeddingsOnDisk:
     def rows(self, index: Tensor) -> TextEmbeddings:
         return TextEmbeddings(*self.stored.rows(index))
 
+    def texts(self, index: Tensor) -> list[str]:
+        return self.stored.prompts(index)
+
     @property
     def empty(self) -> TextEmbeddings:
         """The unconditional branch."""

@@ -1,0 +1,209 @@
+"""Reads state dicts from torch.save's zip archives as inert data, because torch.load believes what a file claims.
+
+torch.load(weights_only=True) runs nothing, but a file of a kilobyte makes it allocate any amount of memory (it lets
+files call `bytearray`). Here the pickle is only described, and tensors are copied out of the mapped file once their
+shapes are checked against the bytes there are; those nobody asked for are never touched.
+"""
+
+import io
+import mmap
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.inert_pickle import Budget, Global, InertMachine, PersistentId, expect, type_name
+from fewstep.formats.pickled_tensors import (
+    _STORAGE_DTYPES,
+    PickledStorage,
+    PickledTensor,
+    build_tensor,
+    checked_tensor,
+)
+
+_KIND = "state dict"
+_CALLS = frozenset({"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"})
+# Twenty times what SDXL's fake score and teacher take together; more is built to keep us busy.
+_MAX_STEPS = 4_000_000
+_MAX_INDEX_BYTES = 8 * 2**20
+_MAX_PICKLE_BYTES = 64 * 2**20
+_MAX_NAME = 512
+
+
+def read_torch_archive(path: str | Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch.save wrote, on the CPU, each a copy of its own, in the file's dtypes.
+
+    Args:
+        path: the file.
+        wanted: which names to build; the others cost nothing. None builds all.
+
+    Raises:
+        UserError: missing, cut short, damaged, saved by torch before 1.6, or holding or calling anything that no
+            state dict needs. The message names the file; nothing in it was executed.
+    """
+
+    def build(records: dict[str, PickledTensor], size: int) -> dict[str, Tensor]:
+        chosen = {name: record for name, record in records.items() if wanted is None or wanted(name)}
+        return _build(chosen, max_bytes=size)
+
+    return _read(Path(path), build)
+
+
+def torch_archive_names(path: str | Path) -> list[str]:
+    """Names of the tensors, in the file's order, without reading them; raises as `read_torch_archive`."""
+    return _read(Path(path), lambda records, size: list(records))
+
+
+def write_torch_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict as torch.save does.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with path.open("wb") as file:  # torch.save to a path ends in a RuntimeError of its own when the disk is full
+        torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+
+def _read(path: Path, make: Callable[[dict[str, PickledTensor], int], Any]) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        with _BoundedReads(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+            _check_start(stream[:4])
+            with memoryview(stream) as data:
+                archive = _Archive(file, data)
+                try:
+                    return make(archive.read_records(), len(data))
+                finally:
+                    archive.close()
+    except Exception as error:  # a damaged archive fails in many ways
+        known = isinstance(error, ValueError | OSError | zipfile.BadZipFile)
+        reason = str(error) if known else f"it is damaged ({type(error).__name__}: {error})"
+        told = f"{path}: not a readable torch weights file: {reason}; nothing in it was executed"
+        raise UserError(f"{told}. Download it again, or give another file") from error
+
+
+def _check_start(start: bytes) -> None:
+    if start.startswith(b"\x80"):
+        raise ValueError("it is a bare pickle, as torch.save wrote before 1.6; load it with torch and save it again")
+    if not start.startswith(b"PK\x03\x04"):
+        raise ValueError("it does not start like a zip archive, which torch.save writes")
+
+
+class _BoundedReads(io.FileIO):
+    """A file that zipfile cannot be made to read an endless index from."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most the size of an index; raises ValueError when more is asked for."""
+        if size is not None and size > _MAX_INDEX_BYTES:
+            raise ValueError("the index of its zip archive is larger than any state dict's")
+        return super().read(_MAX_INDEX_BYTES if size is None or size < 0 else size) or b""
+
+
+class _Archive:
+    """The entries of the zip archive, all stored without compression, as views of the mapped file."""
+
+    def __init__(self, file: io.FileIO, data: memoryview) -> None:
+        self._data, self._views = data, list[memoryview]()
+        self._storages: dict[tuple[str, str], PickledStorage] = {}
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+        self._entries = {info.filename: info for info in infos}
+        if len(self._entries) != len(infos):
+            raise ValueError("its zip archive has two entries of one name")
+        roots = [name.removesuffix("data.pkl") for name in self._entries if name.endswith("/data.pkl")]
+        if len(roots) != 1 or roots[0].count("/") != 1:
+            raise ValueError("its zip archive has no single data.pkl at its top, as torch.save writes")
+        self._root = roots[0]
+
+    def close(self) -> None:
+        """Let go of the mapped file."""
+        for view in self._views:
+            view.release()
+
+    def read_records(self) -> dict[str, PickledTensor]:
+        """The state dict as records, nothing built yet."""
+        if f"{self._root}byteorder" in self._entries and bytes(self._entry("byteorder")) != b"little":
+            raise ValueError("its numbers are big-endian")
+        pickled = self._entry("data.pkl")
+        if len(pickled) > _MAX_PICKLE_BYTES:
+            raise ValueError("its list of tensors is longer than any state dict's")
+        content = _StateDictMachine(self).run(io.BytesIO(pickled))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type_name(type(content))}, not a state dict")
+        for name, value in content.items():
+            if not isinstance(value, PickledTensor):
+                raise ValueError(f"its entry {name[:_MAX_NAME]!r} is a {type_name(type(value))}, not a tensor")
+            if len(name) > _MAX_NAME:
+                raise ValueError("one of its tensors has an endless name")
+        return content
+
+    def storage(self, reference: object) -> PickledStorage:
+        """The elements that a persistent id stands for."""
+        match reference:
+            case ("storage", Global(name=name), str() as key, _, int(numel)) if name in _STORAGE_DTYPES:
+                if (name, key) not in self._storages:
+                    self._storages[name, key] = PickledStorage(_STORAGE_DTYPES[name], self._entry(f"data/{key}"))
+                storage = self._storages[name, key]
+                if len(storage.data) != numel * storage.dtype.itemsize:
+                    raise ValueError(f"its storage {key[:_MAX_NAME]} has another size than its tensors say")
+                return storage
+        raise ValueError("it has a damaged reference to a tensor storage")
+
+    def _entry(self, name: str) -> memoryview:
+        info = self._entries.get(self._root + name)
+        if info is None:
+            raise ValueError(f"its zip archive has no entry {name[:_MAX_NAME]!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is compressed or encrypted; torch.save stores it plainly")
+        header = self._data[info.header_offset : info.header_offset + 30]
+        self._views.append(header)
+        if len(header) != 30 or bytes(header[:4]) != b"PK\x03\x04":
+            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is not where the index of its zip archive says")
+        start = info.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        view = self._data[start : start + info.file_size]
+        self._views.append(view)
+        if len(view) != info.file_size:
+            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is cut short")
+        return view
+
+
+class _StateDictMachine(InertMachine):
+    """The machine with the three calls that a state dict consists of."""
+
+    def __init__(self, archive: _Archive) -> None:
+        super().__init__(_CALLS | frozenset(_STORAGE_DTYPES), Budget(_MAX_STEPS, _KIND))
+        self._archive = archive
+
+    def record(self, name: str, args: tuple[object, ...]) -> object:
+        match name, args:
+            case "collections.OrderedDict", ():
+                return {}
+            case "torch._utils._rebuild_tensor_v2", (PersistentId(value=reference), offset, size, stride, _, _, *_):
+                return checked_tensor(self._archive.storage(reference), offset, size, stride)
+            case "torch._utils._rebuild_parameter", (PickledTensor() as tensor, _, _):
+                return tensor
+        return super().record(name, args)
+
+    def set_state(self, target: object, state: dict[str, object]) -> None:
+        expect(dict, target)  # `_metadata` of a state dict: versions of its modules
+
+
+def _build(records: dict[str, PickledTensor], max_bytes: int) -> dict[str, Tensor]:
+    """Tensors of records; names that share elements share a tensor, so that names cannot multiply the file."""
+    tensors: dict[str, Tensor] = {}
+    built: dict[tuple[object, ...], Tensor] = {}
+    for name, record in records.items():
+        place = (id(record.storage), record.offset, record.size, record.stride)
+        if place not in built:
+            # Different views of one storage do not overlap in an honest file.
+            max_bytes -= record.span * record.storage.dtype.itemsize
+            if max_bytes < 0:
+                raise ValueError("its tensors are larger than the file")
+            built[place] = build_tensor(record)
+        tensors[name] = built[place]
+    return tensors
