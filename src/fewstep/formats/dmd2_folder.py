@@ -1,0 +1,253 @@
+"""Reads and writes DMD2's checkpoints: folders `..._checkpoint_model_NNNNNN/` and released single `.bin` files.
+
+A folder has `pytorch_model.bin`, the generator's state dict under EDM's or diffusers' keys, and
+`pytorch_model_1.bin` with `fake_unet.*`, `cls_pred_branch.*` and sometimes `real_unet.*`. Newer versions of the saving
+library write the same as safetensors. A released file is the generator alone. Source: METHOD.md section 6.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import written_aside
+from fewstep.formats.model_folder import CARD
+from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names, write_torch_archive
+
+Family = Literal["edm", "diffusers-unet"]
+
+_GENERATOR_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+_GUIDANCE_FILES = ("model_1.safetensors", "pytorch_model_1.safetensors", "pytorch_model_1.bin")
+_FAKE, _HEAD, _REAL = "fake_unet.", "cls_pred_branch.", "real_unet."
+_WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel and compiled modules put before their names
+
+# Constants that training scripts keep as buffers beside the networks, and frozen models they carry along.
+_CONSTANTS = frozenset(
+    {
+        "karras_sigmas", "sigmas", "log_sigmas", "sigma_min", "sigma_max", "sigma_data", "alphas_cumprod", "alphas",
+        "betas", "timesteps", "add_time_ids", "uncond_embedding", "uncond_embeds",
+    }
+)  # fmt: skip
+_FROZEN = (_REAL, "vae.", "text_encoder.", "text_encoder_one.", "text_encoder_two.", "text_encoder_2.")
+
+
+@dataclass(frozen=True)
+class DMD2Checkpoint:
+    """What one checkpoint holds.
+
+    Attributes:
+        family: whose keys the networks have.
+        generator: state dict; EDM's keys with their prefix `model.`, diffusers' keys as a U-Net has them.
+        fake_score: the same for the fake score; empty where the checkpoint has none.
+        discriminator: keys below `cls_pred_branch.`; empty where the checkpoint has none.
+    """
+
+    family: Family
+    generator: dict[str, Tensor]
+    fake_score: dict[str, Tensor] = field(default_factory=dict)
+    discriminator: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_dmd2_checkpoint(path: Path) -> bool:
+    """Whether a path looks like one: a folder with such files, or a weights file by its name."""
+    if path.is_file():
+        return path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+    return not (path / CARD).is_file() and _find(path, _GENERATOR_FILES) is not None
+
+
+def read_dmd2(path: str | Path) -> DMD2Checkpoint:
+    """Read a checkpoint folder or a single generator file, without unpickling; the teacher's copy is not read.
+
+    Raises:
+        UserError: no weights there, a damaged or hostile file, tensors of another kind of model (named), or
+            infinities among the weights (named).
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        family, generator = _read_generator(path)
+        return DMD2Checkpoint(family, generator)
+    file = _find(path, _GENERATOR_FILES)
+    if file is None:
+        raise UserError(_no_weights(path))
+    family, generator = _read_generator(file)
+    guidance = _find(path, _GUIDANCE_FILES)
+    if guidance is None:
+        return DMD2Checkpoint(family, generator)
+    fake_score, discriminator = _read_guidance(guidance, family)
+    return DMD2Checkpoint(family, generator, fake_score, discriminator)
+
+
+def write_dmd2_folder(folder: Path, checkpoint: DMD2Checkpoint, teacher: Mapping[str, Tensor] | None = None) -> None:
+    """Write a checkpoint folder as `.bin` files; it appears whole or not at all.
+
+    Args:
+        folder: target; an earlier folder of this name is replaced.
+        checkpoint: without fake score and discriminator only `pytorch_model.bin` is written.
+        teacher: state dict to add as `real_unet.*`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    parts = {_FAKE: checkpoint.fake_score, _HEAD: checkpoint.discriminator, _REAL: teacher or {}}
+    guidance = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+    with written_aside(folder) as aside:
+        write_torch_archive(aside / _GENERATOR_FILES[-1], checkpoint.generator)
+        if guidance:
+            write_torch_archive(aside / _GUIDANCE_FILES[-1], guidance)
+
+
+def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A head's tensors under our names: layers that have weights are matched by order, then by their shapes.
+
+    Args:
+        tensors: keys such as `0.weight` or `2.0.bias`; activations and dropout between them may shift the numbers.
+        expected: state dict of our head.
+        where: what messages call the source.
+
+    Raises:
+        UserError: another number of layers, or a layer of another shape; names it.
+    """
+    theirs, ours = _by_layer(tensors, where), _by_layer(expected, where)
+    if len(theirs) != len(ours):
+        raise UserError(
+            f"{where}: its discriminator has {len(theirs)} layers with weights ({', '.join(theirs)}), the one for this "
+            f"network has {len(ours)}"
+        )
+    found: dict[str, Tensor] = {}
+    for (name, parts), (own_name, own_parts) in zip(theirs.items(), ours.items(), strict=True):
+        shapes, own_shapes = (
+            {leaf: tuple(value.shape) for leaf, value in sorted(group.items())} for group in (parts, own_parts)
+        )
+        if shapes != own_shapes:
+            raise UserError(
+                f"{where}: layer {_HEAD}{name} of its discriminator has {shapes}, this network's needs {own_shapes}"
+            )
+        found |= {f"{own_name}.{leaf}": parts[leaf] for leaf in own_parts}
+    return found
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a `.safetensors` or torch.save file, without reading them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return torch_archive_names(path)
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The (wanted) tensors of a `.safetensors` or torch.save file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return read_torch_archive(path, wanted)
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
+
+
+def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError naming the first tensor with an infinity or a NaN: such a network makes no picture."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise UserError(
+                f"{where}: {count} of the {value.numel()} numbers in {name} are infinite or NaN, as half precision "
+                "makes them when it overflows; save the weights again in float32 or bfloat16"
+            )
+
+
+def _read_generator(path: Path) -> tuple[Family, dict[str, Tensor]]:
+    tensors = _unwrapped(read_tensors(path))
+    family = _family(tensors, path)
+    generator = _network(tensors, family)
+    refuse_infinities(generator, str(path))
+    return family, generator
+
+
+def _read_guidance(path: Path, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(fake score, discriminator) of the second file."""
+    tensors = _unwrapped(read_tensors(path, lambda name: not _plain(name).startswith(_FROZEN)))
+    fake, head = _below(tensors, _FAKE), _below(tensors, _HEAD)
+    strange = [name for name in tensors if not name.startswith((_FAKE, _HEAD)) and name not in _CONSTANTS]
+    if strange or not fake:
+        raise UserError(
+            f"{path} is not the second file of a DMD2 checkpoint: it should hold {_FAKE}* and {_HEAD}*, "
+            f"and holds {(strange or sorted(tensors))[:3]}"
+        )
+    fake = _unwrapped(fake)
+    if _family(fake, path) != family:
+        raise UserError(f"{path}: its fake score is another kind of network than the generator beside it")
+    refuse_infinities(fake | {_HEAD + name: value for name, value in head.items()}, str(path))
+    return _network(fake, family), head
+
+
+def _network(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The network alone, under the keys our own networks have."""
+    if family == "diffusers-unet":
+        return {name: value for name, value in tensors.items() if name not in _CONSTANTS}
+    bare = {name.removeprefix("model."): value for name, value in tensors.items()}
+    return {f"model.{name}": value for name, value in bare.items() if name not in _CONSTANTS}
+
+
+def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:
+    if {"map_layer0.weight", "model.map_layer0.weight"} & set(tensors):
+        return "edm"
+    if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
+        return "diffusers-unet"
+    raise UserError(
+        f"{path} holds neither an EDM network (map_layer0.weight, enc.*, dec.*) nor a diffusers U-Net "
+        f"(conv_in.weight, down_blocks.*): its keys are {list(tensors)[:3]} and {max(0, len(tensors) - 3)} more"
+    )
+
+
+def _plain(name: str) -> str:
+    """A name without what wraps its module."""
+    for prefix in _WRAPPERS:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_plain(name): value for name, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _by_layer(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:
+    """{layer number(s): {weight, bias}}, in the order of the numbers."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if not all(part.isdecimal() for part in layer.split(".")):
+            raise UserError(f"{where}: {_HEAD}{name} is no layer of a sequential discriminator")
+        layers.setdefault(layer, {})[leaf] = value
+    return dict(sorted(layers.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _no_weights(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist; give a DMD2 checkpoint folder or a weights file"
+    inside = sorted(child.name for child in path.iterdir() if _find(child, _GENERATOR_FILES))
+    if inside:
+        return f"{path} holds {len(inside)} checkpoint folders; give one of them, e.g. {path / inside[-1]}"
+    return f"{path} is a folder without weights: no {_GENERATOR_FILES[-1]} and no {_GENERATOR_FILES[0]} is in it"
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]  # safetensors has no types
+    ...
