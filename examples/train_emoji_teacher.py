@@ -40,7 +40,7 @@ from fewstep.formats.atomic import written_aside
 from fewstep.formats.pixels import save_grid
 
 MINUTES = {"vae": 6.0, "sd": 15.0, "sdxl": 12.0}
-BATCH = {"vae": 8, "sd": 48, "sdxl": 48}
+BATCH = {"vae": 8, "sd": 32, "sdxl": 32}
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fewstep"
 
-TOP = {"cli", "app", "quickstart", "commands", "commands_text", "__main__"}
+TOP = {"cli", "app", "quickstart", "commands", "commands_text", "commands_convert", "__main__"}
 LAYERS = [  # top to bottom
     TOP,
     {"training"},
     {"preparation", "evaluation", "export"},
-    {"generator", "text_model"},
+    {"generator", "text_model", "conversion"},
     {"distillation"},
     {"backbones"},
     {"devices", "formats", "data", "losses"},

@@ -330,6 +330,38 @@ def prepare_statistics(
     make_statistics(images, out, features, split, resolution, channels, fit, device)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="EDM .pkl, DMD2 checkpoint folder, U-Net .bin, LoRA or single-file .safetensors")],
+    out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    base: Annotated[str, typer.Option(help="the model it belongs to: diffusers folder or hub id, needed for text-to-image weights; for EDM networks a teacher, where their shape cannot be read from the weights")] = "",
+    step_indices: Annotated[str, typer.Option(help="grid indices a generator runs at, e.g. 999,749,499,249; default: EDM 999, released files by their name")] = "",
+) -> None:  # fmt: skip
+    """Turn other tools' weights into a folder to sample and train from; nothing in the file is executed."""
+    from fewstep.commands_convert import convert_model
+
+    convert_model(source, out, base, step_indices)
+
+
+@app.command()
+def export(
+    generator: Annotated[str, typer.Argument(help="generator folder, or run folder of `fewstep train`")],
+    out: Annotated[Path, typer.Argument(help="new folder to write")],
+    kind: Annotated[str, typer.Option("--as", help="diffusers, unet, lora, kohya-lora, single-file or edm")] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32  [default: fp16; class-conditional: fp32]")] = "",
+    base: Annotated[str, typer.Option(help="text-to-image: the teacher's folder or hub id, if it has moved since training")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="text-to-image: prompt of the sample pictures; may be given several times")] = None,
+    num_samples: Annotated[int, typer.Option(min=0, help="sample pictures in the model card")] = 8,
+    licence: Annotated[str, typer.Option(help="of the weights, as the hub names it, e.g. apache-2.0")] = "",
+    push: Annotated[str, typer.Option(help="upload to this name on the model hub (USER/NAME) afterwards; default: upload nothing")] = "",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Write a generator in another tool's format, with a model card and sample pictures."""
+    from fewstep.commands_export import export_model
+
+    export_model(generator, out, kind, dtype, base, list(prompt or []), num_samples, licence, push, device)
+
+
 def _with_folder(settings: Any, recipe: Path) -> Any:
     """Runs go to runs/<recipe name> unless the settings say otherwise."""
     if settings.run.folder:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.backbones.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.backbones.autoencoder import Autoencoder, load_autoencoder
+from fewstep.backbones.catalog import build_denoiser
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.backbones.diffusers_models import load_diffusers_denoiser, model_family, resolve_model_folder
 from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders, text_condition
@@ -242,11 +243,16 @@ def load_text_generator(path: Path, *, device: str = "auto", precision: str = "f
         UserError: a damaged folder, or a base that is not there.
     """
     description, weights, card = read_generator_folder(path)
+    whole = not base and (path / "model_index.json").is_file()  # an exported pipeline brings its own encoders and VAE
+    source = str(path) if whole else base or card.base
     try:
-        folder = resolve_model_folder(base or card.base)
+        folder = resolve_model_folder(source)
     except UserError as error:
-        raise UserError(f"{path} reads its text encoders and VAE from {base or card.base}: {error}") from error
-    denoiser = load_diffusers_denoiser(folder, int(description["latent_size"]) * load_autoencoder(folder).factor)
+        raise UserError(f"{path} reads its text encoders and VAE from {source}: {error}") from error
+    if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
+        denoiser = cast(DiffusersDenoiser, build_denoiser(description))
+    else:
+        denoiser = load_diffusers_denoiser(folder, int(description["latent_size"]) * load_autoencoder(folder).factor)
     network: Denoiser = denoiser
     if "lora" in description:
         lora = description["lora"]
@@ -258,7 +264,7 @@ def load_text_generator(path: Path, *, device: str = "auto", precision: str = "f
     else:
         _load_network(denoiser, weights, path)
         prepare_denoiser(denoiser, device, precision)
-    return TextGenerator(network.eval(), card, folder, base or card.base, model_family(folder))
+    return TextGenerator(network.eval(), card, folder, source, model_family(folder))
 
 
 def _load_network(denoiser: DiffusersDenoiser, weights: dict[str, Tensor], path: Path) -> None:

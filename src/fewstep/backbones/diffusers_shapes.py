@@ -98,4 +98,4 @@ def build_text_denoiser(description: dict[str, Any]) -> Denoiser:
     with torch.device("meta"):
         untrained = network.from_config(description["network"])
     # outside: the noise schedule is made of numbers, not of shapes
-    return denoiser(untrained, description["scheduler"], int(description["latent_size"]))  # type: ignore[no-any-return]
+    return denoiser(untrained, description["scheduler"], int(description["latent_size"]))

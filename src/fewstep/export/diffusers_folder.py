@@ -6,7 +6,7 @@ an optional dependency (`pip install fewstep[diffusers]`); nothing else in the l
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,11 @@ from fewstep.diffusion.denoiser import DenoiserOutput
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_uint8
+from fewstep.formats.text_generator_folder import is_generator_folder
 from fewstep.generator import Generator
+
+if TYPE_CHECKING:
+    from fewstep.export.text_pipeline import TextPipeline
 
 
 class EDMUNetModel(ModelMixin, ConfigMixin):
@@ -104,10 +108,20 @@ class FewstepPipeline(DiffusionPipeline):
         return FewstepPipelineOutput(pictures)
 
 
-def load_pipeline(folder: str | Path) -> FewstepPipeline:
-    """A diffusers pipeline from an exported generator folder or a run folder."""
+def load_pipeline(folder: str | Path) -> "FewstepPipeline | TextPipeline":
+    """A pipeline that needs no steps typed, from an exported generator folder or a run folder.
+
+    Class-conditional: `pipeline(num_images=4).images`; text-to-image: `pipeline("a red cat").images`.
+
+    Raises:
+        UserError: no exported generator.
+    """
     path = Path(folder).expanduser()
     path = path / "generator" if (path / "generator").is_dir() else path
+    if is_generator_folder(path):
+        from fewstep.export.text_pipeline import load_text_pipeline
+
+        return load_text_pipeline(path)
     if not (path / "scheduler/scheduler_config.json").is_file():
         raise UserError(f"{folder} is no exported generator: scheduler/scheduler_config.json is missing")
     return FewstepPipeline.from_pretrained(path, local_files_only=True)

@@ -52,7 +52,7 @@ def _discrete_scheduler(base: DiffusersDenoiser, schedule: DiscreteSchedule, ste
     if steps.num_levels // n != k:
         options = {"num_train_timesteps": n * k, "trained_betas": ddim.betas[: n * k].tolist()}
     scheduler: Any = LCMScheduler(
-        **options, original_inference_steps=n, prediction_type=base.prediction, clip_sample=False,
+        **options, original_inference_steps=n, prediction_type=base.prediction, clip_sample=False, steps_offset=1,
         timestep_scaling=1e4,  # the boundary scalings of consistency models: c_skip 0 and c_out 1 at every step
     )  # fmt: skip
     scheduler.set_timesteps(n)

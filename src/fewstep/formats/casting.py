@@ -27,7 +27,9 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str =
             if not torch.isfinite(cast).all():
                 full = f"{where}.{name}" if where else name
                 if not torch.isfinite(tensor).all():
-                    raise UserError(f"the tensor {full} holds infinities or NaNs; train again from an earlier checkpoint")
+                    raise UserError(
+                        f"the tensor {full} holds infinities or NaNs; train again from an earlier checkpoint"
+                    )
                 raise UserError(
                     f"the tensor {full} reaches {float(tensor.abs().max()):.3g} and becomes infinite in fp16; "
                     "choose --dtype bf16 or fp32"

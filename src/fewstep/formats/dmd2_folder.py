@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.model_folder import CARD
-from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names, write_torch_archive
+from fewstep.formats.tensor_files import read_tensors, refuse_infinities
+from fewstep.formats.torch_archive import write_torch_archive
 
 Family = Literal["edm", "diffusers-unet"]
 
@@ -131,41 +130,6 @@ def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
     return found
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a `.safetensors` or torch.save file, without reading them.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if path.suffix != ".safetensors":
-        return torch_archive_names(path)
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The (wanted) tensors of a `.safetensors` or torch.save file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if path.suffix != ".safetensors":
-        return read_torch_archive(path, wanted)
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
-
-
-def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError naming the first tensor with an infinity or a NaN: such a network makes no picture."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
-            raise UserError(
-                f"{where}: {count} of the {value.numel()} numbers in {name} are infinite or NaN, as half precision "
-                "makes them when it overflows; save the weights again in float32 or bfloat16"
-            )
-
-
 def _read_generator(path: Path) -> tuple[Family, dict[str, Tensor]]:
     tensors = _unwrapped(read_tensors(path))
     family = _family(tensors, path)
@@ -187,7 +151,7 @@ def _read_guidance(path: Path, family: Family) -> tuple[dict[str, Tensor], dict[
     fake = _unwrapped(fake)
     if _family(fake, path) != family:
         raise UserError(f"{path}: its fake score is another kind of network than the generator beside it")
-    refuse_infinities(fake | {_HEAD + name: value for name, value in head.items()}, str(path))
+    refuse_infinities(tensors, str(path))
     return _network(fake, family), head
 
 
@@ -195,7 +159,7 @@ def _network(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     """The network alone, under the keys our own networks have."""
     if family == "diffusers-unet":
         return {name: value for name, value in tensors.items() if name not in _CONSTANTS}
-    bare = {name.removeprefix("model."): value for name, value in tensors.items()}
+    bare = _renamed(tensors, lambda name: name.removeprefix("model."))
     return {f"model.{name}": value for name, value in bare.items() if name not in _CONSTANTS}
 
 
@@ -217,8 +181,15 @@ def _plain(name: str) -> str:
     return name
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {_plain(name): value for name, value in tensors.items()}
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _renamed(tensors, _plain)
+
+
+def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed = {rename(name): value for name, value in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise UserError("two tensors of the checkpoint have one name, with and without its prefix")
+    return renamed
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -247,7 +218,3 @@ def _no_weights(path: Path) -> str:
     if inside:
         return f"{path} holds {len(inside)} checkpoint folders; give one of them, e.g. {path / inside[-1]}"
     return f"{path} is a folder without weights: no {_GENERATOR_FILES[-1]} and no {_GENERATOR_FILES[0]} is in it"
-
-
-def _opened(path: Path):  # type: ignore[no-untyped-def]  # safetensors has no types
-    ...

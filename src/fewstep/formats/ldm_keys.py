@@ -146,9 +146,7 @@ def _unet_name(name: str, config: Mapping[str, Any]) -> str:
         part, number, rest = match[1], int(match[2]), match[3]
         place = 2 * number + (part == "attentions")
         return f"middle_block.{place}.{_inside_unet(part, rest)}"
-    match = re.fullmatch(
-        r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name
-    )
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
     if match is None:
         raise UserError(f"the U-Net's tensor {name} has no place in a single-file checkpoint")
     way, block, part, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
@@ -177,15 +175,17 @@ def _vae_name(name: str, config: Mapping[str, Any]) -> str:
             layer, _, leaf = rest.rpartition(".")
             return f"{side}.mid.attn_{number}.{_VAE_ATTENTION[layer]}.{leaf}"
         return f"{side}.mid.block_{number}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
-    match = re.fullmatch(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+    match = re.fullmatch(
+        r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.*)", name
+    )
     if match is None:
         return name
-    blocks, block, part, number, rest = match[1], int(match[2]), match[3], match[4], match[5]
+    blocks, block, part, rest = match[1], int(match[2]), match[3], match[5]
     if blocks == "decoder.up":  # counted from the finest resolution
         block = len(config["up_block_types"]) - 1 - block
     if part != "resnets":  # downsamplers -> downsample
         return f"{blocks}.{block}.{part.removesuffix('rs')}.{rest}"
-    return f"{blocks}.{block}.block.{number}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
+    return f"{blocks}.{block}.block.{match[4]}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
 
 
 def _open_clip_name(name: str) -> str:

@@ -27,8 +27,8 @@ from fewstep.formats.pickled_tensors import (
 
 _KIND = "state dict"
 _CALLS = frozenset({"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"})
-# Twenty times what SDXL's fake score and teacher take together; more is built to keep us busy.
-_MAX_STEPS = 4_000_000
+# Ten times what the fake score and teacher of SDXL take together; more is built to keep us busy.
+_MAX_STEPS = 1_000_000
 _MAX_INDEX_BYTES = 8 * 2**20
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_NAME = 512
@@ -98,10 +98,10 @@ class _BoundedReads(io.FileIO):
     """A file that zipfile cannot be made to read an endless index from."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most the size of an index; raises ValueError when more is asked for."""
+        """As a file's own; raises ValueError for more bytes than an index has (zipfile reads the tail unsized)."""
         if size is not None and size > _MAX_INDEX_BYTES:
             raise ValueError("the index of its zip archive is larger than any state dict's")
-        return super().read(_MAX_INDEX_BYTES if size is None or size < 0 else size) or b""
+        return super().read(-1 if size is None else size) or b""
 
 
 class _Archive:
@@ -133,6 +133,8 @@ class _Archive:
         if len(pickled) > _MAX_PICKLE_BYTES:
             raise ValueError("its list of tensors is longer than any state dict's")
         content = _StateDictMachine(self).run(io.BytesIO(pickled))
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]  # a training framework's wrapping
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type_name(type(content))}, not a state dict")
         for name, value in content.items():

@@ -1,19 +1,20 @@
 """From settings to a distillation: networks, terms and optimisers are chosen here, once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fewstep.backbones.catalog import released_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
+from fewstep.backbones.diffusers_shapes import build_released_denoiser
 from fewstep.backbones.perceptual import load_lpips, pixel_distance
 from fewstep.config import LossSettings, TrainSettings
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.roles import Roles, build_roles
+from fewstep.distillation.starting import start_from_dmd2, start_others_beside
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
@@ -24,6 +25,7 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
+from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.generator import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
@@ -96,12 +98,17 @@ def _checkpointed(network: Denoiser) -> None:
 
 
 def start_roles(roles: Roles, source: Path) -> None:
-    """Start from an earlier run folder (generator, fake score, head where it has one) or an exported generator.
+    """Start from an earlier run folder (generator, fake score, head where it has one), an exported or converted
+    generator (with what lies in its `roles/`), or a DMD2 checkpoint.
 
     Raises:
         UserError: nothing to start from, or another network.
     """
     checkpoints = list_checkpoints(source / "checkpoints")
+    if not checkpoints and is_dmd2_checkpoint(source):
+        with _named(source):
+            start_from_dmd2(roles, source)
+        return
     if not checkpoints:
         earlier = load_generator(source, device="cpu")
         try:
@@ -111,14 +118,23 @@ def start_roles(roles: Roles, source: Path) -> None:
                 f"generator.start_from={source} is another network than the teacher: "
                 f"{str(error).splitlines()[-1].strip()}"
             ) from None
+        with _named(source):
+            start_others_beside(roles, source)
         return
     tensors, _ = read_checkpoint(checkpoints[-1])
-    try:
+    with _named(source):
         restore_module("generator", roles.generator, tensors)
         if any(name.startswith("fake_score.") for name in tensors):  # a warm-up has none: it stays the teacher
             restore_module("fake_score", roles.fake_score, tensors)
         if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
             restore_module("discriminator", roles.discriminator, tensors)
+
+
+@contextmanager
+def _named(source: Path) -> Iterator[None]:
+    """Put the setting before what is wrong with it."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"generator.start_from={source}: {error}") from None
 
@@ -139,8 +155,7 @@ def open_teacher(settings: TrainSettings) -> AnyTeacher:
 def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
     """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
     try:
-        with torch.device("meta"):
-            expected = EDMDenoiser(released_network_config(settings.teacher.network)).state_dict()
+        expected = build_released_denoiser(settings.teacher.network).state_dict()
     except ValueError as error:
         raise UserError(str(error)) from None
     found = teacher.denoiser.state_dict()

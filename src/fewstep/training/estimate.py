@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.backbones.catalog import build_denoiser, build_network_config, released_network_config
+from fewstep.backbones.catalog import build_denoiser, build_network_config
+from fewstep.backbones.diffusers_shapes import VAE_NETWORK, build_released_denoiser, build_text_denoiser
 from fewstep.backbones.discriminator import Discriminator
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.edm_unet import EDMUNetConfig
@@ -16,8 +18,15 @@ from fewstep.diffusion.denoiser import Denoiser, Want
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import read_model_folder
 from fewstep.generator import BUNDLED, bundled_path
+from fewstep.training.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
+from fewstep.training.warmup import is_warmup
 
 _GIB = 2**30
+_MODES = {
+    "full": "three networks",
+    "lora_generator": "generator as LoRA on the frozen teacher, fake score a network of its own",
+    "shared_base": "generator and fake score as two LoRAs on the frozen teacher",
+}
 
 
 @dataclass(frozen=True)
@@ -71,29 +80,64 @@ def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
 
 def describe_distillation(settings: TrainSettings) -> list[str]:
     """Lines for `fewstep train --dry-run`."""
-    config = _teacher_config(settings)
-    if config is None:
+    found = _teacher_network(settings)
+    if found is None:
         return ["memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"]
-    size, gan = network_size(config), settings.losses.gan_discriminator_weight > 0
-    batch, half = settings.training.batch_size, 0.5 if settings.compute.precision == "bf16" else 1.0
-    weights = size.parameters * 4
-    head = size.head_parameters * 4 if gan else 0
-    trained = weights * 2 + head
-    states = weights * (3 + bool(settings.generator.ema_half_life_images)) + head + trained * 2
-    graph, encoder = size.activation_bytes * batch * half, size.encoder_activation_bytes * batch * half
-    generator_turn = graph + (encoder if gan else 0) + weights
-    fake_score_turn = graph + (2 * encoder if gan else 0) + weights + head
+    denoiser, vae = found
+    gpu = settings.compute.device != "cpu"
+    chosen = estimate_memory(settings, denoiser, gpu=gpu, autoencoder=vae)
+    lines = [_describe_network(denoiser, chosen), *_describe_memory(settings, chosen)]
+    if isinstance(denoiser, EDMDenoiser) or is_warmup(settings):  # no LoRA without targets, none in a warm-up
+        return lines + _published(settings)
+    for mode in _MODES:
+        estimate = chosen
+        if mode != settings.memory.mode:
+            estimate = estimate_memory(_in_mode(settings, mode), denoiser, gpu=gpu, autoencoder=vae, pictures=False)
+        lines.append(f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}")
+    return lines + _published(settings)
+
+
+def _describe_network(denoiser: Denoiser, estimate: MemoryEstimate) -> str:
+    channels, height, width = denoiser.image_shape
+    line = f"network: {estimate.parameters['teacher'] / 1e6:.1f} M parameters, {height}x{width}x{channels}"
+    line += f", {denoiser.num_classes} classes" if isinstance(denoiser, EDMDenoiser) else " latents"
+    parts = {"generator": "generator's LoRA", "discriminator": "discriminator"}
+    for name, words in parts.items():
+        count = estimate.parameters.get(name, 0)
+        if count and (name == "discriminator" or count != estimate.parameters["teacher"]):
+            line += f"; {words}: {count / 1e6:.1f} M"
+    return line
+
+
+def _describe_memory(settings: TrainSettings, estimate: MemoryEstimate) -> list[str]:
+    """What lies in memory between steps, what a step adds, their sum, and the sample pictures beside it."""
+    kinds = estimate.kinds[estimate.phase]
+    resident = {kind: kinds[kind] for kind in (FROZEN, TRAINED, AVERAGE, STATES) if kinds[kind]}
+    step = estimate.step - sum(resident.values())
     lines = [
-        f"network: {size.parameters / 1e6:.1f} M parameters, {config.img_resolution}x{config.img_resolution}x"
-        f"{config.img_channels}, {config.label_dim} classes"
-        + (f"; discriminator: {size.head_parameters / 1e6:.1f} M" if gan else ""),
-        f"memory for weights, averages and optimiser states: {states / _GIB:.1f} GiB",
-        f"memory for gradients and activations at batch {batch} ({settings.compute.precision}, one process): "
-        f"{max(generator_turn, fake_score_turn) / _GIB:.1f} GiB",
-        f"estimated peak: {(states + max(generator_turn, fake_score_turn)) / _GIB:.1f} GiB "
-        "(counted on the meta device; workspace of the kernels comes on top)",
-    ]
-    return lines + ([f"published: {settings.expected}"] if settings.expected else [])
+        f"memory for weights, averages and optimiser states: {sum(resident.values()) / _GIB:.1f} GiB ("
+        + ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in resident.items()) + ")",
+        f"memory for gradients and activations at batch {settings.training.batch_size} ({settings.compute.precision}, "
+        f"one process): {step / _GIB:.1f} GiB in the {estimate.phase}",
+        f"estimated peak: {estimate.step / _GIB:.1f} GiB "
+        "(a rehearsed step on shapes alone; workspace of the kernels comes on top)",
+    ]  # fmt: skip
+    if estimate.peaks[PICTURES] > estimate.step:
+        lines.append(
+            f"sample pictures need more: {estimate.peaks[PICTURES] / _GIB:.1f} GiB with run.sample_images="
+            f"{settings.run.sample_images}"
+        )
+    return lines
+
+
+def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
+    """The settings in another memory mode; all weights of mode full are float32."""
+    changes = {"mode": mode} | ({"frozen_precision": "fp32"} if mode == "full" else {})
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update=changes)})
+
+
+def _published(settings: TrainSettings) -> list[str]:
+    return [f"published: {settings.expected}"] if settings.expected else []
 
 
 def describe_pretraining(settings: PretrainSettings) -> list[str]:
@@ -116,14 +160,17 @@ def describe_pretraining(settings: PretrainSettings) -> list[str]:
     ]
 
 
-def _teacher_config(settings: TrainSettings) -> EDMUNetConfig | None:
-    """Shape of the teacher: named in the recipe, or read from its folder."""
-    if settings.teacher.network:
+def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] | None] | None:
+    """The teacher on the meta device and its VAE's config: named in the recipe, or described by its folder."""
+    teacher = settings.teacher
+    if teacher.network:
         try:
-            return released_network_config(settings.teacher.network)
+            denoiser = build_released_denoiser(teacher.network, teacher.resolution)
         except ValueError as error:
             raise UserError(str(error)) from None
-    path = settings.teacher.path
+        latents = {"latent_channels": denoiser.image_shape[0]}
+        return denoiser, None if isinstance(denoiser, EDMDenoiser) else VAE_NETWORK | latents
+    path = teacher.path
     if not path:
         return None
     folder = bundled_path(path.removeprefix(BUNDLED)) if path.startswith(BUNDLED) else Path(path).expanduser()
@@ -131,7 +178,11 @@ def _teacher_config(settings: TrainSettings) -> EDMUNetConfig | None:
         folder = folder / "teacher"
     if not folder.is_dir():
         return None
+    if (folder / "model_index.json").is_file():
+        from fewstep.backbones.diffusers_models import describe_diffusers_folder, read_json
+
+        vae = read_json(folder / "vae/config.json", folder, "vae")
+        return build_text_denoiser(describe_diffusers_folder(folder, teacher.resolution)), vae
     description, _, _ = read_model_folder(folder)
     with torch.device("meta"):
-        denoiser = build_denoiser(description)
-    return denoiser.config if isinstance(denoiser, EDMDenoiser) else None
+        return build_denoiser(description), None

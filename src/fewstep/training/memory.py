@@ -2,29 +2,27 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.perceptual import LPIPS, pixel_distance
 from fewstep.config import TrainSettings
-from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
+from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.guidance import guided_denoise
 from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
 from fewstep.distillation.terms import FakeScoreTerm, Regression
-from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import AnyTeacher, Teacher
+from fewstep.generator import AnyTeacher
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
 from fewstep.training.ema import WeightAverage
 from fewstep.training.memory_meter import FakeMachine, MemoryMeter
 from fewstep.training.optimizers import build_adamw
+from fewstep.training.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
 from fewstep.training.warmup import WarmupJob, is_warmup
 
 GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES = "generator's turn", "fake score's turn", "sample pictures"
@@ -63,8 +61,9 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    settings: TrainSettings, denoiser: Denoiser, *, gpu: bool = True, autoencoder: dict[str, Any] | None = None
-) -> MemoryEstimate:
+    settings: TrainSettings, denoiser: Denoiser, *, gpu: bool = True, autoencoder: dict[str, Any] | None = None,
+    pictures: bool = True,
+) -> MemoryEstimate:  # fmt: skip
     """Rehearse one step of a run, generator's turn included, and its sample pictures.
 
     Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
@@ -74,6 +73,7 @@ def estimate_memory(
         denoiser: the teacher on the meta device; left as it is.
         gpu: count as on a GPU (autocast normalises in float32 there).
         autoencoder: config of a text-to-image model's VAE, which stays on the device for pictures.
+        pictures: whether to rehearse the sample pictures too.
     """
     settings = settings.model_copy(
         update={
@@ -88,14 +88,17 @@ def estimate_memory(
         network.to_empty(device="cpu").eval()
         network.compute_dtype = _DTYPES[settings.compute.precision]
         estimate.parameters["teacher"] = _count(network.parameters())
-        vae = _build_autoencoder(autoencoder, meter)
-        teacher = _teacher(network)
+        vae = None if autoencoder is None else untrained_autoencoder(autoencoder)
+        if vae is not None:
+            meter.assign(FROZEN, vae.parameters())
+        teacher = teacher_of(network)
         if is_warmup(settings):
             job = _rehearse_warmup(settings, teacher, vae, meter, estimate)
         else:
             job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
-        _rehearse_pictures(settings, teacher, vae)
-        estimate.close(PICTURES, meter)
+        if pictures:
+            _rehearse_pictures(settings, teacher, vae)
+            estimate.close(PICTURES, meter)
         del job  # until here: what it holds lies in memory beside the pictures
     return estimate
 
@@ -103,15 +106,15 @@ def estimate_memory(
 def _rehearse_distillation(
     settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
 ) -> SimpleNamespace:
-    conditions = _conditions(teacher.denoiser)
+    conditions = conditions_of(teacher.denoiser)
     losses = settings.losses
     plain = losses.model_copy(update={"regression_weight": 0.0})
     run = build_distillation(settings.model_copy(update={"losses": plain}), teacher, conditions)
     if losses.regression_weight:  # its pairs and the weights of its distance are files: stand-ins of their shapes
         steps = build_step_schedule(settings)
-        pairs = PairedInputs(steps, conditions, cast(Any, _Pairs(teacher.denoiser.image_shape)))
+        pairs = PairedInputs(steps, conditions, cast(Any, Pairs(teacher.denoiser.image_shape)))
         run.inputs = FreshAndPairedInputs(FreshInputs(steps, conditions), pairs)
-        run.generator_terms.append(Regression(_distance(settings, teacher, vae), losses.regression_weight))
+        run.generator_terms.append(Regression(untrained_distance(settings, teacher, vae), losses.regression_weight))
     roles = run.roles
     average = _average(settings, roles.generator)
     head = roles.discriminator
@@ -147,8 +150,8 @@ def _rehearse_warmup(
     _prepare(denoiser, average, {"generator": optimizer}, meter, estimate)
     job = SimpleNamespace(
         settings=settings, device=teacher.device, generator=generator, average=average, optimizer=optimizer,
-        inputs=PairedInputs(steps, _conditions(denoiser), cast(Any, _Pairs(denoiser.image_shape))),
-        terms=[Regression(_distance(settings, teacher, vae), settings.losses.regression_weight)],
+        inputs=PairedInputs(steps, conditions_of(denoiser), cast(Any, Pairs(denoiser.image_shape))),
+        terms=[Regression(untrained_distance(settings, teacher, vae), settings.losses.regression_weight)],
         _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
     )  # fmt: skip
     WarmupJob.step(cast(Any, job), 0, 0.0)
@@ -161,7 +164,7 @@ def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -
     """The largest forward of the first sample pictures, and for latents the decoder."""
     count, network = settings.run.sample_images, teacher.denoiser
     index = torch.zeros(count, dtype=torch.int64)
-    noisy, condition = torch.zeros(count, *network.image_shape), _conditions(network).rows(index)
+    noisy, condition = torch.zeros(count, *network.image_shape), conditions_of(network).rows(index)
     level = network.noise_schedule.at(index)
     x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
     if vae is not None:
@@ -169,7 +172,7 @@ def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -
 
 
 def _prepare(
-    teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: dict[str, torch.optim.AdamW],
+    teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: Mapping[str, torch.optim.Optimizer],
     meter: MemoryMeter, estimate: MemoryEstimate,
 ) -> None:  # fmt: skip
     """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
@@ -203,89 +206,6 @@ class _Announced:
     def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> Tensor:
         self.announce()
         return self.term(x0, condition, real, draws)
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    """Embeddings of any prompt, of one network's shapes."""
-
-    text: tuple[int, int]
-    pooled: int
-    has_time_ids: bool
-    num_rows: int = 1
-
-    def rows(self, index: Tensor) -> Condition:
-        size = len(index)
-        pooled, empty = (torch.zeros(rows, self.pooled) if self.pooled else None for rows in (size, 1))
-        return Condition(
-            size, None, torch.zeros(size, *self.text), pooled, torch.zeros(size, 6) if self.has_time_ids else None,
-            torch.zeros(1, *self.text), empty,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Noise-image pairs of one shape."""
-
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return 1
-
-    def rows(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.zeros(len(index), *self.shape), torch.zeros(len(index), *self.shape), torch.zeros_like(index)
-
-
-def _conditions(denoiser: Denoiser) -> ConditionTable:
-    network = getattr(denoiser, "network", None)
-    if network is None:
-        return ClassTable(denoiser.num_classes)
-    config: Any = network.config
-    if hasattr(config, "joint_attention_dim"):  # SD 3: 77 tokens of CLIP, 256 of T5
-        return _Prompts((77 + 256, config.joint_attention_dim), config.pooled_projection_dim, False)
-    width = config.cross_attention_dim
-    if config.addition_embed_type is None:
-        return _Prompts((77, width), 0, False)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return _Prompts((77, width), pooled, True)
-
-
-def _teacher(network: Denoiser) -> AnyTeacher:
-    card = ModelCard(role="teacher", can_be_guided=True)
-    if getattr(network, "network", None) is None:
-        return Teacher(network, card)
-    from fewstep.text_model import TextTeacher
-
-    return TextTeacher(network, card, Path(), "", "")
-
-
-def _build_autoencoder(config: dict[str, Any] | None, meter: MemoryMeter) -> Any:
-    if config is None:
-        return None
-    from diffusers import AutoencoderKL
-
-    from fewstep.backbones.autoencoder import Autoencoder
-
-    vae = Autoencoder(AutoencoderKL.from_config(config))  # type: ignore[no-untyped-call]
-    meter.assign(FROZEN, vae.parameters())
-    return vae
-
-
-def _distance(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -> Any:
-    """The regression's distance with untrained weights."""
-    if settings.losses.regression_distance == "pixel":
-        return pixel_distance
-    lpips = LPIPS()
-    if isinstance(teacher, Teacher) or vae is None:
-        return lpips
-    decoder = vae
-    if settings.losses.regression_autoencoder:  # a small one, as TAESD
-        from diffusers import AutoencoderTiny
-
-        from fewstep.backbones.autoencoder import Autoencoder
-
-        decoder = Autoencoder(AutoencoderTiny(latent_channels=teacher.denoiser.image_shape[0]))
-    return lambda x0, target: lpips(decoder.decode(x0), decoder.decode(target))
 
 
 def _average(settings: TrainSettings, generator: Denoiser) -> WeightAverage[Denoiser] | None:

@@ -111,7 +111,7 @@ class RunLog:
         """
         self._pending.append((step - 1, {}, {f"samples_{name}": value for name, value in found.to_dict().items()}))
         path = self.folder / "samples" / REFERENCE
-        if not path.is_file():
+        if step == 1 or not path.is_file():  # the first grid shows a generator that has not been trained
             return []
         sentences = alarms(found, SampleStatistics(**json.loads(path.read_text(encoding="utf-8"))))
         with open(self.folder / "alarms.jsonl", "a", encoding="utf-8") as file:

@@ -1,0 +1,202 @@
+"""`fewstep export`: a generator in the format of another tool, with a model card, whole or not at all."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.export.card_usage import CardFacts
+from fewstep.export.hub import check_repo_name
+from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
+from fewstep.formats.atomic import written_aside
+from fewstep.formats.casting import DTYPES
+from fewstep.formats.pixels import make_grid
+from fewstep.formats.text_generator_folder import is_generator_folder
+from fewstep.generator import AnyGenerator, Generator, load_generator
+
+if TYPE_CHECKING:
+    from fewstep.text_model import TextGenerator
+
+KINDS = ("diffusers", "unet", "lora", "kohya-lora", "single-file", "edm")
+CLASS_KINDS = ("diffusers", "edm")
+PROMPTS = (
+    "a red cat on a green sofa", "a lighthouse in a storm at night", "a bowl of fruit, oil painting",
+    "an old man reading a newspaper in a cafe", "a blue bicycle against a yellow wall", "a mountain lake in autumn",
+    "a dog in a spacesuit on the moon", "a street in a rainy city, neon signs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How `export_generator` writes.
+
+    Attributes:
+        kind: one of `KINDS`.
+        precision: "fp16", "bf16" or "fp32"; empty: fp16 for text-to-image, fp32 for class-conditional generators.
+        base: where the teacher of a text-to-image generator lies, where it is not where it was during training.
+        prompts: of the sample pictures; empty: `PROMPTS`.
+        num_samples: pictures in the model card.
+        licence: of the weights, as the hub names it; empty: the generator's own card.
+        repo: name on the hub, where the export goes there afterwards.
+        device: makes the sample pictures.
+    """
+
+    kind: str = "diffusers"
+    precision: str = ""
+    base: str = ""
+    prompts: tuple[str, ...] = ()
+    num_samples: int = 8
+    licence: str = ""
+    repo: str = ""
+    device: str = "auto"
+
+
+def export_generator(source: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
+    """Write a generator in another tool's format, with README.md and sample pictures, into the new folder `out`.
+
+    Raises:
+        UserError: bad options, no such generator, `out` exists, a format that cannot hold it, a full disk; nothing is
+            left half-written.
+    """
+    options, target = options or ExportOptions(), Path(out).expanduser()
+    _check(options, source, target)
+    generator = load_generator(source, device=options.device, base=options.base)
+    text = not isinstance(generator, Generator)
+    if options.kind not in (KINDS[:-1] if text else CLASS_KINDS):
+        family = "text-to-image" if text else "class-conditional"
+        kinds = ", ".join(KINDS[:-1] if text else CLASS_KINDS)
+        raise UserError(f"--as {options.kind}: {source} is a {family} generator, which exports as {kinds}")
+    precision = options.precision or ("fp16" if text else "fp32")
+    card = replace(
+        generator.card, licence=options.licence or generator.card.licence, base=options.base or generator.card.base
+    )
+    generator.card = card
+    write = _writer(options.kind, text)
+    with written_aside(target) as aside:
+        write(aside, generator, target.name, DTYPES[precision], file_header(card))
+        has_scheduler = (aside / "scheduler").is_dir() or _write_scheduler(aside, generator, options.kind)
+        _write_workflow(aside, generator, target.name, options.kind)
+        images = _samples(generator, options)
+        if len(images):
+            make_grid(images, columns=min(4, len(images))).save(aside / SAMPLES, format="PNG")
+        facts = CardFacts(
+            target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
+            base=card.base or getattr(generator, "base", ""), component="transformer" if _is_sd3(generator) else "unet",
+            has_scheduler=has_scheduler, num_samples=len(images), prompts=_prompts(options) if text else (),
+            absent=_absent(generator), figures=run_figures(_folder(source), card),
+        )  # fmt: skip
+        (aside / "README.md").write_text(render_card(facts), encoding="utf-8")
+    return target
+
+
+def _check(options: ExportOptions, source: str | Path, target: Path) -> None:
+    """Everything that can be refused before weights are read."""
+    if options.kind not in KINDS:
+        raise UserError(f"--as {options.kind}: choose one of {', '.join(KINDS)}")
+    if options.precision not in ("", *DTYPES):
+        raise UserError(f"--dtype {options.precision}: choose fp16, bf16 or fp32")
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder, or remove it first")
+    if target.suffix in (".safetensors", ".pkl", ".ckpt"):
+        raise UserError(
+            f"{target}: an export is a folder with a model card beside the weights; leave out {target.suffix}"
+        )
+    if options.repo:
+        check_repo_name(options.repo)
+    folder = _folder(source)
+    if (folder / "model_index.json").is_file() and not is_generator_folder(folder):
+        from fewstep.backbones.diffusers_models import is_diffusers_folder
+
+        if is_diffusers_folder(folder):
+            raise UserError(
+                f"{source} is a teacher, not a generator: distil it with fewstep train, then export the run"
+            )
+
+
+def _folder(source: str | Path) -> Path:
+    """The generator's own folder, of a run or of itself."""
+    folder = Path(source).expanduser()
+    return folder / "generator" if (folder / "generator").is_dir() else folder
+
+
+def _is_sd3(generator: AnyGenerator) -> bool:
+    return getattr(generator, "family", "") == "sd3"
+
+
+def _writer(kind: str, text: bool) -> Callable[..., None]:
+    """The function that writes one kind; its libraries are imported only here."""
+    text_writers = {
+        "diffusers": ("text_pipeline", "export_text_pipeline"), "unet": ("text_pipeline", "export_network"),
+        "lora": ("lora", "export_lora"), "kohya-lora": ("lora", "export_kohya_lora"),
+        "single-file": ("export", "_write_single_file"),
+    }  # fmt: skip
+    class_writers = {"diffusers": ("class_folder", "export_class_folder"), "edm": ("class_folder", "export_edm_pickle")}
+    module, name = (text_writers if text else class_writers)[kind]
+    writer: Callable[..., None] = getattr(import_module(f"fewstep.export.{module}"), name)
+    return writer
+
+
+def _write_single_file(
+    folder: Path, generator: "TextGenerator", name: str, dtype: torch.dtype, header: Mapping[str, str]
+) -> None:
+    try:
+        export: Any = import_module("fewstep.export.single_file").export_single_file
+    except ImportError as error:
+        raise UserError("--as single-file is not in this version of fewstep; choose --as diffusers") from error
+    export(generator, folder / f"{name}.safetensors", dtype)
+
+
+def _write_workflow(folder: Path, generator: AnyGenerator, name: str, kind: str) -> None:
+    """Beside files that ComfyUI loads, a workflow for it, where one can say this generator's noise levels."""
+    if kind not in ("single-file", "kohya-lora"):
+        return
+    workflow: Any = import_module("fewstep.export.comfyui").write_workflow
+    file, base = f"{name}.safetensors", f"{Path(generator.card.base).name or 'base'}.safetensors"
+    checkpoint, lora = (file, "") if kind == "single-file" else (base, file)
+    with suppress(UserError):
+        workflow(generator, folder / "comfyui_workflow.json", checkpoint, lora=lora, prompt=PROMPTS[0])
+
+
+def _write_scheduler(folder: Path, generator: AnyGenerator, kind: str) -> bool:
+    """Beside a network or a LoRA, the scheduler that knows the steps; False where no stock scheduler can."""
+    if isinstance(generator, Generator) or kind == "single-file":
+        return False
+    from fewstep.export.few_step_scheduler import build_few_step_scheduler
+    from fewstep.export.lora import base_denoiser
+
+    try:
+        scheduler = build_few_step_scheduler(base_denoiser(generator), generator.step_schedule)
+    except UserError:
+        if _is_sd3(generator):
+            raise
+        return False
+    scheduler.save_pretrained(folder / "scheduler")
+    return True
+
+
+def _absent(generator: AnyGenerator) -> tuple[str, ...]:
+    if isinstance(generator, Generator):
+        return ()
+    from fewstep.export.text_pipeline import absent_components
+
+    return absent_components(generator.folder)
+
+
+def _prompts(options: ExportOptions) -> tuple[str, ...]:
+    given = options.prompts or PROMPTS
+    return tuple(given[number % len(given)] for number in range(options.num_samples))
+
+
+def _samples(generator: AnyGenerator, options: ExportOptions) -> Tensor:
+    """Sample pictures of seed 0, (N, C, H, W) in [-1, 1]."""
+    if not options.num_samples:
+        return torch.empty(0)
+    if isinstance(generator, Generator):
+        return generator.sample(options.num_samples, seed=0)
+    return generator.sample(list(_prompts(options)), seed=0)

@@ -1,0 +1,125 @@
+"""A text-to-image generator as one .safetensors with LDM keys, as ComfyUI and others load whole models."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep import __version__
+from fewstep.diffusion.noise_levels import DiscreteSchedule
+from fewstep.errors import UserError
+from fewstep.export.lora import base_denoiser, fused_weights
+from fewstep.formats.atomic import flush_to_disk, replaced_file
+from fewstep.formats.casting import DTYPES, cast_weights
+from fewstep.formats.ldm_keys import to_ldm
+from fewstep.text_model import TextGenerator
+
+_ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+def export_single_file(generator: TextGenerator, out: Path, dtype: torch.dtype) -> Path:
+    """Write U-Net (a LoRA fused into its base), VAE and text encoders into one file; it appears whole or not at all.
+
+    Args:
+        generator: of a Stable Diffusion 1.x or SDXL teacher.
+        out: a new file that ends in .safetensors.
+        dtype: torch.float16, bfloat16 or float32.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` exists or has another ending, a model without such a layout, a number that `dtype` cannot
+            hold (names the tensor), writing fails.
+        ValueError: another dtype.
+    """
+    out = Path(out).expanduser()
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={dtype}: choose torch.float16, bfloat16 or float32")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another file")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors: that is what programs know these files by")
+    refuse_other_layouts(generator)
+    tensors = cast_weights(single_file_tensors(generator), dtype)
+    header = single_file_metadata(generator)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; choose another folder") from error
+    with replaced_file(out) as aside:
+        save_file(tensors, aside, metadata=header)
+        flush_to_disk(aside)
+    return out
+
+
+def refuse_other_layouts(generator: TextGenerator) -> None:
+    """Raise UserError for models that have no single file with LDM keys, with the reason."""
+    if generator.family not in _ARCHITECTURES:
+        raise UserError(
+            f"a single file holds Stable Diffusion 1.x or SDXL: {generator.family} keeps its transformer under other "
+            "keys, which this library does not write; export it as a diffusers folder"
+        )
+    if not isinstance(generator.autoencoder.vae, AutoencoderKL):
+        raise UserError("a single file holds a whole VAE; this model's is a tiny one: export it as a diffusers folder")
+    text_config = cast(Any, generator.encoders.modules[0].config)
+    if generator.family == "sd" and text_config.hidden_act != "quick_gelu":
+        raise UserError(
+            "a single file holds Stable Diffusion 1.x or SDXL: this model has the text encoder of 2.x, whose file has "
+            "a layer more than diffusers keeps; export it as a diffusers folder"
+        )
+
+
+def single_file_tensors(generator: TextGenerator) -> dict[str, Tensor]:
+    """Every tensor of the file under its LDM key, in the precision it has in memory."""
+    network, vae = cast(Any, base_denoiser(generator).network), generator.autoencoder.vae
+    family = generator.family
+    tensors = to_ldm(family, "unet", fused_weights(generator), dict(network.config))
+    tensors |= to_ldm(family, "vae", vae.state_dict(), dict(vae.config))
+    for name, encoder in zip(("text_encoder", "text_encoder_2"), generator.encoders.modules, strict=False):
+        tensors |= to_ldm(family, name, encoder.state_dict(), {})
+    return tensors
+
+
+def generator_sigmas(generator: TextGenerator) -> list[float]:
+    """sigma / alpha at the generator's steps, noisiest first: the noise levels of programs that keep alpha at 1."""
+    schedule = generator.denoiser.noise_schedule
+    if not isinstance(schedule, DiscreteSchedule):
+        raise UserError(f"{generator.family} has no levels of this kind; Stable Diffusion 1.x and SDXL do")
+    steps = torch.tensor(generator.step_schedule.indices)
+    return (schedule.sigma64(steps) / schedule.alpha64(steps)).tolist()
+
+
+def single_file_metadata(generator: TextGenerator) -> dict[str, str]:
+    """The header's entries: modelspec's, and what running the generator takes."""
+    card, (height, width) = generator.card, generator.size
+    prediction = base_denoiser(generator).prediction
+    name = Path(generator.base).name
+    steps = f"{len(card.step_indices)} step" + "s" * (len(card.step_indices) > 1)
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _ARCHITECTURES[generator.family],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": f"{name} in {steps}",
+        "modelspec.description": (
+            f"{name} distilled with fewstep {__version__}: {steps} at timesteps {list(card.step_indices)}, without "
+            "guidance (scale 1), fresh noise between steps (the LCM sampler)."
+        ),
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "modelspec.license": card.licence,
+        "fewstep.version": __version__,
+        "fewstep.base": generator.base,
+        "fewstep.licence": card.licence,
+        "fewstep.step_indices": json.dumps(list(card.step_indices)),
+        "fewstep.num_levels": str(card.num_levels),
+        "fewstep.sigmas": json.dumps(generator_sigmas(generator)),
+        "fewstep.prediction_type": prediction,
+        "fewstep.guidance_scale": "1",
+        "fewstep.recipe": json.dumps(card.made_with, default=str),
+    }

@@ -1,0 +1,155 @@
+"""Text-to-image generators as complete diffusers pipelines, and as one that needs a prompt and nothing else."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from fewstep.backbones.text_encoders import read_model_index
+from fewstep.errors import UserError
+from fewstep.export.few_step_scheduler import build_few_step_scheduler
+from fewstep.export.lora import base_denoiser, component_name, fused_weights
+from fewstep.formats.casting import cast_weights
+from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.text_generator_folder import CONFIG, NETWORK
+from fewstep.text_model import TextGenerator
+
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
+_OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".ckpt", ".xml", ".safetensors")
+
+
+def export_text_pipeline(
+    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
+) -> None:
+    """The teacher's pipeline with the generator as its network and a scheduler that knows the generator's steps.
+
+    Raises:
+        UserError: steps that no stock scheduler expresses, values that do not fit `dtype`, a component without
+            safetensors.
+    """
+    scheduler = build_few_step_scheduler(base_denoiser(generator), generator.step_schedule)
+    network = component_name(generator)
+    index = json.loads((generator.folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in read_model_index(generator.folder):
+        if part in (network, "scheduler"):
+            continue
+        if (generator.folder / part).is_dir():
+            _copy_component(generator.folder / part, folder / part, dtype)
+        else:
+            index[part] = [None, None]
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["_diffusers_version"] = diffusers.__version__
+    index.pop("_name_or_path", None)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    export_network(folder, generator, name, dtype, header)
+
+
+def export_network(
+    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
+) -> None:
+    """`unet/` (or `transformer/`) as diffusers reads it, and `fewstep.json`, so that `load_generator` reads it too."""
+    base, part = base_denoiser(generator), component_name(generator)
+    (folder / part).mkdir()
+    save_file(cast_weights(fused_weights(generator), dtype, part), folder / part / NETWORK, metadata=dict(header))
+    description = base.describe()
+    kind = type(base.network).__name__
+    # the side of a picture, where a pipeline is not told one, is the one the generator was trained for
+    config = {"_class_name": kind, **description["network"], "sample_size": description["latent_size"]}
+    (folder / part / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    values = {**asdict(generator.card), "description": description}
+    (folder / CARD).write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def _copy_component(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Configs and vocabularies as they are, safetensors in another precision; other weight files stay behind."""
+    target.mkdir()
+    weights = [path for path in sorted(source.iterdir()) if _WEIGHTS.fullmatch(path.name)]
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+    if not weights and any(path.name.endswith(_OTHER_WEIGHTS) for path in source.iterdir()):
+        raise UserError(f"{source} holds no weights as safetensors; download the model again with them")
+    for path in weights:
+        save_file(cast_weights(load_file(path), dtype, source.name), target / path.name, metadata={"format": "pt"})
+
+
+def absent_components(folder: Path) -> tuple[str, ...]:
+    """Text encoders that a pipeline has a place for and this folder does not hold (SD 3 without T5).
+
+    diffusers loads such a folder only when they are given as None.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return tuple(
+        name
+        for name, value in index.items()
+        if value == [None, None] and name.startswith(("text_encoder", "tokenizer"))
+    )
+
+
+class TextPipeline:
+    """An exported pipeline that chooses steps and guidance itself: `pipeline("a red cat").images`.
+
+    Everything else is the diffusers pipeline's own: `pipeline.to("cuda")`, `pipeline.vae`, `pipeline.pipe`.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        card: the generator's steps and origin.
+    """
+
+    def __init__(self, pipe: Any, card: ModelCard) -> None:
+        self.pipe, self.card = pipe, card
+
+    def __call__(self, prompt: str | list[str], **options: Any) -> Any:
+        """As the diffusers pipeline, in the generator's own number of steps and without guidance.
+
+        Raises:
+            UserError: another number of steps, or guidance, which the generator has built in.
+        """
+        steps = len(self.card.step_indices)
+        if options.setdefault("num_inference_steps", steps) != steps:
+            raise UserError(
+                f"num_inference_steps={options['num_inference_steps']}: this generator makes a picture in {steps}; leave it out"
+            )
+        if options.setdefault("guidance_scale", 1.0) != 1 or options.get("negative_prompt"):
+            raise UserError("a generator has its guidance built in: leave out guidance_scale and negative_prompt")
+        return self.pipe(prompt, **options)
+
+    def to(self, *arguments: Any, **options: Any) -> "TextPipeline":
+        """Move the pipeline to a device or precision."""
+        self.pipe.to(*arguments, **options)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("pipe", "card"):  # not there while unpickling or copying
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+
+def load_text_pipeline(folder: Path, **options: Any) -> TextPipeline:
+    """A `TextPipeline` from a folder written by `export_text_pipeline`; options go to `from_pretrained`.
+
+    Raises:
+        UserError: a generator that was not exported as a pipeline, or a damaged folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no pipeline yet: make one with fewstep export {folder} OUT --as diffusers")
+    try:
+        values = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = ModelCard(role="generator", step_indices=tuple(values["step_indices"]))
+        card = replace(card, base=str(values.get("base", "")), licence=str(values.get("licence", "")))
+        absent = dict.fromkeys(absent_components(folder))
+        pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is missing files or damaged ({str(error).splitlines()[0]}); export it again"
+        ) from error
+    return TextPipeline(pipe, card)

@@ -1,0 +1,64 @@
+"""Named tensors in a file, whichever of the two usual formats it has: safetensors, or torch.save's."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a `.safetensors` or torch.save file, without reading them.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return torch_archive_names(path)
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The (wanted) tensors of a `.safetensors` or torch.save file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return read_torch_archive(path, wanted)
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
+
+
+def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError naming the first tensor with an infinity or a NaN: such a network makes no picture."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise UserError(
+                f"{where}: {count} of the {value.numel()} numbers in {name} are infinite or NaN, as half precision "
+                "makes them when it overflows; save the weights again in float32 or bfloat16"
+            )
+
+
+def common_half_precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """float16 or bfloat16 where all tensors are in it, so that storing them so loses nothing; float32 otherwise."""
+    dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); download it again") from error

@@ -1,0 +1,68 @@
+"""Tiny text-to-image generators, and diffusers pipelines fed with the noises that our sampler draws."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fewstep.backbones.adapters import LoraShape, SharedBase
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.samplers import sample_noise
+from fewstep.formats.model_folder import ModelCard
+from fewstep.generator import load_generator, load_teacher
+from fewstep.text_model import TextGenerator, TextTeacher
+from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
+    "sd-v": partial(tiny_sd_folder, prediction_type="v_prediction"),
+    "sdxl-v": partial(tiny_sdxl_folder, prediction_type="v_prediction"),
+}  # fmt: skip
+PROMPTS = ["red cat", "a dog"]
+FOUR = (999, 749, 499, 249)
+
+
+def moved(network: Denoiser, seed: int = 0) -> Denoiser:
+    """The network with other weights than its teacher's (a LoRA with other ones than zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def write_run(
+    folder: Path, family: str = "sd", steps: tuple[int, ...] = FOUR, lora: LoraShape | None = None, **card: Any
+) -> Path:
+    """A run folder around a generator as `fewstep train` writes it; its teacher lies beside it."""
+    teacher = load_teacher(FOLDERS[family](folder / "teacher"), device="cpu")
+    assert isinstance(teacher, TextTeacher)
+    network = SharedBase(teacher.denoiser, lora).add_role("generator") if lora else teacher.denoiser
+    facts = ModelCard(role="generator", step_indices=steps, **card)
+    teacher.write_generator(folder / "run/generator", moved(network), facts)
+    return folder / "run"
+
+
+def load(path: Path, **options: Any) -> TextGenerator:
+    generator = load_generator(path, device="cpu", **options)
+    assert isinstance(generator, TextGenerator)
+    return generator
+
+
+def render(pipe: Any, generator: TextGenerator, seed: int, **options: Any) -> Tensor:
+    """The pipeline's pictures (N, 3, H, W) in [-1, 1] from the noises that `generator.sample(seed=seed)` draws."""
+    count = len(PROMPTS)
+    noises = [
+        sample_noise(generator.denoiser, seed, 0, count, torch.device("cpu"), step=step)
+        for step in range(len(generator.card.step_indices) + 1)
+    ]
+    fresh = iter(noises[1:])
+    module = "scheduling_flow_match_lcm" if generator.family == "sd3" else "scheduling_lcm"
+    pipe.set_progress_bar_config(disable=True)
+    with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(fresh)):
+        images = pipe(PROMPTS, latents=noises[0].clone(), output_type="pt", **options).images
+    return images * 2 - 1

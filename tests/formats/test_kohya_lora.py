@@ -1,0 +1,186 @@
+"""LoRA files: round trips, other tools' layouts, real layer names, LoRAs that do not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from safetensors.torch import load_file, save_file
+
+from fewstep.backbones.adapters import UNET_TARGETS
+from fewstep.backbones.diffusers_shapes import build_released_denoiser
+from fewstep.errors import UserError
+from fewstep.formats.kohya_lora import (
+    LoraWeights,
+    read_kohya_lora,
+    read_lora,
+    rescaled_state,
+    write_kohya_lora,
+    write_peft_lora,
+)
+
+LINEAR, CONV = "network.mid_block.attentions.0.to_out.0", "network.down_blocks.0.resnets.1.conv1"
+MODULES = ["", "network", "network.mid_block.attentions.0.to_out", LINEAR, CONV, "network.conv_in"]
+
+
+def some_lora(rank: int = 3, alpha: float = 2.0) -> LoraWeights:
+    torch.manual_seed(0)
+    state = {
+        f"{LINEAR}.lora_A.weight": torch.randn(rank, 8), f"{LINEAR}.lora_B.weight": torch.randn(6, rank),
+        f"{CONV}.lora_A.weight": torch.randn(rank, 4, 3, 3), f"{CONV}.lora_B.weight": torch.randn(5, rank, 1, 1),
+    }  # fmt: skip
+    return LoraWeights(rank, alpha, state)
+
+
+def updates(lora: LoraWeights) -> dict[str, torch.Tensor]:
+    """alpha / rank * up @ down of every layer."""
+    return {
+        name: lora.alpha / lora.rank * torch.einsum(
+            "or,ri->oi", lora.state[f"{name}.lora_B.weight"].flatten(1), lora.state[f"{name}.lora_A.weight"].flatten(1)
+        )
+        for name in lora.targets
+    }  # fmt: skip
+
+
+def assert_equal(a: LoraWeights, b: LoraWeights) -> None:
+    assert (a.rank, a.alpha) == (b.rank, b.alpha)
+    assert list(a.state) == list(b.state) or sorted(a.state) == sorted(b.state)
+    assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+def test_kohya_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    write_kohya_lora(path, some_lora(), {"licence": "mit"})
+    assert_equal(read_kohya_lora(path, MODULES), some_lora())
+    assert_equal(read_lora(path, MODULES), some_lora())
+    tensors = load_file(path)
+    name = "lora_unet_mid_block_attentions_0_to_out_0"
+    assert {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"} <= set(tensors)
+    assert tensors[f"{name}.alpha"].shape == ()
+    again = tmp_path / "again.safetensors"
+    write_kohya_lora(again, read_kohya_lora(path, MODULES), {"licence": "mit"})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_peft_round_trip_has_alpha_multiplied_in(tmp_path: Path) -> None:
+    """diffusers takes alpha = rank where a file says nothing."""
+    path = tmp_path / "lora.safetensors"
+    write_peft_lora(path, some_lora(), "unet", {})
+    assert set(load_file(path)) == {f"unet.{name.removeprefix('network.')}" for name in some_lora().state}
+    found = read_lora(path, MODULES)
+    assert found.alpha == found.rank == 3
+    for name, update in updates(some_lora()).items():
+        torch.testing.assert_close(updates(found)[name], update)
+    back = LoraWeights(3, 2.0, rescaled_state(found, 2.0))
+    for name, value in some_lora().state.items():
+        torch.testing.assert_close(back.state[name], value)
+    with pytest.raises(UserError, match=r"has no kohya keys"):
+        read_kohya_lora(path, MODULES)
+
+
+@pytest.mark.parametrize("source", ["ours", "diffusers", "peft", "keys"])
+def test_alpha_of_peft_files(tmp_path: Path, source: str) -> None:
+    lora, header = some_lora(), {}
+    prefix = "base_model.model." if source == "peft" else "unet."
+    tensors = {f"{prefix}{name.removeprefix('network.')}": value for name, value in lora.state.items()}
+    if source == "ours":
+        header = {"lora": json.dumps({"rank": 3, "alpha": 2.0, "targets": []})}
+    elif source == "diffusers":
+        header = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 2})}
+    elif source == "peft":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 2}))
+    else:
+        for name in lora.targets:
+            tensors[f"unet.{name.removeprefix('network.')}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "lora.safetensors", metadata=header)
+    assert_equal(read_lora(tmp_path / "lora.safetensors", MODULES), lora)
+
+
+def test_layers_of_other_rank_and_alpha_keep_their_updates(tmp_path: Path) -> None:
+    big, small = some_lora(4, 4.0), some_lora(2, 1.0)
+    write_kohya_lora(tmp_path / "a.safetensors", big, {})
+    write_kohya_lora(tmp_path / "b.safetensors", small, {})
+    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    mixed = {key: value for key, value in a.items() if "conv1" not in key} | {k: v for k, v in b.items() if "conv1" in k}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    found = read_lora(tmp_path / "mixed.safetensors", MODULES)
+    assert found.rank == 4
+    assert {value.shape[0] for name, value in found.state.items() if "lora_A" in name} == {4}
+    torch.testing.assert_close(updates(found)[LINEAR], updates(big)[LINEAR])
+    torch.testing.assert_close(updates(found)[CONV], updates(small)[CONV])
+
+
+def test_a_lora_for_another_base_is_refused_with_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    for write in (lambda: write_kohya_lora(path, some_lora(), {}), lambda: write_peft_lora(path, some_lora(), "unet", {})):
+        write()
+        with pytest.raises(UserError, match=r"LoRA for another base: [23] of its [46] keys .*resnets.1.conv1") as error:
+            read_lora(path, MODULES[:4])
+        assert "\n" not in str(error.value)
+
+
+def test_an_ambiguous_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    write_kohya_lora(path, some_lora(), {})
+    with pytest.raises(UserError, match="name layers that this network does not have"):
+        read_lora(path, [*MODULES, LINEAR.replace(".0.to_out.0", "_0.to_out.0")])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_te_text_model_encoder.lora_down.weight": torch.ones(1)}, "belong to no plain LoRA"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "belong to no plain LoRA"),
+        ({"unet.conv_in.lora_magnitude_vector": torch.ones(1)}, "belong to no plain LoRA"),
+        ({"conv_in.weight": torch.ones(1)}, "belong to no plain LoRA"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 2)}, "no complete LoRA"),
+        ({}, "no complete LoRA"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, tensors: dict[str, Any], message: str) -> None:
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_lora(tmp_path / "lora.safetensors", MODULES)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    with pytest.raises(UserError, match="cannot be read as a LoRA"):
+        read_lora(path, MODULES)
+    write_kohya_lora(path, some_lora(), {})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read as a LoRA"):
+        read_lora(path, MODULES)
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(1)}, path, metadata={"lora": "[1"})
+    with pytest.raises(UserError, match=r"no complete LoRA|alpha is damaged"):
+        read_lora(path, MODULES)
+
+
+def test_infinities_in_fp16_are_refused(tmp_path: Path) -> None:
+    lora = some_lora()
+    lora.state[f"{LINEAR}.lora_B.weight"][0, 0] = 1e6
+    with pytest.raises(UserError, match=r"to_out\.0\.lora_B\.weight reaches 1e\+06"):
+        write_kohya_lora(tmp_path / "lora.safetensors", lora, {}, torch.float16)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sd15", 278), ("sdxl", 788)])
+def test_real_models_have_one_layer_a_key(tmp_path: Path, name: str, layers: int) -> None:
+    """Stable Diffusion 1.5 and SDXL in full, published targets: our reader and diffusers' find every layer once."""
+    names = [module for module, _ in build_released_denoiser(name).named_modules()]
+    plain = [module.removeprefix("network.") for module in names]
+    assert len({module.replace(".", "_") for module in plain}) == len(plain)
+    targets = [module for module in names if any(f".{module}".endswith(f".{target}") for target in UNET_TARGETS)]
+    assert len(targets) == layers
+    state = {f"{target}.lora_{part}.weight": torch.ones(1, 1) for target in targets for part in "AB"}
+    write_kohya_lora(tmp_path / "lora.safetensors", LoraWeights(1, 0.5, state), {})
+    found = read_kohya_lora(tmp_path / "lora.safetensors", names)
+    assert sorted(found.targets) == sorted(targets)
+    theirs, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "lora.safetensors"))
+    renamed = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in theirs.items()})
+    assert {key.removesuffix(".lora_A.weight") for key in renamed if "lora_A" in key} == {
+        target.removeprefix("network.") for target in targets
+    }
+    assert len(alphas) == layers

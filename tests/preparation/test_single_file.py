@@ -1,0 +1,189 @@
+"""Single files become diffusers folders; whatever else a user gives is refused in one sentence."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fewstep
+from fewstep.errors import UserError
+from fewstep.export.single_file import single_file_tensors
+from fewstep.formats.single_file import read_single_file
+from fewstep.preparation.single_file import single_file_to_folder
+from tests.export.single_file_models import FOLDERS, load_generator
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("models")
+    return {family: make(place / family) for family, make in FOLDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def tensors(folders: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
+    return {
+        family: {key: value.contiguous() for key, value in single_file_tensors(load_generator(folder, 999)).items()}
+        for family, folder in folders.items()
+    }
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f"{path.parent.name}.{key}": value for path in files for key, value in load_file(path).items()}
+
+
+def test_a_config_folder_needs_no_weights(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """Half precision stays; extras of published files (position ids, EMA, schedules) are left behind."""
+    for path in (base := folders["sd"]).rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            copy = tmp_path / "configs" / path.relative_to(base)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    extras = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+        "model_ema.decay": torch.tensor(0.5), "alphas_cumprod": torch.ones(3),
+    }  # fmt: skip
+    save_file({**{k: v.half() for k, v in tensors["sd"].items()}, **extras}, tmp_path / "m.safetensors")
+    made = single_file_to_folder(tmp_path / "m.safetensors", tmp_path / "configs", tmp_path / "out")
+    assert all(value.dtype == torch.float16 for value in weights_of(made).values())
+    teacher: Any = fewstep.load_teacher(made, device="cpu")
+    assert torch.isfinite(teacher.sample(["cat"], num_steps=2)).all()
+    assert json.loads((made / "model_index.json").read_text(encoding="utf-8"))["safety_checker"] == [None, None]
+
+
+def test_old_text_keys_are_read(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """Some merges leave `text_model.` out of CLIP's keys."""
+    old = {key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): v for key, v in tensors["sd"].items()}  # fmt: skip
+    save_file(old, tmp_path / "old.safetensors")
+    save_file(tensors["sd"], tmp_path / "new.safetensors")
+    one = single_file_to_folder(tmp_path / "old.safetensors", folders["sd"], tmp_path / "one")
+    two = single_file_to_folder(tmp_path / "new.safetensors", folders["sd"], tmp_path / "two")
+    first, second = weights_of(one), weights_of(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_headers_prediction_goes_before_the_configs(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    save_file(tensors["sd"], tmp_path / "v.safetensors", metadata={"modelspec.prediction_type": "v"})
+    made = single_file_to_folder(tmp_path / "v.safetensors", folders["sd"], tmp_path / "out")
+    config = json.loads((made / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    assert config["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_ckpt_of_tensors_is_read(folders: dict[str, Path], tensors: Any, tmp_path: Path, nested: bool) -> None:
+    state: Any = OrderedDict(tensors["sd"])
+    torch.save({"state_dict": state, "global_step": 7} if nested else state, tmp_path / "model.ckpt")
+    single = read_single_file(tmp_path / "model.ckpt")
+    unet = single.parts["unet"]
+    assert torch.equal(unet["out.2.weight"], tensors["sd"]["model.diffusion_model.out.2.weight"])
+
+
+class Canary:
+    """Pickles as a call that would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_ckpt_with_more_than_tensors_is_refused_and_nothing_runs(tensors: Any, tmp_path: Path) -> None:
+    state = {**tensors["sd"], "callback": Canary(tmp_path / "ran")}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    torch.save(state, tmp_path / "b.ckpt")
+    torch.save(state, tmp_path / "c.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "d.ckpt").write_bytes(b"no pickle")
+    torch.save([1, 2], tmp_path / "e.ckpt")
+    for name in "abcde":
+        with pytest.raises(UserError, match=r"convert it to \.safetensors"):
+            read_single_file(tmp_path / f"{name}.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["weight", "bias"], r"it has 2 tensors, e\.g\. \['bias', 'weight'\]"),
+        (["cond_stage_model.model.token_embedding.weight"], "is Stable Diffusion 2.x"),
+        (["conditioner.embedders.0.model.positional_embedding"], "is the SDXL refiner"),
+        (["model.diffusion_model.joint_blocks.0.x"], "is Stable Diffusion 3"),
+        (["lora_unet_conv_in.lora_down.weight"], "is a LoRA"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "U-Net in diffusers' own keys"),
+        (["model.diffusion_model.out.2.bias"], "has no tensors of vae, text_encoder"),
+        ([], "has 0 tensors"),
+    ],
+)
+def test_other_models_are_named(keys: list[str], message: str, tmp_path: Path) -> None:
+    save_file({key: torch.zeros(2) for key in keys}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_single_file(tmp_path / "m.safetensors")
+
+
+def test_damaged_files_and_other_formats(tensors: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(tensors["sd"], path)
+    whole = path.read_bytes()
+    for content in (
+        whole[:-5],
+        whole[: len(whole) // 2],
+        whole[:20],
+        b"",
+        b"\x89PNG\r\n\x1a\n" + whole[8:],
+        b"PK\x03\x04" * 9,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as safetensors") as error:
+            read_single_file(path)
+        assert "\n" not in str(error.value)
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match="does not exist or is no file"):
+            read_single_file(missing)
+
+
+def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "m.safetensors", tmp_path / "out"
+
+    def refused(message: str, base: str = "sd", source: Any = None, **changes: Tensor | None) -> None:
+        changed = {**tensors["sd"], **{key.replace("__", "."): value for key, value in changes.items()}}
+        save_file({key: value for key, value in changed.items() if value is not None}, path)
+        with pytest.raises(UserError, match=message):
+            single_file_to_folder(path, source or folders[base], out)
+        assert not out.exists()
+        assert not list(tmp_path.glob(".*"))
+
+    refused("is Stable Diffusion 1.x, but the configs of .* are SDXL's", base="sdxl")
+    refused(r"unet is another network .* missing \['out.2.bias'\]", model__diffusion_model__out__2__bias=None)
+    refused(r"unexpected \['extra'\]", model__diffusion_model__extra=torch.zeros(1))
+    refused(r"out.2.bias \(9,\) for \(4,\)", model__diffusion_model__out__2__bias=torch.zeros(9))
+    refused("conv_out.bias has numbers", model__diffusion_model__out__2__bias=torch.full((4,), torch.inf))
+    refused("conv_out.bias holds torch.int64", model__diffusion_model__out__2__bias=torch.zeros(4, dtype=torch.int64))
+    refused("no diffusers model", source=tmp_path)
+    refused("no hub id", source=tmp_path / "none")
+    refused("cannot be fetched from the hub", source="nobody/nothing")
+    out.mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        single_file_to_folder(path, folders["sd"], out)
+
+
+def test_configs_that_describe_no_network(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    base = FOLDERS["sd"](tmp_path / "base")
+    save_file(tensors["sd"], tmp_path / "m.safetensors")
+    for part, field, value in (
+        ("unet", "down_block_types", ["No"]), ("vae", "block_out_channels", 3), ("text_encoder", "hidden_size", "x"),
+    ):  # fmt: skip
+        config = base / part / "config.json"
+        whole = config.read_text(encoding="utf-8")
+        config.write_text(json.dumps({**json.loads(whole), field: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=part):
+            single_file_to_folder(tmp_path / "m.safetensors", base, tmp_path / "out")
+        config.write_text(whole, encoding="utf-8")
+    (base / "vae/config.json").unlink()
+    with pytest.raises(UserError, match="component vae is missing"):
+        single_file_to_folder(tmp_path / "m.safetensors", base, tmp_path / "out")

@@ -1,0 +1,150 @@
+"""The memory a dry run predicts against the memory a real step takes: three sizes in each of the three modes.
+
+Measured is the peak of live tensor bytes on the CPU: every allocation and free of torch's own allocator, as
+torch.profiler reports them, from before the networks are built until two real steps of a real `Distillation` are
+done. It sees what kernels allocate for their work, and not what the process holds besides tensors; see
+`memory_cases.measured_peak`.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fewstep.backbones.diffusers_shapes import TEXT_NETWORKS, build_released_denoiser, build_text_denoiser
+from fewstep.config import TrainSettings, parse_settings
+from fewstep.errors import UserError
+from fewstep.training.build import check_network
+from fewstep.training.memory import (
+    AVERAGE,
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    PICTURES,
+    STATES,
+    TRAINED,
+    MemoryEstimate,
+    estimate_memory,
+)  # fmt: skip
+from fewstep.training.memory_meter import ACTIVATIONS, FakeMachine
+from tests.training.memory_cases import case_settings, description, measured_peak
+
+STORAGE: dict[str, dict[str, Any]] = {  # each size in another storage, so that nine cases cover what matters
+    "small": {},
+    "middle": {"precision": "bf16"},
+    "large": {"checkpoint_activations": True},
+}
+
+
+def predicted(settings: TrainSettings, size: str, **options: Any) -> MemoryEstimate:
+    return estimate_memory(settings, build_text_denoiser(description(size)), gpu=False, **options)
+
+
+@pytest.mark.parametrize("size", ["small", "middle", "large"])
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_predicted_peak_is_the_measured_one(mode: str, size: str) -> None:
+    memory = dict(STORAGE[size])
+    if memory.get("precision") == "bf16" and mode != "full":
+        memory["frozen_precision"] = "bf16"
+    settings = case_settings(mode, 2, **memory)
+    assert predicted(settings, size, pictures=False).step == pytest.approx(measured_peak(settings, size), rel=0.1)
+
+
+def test_what_lies_between_steps_is_counted_exactly() -> None:
+    """full: three networks and a head, two moments (and a step number) for each trained weight, an average."""
+    settings = case_settings("full", 1)
+    settings = settings.model_copy(
+        update={"generator": settings.generator.model_copy(update={"ema_half_life_images": 10.0})}
+    )
+    estimate = predicted(settings, "small")
+    network = build_text_denoiser(description("small"))
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    head, tensors = estimate.parameters["discriminator"], 2 * len(list(network.parameters())) + 10
+    assert estimate.parameters["generator"] == estimate.parameters["teacher"] == weights
+    assert estimate.parameters["fake_score"] == weights + head
+    for phase in (GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES):
+        kinds = estimate.kinds[phase]
+        assert (kinds[FROZEN], kinds[TRAINED], kinds[AVERAGE]) == (4 * weights, 4 * (2 * weights + head), 4 * weights)
+        assert 0 <= kinds[STATES] - 8 * (2 * weights + head) <= 4 * tensors
+    assert sum(estimate.kinds[estimate.phase].values()) == estimate.step
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_modes_and_recomputing_save_what_they_promise() -> None:
+    peaks = [predicted(case_settings(mode, 2), "small").step for mode in ("full", "lora_generator", "shared_base")]
+    assert peaks == sorted(peaks, reverse=True)
+    saved = predicted(case_settings("shared_base", 2, checkpoint_activations=True), "small").step
+    assert saved < 0.8 * peaks[2]
+
+
+def test_a_gpu_normalises_in_float32() -> None:
+    settings = case_settings("full", 2, precision="bf16")
+    network = build_text_denoiser(description("small"))
+    gpu, cpu = (estimate_memory(settings, network, gpu=gpu, pictures=False) for gpu in (True, False))
+    assert cpu.step < gpu.step
+    assert F.group_norm.__name__ == "group_norm"  # as it was
+
+
+def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
+    with FakeMachine(gpu=False) as meter:
+        first = torch.zeros(100)
+        view = first[:50]
+        assert meter.total == 400
+        double = first * 2
+        assert meter.peak == meter.total == 800
+        meter.assign("kept", [view])
+        del double
+        assert (meter.total, meter.peak) == (400, 800)
+        assert meter.live["kept"] == 400
+        assert meter.live[ACTIVATIONS] == 0
+        meter.start_phase()
+        assert meter.peak == 400
+        assert meter.at_peak == Counter({"kept": 400, ACTIVATIONS: 0})
+        del first
+        assert meter.total == 400
+        del view
+        assert meter.total == 0
+
+
+# --- The shapes of released text-to-image models
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "image_shape"),
+    [("sd15", 859.52, (4, 64, 64)), ("sdxl", 2567.46, (4, 128, 128)), ("sd3-medium", 2028.33, (16, 128, 128))],
+)
+def test_released_networks_have_their_published_size(
+    name: str, millions: float, image_shape: tuple[int, int, int]
+) -> None:
+    network = build_released_denoiser(name)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert network.image_shape == image_shape
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert network.noise_schedule.num_levels == 1000
+
+
+def test_resolution_is_the_settings_own() -> None:
+    assert build_released_denoiser("sdxl", 512).image_shape == (4, 64, 64)
+    with pytest.raises(ValueError, match=r"teacher\.resolution=100 is no multiple of the VAE's factor 8"):
+        build_released_denoiser("sd15", 100)
+
+
+def test_unknown_networks_are_answered_with_all_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"'sd2' is no released network; choose one of .*imagenet64-adm.*sd15"
+    ) as error:
+        build_released_denoiser("sd2")
+    assert all(name in str(error.value) for name in TEXT_NETWORKS)
+
+
+def test_a_text_teacher_of_another_shape_is_refused() -> None:
+    from types import SimpleNamespace
+
+    values = {"teacher": {"path": "x", "network": "sd15"}}
+    settings = parse_settings(TrainSettings, values, "test")
+    right, wrong = build_released_denoiser("sd15", 256), build_released_denoiser("sdxl")
+    check_network(SimpleNamespace(denoiser=right), settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is no sd15"):
+        check_network(SimpleNamespace(denoiser=wrong), settings)  # type: ignore[arg-type]
