@@ -134,30 +134,33 @@ def build_networks(stage: str, sizes: Sizes, tokenizer: CLIPTokenizer) -> nn.Mod
     return nn.ModuleDict({"unet": unet, **encoders})
 
 
-def predict_noise(networks: nn.ModuleDict, noisy: Tensor, timesteps: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
-    """The U-Net's output for tokens (B, 24), exactly as the two pipelines condition it.
+def encode_text(networks: nn.ModuleDict, ids: Tensor, empty: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the U-Net reads of the captions, as the two pipelines compute it.
 
     Args:
         networks: from build_networks.
-        noisy: latents (B, 4, 16, 16) at `timesteps` (B,).
-        ids: tokens of the captions.
+        ids: tokens (B, 24).
         empty: bool (B,), captions that are empty: SDXL replaces what it read of them by zeros.
 
     Returns:
-        The predicted noise, (B, 4, 16, 16).
+        The states of the tokens (B, 24, text width), and for SDXL the pooled embedding (B, pooled width).
     """
     if "text_encoder_2" not in networks:
-        states = networks["text_encoder"](ids).last_hidden_state
-        return networks["unet"](noisy, timesteps, states).sample
+        return networks["text_encoder"](ids).last_hidden_state, None
     first = networks["text_encoder"](ids, output_hidden_states=True)
     second = networks["text_encoder_2"](ids, output_hidden_states=True)
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    added = {
-        "text_embeds": second.text_embeds.masked_fill(empty[:, None], 0),
-        "time_ids": torch.tensor([TIME_IDS], dtype=noisy.dtype).expand(len(noisy), -1),
-    }
-    states = states.masked_fill(empty[:, None, None], 0)
-    return networks["unet"](noisy, timesteps, states, added_cond_kwargs=added).sample
+    return states.masked_fill(empty[:, None, None], 0), second.text_embeds.masked_fill(empty[:, None], 0)
+
+
+def predict_noise(networks: nn.ModuleDict, noisy: Tensor, timesteps: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
+    """The noise in latents (B, 4, 16, 16) at `timesteps` (B,); ids and empty are those of encode_text."""
+    states, pooled = encode_text(networks, ids, empty)
+    added = {}
+    if pooled is not None:
+        time_ids = torch.tensor([TIME_IDS], dtype=noisy.dtype).expand(len(noisy), -1)
+        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+    return networks["unet"](noisy, timesteps, states, **added).sample
 
 
 def assemble(vae: AutoencoderKL, networks: nn.ModuleDict, tokenizer: CLIPTokenizer) -> DiffusionPipeline:

@@ -31,7 +31,7 @@ from emoji_teacher_models import (
     predict_noise,
     save_folder,
 )
-from emoji_teacher_training import Budget, autoencoder_loss, diffusion_loss, train
+from emoji_teacher_training import Budget, autoencoder_loss, diffusion_loss, teach_text, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -133,6 +133,7 @@ def run_diffusion(options: argparse.Namespace, pictures: Pictures, split: Split,
         card = card_of(options.stage, options.command, (out / "vae/command.txt").read_text(), step, parts, split)
         save_folder(out / options.stage, vae, average, out / "tokenizer", split, card)
 
+    teach_text(networks, latents, captions, options.text_steps, options.seed)
     train(options.stage, networks, options.batch, budget, loss_of, look)
     size = sum(path.stat().st_size for path in (out / options.stage).rglob("*") if path.is_file())
     print(f"{out / options.stage}: {budget.done} steps, {size / 1e6:.2f} MB")
@@ -147,12 +148,13 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help=f"time budget; by default {MINUTES}")
     parser.add_argument("--steps", type=int, help="train so many steps, whatever time they take")
     parser.add_argument("--batch", type=int, help=f"pictures a step; by default {BATCH}")
+    parser.add_argument("--text-steps", type=int, default=400, help="first steps of sd and sdxl, for the text alone")
     parser.add_argument("--sampling-steps", type=int, default=20, help="steps of the sample grids")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.minutes = MINUTES[options.stage] if options.minutes is None else options.minutes
     options.batch = BATCH[options.stage] if options.batch is None else options.batch
-    for name in ("minutes", "steps", "batch", "sampling_steps"):
+    for name in ("minutes", "steps", "batch", "text_steps", "sampling_steps"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")

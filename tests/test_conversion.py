@@ -193,7 +193,8 @@ def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
     teacher = fewstep.load_teacher(bases["sdxl"], device="cpu")
     assert isinstance(teacher, TextTeacher)
     generator = teacher.student(teacher.denoiser, ModelCard("generator", FOUR))
-    save_file(single_file_tensors(generator), tmp_path / "sdxl.safetensors")
+    tensors = {name: value.contiguous() for name, value in single_file_tensors(generator).items()}
+    save_file(tensors, tmp_path / "sdxl.safetensors")
     convert(tmp_path / "sdxl.safetensors", tmp_path / "out", bases["sdxl"])
     options: dict[str, Any] = {"seed": 5, "num_steps": 3, "guidance_scale": 2.0}
     again = fewstep.load_teacher(tmp_path / "out", device="cpu")
@@ -294,7 +295,7 @@ def test_a_teacher_has_no_steps(tmp_path: Path) -> None:
         (lambda s: {k: v for k, v in s.items() if "out_conv" not in k}, ("2 tensors are missing ['model.out_conv",)),
         (lambda s: {**s, "model.surprise.weight": torch.ones(1)}, ("1 unexpected ['model.surprise.weight']",)),
         (lambda s: {**s, "model.out_norm.weight": torch.ones(3)}, ("1 of another shape ['model.out_norm.weight (3,) for (16,)",)),
-        (lambda s: {**s, "model.enc.16x16_conv.weight": torch.ones(2**20, 0, 3, 3)}, ("of another shape",)),
+        (lambda s: {**s, "model.enc.16x16_conv.weight": torch.ones(2**20, 0, 3, 3)}, ("are empty", "--base")),
         (lambda s: {**s, "model.map_layer0.weight": torch.ones(0, 2**35)}, ("--base",)),
         (lambda s: {k: v for k, v in s.items() if ".enc." not in k}, ("no EDM network this library knows", "--base")),
         (lambda s: {k.replace("16x16", "99999x99999"): v for k, v in s.items()}, ("works at the resolutions", "--base")),

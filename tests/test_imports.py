@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fewstep"
 
-TOP = {"cli", "app", "quickstart", "commands", "commands_text", "commands_convert", "__main__"}
+TOP = {"cli", "app", "quickstart", "commands", "commands_text", "commands_convert", "commands_export", "__main__"}
 LAYERS = [  # top to bottom
     TOP,
     {"training"},

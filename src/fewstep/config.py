@@ -70,7 +70,8 @@ class GeneratorSettings(Tree):
         description="what later steps are trained on: the generator's own path, or noised real data (ablation)",
     )
     start_from: str = Field(
-        "", description="earlier run folder or exported generator to start from; empty: the teacher"
+        "",
+        description="earlier run folder, exported or converted generator (with its roles/), or DMD2 checkpoint; empty: the teacher",
     )
     ema_half_life_images: NonNegative = Field(
         0.0, description="half-life of the generator's weight average in images; 0: none"

@@ -151,6 +151,7 @@ def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
     """(description, network on the meta device, what the user calls it) of a text-to-image base."""
     need_text_libraries()
     from fewstep.backbones.diffusers_models import describe_diffusers_folder, resolve_model_folder
+    from fewstep.backbones.diffusers_shapes import build_text_denoiser
 
     if not base:
         raise UserError(
@@ -159,9 +160,8 @@ def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
         )
     folder = resolve_model_folder(base)
     description = describe_diffusers_folder(folder)
-    with torch.device("meta"):
-        denoiser = build_denoiser(description)
-    return description, denoiser, str(folder.resolve()) if Path(base).expanduser().exists() else base
+    name = str(folder.resolve()) if Path(base).expanduser().exists() else base
+    return description, build_text_denoiser(description), name
 
 
 def _fitted_roles(checkpoint: DMD2Checkpoint, denoiser: Denoiser, where: str) -> dict[str, dict[str, Tensor]]:

@@ -50,7 +50,7 @@ def write_emoji(folder: Path) -> Path:
 
 
 def run(pictures: Path, out: Path, stage: str) -> None:
-    options = ["--stage", stage, "--steps", "2", "--batch", "4", "--sampling-steps", "2"]
+    options = ["--stage", stage, "--steps", "2", "--batch", "4", "--sampling-steps", "2", "--text-steps", "2"]
     script.main([str(pictures), str(out), *options], SMALL)
 
 

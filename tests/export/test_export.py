@@ -27,8 +27,6 @@ from tests.export.text_generators import FOUR, write_run
 from tests.test_cli import fewstep as run_command
 from tests.training.test_checkpoint import small_disk
 
-LIGHT = ExportOptions(num_samples=2, prompts=("cat",), device="cpu")
-
 
 def class_run(folder: Path, denoiser: Any = None) -> Path:
     denoiser = denoiser or tiny_denoiser()
@@ -80,12 +78,32 @@ def test_the_card_of_a_text_export_runs_as_printed(
     assert "1. cat\n2. cat" in readme
 
 
+@pytest.mark.parametrize(("kind", "lora"), [("single-file", None), ("kohya-lora", LoraShape(4, 2.0))])
+def test_files_for_comfyui_have_a_workflow(tmp_path: Path, kind: str, lora: LoraShape | None) -> None:
+    options = ExportOptions(kind=kind, num_samples=0, device="cpu")
+    out = export_generator(write_run(tmp_path, "sd", FOUR, lora), tmp_path / "my-model", options)
+    assert (out / "my-model.safetensors").is_file()
+    nodes = json.loads((out / "comfyui_workflow.json").read_text(encoding="utf-8")).values()
+    names = [value for node in nodes for value in node["inputs"].values()]
+    assert "my-model.safetensors" in names
+    assert ("teacher.safetensors" in names) == (lora is not None)
+    assert (out / "README.md").is_file()
+
+
 def test_class_conditional_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the figures of the run."""
     monkeypatch.chdir(tmp_path)
     run = class_run(tmp_path)
-    (run / "best.json").write_text(json.dumps([{"step": 10, "frechet_distance": 9.0}, {"step": 20, "frechet_distance": 7.25}]))
-    measured = {"model": "generator", "frechet_distance": 6.5, "num_images": 1000, "features": "inception", "evaluations_per_image": 1}
+    (run / "best.json").write_text(
+        json.dumps([{"step": 10, "frechet_distance": 9.0}, {"step": 20, "frechet_distance": 7.25}])
+    )
+    measured = {
+        "model": "generator",
+        "frechet_distance": 6.5,
+        "num_images": 1000,
+        "features": "inception",
+        "evaluations_per_image": 1,
+    }
     (run / "report.json").write_text(json.dumps({"generator": measured, "curve": [[1, 2]]}))
     (run / "alarms.json").write_text("{")
     out = export_generator(run, tmp_path / "out", ExportOptions(device="cpu"))
@@ -94,7 +112,9 @@ def test_class_conditional_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spaces = execute(readme)
     assert len(spaces[0]["images"]) == 4
     assert "| Frechet distance at step 20 (500 images, features inception.pth) | 7.250 |" in readme
-    assert "| Frechet distance of generator (1000 images, features inception, 1 evaluations an image) | 6.500 |" in readme
+    assert (
+        "| Frechet distance of generator (1000 images, features inception, 1 evaluations an image) | 6.500 |" in readme
+    )
     assert "9.000" not in readme
     assert "license: cc0-1.0" in readme
 
@@ -105,7 +125,10 @@ def test_edm_pickle_comes_back(tmp_path: Path, family: str) -> None:
     run = class_run(tmp_path, denoiser)
     out = export_generator(run, tmp_path / "out", ExportOptions(kind="edm", num_samples=2, device="cpu"))
     pickle = read_edm_pickle(out / "out.pkl")
-    assert describe_edm_arguments(pickle.init_kwargs) == {**denoiser.describe(), "network": describe_edm_arguments(pickle.init_kwargs)["network"]}
+    assert describe_edm_arguments(pickle.init_kwargs) == {
+        **denoiser.describe(),
+        "network": describe_edm_arguments(pickle.init_kwargs)["network"],
+    }
     [space] = execute((out / "README.md").read_text(encoding="utf-8"))
     expected = fewstep.load_generator(run, device="cpu")
     assert isinstance(expected, Generator)
@@ -175,16 +198,22 @@ def refused(tmp_path: Path, *words: object) -> str:
 
 def test_bad_input(tmp_path: Path, teacher_folder: Path) -> None:
     run, out = class_run(tmp_path), tmp_path / "out"
-    assert "choose one of diffusers, unet, lora, kohya-lora, single-file, edm" in refused(tmp_path, run, out, "--as", "onnx")
+    assert "choose one of diffusers, unet, lora, kohya-lora, single-file, edm" in refused(
+        tmp_path, run, out, "--as", "onnx"
+    )
     assert "choose fp16, bf16 or fp32" in refused(tmp_path, run, out, "--dtype", "int8")
     assert "does not exist" in refused(tmp_path, tmp_path / "nothing", out)
     assert "without a step schedule" in refused(tmp_path, teacher_folder, out)
     assert f"{run} exists already" in refused(tmp_path, run, run)
     assert "an export is a folder" in refused(tmp_path, run, tmp_path / "model.pkl", "--as", "edm")
     assert "--push a//b" in refused(tmp_path, run, out, "--push", "a//b")
-    assert "is a class-conditional generator, which exports as diffusers, edm" in refused(tmp_path, run, out, "--as", "lora")
+    assert "is a class-conditional generator, which exports as diffusers, edm" in refused(
+        tmp_path, run, out, "--as", "lora"
+    )
     with small_disk(3_000):
         assert "nothing was left half-written. Free some space" in refused(tmp_path, run, out, "--num-samples", 1)
+    run = class_run(tmp_path, golden_denoiser("adm")[0])
+    with small_disk(3_000):
         assert "ree some space" in refused(tmp_path, run, out, "--num-samples", 0, "--as", "edm")
 
 

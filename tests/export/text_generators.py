@@ -26,12 +26,12 @@ PROMPTS = ["red cat", "a dog"]
 FOUR = (999, 749, 499, 249)
 
 
-def moved(network: Denoiser, seed: int = 0) -> Denoiser:
+def moved(network: Denoiser, scale: float) -> Denoiser:
     """The network with other weights than its teacher's (a LoRA with other ones than zero)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return network
 
 
@@ -43,7 +43,7 @@ def write_run(
     assert isinstance(teacher, TextTeacher)
     network = SharedBase(teacher.denoiser, lora).add_role("generator") if lora else teacher.denoiser
     facts = ModelCard(role="generator", step_indices=steps, **card)
-    teacher.write_generator(folder / "run/generator", moved(network), facts)
+    teacher.write_generator(folder / "run/generator", moved(network, 0.15 if lora else 0.03), facts)
     return folder / "run"
 
 
@@ -60,9 +60,8 @@ def render(pipe: Any, generator: TextGenerator, seed: int, **options: Any) -> Te
         sample_noise(generator.denoiser, seed, 0, count, torch.device("cpu"), step=step)
         for step in range(len(generator.card.step_indices) + 1)
     ]
-    fresh = iter(noises[1:])
     module = "scheduling_flow_match_lcm" if generator.family == "sd3" else "scheduling_lcm"
     pipe.set_progress_bar_config(disable=True)
-    with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: next(fresh)):
+    with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=noises[1:]):
         images = pipe(PROMPTS, latents=noises[0].clone(), output_type="pt", **options).images
     return images * 2 - 1

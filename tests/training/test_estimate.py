@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,19 @@ from fewstep.config import TrainSettings, load_settings, parse_settings
 from fewstep.diffusion.condition import Condition
 from fewstep.training import estimate
 from fewstep.training.estimate import describe_distillation, network_size
+from fewstep.training.memory import (
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    GRADIENTS,
+    PICTURES,
+    STATES,
+    TRAINED,
+    MemoryEstimate,
+)
+from fewstep.training.memory_meter import ACTIVATIONS
 from tests.test_cli import PRETRAIN_RECIPE, fewstep
+from tests.tiny_models import tiny_sdxl_folder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 IMAGENET = sorted(path.name for path in RECIPES.glob("imagenet64_*.toml"))
@@ -154,24 +167,54 @@ def test_activations_scale_with_the_picture() -> None:
     assert small.activation_bytes > 16 * 16 * 4 * 10
 
 
-def test_memory_of_states_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three networks, two moments for each trained weight, and an average where there is one."""
-    size = estimate.NetworkSize(
-        parameters=2**28, activation_bytes=2**28, encoder_activation_bytes=2**26, head_parameters=0
-    )
-    monkeypatch.setattr(estimate, "network_size", lambda config: size)
+def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident kinds, what a step adds, their sum, and pictures where they need more; the counts: test_memory.py."""
+    gib = 2**30
+    kinds = Counter({FROZEN: 3 * gib, TRAINED: 2 * gib, STATES: 4 * gib, GRADIENTS: gib, ACTIVATIONS: 5 * gib})
+    rehearsed = MemoryEstimate(
+        {GENERATOR_TURN: 15 * gib, FAKE_SCORE_TURN: 9 * gib, PICTURES: 16 * gib}, {GENERATOR_TURN: kinds},
+        {"teacher": 2_000_000, "generator": 2_000_000, "discriminator": 500_000},
+    )  # fmt: skip
+    monkeypatch.setattr(estimate, "estimate_memory", lambda *_, **__: rehearsed)
+    values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}}
+    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    assert lines == [
+        "network: 2.0 M parameters, 32x32x3, 10 classes; discriminator: 0.5 M",
+        "memory for weights, averages and optimiser states: 9.0 GiB (frozen 3.0, trained 2.0, optimiser states 4.0)",
+        "memory for gradients and activations at batch 8 (bf16, one process): 6.0 GiB in the generator's turn",
+        "estimated peak: 15.0 GiB (a rehearsed step on shapes alone; workspace of the kernels comes on top)",
+        "sample pictures need more: 16.0 GiB with run.sample_images=64",
+    ]
 
-    def states(**changes: dict[str, object]) -> tuple[float, float]:
-        values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}, **changes}
-        lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
-        return gib_in(lines, "memory for weights"), gib_in(lines, "memory for gradients")
 
-    gan = {"gan_generator_weight": 1e-3, "gan_discriminator_weight": 1e-2}
-    fp32 = {"precision": "fp32"}
-    assert states(compute=fp32) == (3 + 2 * 2, 2 + 1)
-    assert states() == (7, 1 + 1)  # bf16 halves the activations
-    assert states(compute=fp32, generator={"ema_half_life_images": 1.0}) == (8, 3)
-    assert states(compute=fp32, losses=gan) == (7, 2 + 2 * 0.5 + 1)  # real and generated images through the encoder
+@pytest.mark.parametrize("mode", ["full", "shared_base"])
+def test_every_memory_mode_of_a_text_model(tmp_path: Path, mode: str) -> None:
+    """From its folder's configs alone; the chosen mode's peak is that of its line."""
+    folder = tiny_sdxl_folder(tmp_path / "sdxl")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    values = {
+        "teacher": {"path": str(folder)}, "memory": {"mode": mode}, "run": {"sample_images": 1},
+        "training": {"batch_size": 64}, "compute": {"precision": "fp32"},
+    }  # fmt: skip
+    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    assert "8x8x4 latents" in lines[0]
+    assert ("generator's LoRA" in lines[0]) == (mode == "shared_base")
+    assert [line.split(":")[0] for line in lines if line.startswith("with ")] == [
+        "with memory.mode=full", "with memory.mode=lora_generator", "with memory.mode=shared_base",
+    ]  # fmt: skip
+    assert gib_in(lines, "estimated peak") == gib_in(lines, f"with memory.mode={mode}")
+
+
+def test_dry_run_of_a_warm_up() -> None:
+    """Regression alone: one trained network beside the teacher; neither pairs nor a fake score."""
+    values = {
+        "teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 2}, "compute": {"precision": "fp32"},
+        "losses": {"distribution_matching_weight": 0.0, "regression_weight": 1.0}, "run": {"sample_images": 1},
+    }  # fmt: skip
+    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    weights = 55.7e6 * 4 / 2**30
+    assert gib_in(lines, "memory for weights") == pytest.approx(4 * weights, abs=0.1)
 
 
 def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ def edm_config_from_weights(weights: Mapping[str, Tensor]) -> EDMUNetConfig:
 
 
 def _config(weights: Mapping[str, Tensor]) -> EDMUNetConfig:
+    if empty := [name for name, value in weights.items() if not value.numel()]:
+        raise ValueError(f"its tensors {empty[:2]} are empty")
     sides = sorted({int(match[1]) for name in weights if (match := _LEVEL.match(name))}, reverse=True)
     top = sides[0]
     if top > _MAX_SIDE or sides != [top >> level for level in range(len(sides))]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fewstep.backbones.fitting import fit_network
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.roles import Roles
+from fewstep.errors import UserError
 from fewstep.formats.dmd2_folder import fit_discriminator, read_dmd2
 from fewstep.formats.roles_folder import read_roles
 
@@ -31,6 +33,15 @@ def start_others_beside(roles: Roles, source: Path) -> None:
         UserError: unreadable, or of other networks.
     """
     _start_others(roles, read_roles(source), source)
+
+
+def refuse_other_scale(earlier: Denoiser, generator: Denoiser) -> None:
+    """Raise UserError where both are LoRAs of another alpha: the same weights would be another update."""
+    found, wanted = (getattr(getattr(network, "shared", None), "lora", None) for network in (earlier, generator))
+    if found is not None and wanted is not None and found.alpha != wanted.alpha:
+        raise UserError(
+            f"its LoRA has alpha {found.alpha:g} and the run's {wanted.alpha:g}; set memory.lora_alpha={found.alpha:g}"
+        )
 
 
 def _start_others(roles: Roles, found: Mapping[str, dict[str, Tensor]], source: Path) -> None:

@@ -62,7 +62,7 @@ def usage_text(facts: CardFacts) -> str:
 
 
 def _options(facts: CardFacts) -> str:
-    return "".join(f"{name}=None, " for name in facts.absent)
+    return "".join(f", {name}=None" for name in facts.absent)
 
 
 def _code(text: str) -> str:
@@ -81,17 +81,15 @@ def _pipeline_usage(facts: CardFacts) -> str:
 from diffusers import DiffusionPipeline
 
 {_PLACE}
-pipe = DiffusionPipeline.from_pretrained({facts.source!r}, {_options(facts)}torch_dtype=dtype).to(device)
+pipe = DiffusionPipeline.from_pretrained({facts.source!r}{_options(facts)}).to(device, dtype)
 {_call(facts)}""")
     if facts.component == "transformer":
         wrong = "Another number of steps is an error." if len(steps) > 1 else (
             "**Always give `num_inference_steps=1`**: this pipeline's scheduler cannot refuse other numbers."
         )  # fmt: skip
     else:
-        wrong = (
-            f"More steps are an error of the scheduler's own; fewer run a subset of the {len(steps)} trained steps. "
-            f"`timesteps={steps}` may be given and changes nothing."
-        )
+        fewer = f"; fewer run a subset of the {len(steps)} trained steps" if len(steps) > 1 else ""
+        wrong = f"More steps are an error of the scheduler's own{fewer}. `timesteps={steps}` may be given and changes nothing."
     where = f"snapshot_download({facts.source!r})" if facts.pushed else repr(facts.source)
     imports = "import fewstep\n" + ("from huggingface_hub import snapshot_download\n" if facts.pushed else "")
     ours = _code(f"""{imports}
@@ -115,8 +113,8 @@ def _network_usage(facts: CardFacts) -> str:
 from diffusers import DiffusionPipeline, {", ".join(sorted([kind, scheduler]))}
 
 {_PLACE}
-network = {kind}.from_pretrained({facts.source!r}, subfolder="{facts.component}", torch_dtype=dtype)
-pipe = DiffusionPipeline.from_pretrained({base!r}, {facts.component}=network, {_options(facts)}torch_dtype=dtype).to(device)
+network = {kind}.from_pretrained({facts.source!r}, subfolder="{facts.component}")
+pipe = DiffusionPipeline.from_pretrained({base!r}, {facts.component}=network{_options(facts)}).to(device, dtype)
 {_scheduler_lines(facts)}
 {_call(facts)}""")
 
@@ -128,7 +126,7 @@ def _lora_usage(facts: CardFacts) -> str:
 from diffusers import DiffusionPipeline, {scheduler}
 
 {_PLACE}
-pipe = DiffusionPipeline.from_pretrained({hub_name(facts.base) or facts.base!r}, {_options(facts)}torch_dtype=dtype).to(device)
+pipe = DiffusionPipeline.from_pretrained({hub_name(facts.base) or facts.base!r}{_options(facts)}).to(device, dtype)
 pipe.load_lora_weights({facts.source!r}, weight_name="{file}")
 {_scheduler_lines(facts)}
 {_call(facts)}""")

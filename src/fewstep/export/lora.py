@@ -60,7 +60,7 @@ def lora_weights(generator: TextGenerator) -> LoraWeights:
     if not isinstance(denoiser, AdapterRole):
         raise UserError(
             "this generator is a whole network, not a LoRA on its base: there is no low-rank update to export; choose "
-            "--as diffusers, unet or single-file, or train with memory.mode='lora'"
+            "--as diffusers, unet or single-file, or train with memory.mode='lora_generator'"
         )
     lora = denoiser.shared.lora
     return lora_from_state(denoiser.adapter_state(), lora.rank, lora.alpha)

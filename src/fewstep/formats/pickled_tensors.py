@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.formats.inert_pickle import Budget, Global, InertMachine, PersistentId, expect
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -67,13 +67,13 @@ def read_storage(archive: bytes, budget: Budget) -> PickledStorage:
     """
     # The pickles take 300 bytes. Cut short, for a file may ask for the same archive to be read over and over.
     stream = io.BytesIO(archive[:_MAX_STORAGE_HEADER])
-    allowed = frozenset(_STORAGE_DTYPES)
+    allowed = frozenset(STORAGE_DTYPES)
     magic, version, system, reference, _ = (InertMachine(allowed, budget).run(stream) for _ in range(5))
     start = stream.tell() + 8
     count, elements = archive[start - 8 : start], memoryview(archive)[start:]
     match system, reference:
         case {"little_endian": True}, PersistentId(value=("storage", Global(name=name), _, _, int(numel), None)):
-            dtype = _STORAGE_DTYPES[name]
+            dtype = STORAGE_DTYPES[name]
             complete = len(elements) == numel * dtype.itemsize and count == struct.pack("<q", numel)
             if (magic, version) == _STORAGE_VERSION and complete:
                 return PickledStorage(dtype, elements)

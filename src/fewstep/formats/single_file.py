@@ -1,6 +1,5 @@
 """A whole Stable Diffusion 1.x or SDXL model in one file, with LDM keys: read without executing anything in it."""
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,20 +135,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return read_torch_archive(path), {}
     except UserError as error:
-        reason = _first_line(error)
-    refusal = (
-        f"{path} is a pickle with more than tensors in it, or a damaged one; convert it to .safetensors ({reason})"
-    )
-    if not zipfile.is_zipfile(path):
-        raise UserError(refusal)
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's restricted reader raises many kinds; all mean the same to a user
-        raise UserError(refusal) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(refusal)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, {}
+        raise UserError(
+            f"{path} is a pickle with more than tensors in it, or a damaged one; convert it to .safetensors "
+            f"({_first_line(error)})"
+        ) from error
 
 
 def _weight(name: str, value: Tensor) -> Tensor:

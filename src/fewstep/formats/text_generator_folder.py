@@ -14,7 +14,8 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.model_folder import CARD, ModelCard
 
-LORA = "pytorch_lora_weights.safetensors"
+ADAPTER = "adapter.safetensors"  # alpha / rank is not multiplied in: not for diffusers to load as it is
+LORA = "pytorch_lora_weights.safetensors"  # an exported LoRA, with alpha multiplied in
 NETWORK = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 
@@ -37,7 +38,7 @@ def write_generator_folder(
         if "lora" in description:
             prefix = "transformer" if part == "transformer" else "unet"
             named = {f"{prefix}.{name.removeprefix('network.')}": value for name, value in tensors.items()}
-            save_file(named, aside / LORA, metadata={**header, "lora": json.dumps(description["lora"])})
+            save_file(named, aside / ADAPTER, metadata={**header, "lora": json.dumps(description["lora"])})
         else:
             (aside / part).mkdir()
             save_file(tensors, aside / part / NETWORK, metadata=header)
@@ -71,7 +72,9 @@ def read_generator_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is missing or damaged ({error}); export the generator again") from error
     part = _component(description)
-    path = folder / LORA if "lora" in description else folder / part / NETWORK
+    path = folder / part / NETWORK
+    if "lora" in description:
+        path = folder / (ADAPTER if (folder / ADAPTER).is_file() else LORA)
     try:
         weights = {name: value.float() for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.inert_pickle import Budget, Global, InertMachine, PersistentId, expect, type_name
 from fewstep.formats.pickled_tensors import (
-    _STORAGE_DTYPES,
+    STORAGE_DTYPES,
     PickledStorage,
     PickledTensor,
     build_tensor,
@@ -147,9 +147,9 @@ class _Archive:
     def storage(self, reference: object) -> PickledStorage:
         """The elements that a persistent id stands for."""
         match reference:
-            case ("storage", Global(name=name), str() as key, _, int(numel)) if name in _STORAGE_DTYPES:
+            case ("storage", Global(name=name), str() as key, _, int(numel)) if name in STORAGE_DTYPES:
                 if (name, key) not in self._storages:
-                    self._storages[name, key] = PickledStorage(_STORAGE_DTYPES[name], self._entry(f"data/{key}"))
+                    self._storages[name, key] = PickledStorage(STORAGE_DTYPES[name], self._entry(f"data/{key}"))
                 storage = self._storages[name, key]
                 if len(storage.data) != numel * storage.dtype.itemsize:
                     raise ValueError(f"its storage {key[:_MAX_NAME]} has another size than its tensors say")
@@ -178,7 +178,7 @@ class _StateDictMachine(InertMachine):
     """The machine with the three calls that a state dict consists of."""
 
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(_CALLS | frozenset(_STORAGE_DTYPES), Budget(_MAX_STEPS, _KIND))
+        super().__init__(_CALLS | frozenset(STORAGE_DTYPES), Budget(_MAX_STEPS, _KIND))
         self._archive = archive
 
     def record(self, name: str, args: tuple[object, ...]) -> object:

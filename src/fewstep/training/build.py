@@ -14,7 +14,7 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.roles import Roles, build_roles
-from fewstep.distillation.starting import start_from_dmd2, start_others_beside
+from fewstep.distillation.starting import refuse_other_scale, start_from_dmd2, start_others_beside
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
@@ -111,6 +111,8 @@ def start_roles(roles: Roles, source: Path) -> None:
         return
     if not checkpoints:
         earlier = load_generator(source, device="cpu")
+        with _named(source):
+            refuse_other_scale(earlier.denoiser, roles.generator)
         try:
             roles.generator.load_state_dict(earlier.denoiser.state_dict())
         except RuntimeError as error:
