@@ -217,8 +217,10 @@ def test_training_the_roles_never_touches_the_base(family: str, recomputed: bool
         assert not part.requires_grad, name
         assert torch.equal(part, expected[name]), name
     with torch.no_grad():
-        assert torch.equal(base.denoise(noisy, level, condition), untouched.denoise(noisy, level, condition))
-        assert torch.equal(base.bottleneck(noisy, level, condition), untouched.bottleneck(noisy, level, condition))
+        # not bit for bit: with several threads kernels sum in an order that depends on where tensors lie in memory
+        for name in ("denoise", "bottleneck"):
+            found, plain = (getattr(network, name)(noisy, level, condition) for network in (base, untouched))
+            assert relative_error(found, plain) < 1e-6, name
     for role, output in zip((generator, fake_score), before, strict=True):
         assert not torch.equal(role.denoise(noisy, level, condition).detach(), output)
 
@@ -230,7 +232,7 @@ def test_a_new_adapter_changes_nothing(family: str) -> None:
     with torch.no_grad():
         expected = base.denoise(noisy, level, condition)
         role = SharedBase(base, SHAPE).add_role("generator")
-        assert torch.equal(role.denoise(noisy, level, condition), expected)
+        assert relative_error(role.denoise(noisy, level, condition), expected) < 1e-6
         assert all(not part.any() for name, part in role.adapter_state().items() if ".lora_B." in name)
         randomise(role, 0)
         assert relative_error(role.denoise(noisy, level, condition), expected) > 1e-2

@@ -176,10 +176,10 @@ def test_captions_are_drawn_in_their_shares() -> None:
     assert torch.equal(ids[:, 0] % 4 == 0, empty)
 
 
-def test_loss_is_the_error_cut_at_signal_to_noise_five() -> None:
+def test_loss_weighs_the_error_by_a_cut_signal_to_noise() -> None:
     noise, predicted = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
     loss = training.diffusion_loss(predicted, noise, torch.tensor([0.5, 50.0]))
-    assert loss.item() == pytest.approx((1 + 0.1) / 2)
+    assert loss.item() == pytest.approx((0.8 / 0.5 + 5.3 / 50) / 2)
 
 
 def test_both_models_fit_their_budget_and_the_gan_head(tmp_path: Path) -> None:

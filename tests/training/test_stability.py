@@ -61,17 +61,17 @@ def test_a_collapse_is_logged_and_kept(tmp_path: Path) -> None:
     log.flush()
     assert json.loads((tmp_path / "alarms.jsonl").read_text()) == {"step": 9, "alarm": sentence}
     assert sentence.startswith("diversity of the samples is 0.00 times the teacher's")
-    (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(text) for text in (tmp_path / "sample_statistics.jsonl").read_text().splitlines()]
     assert line["step"] == 9
-    assert line["samples_diversity"] == pytest.approx(0, abs=1e-6)
+    assert line["diversity"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_run_logs_its_samples(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", run={"sample_every": 2}))
-    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "samples_contrast" in line]
+    lines = [json.loads(text) for text in (tmp_path / "run/sample_statistics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
     assert steps == [0, 1, 3, 5]
-    assert (tmp_path / "run/samples/teacher_statistics.json").is_file()
+    assert (tmp_path / "run/teacher_statistics.json").is_file()
 
 
 def best_settings(

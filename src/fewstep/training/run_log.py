@@ -20,6 +20,7 @@ from fewstep.formats.pixels import make_grid, save_grid
 from fewstep.training.health import SampleStatistics, alarms
 
 REFERENCE = "teacher_statistics.json"
+STATISTICS = "sample_statistics.jsonl"
 
 
 class NonFiniteError(UserError):
@@ -41,7 +42,8 @@ class RunLog:
         self._pending: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._path = folder / "metrics.jsonl"
         _cut_metrics(self._path, start_step)
-        _cut_metrics(folder / "alarms.jsonl", start_step)
+        for name in ("alarms.jsonl", STATISTICS):
+            _cut_metrics(folder / name, start_step)
         self.console = console or Console(stderr=True)
         self._writer: Any = None
         if tensorboard:
@@ -101,16 +103,20 @@ class RunLog:
 
     def keep_reference(self, statistics: SampleStatistics) -> None:
         """Remember the teacher's sample statistics for the rest of the run, also over interruptions."""
-        with replaced_file(self.folder / "samples" / REFERENCE) as aside:
+        with replaced_file(self.folder / REFERENCE) as aside:
             aside.write_text(json.dumps(statistics.to_dict(), indent=1), encoding="utf-8")
 
     def samples(self, step: int, found: SampleStatistics) -> list[str]:
-        """Log the generator's sample statistics; returns alarms where they are far from the teacher's.
+        """Write the generator's sample statistics to `sample_statistics.jsonl`; returns alarms where they are far from the teacher's.
 
         Alarms also go to `alarms.jsonl`. They never stop a run.
         """
-        self._pending.append((step - 1, {}, {f"samples_{name}": value for name, value in found.to_dict().items()}))
-        path = self.folder / "samples" / REFERENCE
+        with open(self.folder / STATISTICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step - 1, **found.to_dict()}) + "\n")
+        if self._writer is not None:
+            for name, value in found.to_dict().items():
+                self._writer.add_scalar(f"samples_{name}", value, step - 1)
+        path = self.folder / REFERENCE
         if step == 1 or not path.is_file():  # the first grid shows a generator that has not been trained
             return []
         sentences = alarms(found, SampleStatistics(**json.loads(path.read_text(encoding="utf-8"))))
