@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.export.card_usage import CardFacts
 from fewstep.export.hub import check_repo_name
 from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
+from fewstep.export.shareable import without_local_paths
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.casting import DTYPES
 from fewstep.formats.pixels import make_grid
@@ -73,10 +74,10 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         kinds = ", ".join(KINDS[:-1] if text else CLASS_KINDS)
         raise UserError(f"--as {options.kind}: {source} is a {family} generator, which exports as {kinds}")
     precision = options.precision or ("fp16" if text else "fp32")
-    card = replace(
-        generator.card, licence=options.licence or generator.card.licence, base=options.base or generator.card.base
-    )
-    generator.card = card
+    card = generator.card
+    base = options.base or card.base or getattr(generator, "base", "")
+    card = replace(card, licence=options.licence or card.licence, base=base)
+    generator.card = card = without_local_paths(card, keep_base=not options.repo)
     write = _writer(options.kind, text)
     with written_aside(target) as aside:
         write(aside, generator, target.name, DTYPES[precision], file_header(card))
@@ -87,7 +88,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
             make_grid(images, columns=min(4, len(images))).save(aside / SAMPLES, format="PNG")
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
-            base=card.base or getattr(generator, "base", ""), component="transformer" if _is_sd3(generator) else "unet",
+            base=card.base, component="transformer" if _is_sd3(generator) else "unet",
             has_scheduler=has_scheduler, num_samples=len(images), prompts=_prompts(options) if text else (),
             absent=_absent(generator), figures=run_figures(_folder(source), card),
         )  # fmt: skip
