@@ -17,9 +17,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from emoji_teacher_data import MAX_TOKENS, RESOLUTION, Split
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 
 LATENT_RESOLUTION, LATENT_CHANNELS = RESOLUTION // 4, 4
@@ -45,7 +47,7 @@ trying out distillation, and opens with any diffusers:
     pipeline = diffusers.{pipeline}.from_pretrained("this folder")
     pipeline("red apple, food & drink", num_inference_steps=30, guidance_scale=4).images[0]
 
-- Parameters: {parts}; {steps} training steps; stored in float16.
+- Parameters: {parts}; {steps} training steps in the last run; stored in float16.
 - Data: the Noto Emoji pictures (Google, Apache-2.0) at 64x64 on white, with names and categories of the package
   emoji-datasource-google 16.0.0 (metadata MIT).
 - Texts: {train} trained on, {held_out} held out with all of their pictures; split.json names both. Neither the
@@ -220,19 +222,37 @@ def save_folder(
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
+def load_earlier(networks: nn.ModuleDict, folder: Path) -> list[str]:
+    """Put the weights of an earlier run into the networks; returns the commands on its card that made them.
+
+    Raises:
+        UserError: there is no such run, or its networks have other sizes.
+    """
+    if not (folder / "README.md").is_file():
+        raise UserError(f"{folder} has no model to train on: leave out --more")
+    for name, network in networks.items():
+        files = sorted((folder / name).glob("*.safetensors"))
+        try:
+            network.load_state_dict({key: value.float() for key, value in load_file(files[0]).items()})
+        except (IndexError, RuntimeError) as error:
+            raise UserError(f"{folder / name} does not hold this network: leave out --more") from error
+    made = (folder / "README.md").read_text(encoding="utf-8").partition("Made with the example script of fewstep:")[2]
+    return [line.strip() for line in made.splitlines() if "--stage vae" not in line and line.strip()]
+
+
 def count_parameters(networks: dict[str, nn.Module] | nn.ModuleDict) -> str:
     """ "unet 3.98 M, text_encoder 0.87 M"."""
     sizes = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
     return ", ".join(f"{name} {size / 1e6:.2f} M" for name, size in sizes.items())
 
 
-def card_of(stage: str, command: str, vae_command: str, steps: int, parts: str, split: Split) -> str:
-    """The model card of a folder."""
+def card_of(stage: str, commands: str, vae_command: str, steps: int, parts: str, split: Split) -> str:
+    """The model card of a folder; `commands` made it, one a line."""
     family, pipeline = {
         "sd": ("Stable Diffusion", "StableDiffusionPipeline"),
         "sdxl": ("SDXL", "StableDiffusionXLPipeline"),
     }[stage]
     return CARD.format(
-        family=family, pipeline=pipeline, parts=parts, steps=steps, command=command, vae_command=vae_command,
+        family=family, pipeline=pipeline, parts=parts, steps=steps, command=commands, vae_command=vae_command,
         train=len(split["train"]), held_out=len(split["held_out"]),
     )  # fmt: skip

@@ -4,6 +4,8 @@
     python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sd      # 15 minutes, needs vae
     python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sdxl    # 12 minutes, needs vae
 
+    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sd --more       # train an earlier result on
+
 runs/emoji/sd opens with diffusers.StableDiffusionPipeline.from_pretrained and runs/emoji/sdxl with
 StableDiffusionXLPipeline; runs/emoji/samples shows the progress. data/emoji holds 64x64 pictures and a metadata.jsonl
 with file_name, text and group. 8% of the texts are never trained on; split.json names them.
@@ -28,6 +30,7 @@ from emoji_teacher_models import (
     build_vae,
     card_of,
     count_parameters,
+    load_earlier,
     predict_noise,
     save_folder,
 )
@@ -102,6 +105,7 @@ def run_diffusion(options: argparse.Namespace, pictures: Pictures, split: Split,
     tokenizer = build_tokenizer(list(split["train"]), out / "tokenizer")
     captions = Captions(tokenizer, seen.texts)
     networks = build_networks(options.stage, sizes, tokenizer)
+    earlier = load_earlier(networks, out / options.stage) if options.more else None
     parts = count_parameters({**networks, "vae": vae})
     print(parts)
     alphas = DDIMScheduler(**NOISE_SCHEDULE).alphas_cumprod
@@ -130,10 +134,12 @@ def run_diffusion(options: argparse.Namespace, pictures: Pictures, split: Split,
                 output_type="pt",
             ).images  # fmt: skip
         save_grid(out / f"samples/{options.stage}_{step:06d}.png", images * 2 - 1, columns=8)
-        card = card_of(options.stage, options.command, (out / "vae/command.txt").read_text(), step, parts, split)
+        card = card_of(options.stage, commands, (out / "vae/command.txt").read_text(), step, parts, split)
         save_folder(out / options.stage, vae, average, out / "tokenizer", split, card)
 
-    teach_text(networks, latents, captions, options.text_steps, options.seed)
+    commands = "\n    ".join([*(earlier or []), options.command])
+    if earlier is None:
+        teach_text(networks, latents, captions, options.text_steps, options.seed)
     train(options.stage, networks, options.batch, budget, loss_of, look)
     size = sum(path.stat().st_size for path in (out / options.stage).rglob("*") if path.is_file())
     print(f"{out / options.stage}: {budget.done} steps, {size / 1e6:.2f} MB")
@@ -150,7 +156,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help=f"pictures a step; by default {BATCH}")
     parser.add_argument("--text-steps", type=int, default=400, help="first steps of sd and sdxl, for the text alone")
     parser.add_argument("--sampling-steps", type=int, default=20, help="steps of the sample grids")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="sd and sdxl: train the model in out further")
+    parser.add_argument("--seed", type=int, default=0, help="give --more another one: it draws the batches")
     options = parser.parse_args(arguments)
     options.minutes = MINUTES[options.stage] if options.minutes is None else options.minutes
     options.batch = BATCH[options.stage] if options.batch is None else options.batch

@@ -49,9 +49,9 @@ def write_emoji(folder: Path) -> Path:
     return folder
 
 
-def run(pictures: Path, out: Path, stage: str) -> None:
+def run(pictures: Path, out: Path, stage: str, *more: str) -> None:
     options = ["--stage", stage, "--steps", "2", "--batch", "4", "--sampling-steps", "2", "--text-steps", "2"]
-    script.main([str(pictures), str(out), *options], SMALL)
+    script.main([str(pictures), str(out), *options, *more], SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +246,25 @@ def test_other_pictures_than_the_autoencoders_are_refused(finished: Path, emoji:
     (fewer / "metadata.jsonl").write_text("\n".join(lines[:8]) + "\n")
     with pytest.raises(UserError, match="was trained on other pictures"):
         run(fewer, finished, "sd")
+
+
+def test_more_trains_the_earlier_model_on(finished: Path, emoji: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    before = load_file(tmp_path / "run/sd/unet/diffusion_pytorch_model.safetensors")
+    run(emoji, tmp_path / "run", "sd", "--more", "--seed", "1")
+    after = load_file(tmp_path / "run/sd/unet/diffusion_pytorch_model.safetensors")
+    moved = sum((after[name].float() - value.float()).norm() for name, value in before.items())
+    size = sum(value.float().norm() for value in before.values())
+    assert 0 < moved < 0.05 * size  # two steps away from the earlier weights, not from new random ones
+    card = (tmp_path / "run/sd/README.md").read_text()
+    assert card.count("--stage sd ") == 2
+    assert "--stage sd --steps 2 --batch 4 --sampling-steps 2 --text-steps 2 --more --seed 1" in card
+
+
+def test_more_needs_an_earlier_model_of_the_same_size(finished: Path, emoji: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "vae", tmp_path / "run/vae")
+    with pytest.raises(UserError, match="has no model to train on: leave out --more"):
+        run(emoji, tmp_path / "run", "sd", "--more")
+    shutil.copytree(finished / "sdxl", tmp_path / "run/sd")
+    with pytest.raises(UserError, match="does not hold this network: leave out --more"):
+        run(emoji, tmp_path / "run", "sd", "--more")
