@@ -4,10 +4,11 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
+TEXT := $(VENV)/.installed-text
 DEV := $(VENV)/.installed-dev
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(DEV) ## virtual environment with everything for development
 
@@ -20,6 +21,10 @@ $(CORE): $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e .
 	@touch $@
 
+$(TEXT): $(CORE)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[text]'
+	@touch $@
+
 $(DEV): $(CORE)
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]'
 	@touch $@
@@ -27,11 +32,17 @@ $(DEV): $(CORE)
 quickstart: $(CORE) ## distil the bundled teacher on the CPU: 5 minutes, one HTML report
 	HF_HUB_OFFLINE=1 $(BIN)/fewstep quickstart
 
+text-quickstart: $(TEXT) ## distil the bundled text-to-image teacher on the CPU: 5 minutes of training, one HTML report
+	HF_HUB_OFFLINE=1 $(BIN)/fewstep text-quickstart
+
 test: $(DEV) ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 test-fast: $(DEV) ## tests without the end-to-end ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+
+test-diffusers: $(DEV) ## the tests that touch diffusers, under each of its versions since 0.35; ends with a table
+	VENV=$(VENV) .ci/diffusers_matrix $(VERSIONS)
 
 format: $(DEV) ## format the code
 	$(BIN)/ruff format src tests examples benchmarks
@@ -54,4 +65,8 @@ assets: $(CORE) ## remake the bundled teacher, features and pictures from data/f
 	$(BIN)/fewstep pretrain recipes/fashion_mnist_teacher.toml
 	$(BIN)/python examples/bundle_fashion_mnist.py data/fashion-mnist runs/fashion-mnist-teacher
 
-.PHONY: help setup quickstart test test-fast format lint types bench docs assets
+emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and prompts from data/emoji (about two hours on 2 cores)
+	for stage in vae sd sdxl; do $(BIN)/python examples/train_emoji_teacher.py data/emoji runs/emoji --stage $$stage || exit 1; done
+	$(BIN)/python examples/bundle_emoji.py data/emoji runs/emoji
+
+.PHONY: help setup quickstart text-quickstart test test-fast test-diffusers format lint types bench docs assets emoji-assets

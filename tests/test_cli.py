@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import cli, commands
+from fewstep import __version__, cli, commands_sample
 from fewstep.config import PretrainSettings, TrainSettings, Tree, describe_settings
 from fewstep.data.noise_image_pairs import NoiseImagePairs
 from fewstep.evaluation.features import SmallClassifier
@@ -161,7 +161,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "sample_pictures", interrupt)
+    monkeypatch.setattr(commands_sample, "sample_pictures", interrupt)
     assert fewstep("sample", "model").code == 130
 
 
@@ -169,7 +169,7 @@ def test_ctrl_c_prints_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "sample_pictures", interrupt)
+    monkeypatch.setattr(commands_sample, "sample_pictures", interrupt)
     assert "the same command continues from the last checkpoint" in fewstep("sample", "model").err
 
 
@@ -248,7 +248,8 @@ def test_sample_a_generator(generator_folder: Path, tmp_path: Path) -> None:
             facts = picture.text  # type: ignore[attr-defined]
         assert facts == {
             "fewstep:model": str(generator_folder), "fewstep:seed": "4", "fewstep:image": str(number),
-            "fewstep:evaluations": "2",
+            "fewstep:evaluations": "2", "fewstep:label": "31313"[number], "fewstep:schedule": "999,499 of 1000",
+            "fewstep:precision": "fp32", "fewstep:version": __version__, "fewstep:size": "16x16",
         }  # fmt: skip
 
 

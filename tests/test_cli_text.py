@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep import __version__
 from fewstep.backbones.adapters import LoraShape, SharedBase
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid, to_uint8
@@ -79,7 +80,9 @@ def test_a_teacher_makes_one_picture_a_prompt(teacher_folder: Path, tmp_path: Pa
     assert facts == [
         {
             "fewstep:model": str(teacher_folder), "fewstep:seed": "4", "fewstep:image": str(number),
-            "fewstep:evaluations": "3", "fewstep:prompt": prompt,
+            "fewstep:evaluations": "3", "fewstep:prompt": prompt, "fewstep:schedule": "3 DDIM steps",
+            "fewstep:guidance_scale": "5.0", "fewstep:precision": "fp32", "fewstep:version": __version__,
+            "fewstep:size": "16x16",
         }
         for number, prompt in enumerate(["red cat", "a dog"])
     ]  # fmt: skip

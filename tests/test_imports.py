@@ -10,7 +10,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fewstep"
 
-TOP = {"cli", "app", "quickstart", "commands", "commands_text", "commands_convert", "commands_export", "__main__"}
+TOP = {
+    "cli",
+    "app",
+    "quickstart",
+    "text_quickstart",
+    "commands",
+    "commands_text",
+    "commands_convert",
+    "commands_export",
+    "commands_sample",
+    "picture_list",
+    "picture_writer",
+    "__main__",
+}
 LAYERS = [  # top to bottom
     TOP,
     {"training"},

@@ -16,7 +16,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocols import dataset_features
-from fewstep.generator import bundled_path
+from fewstep.formats.bundled import bundled_path
 from fewstep.quickstart import run_quickstart
 
 ASSETS = bundled_path("fashion-mnist")

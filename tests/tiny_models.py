@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -91,6 +92,20 @@ def tiny_sd3_folder(path: Path, *, seed: int = 0) -> Path:
         tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer", tokenizer_3=None,
         transformer="SD3Transformer2DModel", vae="AutoencoderKL", feature_extractor=None, image_encoder=None,
     )  # fmt: skip
+    return path
+
+
+def tiny_taesd_folder(path: Path, *, latent_channels: int = 4, blocks: int = 2, seed: int = 0) -> Path:
+    """A TAESD whose latents' side is 2^(blocks - 1) times shorter than the picture's."""
+    torch.manual_seed(seed)
+    tiny = AutoencoderTiny(
+        latent_channels=latent_channels, encoder_block_out_channels=(8,) * blocks, num_encoder_blocks=(1,) * blocks,
+        decoder_block_out_channels=(8,) * blocks, num_decoder_blocks=(1,) * blocks,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in tiny.decoder.parameters():
+            parameter.mul_(1.5)  # pictures with contrast
+    tiny.save_pretrained(path, safe_serialization=True)
     return path
 
 

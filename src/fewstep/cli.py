@@ -84,6 +84,23 @@ def quickstart(
     run_quickstart(folder, minutes=minutes, seed=seed)
 
 
+@app.command("text-quickstart")
+def text_quickstart(
+    minutes: Annotated[float, typer.Option(help="minutes of training; measuring and the report come on top")] = 5.0,
+    folder: Annotated[Path, typer.Option(help="run folder; an interrupted run in it is continued")] = Path(
+        "runs/text-quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="every random number follows from it")] = 0,
+) -> None:
+    """The same for text: the bundled emoji teacher becomes a four-step LoRA, prompts beside pictures in one HTML report."""
+    from fewstep.generator import _need_text_libraries
+
+    _need_text_libraries()
+    from fewstep.text_quickstart import run_text_quickstart
+
+    run_text_quickstart(folder, minutes=minutes, seed=seed)
+
+
 @app.command()
 def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
@@ -152,27 +169,34 @@ def settings(
 def sample(
     model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
     prompt: Annotated[list[str] | None, typer.Option(help="text-to-image models: what to show; may be given several times")] = None,
-    prompts: Annotated[str, typer.Option(help="file of prompts: .txt (one a line), .parquet, .pkl list")] = "",
-    num_images: Annotated[int | None, typer.Option(min=1, help="number of pictures  [default: 16, or one a prompt]")] = None,
-    labels: Annotated[str, typer.Option(help="class numbers, comma-separated, repeated over the pictures; default: all in turn")] = "",
-    seed: Annotated[int, typer.Option(help="picture i depends on the seed, i and its label only")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures made at once; does not change them")] = 64,
-    out: Annotated[Path | None, typer.Option(help="folder for one PNG a picture")] = None,
-    grid: Annotated[Path | None, typer.Option(help="one PNG with all pictures")] = None,
+    prompts: Annotated[str, typer.Option(help="file of prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl list")] = "",
+    labels: Annotated[str, typer.Option(help="class-conditional models: class numbers, e.g. 0,3,5-8, or a file of them; default: all in turn")] = "",
+    num_images: Annotated[int | None, typer.Option(min=1, help="number of pictures, prompts or labels taking turns  [default: one a prompt or label, else 16]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="picture i depends on the seed, i and its prompt or label only  [default: 0]")] = None,
+    seeds: Annotated[str, typer.Option(help="several seeds, e.g. 1,2,5-8: each prompt or label once with each; the picture that --seed makes first")] = "",
+    first: Annotated[int, typer.Option(min=0, help="number of the first picture: 16 makes pictures 16, 17, ... of the seed")] = 0,
+    size: Annotated[str, typer.Option(help="text-to-image models: HEIGHTxWIDTH in pixels, or the side of a square; a generator is at its best at the size it was trained for, the default")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="for text-to-image teachers: what guidance leads away from")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once; does not change them  [default: 64, text-to-image 4]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for one PNG a picture, which says how it was made")] = None,
+    grid: Annotated[Path | None, typer.Option(help="one PNG with all pictures; with --seeds a row for each prompt or label")] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: 18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: uncond + w (cond - uncond); 1 is off; text-to-image: 7.5 unless set")] = None,
+    tiny_vae: Annotated[str, typer.Option("--tiny-vae", help="decode with a TAESD: diffusers folder or hub id, e.g. madebyollin/taesdxl")] = "",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slow first batch, then faster ones")] = False,
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 inside the network; the VAE stays in fp32")] = "fp32",
 ) -> None:  # fmt: skip
     """Make pictures with a generator (in its own few steps) or a teacher."""
-    from fewstep.commands import sample_pictures
+    from fewstep.commands_sample import SampleOptions, sample_pictures
 
-    texts = _read_prompts(prompt or [], prompts)
-
-    sample_pictures(
-        model, num_images, labels, seed, batch_size, out, grid, teacher_steps, guidance_scale, device, precision,
-        texts,
+    options = SampleOptions(
+        prompts=tuple(_read_prompts(prompt or [], prompts)), labels=labels, num_images=num_images, seed=seed,
+        seeds=seeds, first=first, size=size, negative_prompt=negative_prompt, batch_size=batch_size, out=out, grid=grid,
+        teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae, compile=compiled, device=device,
+        precision=precision,
     )  # fmt: skip
+    sample_pictures(model, options)
 
 
 def _read_prompts(given: list[str], file: str) -> list[str]:

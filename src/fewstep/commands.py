@@ -3,11 +3,8 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
 from fewstep.config import DataSettings, parse_settings
@@ -18,71 +15,11 @@ from fewstep.evaluation.features import load_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.atomic import replaced_file
-from fewstep.formats.pixels import save_grid, to_uint8
 from fewstep.generator import Generator, Teacher, load_model, load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 
 console = Console(stderr=True)
-
-
-def sample_pictures(
-    source: str, num_images: int | None, labels: str, seed: int, batch_size: int, out: Path | None, grid: Path | None,
-    teacher_steps: int | None, guidance_scale: float | None, device: str, precision: str, prompts: list[str],
-) -> None:  # fmt: skip
-    """`fewstep sample`: PNG files with their origin in the metadata, a grid, or both."""
-    if out is None and grid is None:
-        raise UserError("nothing to write: give --out FOLDER for single pictures, --grid FILE for one with all")
-    model = load_model(source, device=device, precision=_precision(precision))
-    num_images = num_images or len(prompts) or 16
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    if model.card.step_indices:
-        if guidance_scale not in (None, 1):
-            raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it out")
-        evaluations = model.evaluations()
-    else:
-        text = not isinstance(model, Teacher | Generator)
-        num_steps = teacher_steps or (50 if text else 18)
-        options |= {
-            "num_steps": num_steps,
-            "guidance_scale": (7.5 if text else 1.0) if guidance_scale is None else guidance_scale,
-        }
-        evaluations = model.evaluations(num_steps)  # type: ignore[call-arg]
-    started = time.perf_counter()
-    if isinstance(model, Generator | Teacher):
-        if prompts:
-            raise UserError("--prompt and --prompts are for text-to-image models; this one takes --labels")
-        images = model.sample(num_images, labels=_repeat(_parse_labels(labels), num_images), **options)
-    else:
-        if labels or not prompts:
-            raise UserError("a text-to-image model takes --prompt or --prompts (and no --labels)")
-        images = model.sample([prompts[number % len(prompts)] for number in range(num_images)], **options)
-    spent = time.perf_counter() - started
-    if grid is not None:
-        save_grid(grid, images, columns=max(1, round(num_images**0.5)))
-        console.print(f"{grid}")
-    if out is not None:
-        _save_pictures(out, to_uint8(images).numpy(), source, seed, evaluations, prompts)
-    console.print(f"{num_images} pictures, {evaluations} evaluations each, {num_images / spent:.1f} images/s")
-
-
-def _save_pictures(out: Path, pixels: np.ndarray, source: str, seed: int, evaluations: int, prompts: list[str]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {out}: {error}; choose another --out") from error
-    for number, image in enumerate(pixels):
-        facts = PngInfo()
-        values = {"model": source, "seed": seed, "image": number, "evaluations": evaluations}
-        if prompts:
-            values["prompt"] = prompts[number % len(prompts)]
-        for key, value in values.items():
-            facts.add_itxt(f"fewstep:{key}", str(value))
-        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-        with replaced_file(out / f"{number:05d}.png") as aside:
-            picture.save(aside, format="PNG", pnginfo=facts)
 
 
 def evaluate_model(
@@ -193,16 +130,3 @@ def _precision(name: str) -> str:
     if name not in ("fp32", "bf16"):
         raise UserError(f"--precision {name}: choose fp32 or bf16")
     return name
-
-
-def _parse_labels(text: str) -> list[int] | None:
-    if not text:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--labels {text}: give class numbers separated by commas, e.g. 0,3,7") from None
-
-
-def _repeat(labels: list[int] | None, count: int) -> list[int] | None:
-    return None if labels is None else [labels[number % len(labels)] for number in range(count)]

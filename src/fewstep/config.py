@@ -34,7 +34,8 @@ class DataSettings(Tree):
     flip: bool = Field(False, description="mirror half of the pictures, chosen per sample and step")
     pairs: str = Field("", description="folder written by `fewstep prepare pairs`, for the regression loss")
     prompts: str = Field(
-        "", description="prompts of a text-to-image run: .txt, .parquet, .pkl list or folder with captions"
+        "",
+        description="prompts of a text-to-image run: .txt, .parquet, .pkl list, folder with captions or bundled:FILE",
     )
     prompt_column: str = Field("text", description="column of the prompts, where the file has several")
     truncate_prompts: bool = Field(
@@ -51,7 +52,9 @@ class DataSettings(Tree):
 class TeacherSettings(Tree):
     """The frozen model whose distribution is distilled."""
 
-    path: str = Field("", description="folder or .pkl of the teacher, or 'bundled:fashion-mnist'")
+    path: str = Field(
+        "", description="folder or .pkl of the teacher, hub id, or 'bundled:fashion-mnist', 'bundled:emoji-sd', ..."
+    )
     network: str = Field(
         "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
     )

@@ -1,4 +1,8 @@
-"""Where networks run and in which precision."""
+"""Where networks run, in which precision, and whether they can be compiled."""
+
+import os
+import shutil
+from importlib.util import find_spec
 
 import torch
 
@@ -8,9 +12,9 @@ from fewstep.errors import UserError
 
 def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
     """Eval mode, on the device, with its compute precision set."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
-        raise UserError(f"precision={precision!r}: choose fp32 or bf16")
+        raise UserError(f"precision={precision!r}: choose fp32, bf16 or fp16")
     denoiser.compute_dtype = dtypes[precision]
     return denoiser.to(choose_device(device)).eval()
 
@@ -30,3 +34,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"compute.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where `torch.compile` lacks what it needs: a C++ compiler, on the GPU triton and a C compiler."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UserError("torch.compile needs the package triton on the GPU: pip install triton, or do not compile")
+    wanted = [os.environ.get("CXX", ""), "g++", "clang++", "cl"] if device.type == "cpu" else []
+    wanted += [os.environ.get("CC", ""), "gcc", "clang", "cc"] if device.type == "cuda" else []
+    if not any(name and shutil.which(name.split()[0]) for name in wanted):
+        kind = "C++" if device.type == "cpu" else "C"
+        raise UserError(f"torch.compile needs a {kind} compiler and finds none: install one, or do not compile")

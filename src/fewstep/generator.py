@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,9 +14,18 @@ from fewstep.backbones.catalog import build_denoiser
 from fewstep.devices import prepare_denoiser
 from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.samplers import heun_evaluations, sample_generator, sample_heun, sample_noise
+from fewstep.diffusion.samplers import (
+    Seed,
+    batch_of_images,
+    check_seeds,
+    heun_evaluations,
+    sample_generator,
+    sample_heun,
+    sample_noise,
+)
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.errors import UserError
+from fewstep.formats.bundled import BUNDLED, resolve_path
 from fewstep.formats.edm_pickle import read_edm_pickle
 from fewstep.formats.model_folder import ModelCard, read_model_folder, write_model_folder
 from fewstep.formats.text_generator_folder import is_generator_folder
@@ -25,7 +33,6 @@ from fewstep.formats.text_generator_folder import is_generator_folder
 if TYPE_CHECKING:
     from fewstep.text_model import TextGenerator, TextTeacher
 
-BUNDLED = "bundled:"
 AnyTeacher: TypeAlias = "Teacher | TextTeacher"
 AnyGenerator: TypeAlias = "Generator | TextGenerator"
 AnyModel: TypeAlias = "Teacher | TextTeacher | Generator | TextGenerator"
@@ -63,17 +70,19 @@ class Model:
         return x0.clamp(-1, 1)
 
     def _in_batches(
-        self, sample_chunk: Callable[[Tensor, Condition, int], Tensor], num_images: int,
-        labels: list[int] | None, seed: int, first: int, batch_size: int,
+        self, sample_chunk: Callable[[Tensor, Condition, Seed, int], Tensor], num_images: int,
+        labels: list[int] | None, seed: Seed, first: int, batch_size: int,
     ) -> Tensor:  # fmt: skip
-        """Call `sample_chunk(noise, condition, number of its first image)` batch by batch."""
+        """Call `sample_chunk(noise, condition, its seed or seeds, number of its first image)` batch by batch."""
+        check_seeds(seed, num_images)
         all_labels = self._labels(num_images, labels, first)
         parts = [torch.empty(0, *self.denoiser.image_shape)]
         for start in range(0, num_images, batch_size):
             chunk = all_labels[start : start + batch_size]
             condition = Condition.from_labels(chunk.to(self.device), self.denoiser.num_classes)
-            noise = sample_noise(self.denoiser, seed, first + start, len(chunk), self.device)
-            parts.append(sample_chunk(noise, condition, first + start).cpu())
+            seeds, number = batch_of_images(seed, first, start, len(chunk))
+            noise = sample_noise(self.denoiser, seeds, number, len(chunk), self.device)
+            parts.append(sample_chunk(noise, condition, seeds, number).cpu())
         return torch.cat(parts)
 
     def _labels(self, num_images: int, labels: list[int] | None, first: int) -> Tensor:
@@ -92,20 +101,21 @@ class Teacher(Model):
     """A diffusion model sampled in many steps."""
 
     def sample(
-        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, num_steps: int = 18,
+        self, num_images: int, *, labels: list[int] | None = None, seed: Seed = 0, num_steps: int = 18,
         guidance_scale: float = 1.0, batch_size: int = 64, first: int = 0,
     ) -> Tensor:  # fmt: skip
         """Images first..first + N - 1 of a seed by the deterministic Heun sampler, (N, C, H, W), in [-1, 1], on the CPU.
 
         Image i depends on (seed, i, its label) only, not on the batch it was made in. Without `labels` all
-        classes take turns. 18 steps are 35 network evaluations.
+        classes take turns. 18 steps are 35 network evaluations. With a tuple of seeds, one an image, each is
+        image `first` of its own seed.
 
         Raises:
             UserError: labels or guidance the model does not have.
         """
         check_guidance(self, guidance_scale)
 
-        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
+        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
             return self.to_images(
                 sample_heun(self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
             )
@@ -138,21 +148,22 @@ class Generator(Model):
         return len(self.card.step_indices)
 
     def sample(
-        self, num_images: int, *, labels: list[int] | None = None, seed: int = 0, batch_size: int = 64,
+        self, num_images: int, *, labels: list[int] | None = None, seed: Seed = 0, batch_size: int = 64,
         first: int = 0,
     ) -> Tensor:  # fmt: skip
         """Images first..first + N - 1 of a seed in one to four evaluations, (N, C, H, W), in [-1, 1], on the CPU.
 
         Image i depends on (seed, i, its label) only, not on the batch it was made in, and shares its starting
-        noise with the teacher's image i of the same seed. Without `labels` all classes take turns.
+        noise with the teacher's image i of the same seed. Without `labels` all classes take turns. With a tuple of
+        seeds, one an image, each is image `first` of its own seed.
 
         Raises:
             UserError: labels the model does not have.
         """
 
-        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
+        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
             return self.to_images(
-                sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=start)
+                sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=first)
             )
 
         return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
@@ -176,9 +187,9 @@ def load_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp
 
     Args:
         path: a model folder, a run folder of `fewstep pretrain`, an EDM .pkl (read without executing anything in
-            it), "bundled:fashion-mnist"; or a text-to-image model: a diffusers folder or hub id.
+            it), "bundled:fashion-mnist"; or a text-to-image model: a diffusers folder, hub id or "bundled:emoji-sd".
         device: "auto", "cpu", "cuda", "cuda:N".
-        precision: "fp32" or "bf16" inside the network.
+        precision: "fp32", "bf16" or "fp16" inside the network.
         resolution: side of a text-to-image model's pictures in pixels; 0 takes its own.
 
     Raises:
@@ -251,12 +262,12 @@ def _generator_folder(path: str | Path) -> Path:
 
 
 def _names_text_model(path: str | Path) -> bool:
-    """Whether a path is a diffusers text-to-image folder, or a hub id that is no local path."""
-    folder, name = Path(path).expanduser(), str(path)
+    """Whether a path is a diffusers text-to-image folder (bundled ones too), or a hub id that is no local path."""
+    folder, name = resolve_path(path), str(path)
     if folder.exists():
         if not _has_text_encoder(folder / "model_index.json"):
             return False
-    elif name.startswith((BUNDLED, ".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith(".pkl"):
+    elif name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith(".pkl"):
         return False
     _need_text_libraries()
     return True
@@ -275,23 +286,8 @@ def _need_text_libraries() -> None:
         raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")
 
 
-def bundled_path(name: str) -> Path:
-    """Folder of files that ship with the package, e.g. "fashion-mnist".
-
-    Raises:
-        UserError: nothing of this name ships.
-    """
-    folder = Path(str(resources.files("fewstep"))) / "assets" / name
-    if not folder.is_dir():
-        raise UserError(f"{BUNDLED}{name} does not ship with this version; {BUNDLED}fashion-mnist does")
-    return folder
-
-
 def _load(path: str | Path, role: str) -> tuple[Denoiser, ModelCard]:
-    if str(path).startswith(BUNDLED):
-        folder = bundled_path(str(path).removeprefix(BUNDLED)) / role
-    else:
-        folder = Path(path).expanduser()
+    folder = resolve_path(path)
     if not folder.exists():
         raise UserError(f"{role} {path} does not exist; give a model folder, a run folder or an EDM .pkl")
     if folder.is_file():

@@ -16,11 +16,13 @@ from fewstep.config import TrainSettings, parse_settings
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
-from fewstep.evaluation.protocols import Measurement, measure_model
-from fewstep.evaluation.report import CurvePoint, Report, write_report
+from fewstep.evaluation.protocols import Measurement, measure_model, measure_sampler
+from fewstep.evaluation.report import Report, write_report
+from fewstep.evaluation.report_parts import CurvePoint
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.pixels import save_grid, save_side_by_side
-from fewstep.generator import BUNDLED, Generator, Teacher, bundled_path, load_class_generator, load_class_teacher
+from fewstep.generator import Generator, Teacher, load_class_generator, load_class_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_process
 from fewstep.training.trainer import claim_run_folder, run_job
@@ -34,7 +36,12 @@ SPEED_IMAGES = 64  # the teacher's speed is measured on this many
 
 @dataclass
 class QualityCurve:
-    """Measures the generator now and then while it trains; an observer of the loop, off its clock."""
+    """Measures the generator now and then while it trains; an observer of the loop, off its clock.
+
+    Attributes:
+        num_images, batch_size: behind each point, and made at once.
+        path: where the points are kept, for an interrupted run.
+    """
 
     job: DistillationJob
     network: FeatureNetwork
@@ -42,6 +49,8 @@ class QualityCurve:
     every_seconds: float
     path: Path
     console: Console
+    num_images: int
+    batch_size: int = 250
     points: list[CurvePoint] = field(default_factory=list)
     next_at: float = 0.0
 
@@ -59,13 +68,18 @@ class QualityCurve:
 
     def measure(self, seconds: float) -> None:
         """Add one point."""
-        generator = self.job.best_generator()
-        assert isinstance(generator, Generator)
-        found = measure_model(generator, "generator", self.network, self.reference, num_images=CURVE_IMAGES, seed=1)
+        found = measure_sampler(
+            "generator", self.job.sample_images, self.network, self.reference, num_images=self.num_images,
+            evaluations_per_image=len(self.job.steps), seed=1, batch_size=self.batch_size, device=self.job.device,
+        )  # fmt: skip
         self.points.append(CurvePoint(seconds / 60, found.frechet_distance))
         with replaced_file(self.path) as aside:
-            aside.write_text(json.dumps([[p.minutes, p.frechet_distance] for p in self.points]), encoding="utf-8")
+            aside.write_text(json.dumps(self.rows()), encoding="utf-8")
         self.console.print(f"  {seconds / 60:4.1f} min: Frechet distance {found.frechet_distance:.2f}")
+
+    def rows(self) -> list[list[float]]:
+        """[minutes, distance] of every point."""
+        return [[point.minutes, point.frechet_distance] for point in self.points]
 
 
 def quickstart_settings(minutes: float, folder: Path, seed: int = 0) -> TrainSettings:
@@ -104,7 +118,9 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     teacher_figure = _teacher_measurement(teacher)
     claim_run_folder(settings, folder)
     job = DistillationJob(settings, teacher)
-    curve = QualityCurve(job, network, reference, max(3.0, minutes * 60 / 10), folder / "curve.json", console)
+    curve = QualityCurve(
+        job, network, reference, max(3.0, minutes * 60 / 10), folder / "curve.json", console, CURVE_IMAGES
+    )
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
     exported = run_job(job, settings, folder, observers=(curve,), console=console)
     generator = load_class_generator(exported, precision=settings.compute.precision)
@@ -113,7 +129,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     report = _build_report(folder, settings, teacher, generator, teacher_figure, generator_figure, curve, reference)
     path = write_report(folder / "report.html", report)
     figures = {"teacher": teacher_figure.to_dict(), "generator": generator_figure.to_dict(), "floor": report.floor,
-               "curve": [[point.minutes, point.frechet_distance] for point in curve.points]}  # fmt: skip
+               "curve": curve.rows()}  # fmt: skip
     with replaced_file(folder / "report.json") as aside:
         aside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _print_table(console, report)

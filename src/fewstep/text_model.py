@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,76 +13,23 @@ from fewstep.backbones.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.backbones.autoencoder import Autoencoder, load_autoencoder
 from fewstep.backbones.catalog import build_denoiser
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
-from fewstep.backbones.diffusers_models import load_diffusers_denoiser, model_family, resolve_model_folder
-from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders, text_condition
+from fewstep.backbones.diffusers_models import (
+    latent_factor,
+    load_diffusers_denoiser,
+    model_family,
+    resolve_model_folder,
+)
+from fewstep.backbones.prompt_table import EmbeddingSource, LiveEmbeddings, PromptTable
+from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
+from fewstep.backbones.tiny_autoencoder import check_tiny_autoencoder, load_tiny_autoencoder
 from fewstep.devices import prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.samplers import sample_ddim, sample_generator, sample_noise
+from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_ddim, sample_generator, sample_noise
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.text_generator_folder import read_generator_folder, write_generator_folder
-
-
-class EmbeddingSource(Protocol):
-    """Embeddings of a list of prompts, by row."""
-
-    def __len__(self) -> int:
-        """Number of prompts."""
-
-    def rows(self, index: Tensor) -> TextEmbeddings:
-        """Embeddings of the prompts at these rows (B,)."""
-
-    def texts(self, index: Tensor) -> list[str]:
-        """The prompts at these rows (B,)."""
-
-
-@dataclass(frozen=True)
-class LiveEmbeddings:
-    """Encodes prompts whenever they are asked for; the encoders stay in memory."""
-
-    encoders: TextEncoders
-    prompts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def rows(self, index: Tensor) -> TextEmbeddings:
-        return self.encoders.encode(self.texts(index))
-
-    def texts(self, index: Tensor) -> list[str]:
-        return [self.prompts[number] for number in index.tolist()]
-
-
-@dataclass(frozen=True)
-class PromptTable:
-    """The conditions of a prompt list: condition i is prompt i.
-
-    Attributes:
-        source: embeddings by row.
-        empty: one row for the unconditional branch.
-        family: "sd", "sdxl" or "sd3".
-        size: height and width of the pictures in pixels.
-    """
-
-    source: EmbeddingSource
-    empty: TextEmbeddings
-    family: str
-    size: tuple[int, int]
-
-    @property
-    def num_rows(self) -> int:
-        """Number of prompts."""
-        return len(self.source)
-
-    def rows(self, index: Tensor) -> Condition:
-        embeddings = self.source.rows(index.cpu()).to(index.device)
-        return text_condition(embeddings, self.empty.to(index.device), self.family, *self.size)
-
-    def texts(self, index: Tensor) -> list[str]:
-        """The prompts at these numbers."""
-        return self.source.texts(index.cpu())
 
 
 @dataclass
@@ -106,8 +53,15 @@ class TextModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        network = self.denoiser.shared.base if isinstance(self.denoiser, AdapterRole) else self.denoiser
-        return next(network.parameters()).device
+        return next(self.base_network.parameters()).device
+
+    @property
+    def base_network(self) -> DiffusersDenoiser:
+        """The network itself, under its LoRA where it has one."""
+        return cast(
+            DiffusersDenoiser,
+            self.denoiser.shared.base if isinstance(self.denoiser, AdapterRole) else self.denoiser,
+        )
 
     @cached_property
     def encoders(self) -> TextEncoders:
@@ -115,9 +69,24 @@ class TextModel:
         return TextEncoders(self.folder, self.family).to(self.device)
 
     @cached_property
+    def empty(self) -> TextEmbeddings:
+        """One row for the unconditional branch."""
+        return self.encoders.encode_empty()
+
+    @cached_property
     def autoencoder(self) -> Autoencoder:
-        """The VAE."""
+        """The VAE, float32 whatever the precision of the network (SDXL's overflows in half precision)."""
         return load_autoencoder(self.folder).to(self.device)
+
+    def use_tiny_autoencoder(self, source: str | Path) -> None:
+        """Decode with a TAESD (a folder or hub id) instead of the VAE, which is then not even read.
+
+        Raises:
+            UserError: no TAESD, or one for other latents.
+        """
+        tiny = load_tiny_autoencoder(source)
+        check_tiny_autoencoder(tiny, source, self.denoiser.image_shape[0], latent_factor(self.folder))
+        self.__dict__["autoencoder"] = tiny.to(self.device)
 
     def release_encoders(self) -> None:
         """Free the text encoders; they are read again when next needed."""
@@ -139,21 +108,34 @@ class TextModel:
         with torch.no_grad():
             return torch.cat([self.autoencoder.decode(part) for part in x0.split(8)]).clamp(-1, 1)
 
-    def table(self, source: EmbeddingSource, empty: TextEmbeddings | None = None) -> PromptTable:
-        """The conditions of a prompt list for this model."""
-        return PromptTable(source, empty or self.encoders.encode_empty(), self.family, self.size)
+    def table(
+        self, source: EmbeddingSource, empty: TextEmbeddings | None = None, size: tuple[int, int] | None = None
+    ) -> PromptTable:
+        """The conditions of a prompt list for this model, for pictures of its own size unless another is given."""
+        return PromptTable(source, empty or self.empty, self.family, size or self.size)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError where the network cannot make pictures of this size (pixels)."""
+        self.base_network.check_latent_size(height, width, self.autoencoder.factor)
 
     def _in_batches(
-        self, sample_chunk: Callable[[Tensor, Condition, int], Tensor], prompts: list[str], seed: int, first: int,
-        batch_size: int,
+        self, sample_chunk: Callable[[Tensor, Condition, Seed, int], Tensor], prompts: list[str], seed: Seed,
+        first: int, batch_size: int, size: tuple[int, int] | None, empty: TextEmbeddings | None = None,
     ) -> Tensor:  # fmt: skip
-        """Call `sample_chunk(noise, condition, number of its first image)` batch by batch and decode."""
-        table = self.table(LiveEmbeddings(self.encoders, prompts))
-        parts = [torch.empty(0, 3, *self.size)]
+        """Call `sample_chunk(noise, condition, its seed or seeds, number of its first image)` batch by batch, decode."""
+        check_seeds(seed, len(prompts))
+        if size is not None:
+            self.check_size(*size)
+        height, width = size or self.size
+        factor = self.autoencoder.factor
+        shape = (self.denoiser.image_shape[0], height // factor, width // factor)
+        table = self.table(LiveEmbeddings(self.encoders, prompts), empty, (height, width))
+        parts = [torch.empty(0, 3, height, width)]
         for start in range(0, len(prompts), batch_size):
             rows = torch.arange(start, min(start + batch_size, len(prompts)), device=self.device)
-            noise = sample_noise(self.denoiser, seed, first + start, len(rows), self.device)
-            parts.append(self.to_images(sample_chunk(noise, table.rows(rows), first + start)).cpu())
+            seeds, number = batch_of_images(seed, first, start, len(rows))
+            noise = sample_noise(self.denoiser, seeds, number, len(rows), self.device, shape=shape)
+            parts.append(self.to_images(sample_chunk(noise, table.rows(rows), seeds, number)).cpu())
         return torch.cat(parts)
 
 
@@ -161,18 +143,27 @@ class TextTeacher(TextModel):
     """A diffusion model sampled in many guided steps."""
 
     def sample(
-        self, prompts: list[str], *, seed: int = 0, num_steps: int = 50, guidance_scale: float = 7.5,
-        batch_size: int = 4, first: int = 0,
+        self, prompts: list[str], *, seed: Seed = 0, num_steps: int = 50, guidance_scale: float = 7.5,
+        negative_prompt: str | None = None, batch_size: int = 4, first: int = 0, size: tuple[int, int] | None = None,
     ) -> Tensor:  # fmt: skip
         """One picture a prompt by the DDIM sampler, (N, 3, H, W), in [-1, 1], on the CPU.
 
-        Picture i depends on (seed, first + i, its prompt) only, not on the batch it was made in.
+        Picture i depends on (seed, first + i, its prompt) only, not on the batch it was made in. With a tuple of seeds,
+        one a prompt, each is picture `first` of its own seed.
+
+        Args:
+            negative_prompt: what guidance leads away from, instead of the empty prompt.
+            size: height and width in pixels; None is the model's own.
+
+        Raises:
+            UserError: a size the model cannot make.
         """
 
-        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
+        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
             return sample_ddim(self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
 
-        return self._in_batches(sample_chunk, prompts, seed, first, batch_size)
+        empty = None if negative_prompt is None else self.encoders.encode([negative_prompt])
+        return self._in_batches(sample_chunk, prompts, seed, first, batch_size, size, empty)
 
     def evaluations(self, num_steps: int = 50) -> int:
         """Network evaluations a picture; guidance makes each one twice as large."""
@@ -203,16 +194,28 @@ class TextGenerator(TextModel):
         """Network evaluations a picture."""
         return len(self.card.step_indices)
 
-    def sample(self, prompts: list[str], *, seed: int = 0, batch_size: int = 4, first: int = 0) -> Tensor:
+    def sample(
+        self, prompts: list[str], *, seed: Seed = 0, batch_size: int = 4, first: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """One picture a prompt in one to four evaluations, (N, 3, H, W), in [-1, 1], on the CPU.
 
-        Picture i depends on (seed, first + i, its prompt) only, and shares its starting noise with the teacher's.
+        Picture i depends on (seed, first + i, its prompt) only, and shares its starting noise with the teacher's. With
+        a tuple of seeds, one a prompt, each is picture `first` of its own seed.
+
+        Args:
+            size: height and width in pixels; None is the one it was trained for, the only one it is good at.
+
+        Raises:
+            UserError: a size the model cannot make.
         """
 
-        def sample_chunk(noise: Tensor, condition: Condition, start: int) -> Tensor:
-            return sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=start)
+        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
+            shape = (noise.shape[1], noise.shape[2], noise.shape[3])
+            schedule = self.step_schedule
+            return sample_generator(self.denoiser, schedule, condition, seed=seed, first=first, shape=shape)
 
-        return self._in_batches(sample_chunk, prompts, seed, first, batch_size)
+        return self._in_batches(sample_chunk, prompts, seed, first, batch_size, size)
 
 
 def load_text_teacher(

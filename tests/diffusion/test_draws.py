@@ -230,3 +230,15 @@ def test_extreme_words_give_finite_normals_and_integers_in_range(monkeypatch: py
 def test_extreme_words_give_uniforms_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
     monkeypatch.setattr(Draws, "_words", constant_words(word))
     assert 0 < Draws.of_batch(0, 0, 1).uniform("data_flip").item() < 1
+
+
+def test_one_seed_a_sample() -> None:
+    """Each sample's numbers are those of its own seed; what all samples share needs one seed."""
+    positions = torch.tensor([5, 5, 7])
+    several = Draws((3, 2**64 - 1, 2**33), 2, positions)
+    for number, seed in enumerate((3, 2**64 - 1, 2**33)):
+        single = Draws(seed, 2, positions[number : number + 1])
+        assert torch.equal(several.normal("sample_noise", (2, 3))[number], single.normal("sample_noise", (2, 3))[0])
+        assert torch.equal(several.uniform("dm_level")[number], single.uniform("dm_level")[0])
+    with pytest.raises(ValueError, match="needs one seed for all"):
+        several.shared_integer("simulated_step", 4)

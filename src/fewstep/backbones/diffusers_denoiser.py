@@ -11,6 +11,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
 from fewstep.diffusion.noise_levels import DiscreteSchedule, NoiseSchedule, per_sample
 from fewstep.diffusion.preconditioning import Prediction, native_denoising_weight, predicted_x0
+from fewstep.errors import UserError
 
 Checkpoint = Callable[..., Any]
 
@@ -24,11 +25,17 @@ class DiffusersDenoiser(Denoiser):
         prediction: what the network predicts.
         image_shape: (C, H, W) of the latents.
 
+    Attributes:
+        latent_multiple: the sides of the latents must be multiples of it.
+        max_latent_size: their longest side, 0 where there is no limit.
+
     Raises:
         ValueError: epsilon prediction with a schedule whose last alpha is 0 (no x0 follows from it there).
     """
 
     family: str
+    latent_multiple: int
+    max_latent_size: int
 
     def __init__(
         self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, image_shape: tuple[int, int, int]
@@ -67,7 +74,30 @@ class DiffusersDenoiser(Denoiser):
         return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()
 
     def compile_network(self) -> None:
-        self.network.compile()
+        for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
+            block.compile()
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of layers that `run_network` calls one after the other."""
+        raise NotImplementedError("a DiffusersDenoiser subclass implements blocks")
+
+    def check_latent_size(self, height: int, width: int, factor: int) -> None:
+        """Refuse latents the network cannot take.
+
+        Args:
+            height, width: of the pictures, in pixels.
+            factor: pixels a latent side stands for.
+
+        Raises:
+            UserError: not a multiple of what the network halves, or above what it has positions for.
+        """
+        multiple = self.latent_multiple * factor
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            raise UserError(f"size {height}x{width}: this model makes pictures whose sides are multiples of {multiple}")
+        if self.max_latent_size and max(height, width) > self.max_latent_size * factor:
+            raise UserError(
+                f"size {height}x{width}: this model has positions for sides up to {self.max_latent_size * factor}"
+            )
 
     def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
         """Keep block inputs only and recompute the rest in the backward pass.

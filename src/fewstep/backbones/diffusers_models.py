@@ -12,6 +12,7 @@ from fewstep.backbones.diffusers_unet import DiffusersUNetDenoiser, plain_config
 from fewstep.backbones.sd3 import SD3Denoiser
 from fewstep.backbones.text_encoders import TextEncoders, read_model_index
 from fewstep.errors import UserError
+from fewstep.formats.bundled import resolve_path
 
 _KINDS: dict[str, Any] = {
     "sd": (DiffusersUNetDenoiser, UNet2DConditionModel, "unet"),
@@ -21,12 +22,12 @@ _KINDS: dict[str, Any] = {
 
 
 def resolve_model_folder(source: str | Path) -> Path:
-    """A local diffusers folder as it is; a hub id ("org/name") downloaded to the hub's cache, safetensors only.
+    """A local or bundled diffusers folder as it is; a hub id ("org/name") downloaded to the hub's cache, safetensors only.
 
     Raises:
-        UserError: neither; or the download fails.
+        UserError: none of these; or the download fails.
     """
-    folder = Path(source).expanduser()
+    folder = resolve_path(source)
     if folder.exists():
         read_model_index(folder)
         return folder
@@ -84,7 +85,7 @@ def load_diffusers_denoiser(folder: Path, resolution: int = 0) -> DiffusersDenoi
     scheduler = read_json(folder / "scheduler/scheduler_config.json", folder, "scheduler")
     size = 0
     if resolution:
-        factor = _latent_factor(folder)
+        factor = latent_factor(folder)
         if resolution % factor:
             raise UserError(f"teacher.resolution={resolution} is no multiple of the VAE's factor {factor}")
         size = resolution // factor
@@ -105,7 +106,7 @@ def describe_diffusers_folder(folder: Path, resolution: int = 0) -> dict[str, An
     denoiser, network, name = _KINDS[model_family(folder)]
     with torch.device("meta"):
         untrained = network.from_config(read_json(folder / name / "config.json", folder, name))
-        size = resolution // _latent_factor(folder) if resolution else 0
+        size = resolution // latent_factor(folder) if resolution else 0
     return denoiser(
         untrained, plain_config(read_json(folder / "scheduler/scheduler_config.json", folder, "scheduler")), size
     ).describe()
@@ -128,6 +129,7 @@ def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); download the model again") from error
 
 
-def _latent_factor(folder: Path) -> int:
+def latent_factor(folder: Path) -> int:
+    """Pixels a latent side stands for, from the VAE's config."""
     blocks = read_json(folder / "vae/config.json", folder, "vae").get("block_out_channels") or [0] * 4
     return int(2 ** (len(blocks) - 1))

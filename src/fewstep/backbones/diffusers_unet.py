@@ -4,7 +4,7 @@ from typing import Any, cast, get_args
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.diffusion.condition import Condition
@@ -40,6 +40,7 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         schedule = DiscreteSchedule(discrete_alphas_cumprod(scheduler_config))
         super().__init__(unet, schedule, cast(Prediction, prediction), (config.in_channels, size, size))
         self.scheduler_config = dict(scheduler_config)
+        self.latent_multiple, self.max_latent_size = 2 ** (len(config.down_block_types) - 1), 0
         for _ in config.down_block_types[:-1]:
             size = -(-size // 2)
         self.bottleneck_shape = (config.block_out_channels[-1], size, size)
@@ -91,6 +92,9 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
             else:
                 x = block(x, own, embedding, upsample_size=target)
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.backbones.diffusers_unet import plain_config
@@ -55,6 +55,8 @@ class SD3Denoiser(DiffusersDenoiser):
         schedule = FlowSchedule(float(scheduler_config.get("shift", 1.0)), levels)
         super().__init__(transformer, schedule, "flow", (config.in_channels, size, size))
         self.scheduler_config = dict(scheduler_config)
+        self.latent_multiple = config.patch_size
+        self.max_latent_size = config.patch_size * config.pos_embed_max_size
         side = size // config.patch_size
         self.bottleneck_shape = (config.num_attention_heads * config.attention_head_dim, side, side)
         self.middle = (len(transformer.transformer_blocks) - 1) // 2
@@ -65,6 +67,7 @@ class SD3Denoiser(DiffusersDenoiser):
         if condition.text is None or condition.pooled is None:
             raise ValueError("this transformer needs text embeddings and pooled embeddings")
         net = self.network
+        height, width = (side // net.config.patch_size for side in noisy.shape[-2:])
         x = net.pos_embed(noisy)
         embedding = net.time_text_embed(level * self.noise_schedule.num_levels, condition.pooled)
         context = net.context_embedder(condition.text)
@@ -75,16 +78,19 @@ class SD3Denoiser(DiffusersDenoiser):
             else:
                 context, x = block(x, context, embedding)
             if number == self.middle and want != "x0":
-                feature = x.transpose(1, 2).unflatten(2, self.bottleneck_shape[1:])
+                feature = x.transpose(1, 2).unflatten(2, (height, width))
                 if want == "bottleneck":
                     return None, feature
-        return self._image(net.proj_out(net.norm_out(x, embedding))), feature
+        return self._image(net.proj_out(net.norm_out(x, embedding)), height, width), feature
 
-    def _image(self, tokens: Tensor) -> Tensor:
-        """Patches (B, h w, p p C) back to (B, C, H, W)."""
-        side, patch = self.bottleneck_shape[1], self.network.config.patch_size
-        patches = tokens.reshape(len(tokens), side, side, patch, patch, -1)
-        return torch.einsum("bhwpqc->bchpwq", patches).reshape(len(tokens), -1, side * patch, side * patch)
+    def _image(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Patches (B, h w, p p C) back to (B, C, h p, w p)."""
+        patch = self.network.config.patch_size
+        patches = tokens.reshape(len(tokens), height, width, patch, patch, -1)
+        return torch.einsum("bhwpqc->bchpwq", patches).reshape(len(tokens), -1, height * patch, width * patch)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.transformer_blocks)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.inert_pickle import read_pickled_strings
 
 _SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
@@ -20,14 +21,14 @@ def load_prompts(path: str | Path, column: str = "text") -> list[str]:
     Args:
         path: .txt (UTF-8, one prompt a line), .parquet, .jsonl or .csv (their column), .pkl (a pickled list[str], read
             without executing anything); or a folder of pictures with metadata.jsonl, .csv or .parquet, or of parquet
-            files.
+            files; or one that ships, as "bundled:emoji/prompts_train.txt".
         column: of the tables.
 
     Raises:
         UserError: nothing there, no prompts, an empty prompt, bytes that are not UTF-8, no such column. The message
             names the file and the line or row.
     """
-    path = Path(path).expanduser()
+    path = resolve_path(path)
     files = _tables(path) if path.is_dir() else [path]
     prompts = [prompt for file in files for prompt in _read(file, column)]
     if not prompts:

@@ -28,12 +28,12 @@ class Draws:
     """The draws of one step for the samples at `positions`.
 
     Attributes:
-        seed: the run's seed, 0 <= seed < 2**64.
+        seed: the run's seed, 0 <= seed < 2**64; or one a sample, B of them.
         step: training step, or any other 32-bit number that separates draws.
         positions: global sample indices of this batch, (B,), int64, on the device to draw on.
     """
 
-    seed: int
+    seed: int | tuple[int, ...]
     step: int
     positions: Tensor
 
@@ -67,6 +67,8 @@ class Draws:
 
     def shared_integer(self, purpose: Purpose, high: int) -> int:
         """One number in 0..high - 1 that is the same for every sample and every process."""
+        if not isinstance(self.seed, int):
+            raise ValueError("a number that all samples share needs one seed for all")
         one = Draws(self.seed, self.step, torch.zeros(1, dtype=torch.int64))
         return int(one.integers(purpose, 0, high))
 
@@ -84,10 +86,17 @@ class Draws:
             torch.full(shape, self.step & _MASK, dtype=torch.int64, device=device),
             torch.full(shape, zlib.crc32(purpose.encode()), dtype=torch.int64, device=device),
         ]
-        return torch.stack(_philox(counter, self.seed & _MASK, self.seed >> 32 & _MASK))
+        return torch.stack(_philox(counter, self._key(0), self._key(32)))
+
+    def _key(self, shift: int) -> int | Tensor:
+        """32 bits of the seed, from bit `shift` on; with one seed a sample a column (B, 1)."""
+        if isinstance(self.seed, int):
+            return self.seed >> shift & _MASK
+        words = [seed >> shift & _MASK for seed in self.seed]
+        return torch.tensor(words, dtype=torch.int64, device=self.positions.device)[:, None]
 
 
-def _philox(counter: list[Tensor], key0: int, key1: int) -> list[Tensor]:
+def _philox(counter: list[Tensor], key0: int | Tensor, key1: int | Tensor) -> list[Tensor]:
     """Philox4x32 with 10 rounds on int64 tensors holding 32-bit words.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.guidance import guided_denoise
 from fewstep.diffusion.noise_levels import KarrasSchedule, karras_sigmas, per_sample
 from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.errors import UserError
+
+Seed: TypeAlias = int | tuple[int, ...]  # one for all images, or one an image
 
 
 def heun_evaluations(num_steps: int) -> int:
@@ -145,20 +149,46 @@ def sample_few_steps(
 
 
 def sample_generator(
-    denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: int, first: int = 0
-) -> Tensor:
-    """x0 of images first..first + B - 1 of a seed from a generator network, (B, C, H, W), not clamped."""
+    denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: Seed, first: int = 0,
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x0 of B images from a generator network, (B, C, H, W), not clamped; `seed`, `first` and `shape` as `sample_noise` has them."""
     size, device = len(condition), next(denoiser.parameters()).device
 
     def fresh_noise(number: int) -> Tensor:
-        return sample_noise(denoiser, seed, first, size, device, step=number)
+        return sample_noise(denoiser, seed, first, size, device, step=number, shape=shape)
 
     return sample_few_steps(denoiser, fresh_noise(0), condition, steps, fresh_noise)
 
 
-def sample_noise(denoiser: Denoiser, seed: int, first: int, size: int, device: torch.device, step: int = 0) -> Tensor:
-    """Unit Gaussian that images first..first + size - 1 of a seed start from (or meet at a later step)."""
-    return Draws.of_batch(seed, step, size, device, first).normal("sample_noise", denoiser.image_shape)
+def sample_noise(
+    denoiser: Denoiser, seed: Seed, first: int, size: int, device: torch.device, step: int = 0,
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Unit Gaussian (size, C, H, W) that images start from (or meet at a later step).
+
+    Args:
+        seed: of images first..first + size - 1; or one seed an image, then each is image `first` of its own seed.
+        shape: (C, H, W) where it is not the model's own.
+    """
+    if isinstance(seed, int):
+        draws = Draws.of_batch(seed, step, size, device, first)
+    else:
+        draws = Draws(seed, step, torch.full((size,), first, dtype=torch.int64, device=device))
+    return draws.normal("sample_noise", shape or denoiser.image_shape)
+
+
+def check_seeds(seed: Seed, num_images: int) -> None:
+    """Raise UserError where a list of seeds does not have one an image."""
+    if not isinstance(seed, int) and len(seed) != num_images:
+        raise UserError(f"{len(seed)} seeds for {num_images} images: give one seed, or one an image")
+
+
+def batch_of_images(seed: Seed, first: int, start: int, size: int) -> tuple[Seed, int]:
+    """`seed` and `first` of images start..start + size - 1 of a longer list."""
+    if isinstance(seed, int):
+        return seed, first + start
+    return seed[start : start + size], first
 
 
 def sample_teacher(

@@ -1,7 +1,8 @@
 """Feature networks that quality is measured in: Inception from a local file, or a small classifier of the data set."""
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.evaluation.inception import load_inception
 from fewstep.formats.atomic import written_aside
-from fewstep.generator import BUNDLED, bundled_path
+from fewstep.formats.bundled import BUNDLED, bundled_path
 
 
 class FeatureNetwork(Protocol):
@@ -31,27 +32,34 @@ class SmallClassifier(nn.Module):
     Args:
         channels: of the pictures, 1 or 3.
         num_classes: of the data set.
-        width: channels of the first stage; features have 4 x width entries.
+        width: channels of the first stage; each further one has twice as many, and so many features the last.
         name: what reports call these features.
+        num_stages: 3 suits 32x32 pictures, 4 suits 64x64.
+        class_names: in the order of the classes, where they have names.
     """
 
-    def __init__(self, channels: int, num_classes: int, width: int = 32, name: str = "classifier") -> None:
+    def __init__(
+        self, channels: int, num_classes: int, width: int = 32, name: str = "classifier", num_stages: int = 3,
+        class_names: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.name = name
-        self.arguments = {"channels": channels, "num_classes": num_classes, "width": width, "name": name}
+        self.name, self.class_names = name, tuple(class_names)
+        self.arguments = {
+            "channels": channels, "num_classes": num_classes, "width": width, "name": name, "num_stages": num_stages,
+            "class_names": list(class_names),
+        }  # fmt: skip
 
         def stage(cin: int, cout: int) -> list[nn.Module]:
             return [nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
 
-        self.body = nn.Sequential(
-            *stage(channels, width), *stage(width, width), nn.MaxPool2d(2),
-            *stage(width, 2 * width), *stage(2 * width, 2 * width), nn.MaxPool2d(2),
-            *stage(2 * width, 4 * width), *stage(4 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(4 * width, num_classes)
+        layers, widths = [], [channels, *(width * 2**number for number in range(num_stages))]
+        for cin, cout in itertools.pairwise(widths):
+            layers += [*stage(cin, cout), *stage(cout, cout), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> features (B, 4 width)."""
+        """(B, C, H, W) in [-1, 1] -> features (B, width of the last stage)."""
         return self.body(images)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.bundled import resolve_path
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class FeatureStatistics:
             np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_images=self.num_images)
 
     @classmethod
-    def load(cls, path: Path) -> "FeatureStatistics":
-        """Read an .npz with `mu` and `sigma`; raises UserError when it is not one."""
+    def load(cls, path: str | Path) -> "FeatureStatistics":
+        """Read an .npz with `mu` and `sigma` (or "bundled:..."); raises UserError when it is not one."""
+        path = resolve_path(path)
         try:
             # opened here: np.load forgets to close a file that is no archive
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fewstep.formats.bundled import BUNDLED
 from fewstep.formats.model_folder import ModelCard
 
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # of the hub's cache
@@ -98,6 +99,14 @@ pipe("a red cat").images[0].save("picture.png")""")
     return f"{code}\n\nThe steps travel in the scheduler's config. {wrong}\n\nWith fewstep, nothing is typed:\n\n{ours}"
 
 
+def _base(facts: CardFacts) -> tuple[str, str]:
+    """(import, expression) of what the base is loaded from: a name, a folder, or what ships with fewstep."""
+    if facts.base.startswith(BUNDLED):
+        name = facts.base.removeprefix(BUNDLED)
+        return "from fewstep.formats.bundled import bundled_path\n", f"str(bundled_path({name!r}))"
+    return "", repr(hub_name(facts.base) or facts.base)
+
+
 def _scheduler_lines(facts: CardFacts) -> str:
     kind = "FlowMatchLCMScheduler" if facts.component == "transformer" else "LCMScheduler"
     if facts.has_scheduler:
@@ -108,13 +117,13 @@ def _scheduler_lines(facts: CardFacts) -> str:
 def _network_usage(facts: CardFacts) -> str:
     scheduler = "FlowMatchLCMScheduler" if facts.component == "transformer" else "LCMScheduler"
     kind = "SD3Transformer2DModel" if facts.component == "transformer" else "UNet2DConditionModel"
-    base = hub_name(facts.base) or facts.base
+    imported, base = _base(facts)
     return _code(f"""import torch
 from diffusers import DiffusionPipeline, {", ".join(sorted([kind, scheduler]))}
-
+{imported}
 {_PLACE}
 network = {kind}.from_pretrained({facts.source!r}, subfolder="{facts.component}")
-pipe = DiffusionPipeline.from_pretrained({base!r}, {facts.component}=network{_options(facts)}).to(device, dtype)
+pipe = DiffusionPipeline.from_pretrained({base}, {facts.component}=network{_options(facts)}).to(device, dtype)
 {_scheduler_lines(facts)}
 {_call(facts)}""")
 
@@ -122,11 +131,12 @@ pipe = DiffusionPipeline.from_pretrained({base!r}, {facts.component}=network{_op
 def _lora_usage(facts: CardFacts) -> str:
     scheduler = "FlowMatchLCMScheduler" if facts.component == "transformer" else "LCMScheduler"
     file = f"{facts.name}.safetensors" if facts.kind == "kohya-lora" else "pytorch_lora_weights.safetensors"
+    imported, base = _base(facts)
     return _code(f"""import torch
 from diffusers import DiffusionPipeline, {scheduler}
-
+{imported}
 {_PLACE}
-pipe = DiffusionPipeline.from_pretrained({hub_name(facts.base) or facts.base!r}{_options(facts)}).to(device, dtype)
+pipe = DiffusionPipeline.from_pretrained({base}{_options(facts)}).to(device, dtype)
 pipe.load_lora_weights({facts.source!r}, weight_name="{file}")
 {_scheduler_lines(facts)}
 {_call(facts)}""")

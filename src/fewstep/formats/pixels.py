@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fewstep.formats.atomic import replaced_file
@@ -29,10 +30,25 @@ def make_grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def save_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Save a grid as PNG, written aside and renamed."""
+def save_grid(path: Path, images: Tensor, columns: int, facts: dict[str, object] | None = None) -> None:
+    """Save a grid as PNG, written aside and renamed, with facts about it in its metadata."""
     with replaced_file(path) as aside:
-        make_grid(images, columns).save(aside, format="PNG")
+        make_grid(images, columns).save(aside, format="PNG", pnginfo=_metadata(facts or {}))
+
+
+def save_picture(path: Path, image: Tensor, facts: dict[str, object]) -> None:
+    """Save one image (C, H, W) in [-1, 1] as PNG; each fact becomes a text entry "fewstep:<name>"."""
+    pixels = to_uint8(image).numpy()
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    with replaced_file(path) as aside:
+        picture.save(aside, format="PNG", pnginfo=_metadata(facts))
+
+
+def _metadata(facts: dict[str, object]) -> PngInfo:
+    info = PngInfo()
+    for name, value in facts.items():
+        info.add_itxt(f"fewstep:{name}", str(value))
+    return info
 
 
 def save_side_by_side(path: Path, left: Tensor, right: Tensor, columns: int, scale: int = 2) -> None:

@@ -36,7 +36,7 @@ class BestGenerator:
             )
         self.job, self.settings, self.folder, self.console = job, settings, folder, console or Console(stderr=True)
         self.network = load_features(best.features, job.device)
-        self.reference = FeatureStatistics.load(Path(best.reference).expanduser())
+        self.reference = FeatureStatistics.load(best.reference)
         self.measured: list[dict[str, float]] = []
 
     def resume(self, step: int) -> None:

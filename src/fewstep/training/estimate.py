@@ -1,7 +1,6 @@
 """What a run would need, found without teacher, data or memory: networks are built on the meta device."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from fewstep.config import PretrainSettings, TrainSettings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, Want
 from fewstep.errors import UserError
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.model_folder import read_model_folder
-from fewstep.generator import BUNDLED, bundled_path
 from fewstep.training.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
 from fewstep.training.warmup import is_warmup
 
@@ -173,7 +172,7 @@ def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] 
     path = teacher.path
     if not path:
         return None
-    folder = bundled_path(path.removeprefix(BUNDLED)) if path.startswith(BUNDLED) else Path(path).expanduser()
+    folder = resolve_path(path)
     if (folder / "teacher").is_dir():
         folder = folder / "teacher"
     if not folder.is_dir():

@@ -14,6 +14,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.distillation.conditions import RealBatch
 from fewstep.errors import UserError
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.text_model import LiveEmbeddings, PromptTable, TextTeacher
@@ -67,7 +68,7 @@ def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) ->
         raise UserError(
             "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder)"
         )
-    path = Path(settings.data.prompts).expanduser()
+    path = resolve_path(settings.data.prompts)
     if (path / "manifest.json").is_file():
         return stored_prompts(teacher, path)
     prompts = load_prompts(path, settings.data.prompt_column)

@@ -1,0 +1,49 @@
+"""One function for every kind of foreign weights: recognise the file, write the folder it belongs in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
+from fewstep.errors import UserError
+
+
+def convert_weights(source: str | Path, out: str | Path, *, base: str = "", step_indices: Sequence[int] = ()) -> str:
+    """Turn other tools' weights into a folder to sample and train from; nothing in the file is executed.
+
+    Args:
+        source: EDM .pkl, DMD2 checkpoint folder, U-Net .bin or .safetensors, LoRA, or a single-file checkpoint.
+        out: folder to write; appears whole or not at all.
+        base: diffusers folder or hub id of the model that text-to-image weights belong to.
+        step_indices: grid indices a generator runs at; empty: EDM 999, released files by their name.
+
+    Returns:
+        What was written, as one line for people.
+
+    Raises:
+        UserError: `out` exists, nothing there to convert, a damaged file, no base or another one, no steps known.
+    """
+    source, out, indices = Path(source).expanduser(), Path(out).expanduser(), tuple(step_indices)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another output folder, or remove it first")
+    kind = recognise(source)
+    if kind in ("edm-pickle", "single-file") and indices:
+        raise UserError(f"{source} is a teacher, which has no step schedule; leave out --step-indices")
+    if kind == "edm-pickle":
+        return convert_edm_pickle(source, out)
+    if kind == "dmd2":
+        return convert_dmd2(source, out, base, indices)
+    if kind == "lora":
+        return convert_lora(source, out, base, indices)
+    return _convert_single_file(source, out, base)
+
+
+def _convert_single_file(source: Path, out: Path, base: str) -> str:
+    from fewstep.preparation.single_file import single_file_to_folder
+
+    if not base:
+        raise UserError(
+            f"{source} is a single-file checkpoint in the LDM layout: give a diffusers folder of the same model family "
+            "as --base, which brings configs, tokenizers and scheduler"
+        )
+    single_file_to_folder(source, base, out)
+    return f"{out}: diffusers folder"
