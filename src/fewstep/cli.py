@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs itself, so that `--help` answers at once."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,7 @@ def train(
     if dry_run:
         from fewstep.training.estimate import describe_distillation
 
-        _print_dry_run(settings, describe_distillation(settings))
+        _print_dry_run(settings, describe_distillation(settings, lambda text: print(text, file=sys.stderr, flush=True)))
         return
     if suggest_gan_weight:
         from fewstep.training.run import print_gan_weight
@@ -251,8 +252,11 @@ def evaluate(
 def prepare_pairs(
     teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
-    num_pairs: Annotated[int, typer.Option(min=1, help="noise-image pairs to make")] = 25_000,
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  [default: 25000, of an LMDB all]")] = None,
     prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
+    from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
+    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its images by this; default: take them as they are")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
@@ -261,9 +265,23 @@ def prepare_pairs(
     precision: Precision = "fp32",
 ) -> None:  # fmt: skip
     """Store noises with the teacher's deterministic images for DMD's regression loss."""
+    if lmdb_scale is not None and from_lmdb is None:
+        raise UserError(f"--lmdb-scale {lmdb_scale:g} is of --from-lmdb: give both, or neither")
+    if from_lmdb is not None:
+        if prompts or truncate_prompts or teacher_steps is not None:
+            raise UserError(
+                "--from-lmdb brings its own prompts and samples: leave out --prompts, --truncate-prompts and --teacher-steps"
+            )
+        from fewstep.commands_text import import_pairs
+
+        import_pairs(teacher, from_lmdb, folder, num_pairs, lmdb_scale, device)
+        return
     from fewstep.commands import make_pairs
 
-    make_pairs(teacher, folder, num_pairs, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts)
+    make_pairs(
+        teacher, folder, num_pairs or 25_000, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts,
+        truncate_prompts,
+    )  # fmt: skip
 
 
 @prepare.command("embeddings")
@@ -386,6 +404,34 @@ def export(
     export_model(generator, out, kind, dtype, base, list(prompt or []), num_samples, licence, push, device)
 
 
+@app.command("app")
+def web_app(
+    model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
+    teacher: Annotated[str, typer.Option(help="shown beside the generator, from the same noise: as `sample` takes one")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on; the default is reachable from this machine only")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one from 7860 on")] = 7860,
+    max_images: Annotated[int, typer.Option(help="most pictures a request")] = 8,
+    max_queue: Annotated[int, typer.Option(help="most requests waiting; further ones are turned away")] = 16,
+    max_prompt: Annotated[int, typer.Option(help="most characters of a prompt")] = 1000,
+    history: Annotated[int, typer.Option(help="pictures in the history strip; 0: no strip")] = 24,
+    teacher_steps: Annotated[int | None, typer.Option(help="for teachers: 18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 (off), text-to-image 7.5, unless set")] = None,
+    tiny_vae: Annotated[str, typer.Option("--tiny-vae", help="text-to-image: offer a TAESD beside the VAE; diffusers folder or hub id")] = "",
+    safety_checker: Annotated[bool, typer.Option("--safety-checker/--no-safety-checker", help="text-to-image: withhold what the checker in the model's folder flags, where it has one")] = True,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 inside the network; the VAE stays in fp32")] = "fp32",
+) -> None:  # fmt: skip
+    """A web page on this machine: prompt or class in, pictures out, the teacher's beside them."""
+    from fewstep.app.serve import launch_app
+    from fewstep.app.settings import AppSettings
+
+    launch_app(AppSettings(
+        model, teacher=teacher, host=host, port=port, max_images=max_images, max_queue=max_queue, max_prompt=max_prompt,
+        history=history, teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae,
+        safety_checker=safety_checker, device=device, precision=precision,
+    ))  # fmt: skip
+
+
 def _with_folder(settings: Any, recipe: Path) -> Any:
     """Runs go to runs/<recipe name> unless the settings say otherwise."""
     if settings.run.folder:
@@ -393,11 +439,12 @@ def _with_folder(settings: Any, recipe: Path) -> Any:
     return settings.model_copy(update={"run": settings.run.model_copy(update={"folder": f"runs/{recipe.stem}"})})
 
 
-def _print_dry_run(settings: Any, lines: list[str]) -> None:
+def _print_dry_run(settings: Any, lines: Iterable[str]) -> None:
+    """The settings at once, then each line as it becomes known."""
     from fewstep.config import flatten_settings
 
     for key, value in flatten_settings(settings).items():
         print(f"{key} = {value!r}")
-    print()
+    print(flush=True)
     for line in lines:
-        print(line)
+        print(line, flush=True)

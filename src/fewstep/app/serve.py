@@ -1,0 +1,85 @@
+"""Start the page: load, build, listen on one address until Ctrl-C."""
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from fewstep.app.settings import AppSettings
+from fewstep.app.studio import load_studio
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    import gradio
+
+
+def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
+    """Load the models and serve the page.
+
+    Args:
+        settings: what to load and where to listen.
+        wait: until Ctrl-C; otherwise return while the page is served, `.local_url` its address, `.close()` its end.
+
+    Raises:
+        UserError: gradio is missing, the address is not to be had, or a model cannot be loaded.
+    """
+    # before the import: nothing is sent anywhere, and no list of requests is kept in the browser
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(f"the web page needs gradio ({error}): pip install 'fewstep[app]'") from error
+    from fewstep.app.page import CSS, build_page
+
+    _check_address(settings.host, settings.port)
+    page = build_page(load_studio(settings))
+    font = ["ui-sans-serif", "system-ui", "sans-serif"]
+    options: dict[str, Any] = {
+        "theme": gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"]), "css": CSS,
+        "footer_links": [], "share": False, "ssr_mode": False, "enable_monitoring": False, "show_error": False,
+        "max_file_size": "1kb", "state_session_capacity": 100,
+    }  # fmt: skip
+    try:
+        page.launch(
+            server_name=settings.host, server_port=settings.port or None, prevent_thread_lock=True, quiet=True,
+            **options,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(_taken(settings.host, settings.port, _first_line(error))) from error
+    except ValueError as error:  # gradio asks its own page once, through a proxy where the environment names one
+        raise UserError(
+            f"the page at {settings.host} does not answer ({_first_line(error)}); set NO_PROXY={settings.host}"
+        ) from error
+    print(f"fewstep app: {page.local_url} (Ctrl-C ends it)", flush=True)
+    if settings.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            "fewstep app: everyone who reaches this address can use the page, there is no password; "
+            "docs/app.md shows an ssh tunnel", flush=True,
+        )  # fmt: skip
+    if wait:
+        page.block_thread()
+    return page
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before models are loaded, which takes longer."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(
+                f"--host {host} is no address of this machine; 127.0.0.1 is this machine alone, "
+                "0.0.0.0 every network it is in"
+            ) from error
+        raise UserError(_taken(host, port, error.strerror or _first_line(error))) from error
+
+
+def _taken(host: str, port: int, reason: str) -> str:
+    return f"cannot listen on {host}, port {port}: {reason}; choose another --port, 0 takes a free one"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

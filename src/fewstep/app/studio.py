@@ -1,0 +1,311 @@
+"""The loaded models behind the page, and what makes a request into pictures: no web framework in here."""
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.app.safety import SafetyChecker, load_safety_checker
+from fewstep.app.settings import MAX_SEED, AppSettings
+from fewstep.errors import UserError
+from fewstep.formats.pixels import make_grid
+from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, load_model, load_teacher
+from fewstep.picture_list import Picture, list_pictures
+
+if TYPE_CHECKING:
+    from fewstep.backbones.autoencoder import Autoencoder
+
+ALL_CLASSES = -1
+Role: TypeAlias = Literal["model", "teacher"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a visitor asked for, as the page hands it over: nothing in it is trusted.
+
+    Attributes:
+        prompt: for text-to-image models.
+        label: for class-conditional models; ALL_CLASSES: they take turns.
+        seed: as typed.
+        num_images: pictures 0..num_images - 1 of the seed.
+        num_steps: of a teacher that is the model itself; None for generators, whose steps travel with them.
+        tiny_vae: decode with the TAESD.
+    """
+
+    prompt: str = ""
+    label: int = ALL_CLASSES
+    seed: str = "0"
+    num_images: int = 1
+    num_steps: int | None = None
+    tiny_vae: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures of one model.
+
+    Attributes:
+        pictures: RGB, the pixels of `fewstep sample`; grey where the safety checker withholds one.
+        captions: one a picture: its class, or its number.
+        origins: one a picture: what it takes to make it again.
+        withheld: how many the safety checker withheld.
+        evaluations: of the network, a picture.
+        seconds: of all pictures: encoding the prompt, the network, decoding; not the safety checker.
+        first_run: whether the time includes the model's warm-up.
+        notes: what the visitor should know, one sentence each.
+    """
+
+    pictures: list[Image.Image]
+    captions: list[str]
+    origins: list[str]
+    withheld: int
+    evaluations: int
+    seconds: float
+    first_run: bool
+    notes: tuple[str, ...] = ()
+
+
+class Studio:
+    """One model, perhaps its teacher, TAESD and safety checker; makes one request at a time.
+
+    Raises:
+        UserError: a teacher or TAESD that does not fit the model.
+    """
+
+    def __init__(
+        self, settings: AppSettings, model: AnyModel, teacher: "AnyModel | None" = None,
+        checker: SafetyChecker | None = None,
+    ) -> None:  # fmt: skip
+        self.settings, self.checker = settings, checker
+        self.models: dict[Role, Any] = {"model": model}
+        self.is_text = not isinstance(model, Generator | Teacher)
+        self.is_generator = bool(model.card.step_indices)
+        if teacher is not None:
+            self._check_teacher(model, teacher)
+            self.models["teacher"] = teacher
+        self._check_sampling()
+        self._full: dict[Role, Autoencoder] = {}
+        self._tiny: Autoencoder | None = None
+        self._prepare_decoders()
+        self._warm: set[tuple[Role, bool, int]] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def has_tiny_vae(self) -> bool:
+        """Whether a TAESD can be chosen."""
+        return self._tiny is not None
+
+    @property
+    def classes(self) -> list[tuple[str, int]]:
+        """Names and numbers to choose from; empty without classes."""
+        model = self.models["model"]
+        count = 0 if self.is_text else model.denoiser.num_classes
+        names = model.card.class_names or tuple(f"class {number}" for number in range(count))
+        return [("all classes in turn", ALL_CLASSES), *zip(names, range(count), strict=False)] if count > 1 else []
+
+    @property
+    def step_choices(self) -> list[int]:
+        """Numbers of steps the model may be run in: a generator's one schedule, or what a teacher is good at."""
+        if self.is_generator:
+            return [len(self.models["model"].card.step_indices)]
+        usual = {20, 50, 100} if self.is_text else {8, 18, 32}
+        limit = self.models["model"].denoiser.noise_schedule.num_levels if self.is_text else 1000
+        return sorted(number for number in {*usual, self.default_steps} if number <= limit)
+
+    @property
+    def default_steps(self) -> int:
+        """Steps unless chosen otherwise."""
+        if self.is_generator:
+            return len(self.models["model"].card.step_indices)
+        return self.settings.teacher_steps or (50 if self.is_text else 18)
+
+    def make(self, request: Request, role: Role = "model") -> Result:
+        """The pictures that `fewstep sample` makes of the same seed with the same options.
+
+        Raises:
+            UserError: a request the page should not have sent, in words for the visitor.
+        """
+        wanted = self._wanted(request)
+        model = self.models[role]
+        how, evaluations = self._how(request, role)
+        key = (role, request.tiny_vae, len(wanted))
+        with self._lock:
+            notes = self._notes(request)
+            started = time.perf_counter()
+            images = self._sample(model, role, wanted, how, request.tiny_vae)
+            seconds = time.perf_counter() - started
+            first_run = key not in self._warm
+            self._warm.add(key)
+            if not torch.isfinite(images).all():
+                raise UserError("The pictures came out as NaN: start the page with --precision fp32 or bf16.")
+            pictures = [make_grid(image[None], columns=1) for image in images]
+            flags = self.checker.flagged(pictures) if self.checker else [False] * len(pictures)
+        shown = [_grey(picture) if flag else picture for picture, flag in zip(pictures, flags, strict=True)]
+        names = [self._name(picture) for picture in wanted]
+        captions = ["withheld" if flag else name for name, flag in zip(names, flags, strict=True)]
+        origins = [_origin(picture, name) for picture, name in zip(wanted, names, strict=True)]
+        return Result(shown, captions, origins, sum(flags), evaluations, seconds, first_run, notes)
+
+    def _wanted(self, request: Request) -> tuple[Picture, ...]:
+        """The pictures of a request, checked against the limits."""
+        settings = self.settings
+        seed = request.seed.strip()
+        if not (seed.isascii() and seed.isdigit() and len(seed) <= 20 and int(seed) <= MAX_SEED):
+            raise UserError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
+        count = request.num_images
+        if type(count) is not int or not 1 <= count <= settings.max_images:
+            raise UserError(f"This page makes 1 to {settings.max_images} pictures a request.")
+        if request.tiny_vae and not self.has_tiny_vae:
+            raise UserError("This page was started without a tiny VAE.")
+        prompts, labels = self._prompts(request), self._labels(request)
+        num_classes = 0 if self.is_text else self.models["model"].denoiser.num_classes
+        return list_pictures(
+            labels=labels, prompts=prompts, num_classes=num_classes, num_images=count, seed=int(seed), seeds=[], first=0
+        ).pictures
+
+    def _prompts(self, request: Request) -> list[str]:
+        if not self.is_text:
+            return []
+        prompt, most = request.prompt, self.settings.max_prompt
+        if not prompt.strip():
+            raise UserError("Type a prompt first: a few words on what the picture shows.")
+        if len(prompt) > most:
+            raise UserError(f"The prompt has {len(prompt)} characters; this page takes {most}.")
+        return [prompt]
+
+    def _labels(self, request: Request) -> list[int]:
+        classes = self.classes
+        if not classes or request.label == ALL_CLASSES:
+            return []
+        if request.label not in [number for _, number in classes]:
+            raise UserError(f"The model has no class {request.label}.")
+        return [request.label]
+
+    def _how(self, request: Request, role: Role) -> tuple[dict[str, Any], int]:
+        """Options of `sample` and the evaluations they cost; what is not set is the sampler's own default."""
+        model = self.models[role]
+        how: dict[str, Any] = {}
+        if model.card.step_indices:
+            if request.num_steps not in (None, len(model.card.step_indices)):
+                raise UserError("A generator runs in the steps it was trained for, and no others.")
+            return {}, model.evaluations()
+        num_steps = self.default_steps if role == "model" else self.settings.teacher_steps
+        if role == "model" and request.num_steps is not None:
+            if request.num_steps not in self.step_choices:
+                raise UserError(f"Choose one of {self.step_choices} steps.")
+            num_steps = request.num_steps
+        if num_steps:
+            how["num_steps"] = num_steps
+        evaluations = model.evaluations(**how)
+        if self.settings.guidance_scale is not None:
+            how["guidance_scale"] = self.settings.guidance_scale
+        return how, evaluations
+
+    def _sample(
+        self, model: Any, role: Role, wanted: tuple[Picture, ...], how: dict[str, Any], tiny_vae: bool
+    ) -> Tensor:
+        place: dict[str, Any] = {"seed": wanted[0].seed, "first": wanted[0].number}
+        try:
+            if self.is_text:
+                decoder = self._tiny if tiny_vae else self._full[role]
+                model.autoencoder = decoder
+                return model.sample([picture.prompt for picture in wanted], **place, **how)
+            labels = None if wanted[0].label is None else [picture.label for picture in wanted]
+            return model.sample(len(wanted), labels=labels, **place, **how)
+        except torch.OutOfMemoryError:
+            raise UserError("The GPU's memory is full: ask for fewer pictures, or try again later.") from None
+
+    def _notes(self, request: Request) -> tuple[str, ...]:
+        if not self.is_text:
+            return ()
+        encoders = self.models["model"].encoders
+        count = encoders.count_tokens(request.prompt)
+        if count <= encoders.max_tokens:
+            return ()
+        return (f"The prompt has {count} tokens; the model reads the first {encoders.max_tokens}.",)
+
+    def _name(self, picture: Picture) -> str:
+        names = {number: name for name, number in self.classes}
+        return f"picture {picture.number}" if picture.label is None else names.get(picture.label, "")
+
+    def _prepare_decoders(self) -> None:
+        """Read encoders and VAE now, so that nothing is missing later; the TAESD beside it."""
+        tiny_vae = self.settings.tiny_vae
+        if not self.is_text:
+            if tiny_vae:
+                raise UserError("--tiny-vae is for text-to-image models; this one makes pixels, not latents")
+            return
+        for role, model in self.models.items():
+            other = self.models["model"]
+            if model is not other and model.folder == other.folder:  # a generator beside the teacher it came from
+                model.encoders, model.autoencoder = other.encoders, self._full["model"]
+            self._full[role] = model.autoencoder
+            assert model.encoders is not None
+        if tiny_vae:
+            model = self.models["model"]
+            try:
+                model.use_tiny_autoencoder(tiny_vae)
+            except UserError as error:
+                raise UserError(f"--tiny-vae: {error}") from error
+            self._tiny, model.autoencoder = model.autoencoder, self._full["model"]
+
+    def _check_teacher(self, model: AnyModel, teacher: AnyModel) -> None:
+        name = self.settings.teacher
+        if not self.is_generator:
+            raise UserError("--teacher is shown beside a generator; the model is a teacher itself, leave it out")
+        if teacher.card.step_indices:
+            raise UserError(f"--teacher {name} is a generator; give the model it was distilled from")
+        if (not isinstance(teacher, Teacher)) != self.is_text:
+            raise UserError(f"--teacher {name}: one of the two is a text-to-image model, the other has classes")
+        if model.denoiser.image_shape != teacher.denoiser.image_shape:
+            raise UserError(f"--teacher {name} makes pictures of another size than the generator")
+        if not self.is_text and model.denoiser.num_classes != teacher.denoiser.num_classes:
+            raise UserError(f"--teacher {name} has other classes than the generator")
+
+    def _check_sampling(self) -> None:
+        """Steps and guidance of whichever is a teacher."""
+        teachers = [model for model in self.models.values() if not model.card.step_indices]
+        scale, num_steps = self.settings.guidance_scale, self.settings.teacher_steps
+        if not teachers:
+            if num_steps is not None:
+                raise UserError("--teacher-steps is for a teacher; give one with --teacher")
+            if scale is not None:
+                raise UserError(f"--guidance-scale {scale}: a generator has its guidance built in; leave it out")
+            return
+        num_levels = teachers[0].denoiser.noise_schedule.num_levels
+        if self.is_text and num_steps is not None and num_steps > num_levels:
+            raise UserError(f"--teacher-steps {num_steps}: the model has {num_levels} noise levels, so at most as many")
+        if scale is not None:
+            check_guidance(teachers[0], scale)
+
+
+def load_studio(settings: AppSettings) -> Studio:
+    """Load what the settings name.
+
+    Raises:
+        UserError: a model, TAESD or safety checker that is not there, is damaged or does not fit.
+    """
+    if settings.precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {settings.precision}: choose fp32, bf16 or fp16")
+    place: dict[str, Any] = {"device": settings.device, "precision": settings.precision}
+    model = load_model(settings.model, **place)
+    teacher = load_teacher(settings.teacher, **place) if settings.teacher else None
+    checker = None
+    if settings.safety_checker and not isinstance(model, Generator | Teacher):
+        checker = load_safety_checker(model.folder, model.device)
+    return Studio(settings, model, teacher, checker)
+
+
+def _grey(picture: Image.Image) -> Image.Image:
+    return Image.new("RGB", picture.size, (128, 128, 128))
+
+
+def _origin(picture: Picture, name: str) -> str:
+    parts = [f"seed {picture.seed}", f"picture {picture.number}"]
+    return " · ".join(
+        [picture.prompt.strip(), *parts] if picture.prompt else [name, *parts] if picture.label is not None else parts
+    )

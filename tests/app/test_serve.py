@@ -1,0 +1,84 @@
+"""Starting the page: from the command line, from Python, and what an operator is told when it cannot start."""
+
+import importlib.util
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fewstep.app.serve import launch_app
+from fewstep.app.settings import AppSettings
+from fewstep.cli import app
+from fewstep.errors import UserError
+
+EXAMPLE = Path(__file__).parents[2] / "examples/app.py"
+Classes = tuple[Path, Path]
+# gradio closes its server's loop and sockets in a thread, after the test
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.usefixtures("_leftovers"),
+]
+
+
+def test_the_example_serves_a_page(classes: Classes, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("example_app", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.main([str(classes[0]), "--teacher", str(classes[1]), "--port", "0"], wait=False)
+    try:
+        assert page.local_url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(page.local_url, timeout=60) as answer:
+            text = answer.read().decode()
+        assert '"title":"fewstep"' in text
+        assert "fonts.googleapis.com" not in text
+        assert page.share is False
+    finally:
+        page.close()
+    assert "Ctrl-C ends it" in capsys.readouterr().out
+
+
+def test_a_port_in_use(classes: Classes) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1, port {port}: .* choose another --port"):
+            launch_app(AppSettings(str(classes[0]), port=port), wait=False)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_an_address_of_another_machine(host: str) -> None:
+    """Said before any model is loaded: there is none of this name."""
+    with pytest.raises(UserError, match=rf"--host {host} is no address of this machine"):
+        launch_app(AppSettings("nothing", host=host), wait=False)
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"the web page needs gradio .* pip install 'fewstep\[app\]'"):
+        launch_app(AppSettings("model"))
+
+
+def test_the_command_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("fewstep.app.serve.launch_app", seen.append)
+    given = [
+        "app", "m", "--teacher", "t", "--host", "0.0.0.0", "--port", "0", "--max-images", "2", "--max-queue", "3",
+        "--max-prompt", "4", "--history", "5", "--teacher-steps", "6", "--guidance-scale", "7", "--tiny-vae", "v",
+        "--no-safety-checker", "--device", "cpu", "--precision", "bf16",
+    ]  # fmt: skip
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert CliRunner().invoke(app, ["app", "m"]).exit_code == 0
+    assert seen == [
+        AppSettings("m", "t", "0.0.0.0", 0, 2, 3, 4, 5, 6, 7.0, "v", False, "cpu", "bf16"), AppSettings("m"),
+    ]  # fmt: skip
+
+
+def test_the_default_is_this_machine_alone() -> None:
+    assert AppSettings("m").host == "127.0.0.1"
