@@ -65,7 +65,7 @@ def render_curve(curve: list[CurvePoint], lines: list[tuple[str, float]], num_im
 
     parts = []
     for exponent in range(math.floor(low), math.ceil(high) + 1):
-        for digit in (1, 2, 5):
+        for digit in (1, 2, 5) if high - low > 0.7 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9):
             tick = digit * 10.0**exponent
             if low <= math.log10(tick) <= high:
                 parts.append(

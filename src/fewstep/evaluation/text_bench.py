@@ -94,16 +94,25 @@ class TextBench:
         guidance_scale: float = 1.0, batch_size: int = 32,
     ) -> TextMeasurement:  # fmt: skip
         """Measure a generator in its own steps, or a teacher in `num_steps` guided ones."""
-        evaluations = len(model.card.step_indices) or num_steps
-        trained = measure_sampler(
-            name, prompt_sampler(model, self.prompts, seed, num_steps, guidance_scale), self.classifier, self.reference,
-            num_images=num_images, evaluations_per_image=evaluations, seed=seed, batch_size=batch_size,
-            device=model.device,
+        trained = self.measure_trained(
+            model, name, num_images=num_images, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale,
+            batch_size=batch_size,
         )  # fmt: skip
         sample = prompt_sampler(model, self.held_out, seed, num_steps, guidance_scale)
         rows = range(0, len(self.held_out), batch_size)
         images = torch.cat([sample(row, min(batch_size, len(self.held_out) - row)) for row in rows])
         return replace(self.judge(images), trained=trained)
+
+    def measure_trained(
+        self, model: "TextTeacher | TextGenerator", name: str, *, num_images: int, seed: int = 0, num_steps: int = 50,
+        guidance_scale: float = 1.0, batch_size: int = 32,
+    ) -> Measurement:  # fmt: skip
+        """The part of `measure` on prompts that the teacher was trained on."""
+        return measure_sampler(
+            name, prompt_sampler(model, self.prompts, seed, num_steps, guidance_scale), self.classifier, self.reference,
+            num_images=num_images, evaluations_per_image=len(model.card.step_indices) or num_steps, seed=seed,
+            batch_size=batch_size, device=model.device,
+        )  # fmt: skip
 
     def judge(self, images: Tensor) -> TextMeasurement:
         """Figures of one picture a held-out text, (N, 3, H, W) in [-1, 1], in the order of the texts."""

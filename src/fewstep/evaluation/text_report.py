@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fewstep.evaluation.protocols import Measurement
 from fewstep.evaluation.report_parts import CurvePoint, inline_png, render_curve, render_page
 from fewstep.evaluation.text_bench import NEIGHBOURS, TextMeasurement
 from fewstep.formats.atomic import replaced_file
@@ -37,7 +38,8 @@ class TextReport:
     Attributes:
         pictures: tables of prompts, training and held-out ones apart.
         teacher, generator, real: figures; `real` has none on training texts.
-        curve: the generator's distance over training time, measured on `curve_images` pictures of training texts.
+        curve: the generator's distance over training time, on training texts.
+        teacher_on_curve: the teacher's, measured on as many pictures as each point of the curve.
         settings: what the teacher was sampled with, for people.
         facts: lines about machine, settings and seeds.
         next_commands: (command, what it does).
@@ -49,7 +51,7 @@ class TextReport:
     generator: TextMeasurement
     real: TextMeasurement
     curve: list[CurvePoint]
-    curve_images: int
+    teacher_on_curve: Measurement
     settings: str
     facts: list[str] = field(default_factory=list)
     next_commands: list[tuple[str, str]] = field(default_factory=list)
@@ -85,7 +87,9 @@ follows {report.teacher.following.agreement:.0%}, and shuffled prompts would be 
 <p class="note">Prompts are the first of each category in a random order, nobody chose them by their pictures. Teacher and
 generator start from the same noise and need not show the same picture: distribution matching makes distributions match.</p>
 <h2>Quality against training time</h2>
-{render_curve(report.curve, [("teacher", teacher.frechet_distance)], report.curve_images)}
+{render_curve(report.curve, [("teacher", report.teacher_on_curve.frechet_distance)], report.teacher_on_curve.num_images)}
+<p class="note">Every point and the teacher's line have {report.teacher_on_curve.num_images} pictures; the distances of the
+table have more, which makes them smaller.</p>
 <h2>Figures</h2>
 <table><thead><tr><th></th><th>Evaluations</th><th>Images/s</th><th>Frechet distance, training texts</th>
 <th>Frechet distance, held-out texts</th><th>Right category</th><th>shuffled prompts</th>

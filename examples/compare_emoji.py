@@ -1,0 +1,169 @@
+"""Teachers and generators of the bundled emoji side by side: one picture with named prompts, one table of figures.
+
+    python examples/compare_emoji.py bundled:emoji-sd runs/emoji_dmd2_4step_lora --out compared
+
+Writes compared.png (prompts down, models across, everything from the same noise; the first training and the first
+held-out prompt of each category, in the random order they ship in) and compared.json, and prints the table. Generators
+are measured here; the figures of bundled teachers ship with them (`--measure-teachers` measures those again, a quarter
+of an hour each).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation.text_bench import TextBench, TextMeasurement, load_text_bench
+from fewstep.formats.atomic import replaced_file
+from fewstep.formats.bundled import BUNDLED, bundled_path
+from fewstep.formats.pixels import to_uint8
+from fewstep.generator import load_model
+from fewstep.text_model import TextGenerator, TextTeacher
+
+TextModel = TextTeacher | TextGenerator
+TEXT_WIDTH, LINE, GAP = 190, 13, 4
+HEAD = (
+    "| model | evaluations | images/s | Frechet distance, training texts | held-out texts | right category | shuffled "
+    "| own picture among nearest 10 |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def load(source: str, precision: str) -> TextModel:
+    """A text-to-image model by path or bundled name.
+
+    Raises:
+        UserError: it is missing, or makes pictures from something else.
+    """
+    model = load_model(source, device="cpu", precision=precision)
+    if not isinstance(model, TextTeacher | TextGenerator):
+        raise UserError(f"{source} is no text-to-image model")
+    return model
+
+
+def make(model: TextModel, prompts: list[str], options: argparse.Namespace) -> Tensor:
+    """One picture a prompt, in the model's own way, (N, 3, H, W)."""
+    if isinstance(model, TextGenerator):
+        return model.sample(prompts, seed=options.seed, batch_size=32)
+    return model.sample(
+        prompts,
+        seed=options.seed,
+        num_steps=options.teacher_steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=32,
+    )
+
+
+def measure(bench: TextBench, source: str, model: TextModel, options: argparse.Namespace) -> TextMeasurement:
+    """Figures of one model: shipped ones of a bundled teacher, else measured."""
+    if isinstance(model, TextTeacher) and source.startswith(f"{BUNDLED}emoji-") and not options.measure_teachers:
+        shipped = json.loads(bundled_path("emoji/teacher_measurement.json").read_text(encoding="utf-8"))
+        return TextMeasurement.from_dict(shipped[source.removeprefix(f"{BUNDLED}emoji-")])
+    return bench.measure(
+        model, Path(source).name, num_images=options.num_images, seed=options.seed, num_steps=options.teacher_steps,
+        guidance_scale=options.guidance_scale,
+    )  # fmt: skip
+
+
+def table_row(name: str, found: TextMeasurement) -> str:
+    """One line of the Markdown table."""
+    known, following = found.trained, found.following
+    cells = ["-", "-", "-"]
+    if known is not None:
+        cells = [
+            str(known.evaluations_per_image), f"{known.images_per_second:.1f}",
+            f"{known.frechet_distance:.3f} ({known.num_images})",
+        ]  # fmt: skip
+    cells += [f"{found.held_out_distance:.3f} ({following.num_images})", f"{following.agreement:.3f}"]
+    cells += [f"{following.shuffled:.3f}", "-" if found.retrieval is None else f"{found.retrieval:.3f}"]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def draw(prompts: list[str], columns: dict[str, Tensor | None], first_unseen: int) -> Image.Image:
+    """Prompts down, columns across; a column without a picture of a prompt stays white there.
+
+    Args:
+        prompts: those that the teachers know, then the held-out ones.
+        columns: title to pictures of the last len(pictures) prompts, (N, 3, H, W).
+        first_unseen: number of the first held-out prompt.
+    """
+    side = next(images.shape[-1] for images in columns.values() if images is not None)
+    titles = [_wrap(title, side) for title in columns]
+    head = max(map(len, titles)) * LINE + GAP
+    height = head + len(prompts) * (side + GAP) + LINE + GAP
+    sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (side + GAP), height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for place, lines in enumerate(titles):
+        pen.multiline_text((TEXT_WIDTH + place * (side + GAP), 0), "\n".join(lines), "black", font, spacing=2)
+    for row, prompt in enumerate(prompts):
+        top = head + row * (side + GAP) + (LINE + GAP) * (row >= first_unseen)
+        if row == first_unseen:
+            pen.text((0, top - LINE - GAP), "prompts that no teacher or generator was trained on:", "black", font)
+        pen.multiline_text((0, top + 4), "\n".join(_wrap(prompt, TEXT_WIDTH - 8)), "black", font, spacing=2)
+        for place, images in enumerate(columns.values()):
+            number = row - (len(prompts) - len(images)) if images is not None else -1
+            if images is not None and number >= 0:
+                picture = to_uint8(images[number : number + 1])[0].permute(1, 2, 0).numpy()
+                sheet.paste(Image.fromarray(picture), (TEXT_WIDTH + place * (side + GAP), top))
+    return sheet
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words."""
+    font, lines = ImageFont.load_default(11), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw and measure.
+
+    Raises:
+        UserError: a model is missing or makes no pictures from text.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="teachers and generators: folders, runs or bundled:NAME")
+    parser.add_argument("--names", nargs="*", help="what to call them in picture and table")
+    parser.add_argument("--out", type=Path, required=True, help="path of both files, without their endings")
+    parser.add_argument("--num-images", type=int, default=1_000, help="behind the distance on training texts")
+    parser.add_argument("--teacher-steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of teachers")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure-teachers", action="store_true", help="do not use the shipped figures")
+    options = parser.parse_args(arguments)
+    names = options.names or [Path(source).name.removeprefix(BUNDLED) for source in options.models]
+    if len(names) != len(options.models) or len(set(names)) != len(names):
+        raise UserError(f"--names: {len(options.models)} different names are needed, one a model; got {names}")
+    bench = load_text_bench(bundled_path("emoji"))
+    known, unseen = bench.first_of_each_group(bench.prompts), bench.first_of_each_group(bench.held_out)
+    real = bench.held_out_images[[bench.held_out.index(text) for text in unseen]]
+    columns: dict[str, Tensor | None] = {"real": real}
+    found = {}
+    for name, source in zip(names, options.models, strict=True):
+        model = load(source, options.precision)
+        columns[name] = make(model, known + unseen, options)
+        found[name] = measure(bench, source, model, options)
+        print(f"{name}: measured", file=sys.stderr, flush=True)
+    found["real held-out pictures"] = bench.real()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(options.out.with_suffix(".png")) as aside:
+        draw(known + unseen, columns, len(known)).save(aside, format="PNG")
+    with replaced_file(options.out.with_suffix(".json")) as aside:
+        aside.write_text(json.dumps({name: row.to_dict() for name, row in found.items()}, indent=1), encoding="utf-8")
+    print("\n".join([HEAD, *(table_row(name, row) for name, row in found.items())]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
