@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from fewstep.generator import Generator, Teacher
 from fewstep.text_model import TextGenerator, TextTeacher
 from tests.conftest import tiny_denoiser
 from tests.dmd2_files import edm_arguments, edm_network, head_for, same, save_dmd2
+from tests.formats.test_lora_names import with_ldm_names
 from tests.tiny_models import tiny_sd_folder, tiny_sdxl_folder
 
 PROMPTS = ["red cat", "a dog"]
@@ -167,7 +169,7 @@ def test_released_files_know_their_steps(
     assert torch.equal(converted_pictures(tmp_path / "out"), pictures_of(bases[family], network, steps))
 
 
-@pytest.mark.parametrize("layout", ["kohya", "peft", "peft folder"])
+@pytest.mark.parametrize("layout", ["kohya", "kohya, original block names", "peft", "peft folder"])
 def test_loras(tmp_path: Path, bases: dict[str, Path], layout: str) -> None:
     teacher = fewstep.load_teacher(bases["sdxl"], device="cpu")
     role = SharedBase(teacher.denoiser, LoraShape(rank=4, alpha=8.0)).add_role("generator")
@@ -175,15 +177,18 @@ def test_loras(tmp_path: Path, bases: dict[str, Path], layout: str) -> None:
     lora = lora_from_state(role.adapter_state(), 4, 8.0)
     name = "pytorch_lora_weights" if layout == "peft folder" else "dmd2_sdxl_4step_lora_fp16"
     path = tmp_path / f"{name}.safetensors"
-    if layout == "kohya":
+    if layout.startswith("kohya"):
         write_kohya_lora(path, lora, {})
+        if layout != "kohya":
+            with_ldm_names(path, UNet2DConditionModel.from_pretrained(bases["sdxl"] / "unet")).replace(path)
+            assert "lora_unet_middle_block_1_proj_in.alpha" in load_file(path)
     else:
         write_peft_lora(path, lora, "unet", {})
     convert(tmp_path if layout == "peft folder" else path, tmp_path / "out", bases["sdxl"], "999,749,499,249")
     found = fewstep.load_generator(tmp_path / "out", device="cpu")
     assert isinstance(found.denoiser, AdapterRole)
     difference = (converted_pictures(tmp_path / "out") - pictures_of(bases["sdxl"], role)).abs().max()
-    assert difference == 0 if layout == "kohya" else difference < 1e-5
+    assert difference == 0 if layout.startswith("kohya") else difference < 1e-5
     assert found.card.step_indices == FOUR
 
 

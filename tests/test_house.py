@@ -40,3 +40,18 @@ def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None
     )
     assert project["license"] == "Apache-2.0"
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").strip().startswith("Apache License")
+
+
+def test_the_notice_names_what_ships() -> None:
+    """Every folder of pictures, with its owners; copies of the MIT texts lie beside them."""
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    for folder in (path for path in (ROOT / "src/fewstep/assets").iterdir() if path.is_dir()):
+        assert f"src/fewstep/assets/{folder.name}/PROVENANCE.md" in notice
+    for owner in ("Copyright 2017 Zalando SE", "Copyright Google LLC", "Copyright (c) 2013 Cal Henderson"):
+        assert owner in notice
+
+
+def test_recipes_point_at_files_that_exist() -> None:
+    for path in (ROOT / "recipes").glob("*.toml"):
+        for name in re.findall(r"(?:docs|src)/[\w./-]+\.(?:md|py|toml)", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{path.name} points at {name}"

@@ -96,7 +96,7 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
 
     description, denoiser, name = _text_base(source, base)
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    lora = read_lora(_lora_file(source), layers)
+    lora = read_lora(_lora_file(source), layers, None if description["family"] == "sd3" else description["network"])
     _check_lora(lora, layers, source)
     steps = _steps(step_indices, source, denoiser)
     shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}

@@ -16,7 +16,7 @@ from fewstep.backbones.adapters import LoraShape
 from fewstep.backbones.catalog import build_network_config
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.errors import UserError
-from fewstep.export import text_pipeline
+from fewstep.export import shareable
 from fewstep.export.card_usage import hub_name
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.formats.edm_pickle import read_edm_pickle
@@ -227,7 +227,7 @@ def test_bad_input_of_text_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(text_pipeline.shutil, "copyfile", full)
+    monkeypatch.setattr(shareable.shutil, "copyfile", full)
     assert "No space left on device" in refused(tmp_path, run, out, "--num-samples", 0)
     (tmp_path / "teacher").rename(tmp_path / "moved")
     assert f"reads its text encoders and VAE from {tmp_path / 'teacher'}" in refused(tmp_path, run, out)

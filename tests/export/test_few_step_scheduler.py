@@ -24,7 +24,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["sd", "sd-v"])
 @pytest.mark.parametrize(
     ("steps", "grid"),
-    [((999,), 1000), ((999, 499), 1000), ((999, 749, 499, 249), 1000), ((399,), 400), ((1,), 2), ((998, 665, 332), 1000),
+    [((999,), 1000), ((999, 499), 1000), ((999, 749, 499, 249), 1000), (tuple(range(999, 0, -125)), 1000), ((399,), 400), ((1,), 2), ((998, 665, 332), 1000),
      ((899, 599, 299), 900)],
 )  # fmt: skip
 def test_steps_and_levels_are_the_generators(
@@ -63,10 +63,27 @@ def test_more_steps_are_the_schedulers_own_error_and_fewer_are_trained_ones(netw
         single.set_timesteps(2)
 
 
-@pytest.mark.parametrize("steps", [(999, 749), (999, 666, 333), (0,), (999, 899, 799, 699), (749, 499, 249, 0)])
-def test_steps_that_cannot_travel_are_refused(networks: dict[str, Any], steps: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"cannot travel in a diffusers scheduler: LCMScheduler runs n evenly spaced"):
+@pytest.mark.parametrize(
+    ("steps", "nearest"),
+    [
+        ((999, 749), [999, 499]), ((999, 666, 333), [998, 665, 332]), ((0,), [1]), ((749, 499, 249, 0), [667, 500, 333, 166]),
+        ((999, 899, 799, 699), [999, 749, 499, 249]), (tuple(range(999, 873, -18)), [993, 851, 709, 567, 425, 283, 141]),
+    ],
+)  # fmt: skip
+def test_steps_that_cannot_travel_are_refused_with_the_nearest(
+    networks: dict[str, Any], steps: tuple[int, ...], nearest: list[int]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"cannot travel in a diffusers scheduler: LCMScheduler runs n evenly spaced"
+    ) as error:
         build_few_step_scheduler(networks["sd"], StepSchedule(steps))
+    assert str(error.value).endswith(f": the nearest are generator.step_indices={nearest}")
+    build_few_step_scheduler(networks["sd"], StepSchedule(tuple(nearest)))  # and they can
+
+
+def test_more_steps_than_the_scheduler_has_room_for(networks: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"or train with such steps$"):
+        build_few_step_scheduler(networks["sd"], StepSchedule(tuple(range(999, -1, -1))))
 
 
 def test_a_schedule_with_zero_terminal_signal(tmp_path: Path) -> None:
@@ -110,7 +127,14 @@ def test_flow_schedulers_refuse_another_number_of_steps(networks: dict[str, Any]
             scheduler.step(x, scheduler.timesteps[0], x)
 
 
-@pytest.mark.parametrize("steps", [(399,), (998, 665, 332), (999, 749, 699)])
-def test_flow_steps_that_cannot_travel_are_refused(networks: dict[str, Any], steps: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"FlowMatchLCMScheduler runs evenly spaced steps that start at 999"):
+@pytest.mark.parametrize(
+    ("steps", "nearest"),
+    [((399,), [999]), ((998, 665, 332), [999, 665, 331]), ((999, 749, 699), [999, 849, 699]), ((900, 0), [999, 0])],
+)
+def test_flow_steps_that_cannot_travel_are_refused_with_the_nearest(
+    networks: dict[str, Any], steps: tuple[int, ...], nearest: list[int]
+) -> None:
+    with pytest.raises(UserError, match=r"FlowMatchLCMScheduler runs evenly spaced steps that start at 999") as error:
         build_few_step_scheduler(networks["sd3"], StepSchedule(steps))
+    assert str(error.value).endswith(f": the nearest are generator.step_indices={nearest}")
+    build_few_step_scheduler(networks["sd3"], StepSchedule(tuple(nearest)))

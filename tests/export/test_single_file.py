@@ -106,7 +106,7 @@ def test_the_header_says_how_to_run_it(sd: Path, tmp_path: Path) -> None:
     assert json.loads(header["fewstep.step_indices"]) == [999, 749, 499, 249]
     assert json.loads(header["fewstep.recipe"]) == {"recipe": "tiny"}
     assert header["fewstep.version"] == fewstep.__version__
-    assert header["fewstep.base"] == generator.base
+    assert header["fewstep.base"] == Path(generator.base).name  # not where it lies on this machine
     assert json.loads(header["fewstep.sigmas"]) == generator_sigmas(generator)
     assert {value.dtype for value in load_file(path).values()} == {torch.float16}
 

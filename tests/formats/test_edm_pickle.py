@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import random
 import struct
 import sys
 import time
@@ -248,25 +247,6 @@ def valid(tmp_path: Path) -> bytes:
 def test_refuses_truncated_files(tmp_path: Path, valid: bytes) -> None:
     for length in [*range(0, len(valid), len(valid) // 80), len(valid) - 1]:
         refuse(tmp_path / "cut.pkl", valid[:length])
-
-
-def test_mutated_files_load_or_are_refused(tmp_path: Path, valid: bytes) -> None:
-    rng, path, refusals = random.Random(0), tmp_path / "mutated.pkl", []
-    start = time.monotonic()
-    for _ in range(300):
-        mutated = bytearray(valid)
-        mutated[rng.randrange(len(valid))] = rng.randrange(256)
-        path.write_bytes(mutated)
-        try:
-            result = read_edm_pickle(path)
-        except ValueError as error:
-            refusals.append(str(error))
-        else:  # the byte was part of a weight, a name or a string nobody reads
-            assert all(type(tensor) is Tensor for tensor in result.state_dict.values())
-            plain_value(result.init_kwargs)
-    assert all(str(path) in refusal and EXECUTED_NOTHING in refusal for refusal in refusals)
-    assert len(refusals) > 30
-    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

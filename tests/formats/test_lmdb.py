@@ -74,6 +74,19 @@ def test_the_layout_is_the_published_one(latents: Path) -> None:
         assert transaction.get(b"prompts_4_data") == values["prompts"][4].encode()
 
 
+def test_two_readers_share_one_file(latents: Path) -> None:
+    """lmdb opens a file once a process; whoever closes first leaves it open for the other."""
+    first = LmdbArrays(latents, LATENTS)
+    with LmdbArrays(latents / "..//set", LATENTS) as second:
+        assert torch.equal(first.rows("latents", [1]), second.rows("latents", [1]))
+    assert len(first.texts("prompts", [1])) == 1
+    first.close()
+    with pytest.raises(ValueError, match="is closed"):
+        first.rows("latents", [1])
+    with lmdb.open(str(latents), readonly=True, lock=False) as env:  # nobody has it open now
+        assert array_names(env) == ["latents", "prompts"]
+
+
 def test_a_single_file_and_the_names_in_it(tmp_path: Path, latents: Path) -> None:
     path = tmp_path / "one.mdb"
     (latents / "data.mdb").rename(path)

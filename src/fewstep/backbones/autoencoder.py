@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from fewstep.backbones.components import load_component
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 
@@ -68,15 +69,11 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     """The VAE of a diffusers folder (its `vae` component, or the folder itself), float32.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or its weights are another's.
     """
     path = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is incomplete: its component vae is missing; download it again")
     tiny = '"AutoencoderTiny"' in (path / "config.json").read_text(encoding="utf-8")
     kind = AutoencoderTiny if tiny else AutoencoderKL
-    try:
-        vae: Any = kind.from_pretrained(path, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} cannot be loaded ({str(error).splitlines()[0]})") from error
-    return Autoencoder(vae.float())
+    return Autoencoder(load_component(kind, path).float())

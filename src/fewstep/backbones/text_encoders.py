@@ -2,16 +2,16 @@
 
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor
 
+from fewstep.backbones.components import load_component, quiet_loading
 from fewstep.diffusion.condition import Condition
 from fewstep.errors import UserError
 
@@ -23,22 +23,6 @@ _PIPELINES = {
 _COMPONENTS = {
     "vae", "unet", "transformer", "safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3",
 }  # fmt: skip  # optional or unused here
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without the progress bars of diffusers and transformers: loading a component is no long work."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.enable_progress_bar()
-        if shown:
-            logging.enable_progress_bar()
 
 
 class TextEmbeddings(NamedTuple):
@@ -70,8 +54,10 @@ class TextEncoders:
 
     def __init__(self, folder: Path, family: str) -> None:
         self.folder, self.family = folder, family
-        names = [name for name in read_model_index(folder) if name.startswith(("text_encoder", "tokenizer"))]
-        kind = getattr(diffusers, _PIPELINES[family])
+        index = read_model_index(folder)
+        names = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+        with quiet_loading():  # of what transformers says on being imported
+            kind = getattr(diffusers, _PIPELINES[family])
         others: dict[str, Any] = {
             name: None
             for name in inspect.signature(kind.__init__).parameters
@@ -82,6 +68,10 @@ class TextEncoders:
         for name in names:
             if not (folder / name).is_dir():
                 raise UserError(f"{folder} is incomplete: its component {name} is missing; download it again")
+        for name in names:
+            encoder = getattr(transformers, str(index[name][1]), None)
+            if name.startswith("text_encoder") and encoder is not None:
+                others[name] = load_component(encoder, folder / name)
         try:
             with quiet_loading():
                 self._pipeline: Any = kind.from_pretrained(
@@ -122,20 +112,30 @@ class TextEncoders:
             lengths.append(256)  # the pipeline's own limit for T5
         return max(lengths)
 
+    @property
+    def _tokenizer(self) -> Any:
+        """The one with the most tokens."""
+        has_t5 = getattr(self._pipeline, "text_encoder_3", None) is not None
+        return self._pipeline.tokenizer_3 if has_t5 else self._pipeline.tokenizer
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, start and end included."""
-        tokenizer = self._pipeline.tokenizer
-        if getattr(self._pipeline, "text_encoder_3", None) is not None:
-            tokenizer = self._pipeline.tokenizer_3
-        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        return len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def cut_part(self, prompt: str) -> str:
+        """The end of a prompt beyond `max_tokens`, which the encoders do not see; empty for one that fits."""
+        tokenizer = self._tokenizer
+        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return str(tokenizer.decode(tokens[self.max_tokens - 1 : -1])).strip()  # each text ends with an end token
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeddings:
-        """Embeddings of N prompts as the model's own pipeline makes them; longer ones are cut at `max_tokens`."""
+        """Embeddings of N prompts as the model's own pipeline makes them; longer ones are cut at `max_tokens`, silently."""
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         if self.family == "sd3":
             options |= {"prompt_2": None, "prompt_3": None}
-        encoded = self._pipeline.encode_prompt(prompts, **options)
+        with quiet_loading():  # the libraries say of each cut prompt, and for SD 3 of ones that its T5 sees whole
+            encoded = self._pipeline.encode_prompt(prompts, **options)
         return TextEmbeddings(encoded[0].float(), encoded[2].float() if self.family != "sd" else None)
 
     def encode_empty(self) -> TextEmbeddings:

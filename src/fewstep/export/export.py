@@ -16,6 +16,7 @@ from fewstep.export.hub import check_repo_name
 from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
 from fewstep.export.shareable import without_local_paths
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.casting import DTYPES
 from fewstep.formats.pixels import make_grid
 from fewstep.formats.text_generator_folder import is_generator_folder
@@ -111,18 +112,20 @@ def _check(options: ExportOptions, source: str | Path, target: Path) -> None:
     if options.repo:
         check_repo_name(options.repo)
     folder = _folder(source)
-    if (folder / "model_index.json").is_file() and not is_generator_folder(folder):
+    if is_generator_folder(folder):
+        return
+    is_teacher = (folder / "teacher").is_dir()  # a run of `fewstep pretrain`, or a bundled one
+    if (folder / "model_index.json").is_file():
         from fewstep.backbones.diffusers_models import is_diffusers_folder
 
-        if is_diffusers_folder(folder):
-            raise UserError(
-                f"{source} is a teacher, not a generator: distil it with fewstep train, then export the run"
-            )
+        is_teacher = is_diffusers_folder(folder)
+    if is_teacher:
+        raise UserError(f"{source} is a teacher, not a generator: distil it with fewstep train, then export the run")
 
 
 def _folder(source: str | Path) -> Path:
     """The generator's own folder, of a run or of itself."""
-    folder = Path(source).expanduser()
+    folder = resolve_path(source)
     return folder / "generator" if (folder / "generator").is_dir() else folder
 
 

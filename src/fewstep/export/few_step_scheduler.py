@@ -45,6 +45,9 @@ def _discrete_scheduler(base: DiffusersDenoiser, schedule: DiscreteSchedule, ste
         raise UserError(
             f"the steps {list(steps.indices)} cannot travel in a diffusers scheduler: LCMScheduler runs n evenly spaced "
             "steps nk - 1, ..., 2k - 1, k - 1; export --as unet and give timesteps yourself, or train with such steps"
+            + _nearest(
+                steps, [[number * k - 1 for number in range(n, 0, -1)] for k in range(2, steps.num_levels // n + 1)]
+            )
         )
     config: Any = base.scheduler_config
     ddim: Any = DDIMScheduler(**{name: config[name] for name in _BETAS if name in config})
@@ -80,6 +83,10 @@ def _flow_scheduler(schedule: FlowSchedule, steps: StepSchedule) -> Any:
         raise UserError(
             f"the steps {list(steps.indices)} cannot travel in a diffusers scheduler: FlowMatchLCMScheduler runs evenly "
             f"spaced steps that start at {total - 1}; export --as unet, or train with such steps"
+            + _nearest(
+                steps,
+                [list(range(total - 1, total - 1 - n * k, -k)) for k in range(1, (total - 1) // max(1, n - 1) + 1)],
+            )
         )
     if n == 1:
         scheduler = kind(num_train_timesteps=total, shift=shift)
@@ -97,3 +104,11 @@ def _flow_scheduler(schedule: FlowSchedule, steps: StepSchedule) -> Any:
     wanted = torch.tensor([float(schedule.grid[index]) for index in steps.indices])
     assert (scheduler.sigmas[:-1] - wanted).abs().max() < 1e-5, scheduler.sigmas
     return scheduler
+
+
+def _nearest(steps: StepSchedule, possible: list[list[int]]) -> str:
+    """The end of a refusal: which of the possible schedules, of as many steps, lies nearest; nothing where there is none."""
+    near = min(
+        possible, key=lambda other: sum(abs(a - b) for a, b in zip(other, steps.indices, strict=True)), default=None
+    )
+    return "" if near is None else f": the nearest are generator.step_indices={near}"

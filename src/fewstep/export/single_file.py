@@ -13,6 +13,7 @@ from fewstep import __version__
 from fewstep.diffusion.noise_levels import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser, fused_weights
+from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
 from fewstep.formats.ldm_keys import to_ldm
@@ -95,10 +96,11 @@ def generator_sigmas(generator: TextGenerator) -> list[float]:
 
 
 def single_file_metadata(generator: TextGenerator) -> dict[str, str]:
-    """The header's entries: modelspec's, and what running the generator takes."""
+    """The header's entries: modelspec's, and what running the generator takes; none names a folder of this machine."""
     card, (height, width) = generator.card, generator.size
     prediction = base_denoiser(generator).prediction
-    name = Path(generator.base).name
+    base = shareable_base(card.base or generator.base)
+    name = base.rpartition("/")[2]
     steps = f"{len(card.step_indices)} step" + "s" * (len(card.step_indices) > 1)
     return {
         "format": "pt",
@@ -114,12 +116,12 @@ def single_file_metadata(generator: TextGenerator) -> dict[str, str]:
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         "modelspec.license": card.licence,
         "fewstep.version": __version__,
-        "fewstep.base": generator.base,
+        "fewstep.base": base,
         "fewstep.licence": card.licence,
         "fewstep.step_indices": json.dumps(list(card.step_indices)),
         "fewstep.num_levels": str(card.num_levels),
         "fewstep.sigmas": json.dumps(generator_sigmas(generator)),
         "fewstep.prediction_type": prediction,
         "fewstep.guidance_scale": "1",
-        "fewstep.recipe": json.dumps(card.made_with, default=str),
+        "fewstep.recipe": json.dumps(without_local_paths(card, keep_base=False).made_with, default=str),
     }

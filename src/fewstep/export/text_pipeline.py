@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from fewstep.backbones.components import published_names
 from fewstep.backbones.text_encoders import read_model_index
 from fewstep.errors import UserError
 from fewstep.export.few_step_scheduler import build_few_step_scheduler
 from fewstep.export.lora import base_denoiser, component_name, fused_weights
+from fewstep.export.shareable import copy_shareable
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
@@ -38,11 +39,11 @@ def export_text_pipeline(
     scheduler = build_few_step_scheduler(base_denoiser(generator), generator.step_schedule)
     network = component_name(generator)
     index = json.loads((generator.folder / "model_index.json").read_text(encoding="utf-8"))
-    for part in read_model_index(generator.folder):
+    for part, (_, kind) in read_model_index(generator.folder).items():
         if part in (network, "scheduler"):
             continue
         if (generator.folder / part).is_dir():
-            _copy_component(generator.folder / part, folder / part, dtype)
+            _copy_component(generator.folder / part, folder / part, dtype, kind)
         else:
             index[part] = [None, None]
     scheduler.save_pretrained(folder / "scheduler")
@@ -69,17 +70,18 @@ def export_network(
     (folder / CARD).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def _copy_component(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Configs and vocabularies as they are, safetensors in another precision; other weight files stay behind."""
+def _copy_component(source: Path, target: Path, dtype: torch.dtype, architecture: str) -> None:
+    """Configs (without local folders) and vocabularies, safetensors in another precision; other weight files stay behind."""
     target.mkdir()
     weights = [path for path in sorted(source.iterdir()) if _WEIGHTS.fullmatch(path.name)]
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+            copy_shareable(path, target / path.name)
     if not weights and any(path.name.endswith(_OTHER_WEIGHTS) for path in source.iterdir()):
         raise UserError(f"{source} holds no weights as safetensors; download the model again with them")
     for path in weights:
-        save_file(cast_weights(load_file(path), dtype, source.name), target / path.name, metadata={"format": "pt"})
+        tensors = published_names(load_file(path), architecture) if len(weights) == 1 else load_file(path)
+        save_file(cast_weights(tensors, dtype, source.name), target / path.name, metadata={"format": "pt"})
 
 
 def absent_components(folder: Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Which text encoders and which VAE a diffusers folder has, as short strings to compare."""
+"""Which text encoders, VAE and network a diffusers folder has, as short strings to compare."""
 
 import hashlib
 import json
@@ -43,6 +43,17 @@ def vae_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     _add_component(digest, folder / "vae" if (folder / "vae").is_dir() else folder)
+    return digest.hexdigest()
+
+
+def network_fingerprint(folder: Path) -> str:
+    """Fingerprint of the U-Net or transformer of a diffusers folder, made the same way: two fine-tunes differ in it.
+
+    Raises:
+        UserError: no config or weights there.
+    """
+    digest = hashlib.sha256()
+    _add_component(digest, folder / ("transformer" if (folder / "transformer").is_dir() else "unet"))
     return digest.hexdigest()
 
 

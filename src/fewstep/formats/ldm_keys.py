@@ -6,7 +6,8 @@ in one matrix and its text projection transposed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -126,6 +127,25 @@ def ldm_name(component: str, name: str, config: Mapping[str, Any]) -> str:
     return name if component == "text_encoder" else _open_clip_name(name)
 
 
+def ldm_layers(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """{the LDM name of a U-Net's layer: its name here}, for those of `modules` that the layout has.
+
+    Args:
+        modules: names of the U-Net's modules in diffusers; containers and layers without weights are left out.
+        config: the U-Net's config; block types that the layout does not have give an empty dict.
+    """
+    names = list(modules)
+    containers = {name[:place] for name in names for place, letter in enumerate(name) if letter == "."}
+    layers: dict[str, str] = {}
+    with suppress(UserError):
+        check_unet_config(config)
+        for name in names:
+            if name and name not in containers:
+                with suppress(UserError):
+                    layers[ldm_name("unet", f"{name}.weight", config).removesuffix(".weight")] = name
+    return layers
+
+
 def check_unet_config(config: Mapping[str, Any]) -> None:
     """Raise UserError for U-Nets that the LDM layout cannot hold."""
     for field, known in _UNET_BLOCKS.items():
@@ -164,6 +184,8 @@ def _inside_unet(part: str, rest: str) -> str:
     if part == "attentions":
         return rest
     layer, _, leaf = rest.partition(".")
+    if layer not in _UNET_RESNET:
+        raise UserError(f"the U-Net's {part} have no {layer} in a single-file checkpoint")
     return f"{_UNET_RESNET[layer]}.{leaf}"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.lmdb_pages import check_lmdb_file
+from fewstep.formats.tensor_files import first_line
 
 Kind = torch.dtype | type[str]
 IMAGENET: dict[str, Kind] = {"images": torch.uint8, "labels": torch.int64}
@@ -21,6 +25,7 @@ LATENTS: dict[str, Kind] = {"latents": torch.float16, "prompts": str}
 ODE_PAIRS: dict[str, Kind] = dict.fromkeys(
     ("latents", "images", "prompt_embeds_list", "pooled_prompt_embeds"), torch.float16
 )
+_MAX_DIMS, _MAX_NAME = 8, 40
 _REMEDY = "the data set is incomplete or damaged: download or make it again"
 
 
@@ -30,7 +35,7 @@ class LmdbArrays:
     Args:
         path: the folder with data.mdb, or the file itself.
         kinds: the arrays to read, {name: dtype, or str for UTF-8 text}; IMAGENET, LATENTS and ODE_PAIRS are the
-            published ones. Every row of them is looked up on opening: about a second a million rows.
+            published ones. On opening, the file's pages are checked and every row of them is looked up.
 
     Attributes:
         shapes: {name: shape}, rows first.
@@ -42,7 +47,7 @@ class LmdbArrays:
 
     def __init__(self, path: str | Path, kinds: Mapping[str, Kind]) -> None:
         self.path, self._kinds = Path(path), dict(kinds)
-        self._env = _open(self.path)
+        self._shared: _Environment | None = _Environment.of(self.path)
         try:
             self.shapes = {name: read_array_shape(self._env, name) for name in kinds}
             for name in kinds:
@@ -52,8 +57,14 @@ class LmdbArrays:
             raise
 
     def close(self) -> None:
-        """Close the files."""
-        self._env.close()
+        """Close the files, unless another reader has them open."""
+        self._shared = None
+
+    @property
+    def _env(self) -> Any:
+        if self._shared is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._shared.env
 
     def __enter__(self) -> LmdbArrays:
         return self
@@ -99,7 +110,7 @@ class LmdbArrays:
         numbers = _numbers(indices)
         if any(not 0 <= number < self.shapes[name][0] for number in numbers):
             raise IndexError(f"rows {numbers} of an array of {self.shapes[name][0]}")
-        with self._env.begin() as transaction:
+        with _reading(self._env) as transaction:
             return [transaction.get(_key(name, number).encode()) for number in numbers]
 
     def _check(self, name: str) -> None:
@@ -107,7 +118,7 @@ class LmdbArrays:
         size = math.prod(shape[1:]) * kind.itemsize if isinstance(kind, torch.dtype) else None
         if size is None and len(shape) != 1:
             raise UserError(f"{self.path}: {name}_shape is {shape}, for text it has one number; {_REMEDY}")
-        with self._env.begin(buffers=True) as transaction:
+        with _reading(self._env, buffers=True) as transaction:
             for number in range(shape[0]):
                 row = transaction.get(_key(name, number).encode())
                 if row is None:
@@ -119,6 +130,28 @@ class LmdbArrays:
                     )
 
 
+class _Environment:
+    """An open LMDB. The library opens a file once a process, so its readers share it; the last one closes it."""
+
+    open_now: ClassVar[WeakValueDictionary[tuple[int, int], _Environment]] = WeakValueDictionary()
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+
+    def __del__(self) -> None:
+        self.env.close()
+
+    @classmethod
+    def of(cls, path: Path) -> _Environment:
+        """The one of this file that is open, or a new one; raises UserError as `LmdbArrays`."""
+        file = path / "data.mdb" if path.is_dir() else path
+        key = (file.stat().st_dev, file.stat().st_ino) if file.is_file() else (0, 0)
+        found = cls.open_now.get(key)
+        if found is None:
+            cls.open_now[key] = found = cls(_open(path))
+        return found
+
+
 def read_array_shape(env: Any, name: str) -> tuple[int, ...]:
     """Shape of an array, rows first, from an open lmdb environment.
 
@@ -126,16 +159,17 @@ def read_array_shape(env: Any, name: str) -> tuple[int, ...]:
         UserError: its shape key is missing or no shape; names the arrays that are there.
     """
     key = f"{name}_shape"
-    with env.begin() as transaction:
+    with _reading(env) as transaction:
         raw = transaction.get(key.encode())
     if raw is None:
-        there = array_names(env)
+        there = [name[:_MAX_NAME] if name.isprintable() else repr(name[:_MAX_NAME]) for name in array_names(env)[:9]]
         raise UserError(
             f"{env.path()}: the key {key} is missing (arrays there: {', '.join(there) or 'none'}); "
             "it is another kind of data set, or damaged: give the right one or download it again"
         )
     words = raw.decode("utf-8", errors="replace").split()
-    if not words or not all(word.isascii() and word.isdigit() and len(word) < 16 for word in words):
+    numbers = all(word.isascii() and word.isdigit() and len(word) < 16 for word in words)
+    if not 0 < len(words) <= _MAX_DIMS or not numbers:
         raise UserError(f"{env.path()}: {key} is {raw[:80]!r}, not numbers separated by spaces; {_REMEDY}")
     return tuple(int(word) for word in words)
 
@@ -143,7 +177,7 @@ def read_array_shape(env: Any, name: str) -> tuple[int, ...]:
 def array_names(env: Any) -> list[str]:
     """Names of the arrays of an open lmdb environment, from its shape keys."""
     names = []
-    with env.begin() as transaction, transaction.cursor() as cursor:
+    with _reading(env) as transaction, transaction.cursor() as cursor:
         found = cursor.first()
         while found:  # skip over the rows of each array, of which there may be millions
             key = bytes(cursor.key())
@@ -152,6 +186,8 @@ def array_names(env: Any) -> list[str]:
             stem = key.removesuffix(b"_data").rstrip(b"0123456789")
             skips = key.endswith(b"_data") and stem != key.removesuffix(b"_data")
             found = cursor.set_range(stem + b":") if skips else cursor.next()  # ":" follows the digits
+            if found and bytes(cursor.key()) <= key:
+                raise UserError(f"{env.path()}: its keys are out of order; {_REMEDY}")
     return names
 
 
@@ -202,16 +238,24 @@ def _open(path: Path) -> Any:
     lmdb = _import_lmdb()
     if not (path / "data.mdb").is_file() and not path.is_file():
         raise UserError(f"{path} holds no LMDB: give the folder with data.mdb, or the file")
+    file = path / "data.mdb" if path.is_dir() else path
+    try:  # the library maps the file and trusts it: a garbled page would end the process
+        check_lmdb_file(file)
+        return lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False)
+    except (lmdb.Error, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be opened as LMDB ({first_line(error)}); check the path, or download it again"
+        ) from error
+
+
+@contextmanager
+def _reading(env: Any, **options: Any) -> Iterator[Any]:
+    """A read transaction; what the library finds wrong on its way is told as the file's damage."""
     try:
-        env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False)
-    except (lmdb.Error, OSError) as error:
-        raise UserError(f"{path} cannot be opened as LMDB ({error}); check the path, or download it again") from error
-    needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    size = (path / "data.mdb" if path.is_dir() else path).stat().st_size
-    if size < needed:  # the file is mapped: reading what is not there would end the process
-        env.close()
-        raise UserError(f"{path} is cut short: {size} bytes of {needed}; download or make it again")
-    return env
+        with env.begin(**options) as transaction:
+            yield transaction
+    except _import_lmdb().Error as error:
+        raise UserError(f"{env.path()}: {first_line(error)}; {_REMEDY}") from error
 
 
 def _import_lmdb() -> ModuleType:

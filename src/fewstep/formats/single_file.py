@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.ldm_keys import PREFIXES, from_ldm
+from fewstep.formats.tensor_files import first_line, read_safetensors
 from fewstep.formats.torch_archive import read_torch_archive
 
-_UNREADABLE = (
-    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
-)  # fmt: skip
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Older merges leave this out of CLIP's keys
 _OPTIONAL_PREFIX = "text_model."
@@ -87,7 +84,7 @@ def read_single_file(path: Path) -> SingleFile:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give a single-file checkpoint (.safetensors)")
-    tensors, metadata = _read_pickle(path) if path.suffix.lower() in _PICKLES else _read_safetensors(path)
+    tensors, metadata = _read_pickle(path) if path.suffix.lower() in _PICKLES else read_safetensors(path)
     family = _family(tensors, path)
     prefixes = PREFIXES[family]
     parts: dict[str, dict[str, Tensor]] = {component: {} for component in prefixes}
@@ -118,18 +115,6 @@ def _family(keys: Iterable[str], path: Path) -> str:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except _UNREADABLE as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({_first_line(error)}); it is damaged, incomplete or of another "
-            "format: download it again"
-        ) from error
-
-
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a pickle that holds nothing else, as a state dict or under `state_dict`."""
     try:
@@ -137,7 +122,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except UserError as error:
         raise UserError(
             f"{path} is a pickle with more than tensors in it, or a damaged one; convert it to .safetensors "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -148,7 +133,3 @@ def _weight(name: str, value: Tensor) -> Tensor:
     if not bool(torch.isfinite(kept).all()):
         raise UserError(f"its tensor {name} has numbers that are infinite or none; this is no usable model")
     return kept.contiguous()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

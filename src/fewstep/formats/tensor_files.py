@@ -12,6 +12,11 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
 
+# What a damaged .safetensors ends in: a header of the wrong kind, or an element type that torch does not have
+_UNREADABLE = (
+    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
+)  # fmt: skip
+
 
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a `.safetensors` or torch.save file, without reading them.
@@ -33,8 +38,20 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
     """
     if path.suffix != ".safetensors":
         return read_torch_archive(path, wanted)
+    return read_safetensors(path, wanted)[0]
+
+
+def read_safetensors(
+    path: Path, wanted: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The (wanted) tensors of a `.safetensors` file, and its header's entries.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
+        names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -58,7 +75,15 @@ def common_half_precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); download it again") from error
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({first_line(error)}); it is damaged, incomplete or of another "
+            "format: download it again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of its failure, without its further lines and not endless."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

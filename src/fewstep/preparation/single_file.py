@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from fewstep.backbones.components import published_names
 from fewstep.backbones.diffusers_models import model_family, read_json
 from fewstep.backbones.text_encoders import read_model_index
 from fewstep.errors import UserError
@@ -51,7 +52,8 @@ def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> P
     states = {}
     for name, config in configs.items():
         network = _network(name, config, base)
-        shapes = {_published_name(name, key): value.shape for key, value in network.state_dict().items()}
+        tensors = published_names(network.state_dict(), type(network).__name__)
+        shapes = {key: value.shape for key, value in tensors.items()}
         states[name] = single.diffusers_state(name, dict(network.config) if name in _WEIGHTS else {}, shapes)
     index = read_json(base / "model_index.json", base, "model_index")
     with written_aside(out) as aside:
@@ -92,12 +94,6 @@ def _network(name: str, config: dict[str, Any], base: Path) -> Any:
             return (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(config)
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
         raise UserError(f"{base / name / 'config.json'} describes no network ({str(error).splitlines()[0]})") from error
-
-
-def _published_name(name: str, key: str) -> str:
-    """Text encoders under `text_model.`, as published files have it and every version of transformers reads it."""
-    plain = name not in _TEXT_ENCODERS or key.startswith(("text_model.", "text_projection."))
-    return key if plain else f"text_model.{key}"
 
 
 def _say_prediction(single: SingleFile, path: Path) -> None:

@@ -1,0 +1,100 @@
+"""One component of a diffusers folder, whole: no tensor stays at its random start, and every failure is one sentence."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+_CLIP, _WEIGHTS = "text_model.", "model.safetensors"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the progress bars and reports of diffusers and transformers: what matters of them becomes an error here."""
+    from transformers.utils import logging
+
+    ours, theirs = diffusers.utils.logging, logging
+    shown, levels = logging.is_progress_bar_enabled(), (ours.get_verbosity(), theirs.get_verbosity())
+    ours.disable_progress_bar()
+    theirs.disable_progress_bar()
+    ours.set_verbosity(CRITICAL)
+    theirs.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        ours.enable_progress_bar()
+        if shown:
+            theirs.enable_progress_bar()
+        ours.set_verbosity(levels[0])
+        theirs.set_verbosity(levels[1])
+
+
+def load_component(kind: Any, folder: Path) -> Any:
+    """A network of diffusers or transformers from its folder, safetensors only.
+
+    Both libraries leave tensors that the file lacks at random values, with a warning at most; here that is an error.
+
+    Args:
+        kind: its class.
+        folder: with config.json and weights.
+
+    Raises:
+        UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if kind.__module__.startswith("transformers"):
+        options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
+    try:
+        with quiet_loading():
+            module, found = kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded ({_reason(error)}); download it again") from error
+    missing, other = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing and _load_short_names(module, folder, missing):
+        missing, other = [], []
+    missing += sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{folder} holds another network than its config.json describes: {len(missing)} missing or of another "
+            f"shape {missing[:2]}, {len(other)} unexpected {other[:2]}; download it again"
+        )
+    return module
+
+
+def published_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """A CLIPTextModel's tensors under `text_model.`, as published files have them; other networks' as they are.
+
+    transformers 5 saves them without the prefix. It reads both; transformers 4 would leave such an encoder at random
+    values with a warning.
+    """
+    if architecture != "CLIPTextModel" or any(name.startswith(_CLIP) for name in weights):
+        return dict(weights)
+    return {f"{_CLIP}{name}": value for name, value in weights.items()}
+
+
+def _load_short_names(module: Any, folder: Path, missing: list[str]) -> bool:
+    """Under transformers 4, a CLIPTextModel that transformers 5 has saved; whether it was one."""
+    if type(module).__name__ != "CLIPTextModel" or not (folder / _WEIGHTS).is_file():
+        return False
+    weights = published_names(load_file(folder / _WEIGHTS), "CLIPTextModel")
+    if not weights.keys() >= set(missing):
+        return False
+    module.load_state_dict(weights, strict=False)
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what safetensors said, where it is behind the error; without diffusers' advice to programmers."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SafetensorError):
+        cause = cause.__cause__ or cause.__context__
+    line = str(cause or error).splitlines()[0].split(". If you want to instead")[0]
+    return " ".join(line.split()).rstrip(".")
