@@ -65,7 +65,7 @@ assets: $(CORE) ## remake the bundled teacher, features and pictures from data/f
 	$(BIN)/fewstep pretrain recipes/fashion_mnist_teacher.toml
 	$(BIN)/python examples/bundle_fashion_mnist.py data/fashion-mnist runs/fashion-mnist-teacher
 
-emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and prompts from data/emoji (about two hours on 2 cores)
+emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and prompts from data/emoji (an hour of training on 2 cores, then 50 minutes for features and figures)
 	for stage in vae sd sdxl; do $(BIN)/python examples/train_emoji_teacher.py data/emoji runs/emoji --stage $$stage || exit 1; done
 	$(BIN)/python examples/bundle_emoji.py data/emoji runs/emoji
 

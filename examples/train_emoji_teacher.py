@@ -1,8 +1,8 @@
 """Train small text-to-image teachers in the shapes of Stable Diffusion and SDXL on emoji, on a laptop's CPU.
 
-    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage vae     # 6 minutes on 2 cores
-    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sd      # 15 minutes, needs vae
-    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sdxl    # 12 minutes, needs vae
+    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage vae     # 10 minutes on 2 cores
+    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sd      # 28 minutes, needs vae
+    python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sdxl    # 20 minutes, needs vae
 
     python examples/train_emoji_teacher.py data/emoji runs/emoji --stage sd --more       # train an earlier result on
 
@@ -42,7 +42,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.pixels import save_grid
 
-MINUTES = {"vae": 6.0, "sd": 15.0, "sdxl": 12.0}
+MINUTES = {"vae": 10.0, "sd": 28.0, "sdxl": 20.0}  # what ships was trained this long
 BATCH = {"vae": 8, "sd": 32, "sdxl": 32}
 
 

@@ -1,4 +1,4 @@
-"""The text-to-image recipes are the published rows (METHOD section 5), number by number."""
+"""The published recipes are the rows of METHOD section 5, number by number."""
 
 from pathlib import Path
 
@@ -10,12 +10,38 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 # name: generator lr, fake lr, ratio, batch, GAN generator, GAN discriminator, guidance, steps, step indices, mode, start
 PUBLISHED = {
+    "imagenet64_dmd2": (2e-6, 2e-6, 5, 280, 0, 0, 1, 410_000, (999,), "full", ""),
+    "imagenet64_dmd2_gan": (2e-6, 2e-6, 5, 280, 3e-3, 1e-2, 1, 200_000, (999,), "full", ""),
+    "imagenet64_dmd2_gan_resumed": (5e-7, 5e-7, 5, 280, 3e-3, 1e-2, 1, 140_000, (999,), "full", "runs/imagenet64_dmd2"),
+    "imagenet64_dmd": (2e-6, 2e-6, 1, 336, 0, 0, 1, 350_000, (999,), "full", ""),  # its steps are ours
     "sd15_dmd2": (1e-5, 1e-5, 10, 2048, 0, 0, 1.75, 39_000, (999,), "full", ""),
     "sd15_dmd2_gan": (5e-7, 5e-7, 10, 2048, 1e-3, 1e-2, 1.75, 2_000, (999,), "full", "runs/sd15_dmd2"),
     "sdxl_dmd2_4step": (5e-7, 5e-7, 5, 128, 5e-3, 1e-2, 8, 19_000, (999, 749, 499, 249), "full", ""),
     "sdxl_dmd2_4step_lora": (5e-5, 5e-5, 5, 128, 5e-3, 1e-2, 8, 16_000, (999, 749, 499, 249), "lora_generator", ""),
+    # the warm-up has no fake score: its rate and ratio are the defaults and never read
+    "sdxl_regression_warmup": (1e-5, 2e-6, 5, 256, 0, 0, 8, 2_000, (399,), "full", ""),
     "sdxl_dmd2_1step": (5e-7, 5e-7, 5, 128, 5e-3, 1e-2, 8, 24_000, (399,), "full", "runs/sdxl_regression_warmup"),
 }
+
+# name: figures of its row, as they stand in `expected`
+RESULTS = {
+    "imagenet64_dmd2": ("FID 2.61", "410k steps", "70 h"),
+    "imagenet64_dmd2_gan": ("FID 1.51", "200k steps", "53 h"),
+    "imagenet64_dmd2_gan_resumed": ("FID 1.28", "+140k steps", "38 h"),
+    "imagenet64_dmd": ("FID 2.62",),
+    "sd15_dmd2": ("COCO-30k FID 9.28", "39k steps", "25 h"),
+    "sd15_dmd2_gan": ("COCO-30k FID 8.35", "+2k steps", "2 h"),
+    "sdxl_dmd2_4step": ("COCO-10k FID 19.32", "19k steps", "57 h"),
+    "sdxl_dmd2_4step_lora": ("COCO-10k FID 19.68", "16k steps", "63 h"),
+    "sdxl_dmd2_1step": ("COCO-10k FID 19.01", "24k steps", "57 h"),
+    "sdxl_regression_warmup": ("2k steps",),
+}
+# name: weight and distance of the regression
+REGRESSIONS = {"imagenet64_dmd": (0.25, "lpips"), "sdxl_regression_warmup": (1.0, "lpips")}
+
+
+def test_every_row_has_its_results() -> None:
+    assert RESULTS.keys() == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -36,6 +62,20 @@ def test_published_numbers(name: str) -> None:
     assert (settings.losses.min_level_index, settings.losses.max_level_index) == (20, 980)
     assert settings.generator.ema_half_life_images == 0  # the authors keep none
     assert settings.generator.training_inputs == "simulated"
+    losses = settings.losses
+    assert (losses.regression_weight, losses.regression_distance) == REGRESSIONS.get(name, (0.0, "pixel"))
+    assert losses.distribution_matching_weight == (0.0 if name == "sdxl_regression_warmup" else 1.0)
+    assert [figure for figure in RESULTS[name] if figure not in settings.expected] == []
+    assert settings.compute.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("imagenet64")])
+def test_imagenet_recipes_have_the_released_teacher(name: str) -> None:
+    settings = load_settings(TrainSettings, RECIPES / f"{name}.toml")
+    assert settings.teacher.path == "teachers/edm-imagenet-64x64-cond-adm.pkl"
+    assert settings.teacher.network == "imagenet64-adm"
+    assert bool(settings.data.images) == bool(settings.losses.gan_generator_weight)
+    assert bool(settings.data.pairs) == (name == "imagenet64_dmd")
 
 
 def test_lora_is_the_published_one() -> None:
@@ -47,13 +87,9 @@ def test_warm_up_is_regression_alone() -> None:
     settings = load_settings(TrainSettings, RECIPES / "sdxl_regression_warmup.toml")
     losses = settings.losses
     assert (losses.distribution_matching_weight, losses.gan_generator_weight, losses.regression_weight) == (0, 0, 1)
-    assert losses.regression_distance == "lpips"
-    assert (settings.optimizer.generator_lr, settings.training.batch_size, settings.training.num_steps) == (
-        1e-5,
-        256,
-        2000,
-    )
-    assert settings.generator.step_indices == (399,)
+    assert settings.teacher.guidance_scale == 8  # of the sample pictures here; the pairs bring their own
+    head = (RECIPES / "sdxl_regression_warmup.toml").read_text()
+    assert "--num-pairs 10000 --guidance-scale 8" in head
 
 
 def test_one_gpu_recipe_shares_one_base() -> None:

@@ -1,5 +1,6 @@
 """The text quick start for a few seconds: on a stand-in for what ships, and on what ships."""
 
+import ast
 import json
 import re
 import socket
@@ -65,7 +66,7 @@ def test_report_is_one_self_contained_page(finished: Path) -> None:
     assert (finished / "side_by_side.png").is_file()
 
 
-def test_figures_stand_in_the_report(finished: Path) -> None:
+def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
     page, figures = (finished / "report.html").read_text(), json.loads((finished / "report.json").read_text())
     for role in ("teacher", "generator"):
         found = TextMeasurement.from_dict(figures[role])
@@ -77,7 +78,10 @@ def test_figures_stand_in_the_report(finished: Path) -> None:
     assert figures["real"]["trained"] is None
     assert f"{figures['real']['held_out_distance']:.3f} (4)" in page
     assert len(figures["curve"]) >= 2
-    assert figures["curve"][-1] == [0.05, figures["generator"]["trained"]["frechet_distance"]]
+    assert all(distance > 0 for _, distance in figures["curve"])
+    assert "images a point" in page
+    on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["sd"]["on_curve"]
+    assert f"teacher {on_curve['frechet_distance']:.2f}" in page
     speeds = [figures[role]["trained"]["images_per_second"] for role in ("generator", "teacher")]
     assert figures["speedup"] == pytest.approx(speeds[0] / speeds[1])
 
@@ -144,17 +148,33 @@ def test_a_bundled_teacher_is_a_text_teacher_everywhere(shipped: Path, tmp_path:
     assert "emoji-classifier" in answer.out
 
 
-@pytest.mark.parametrize("recipe", ["4step_lora", "4step", "1step"])
+RECIPES = {
+    "emoji_dmd2_4step_lora": (999, 749, 499, 249), "emoji_dmd2_4step": (999, 749, 499, 249), "emoji_dmd2_1step": (999,),
+    "emoji_sdxl_dmd2_4step_lora": (999, 749, 499, 249), "emoji_sdxl_dmd2_1step": (399,),
+}  # fmt: skip
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def test_every_emoji_recipe_is_run_and_told_of() -> None:
+    assert {path.stem for path in RECIPE_FOLDER.glob("emoji_*.toml")} == RECIPES.keys()
+    page = (RECIPE_FOLDER.parent / "docs/text-quickstart.md").read_text()
+    assert [name for name in RECIPES if f"| `recipes/{name}.toml` |" not in page] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_need_nothing_else(shipped: Path, tmp_path: Path, recipe: str) -> None:
-    file = Path(__file__).parents[1] / f"recipes/emoji_dmd2_{recipe}.toml"
+    file = RECIPE_FOLDER / f"{recipe}.toml"
     assert "network: " in run("train", file, "--dry-run").out
     answer = run(
         "train", file, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2", "compute.device=cpu",
         f"run.folder={tmp_path / 'run'}",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    steps = 1 if recipe == "1step" else 4
-    assert load_model(tmp_path / "run", device="cpu").card.step_indices == (999, 749, 499, 249)[:steps]
+    generator = load_model(tmp_path / "run", device="cpu")
+    assert isinstance(generator, TextGenerator)
+    assert generator.card.step_indices == RECIPES[recipe]
+    assert generator.base == f"bundled:emoji-{'sdxl' if 'sdxl' in recipe else 'sd'}"
+    assert (tmp_path / "run/generator/adapter.safetensors").is_file() == recipe.endswith("lora")
 
 
 def test_an_unknown_teacher_lists_what_exists(shipped: Path, tmp_path: Path) -> None:
@@ -167,10 +187,31 @@ def test_an_unknown_teacher_lists_what_exists(shipped: Path, tmp_path: Path) -> 
 
 # --- The real files
 
-REAL = pytest.mark.skipif(not (ASSETS / "emoji/teacher_measurement.json").is_file(), reason="the emoji set is not made")
+
+def test_the_set_ships_whole() -> None:
+    """What PROVENANCE.md lists is there; without it every test below would fail, none is skipped."""
+    page = (ASSETS / "emoji/PROVENANCE.md").read_text()
+    named = re.findall(
+        r"`([\w./]+)`", " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    )
+    assert "teacher_measurement.json" in named
+    assert [name for name in named if not (ASSETS / "emoji" / name).exists()] == []
+    measured = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())
+    assert measured.keys() == {"sd", "sdxl"}
 
 
-@REAL
+def test_making_the_set_again_takes_what_ships_took() -> None:
+    source = (RECIPE_FOLDER.parent / "examples/train_emoji_teacher.py").read_text()
+    defaults = ast.literal_eval(re.search(r"MINUTES = (\{.*?\})", source)[1])  # type: ignore[index]
+    cards = [(ASSETS / f"emoji/{name}/README.md").read_text() for name in ("sd", "sdxl")]
+    took = {
+        stage: float(minutes) for card in cards for stage, minutes in re.findall(r"--stage (\w+) --minutes (\d+)", card)
+    }
+    assert defaults == took
+    told = dict(re.findall(r"--stage (\w+) +# (\d+) minutes", source))
+    assert {stage: float(minutes) for stage, minutes in told.items()} == took
+
+
 @pytest.mark.slow
 def test_on_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -185,12 +226,10 @@ def test_on_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert generator.sample(["red apple, food & drink"]).shape == (1, 3, 64, 64)
 
 
-@REAL
 def test_shipped_files_stay_small() -> None:
     assert sum(path.stat().st_size for path in (ASSETS / "emoji").rglob("*") if path.is_file()) < 30e6
 
 
-@REAL
 @pytest.mark.slow
 def test_shipped_figures_can_be_repeated() -> None:
     bench = load_text_bench(ASSETS / "emoji")

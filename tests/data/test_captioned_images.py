@@ -3,8 +3,11 @@
 import io
 import json
 import tarfile
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +17,8 @@ from PIL import Image
 from fewstep.data.captioned_images import check_tar, open_captioned_images
 from fewstep.data.pictures import decode_picture
 from fewstep.errors import UserError
+from tests.test_cli import fewstep
+from tests.tiny_models import tiny_sd_folder
 
 
 def png(grey: int, size: int = 16) -> bytes:
@@ -43,8 +48,6 @@ def write_tar(path: Path, captions: list[str], first: int = 0) -> Path:
 
 
 def write_parquet(path: Path, captions: list[str]) -> Path:
-    import datasets
-
     pictures = [{"bytes": png(number), "path": None} for number in range(len(captions))]
     rows = datasets.Dataset.from_dict({"image": pictures, "text": captions})
     rows.cast_column("image", datasets.Image()).to_parquet(path)
@@ -52,6 +55,49 @@ def write_parquet(path: Path, captions: list[str]) -> Path:
 
 
 CAPTIONS = [f"cat {number}" for number in range(70)]
+
+
+def answer_for_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, Any]]:
+    """`datasets.load_dataset` finds the parquet files of `folder` under the hub id me/pictures; returns what it was asked."""
+    original, asked = datasets.load_dataset, list[dict[str, Any]]()
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        if name == "me/pictures":
+            asked.append(options)
+            return original("parquet", data_dir=str(folder), **options)
+        return original(name, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data/train-00000.parquet", CAPTIONS)
+    asked = answer_for_the_hub(monkeypatch, tmp_path / "data")
+    source = open_captioned_images("me/pictures", streaming=streaming)
+    assert asked == [{"split": "train", "streaming": streaming}]
+    assert source.num_rows == (None if streaming else 70)
+    for first in (0, 40):
+        rows = list(islice(source.rows(first), 3))
+        assert [row.caption for row in rows] == CAPTIONS[first : first + 3]
+        greys = [int(decode_picture(row.picture, row.name, 16, 3, "exact")[0, 0, 0]) for row in rows]
+        assert greys == list(range(first, first + 3))
+
+
+def test_latents_of_the_first_rows_of_a_streamed_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user types it: three rows are encoded of a set whose length nobody asked for."""
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data/train-00000.parquet", [f"cat {number % 2}" for number in range(9)])
+    asked = answer_for_the_hub(monkeypatch, tmp_path / "data")
+    answer = fewstep(
+        "prepare", "latents", tiny_sd_folder(tmp_path / "sd"), tmp_path / "latents", "--images", "me/pictures", "--streaming",
+        "--num-images", 3, "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert asked == [{"split": "train", "streaming": True}]
+    assert "3 latents of shape 4x8x8, 2 distinct captions" in answer.out
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "tar", "tars"])

@@ -16,7 +16,9 @@ from fewstep.data.images import ImageBatches, ImageDataset, data_order, load_ima
 from fewstep.data.pictures import fit_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.formats.lmdb import write_lmdb
 from tests.conftest import write_pictures
+from tests.formats.test_lmdb import change
 
 
 def load(
@@ -56,6 +58,54 @@ def brightness(dataset: ImageDataset) -> list[int]:
 
 
 # where pictures come from
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """Six pictures of 16x16 in the layout of the published ImageNet LMDB."""
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 16, 16).contiguous()
+    write_lmdb(tmp_path / "set", {"images": images, "labels": torch.tensor([[3], [0], [1], [2], [3], [0]])})
+    return tmp_path / "set"
+
+
+def test_a_published_lmdb(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load(imagenet, channels=3, num_classes=4)
+    assert dataset.in_memory
+    assert brightness(dataset) == list(range(6))
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [3, 0, 1, 2, 3, 0]
+    monkeypatch.setattr("fewstep.data.images._MEMORY_LIMIT_BYTES", 0)
+    lazy = load(imagenet, channels=3)
+    assert (lazy.in_memory, lazy.labels) == (False, None)
+    assert lazy.pixels(torch.tensor([5, 2])).float().mean(dim=(1, 2, 3)).tolist() == [5, 2]
+    batches = [ImageBatches(data, 0, 4, False).at(1, "cpu")[0] for data in (dataset, lazy)]
+    assert torch.equal(*batches)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("images_4_data", None, "images_4_data is missing of 6 rows; the data set is incomplete or damaged"),
+        ("labels_0_data", b"\x09" + bytes(7), "labels run from 0 to 9, the model has 4 classes (0..3)"),
+        ("labels_shape", b"5 1", "labels of shape (5, 1) do not belong to 6 pictures"),
+        ("labels_shape", None, "the key labels_shape is missing (arrays there: images)"),
+    ],
+)
+def test_a_published_lmdb_that_cannot_be_used(imagenet: Path, key: str, value: bytes | None, told: str) -> None:
+    change(imagenet, key, value)
+    with pytest.raises(UserError) as error:
+        load(imagenet, channels=3, num_classes=4)
+    assert told in str(error.value)
+    assert str(imagenet) in str(error.value)
+
+
+def test_a_published_lmdb_of_another_size_or_cut_short(imagenet: Path) -> None:
+    with pytest.raises(UserError, match=r"pictures of shape \(6, 3, 16, 16\), the model makes \(3, 32, 32\)"):
+        load(imagenet, channels=3, resolution=32)
+    with (imagenet / "data.mdb").open("r+b") as file:
+        file.truncate((imagenet / "data.mdb").stat().st_size // 2)
+    with pytest.raises(UserError, match="is cut short"):
+        load(imagenet, channels=3)
 
 
 def test_class_folders(pictures: Path) -> None:
@@ -288,6 +338,24 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
 def test_an_unknown_split(pictures: Path) -> None:
     message = refused(pictures, split="validation")
     assert message.startswith(f"data.images={pictures} (split 'validation') cannot be read: ValueError: Unknown split")
+
+
+def test_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    columns: dict[str, list[Any]] = {"image": [encoded(7), encoded(9), encoded(11)], "label": [1, 0, 1]}
+    write_parquet(tmp_path / "train-00000.parquet", features, columns)
+    original, asked = datasets.load_dataset, list[Any]()
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return original("parquet", data_dir=str(tmp_path), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset = load("me/pictures", num_classes=2)
+    assert asked == [("me/pictures", {"split": "train"})]
+    assert brightness(dataset) == [7, 9, 11]
+    assert dataset.labels is not None
+    assert (dataset.labels.tolist(), dataset.class_names) == ([1, 0, 1], ["cat", "dog"])
 
 
 def test_a_hub_set_that_cannot_be_reached() -> None:

@@ -162,6 +162,17 @@ def test_every_purpose_has_its_own_key() -> None:
     assert len(seen) == len(PURPOSES)
 
 
+def test_numbered_noises_of_one_purpose_are_different_ones() -> None:
+    """Number 1 has the key that "simulation_noise_1" always had: earlier runs continue as they were."""
+    draws = Draws.of_batch(3, 2, 50)
+    noises = [draws.normal("simulation_noise", (40,), number) for number in range(1, 9)]
+    for a, b in itertools.combinations(noises, 2):
+        assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 5 / math.sqrt(50 * 40)
+    words = python_words(3, 2, 7, "simulation_noise_1", 0)
+    radius, angle = math.sqrt(-2 * math.log((words[0] + 0.5) / 2**32)), 2 * math.pi * (words[2] + 0.5) / 2**32
+    assert noises[0][7, 0].item() == pytest.approx(radius * math.cos(angle), abs=1e-6)
+
+
 def test_normals_are_normal() -> None:
     values = Draws.of_batch(0, 0, 1000).normal("sample_noise", (1, 10, 10)).double().flatten().numpy()
     count = len(values)
@@ -213,7 +224,7 @@ def test_an_unknown_purpose_is_refused(name: str) -> None:
 
 
 def constant_words(word: int) -> Any:
-    return lambda self, purpose, blocks: torch.full((4, len(self.positions), blocks), word, dtype=torch.int64)
+    return lambda self, purpose, blocks, number=0: torch.full((4, len(self.positions), blocks), word, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])

@@ -6,28 +6,6 @@ import pytest
 from fewstep.diffusion.step_schedule import StepSchedule
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "indices"),
-    [(1, (999,)), (2, (999, 499)), (4, (999, 749, 499, 249)), (5, (999, 799, 599, 399, 199))],
-)
-def test_evenly_follows_the_published_schedule(num_steps: int, indices: tuple[int, ...]) -> None:
-    steps = StepSchedule.evenly(num_steps)
-    assert steps.indices == indices
-    assert steps == StepSchedule(indices)
-    assert len(steps) == num_steps
-
-
-def test_evenly_over_another_grid() -> None:
-    assert StepSchedule.evenly(3, num_levels=12) == StepSchedule((11, 7, 3), 12)
-    assert StepSchedule.evenly(12, num_levels=12).indices == tuple(range(11, -1, -1))
-
-
-@pytest.mark.parametrize("num_steps", [0, -1, 3, 7, 1001])
-def test_uneven_numbers_of_steps_are_refused(num_steps: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_steps} steps do not divide the 1000 levels"):
-        StepSchedule.evenly(num_steps)
-
-
 def test_an_empty_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"generator.step_indices is empty: .*e.g. \[999\]"):
         StepSchedule(())

@@ -21,8 +21,8 @@ from fewstep.distillation.conditions import (
 )
 from tests.conftest import tiny_denoiser
 
-FOUR = StepSchedule.evenly(4)
-NOISES = ["generator_noise", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3"]
+FOUR = StepSchedule((999, 749, 499, 249))
+EIGHT = StepSchedule(tuple(range(999, 0, -125)))
 SHAPE = (1, 16, 16)
 NO_DATA = RealBatch(torch.empty(0, *SHAPE), Condition(0))
 
@@ -46,7 +46,7 @@ def draws_at(number: int, size: int = 3, seed: int = 0, steps: StepSchedule = FO
 
 
 def noises(draws: Draws) -> list[Tensor]:
-    return [draws.normal(purpose, SHAPE) for purpose in NOISES]  # type: ignore[arg-type]
+    return [draws.normal("generator_noise", SHAPE), *(draws.normal("simulation_noise", SHAPE, k) for k in range(1, 8))]
 
 
 def test_every_step_is_simulated_equally_often_and_by_the_whole_batch(generator: EDMDenoiser) -> None:
@@ -91,11 +91,13 @@ def test_a_one_step_generator_never_runs_during_simulation() -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_at_later_steps_the_input_is_what_the_generator_will_meet(generator: EDMDenoiser, number: int) -> None:
-    draws, condition = draws_at(number), labels(3)
-    noisy, level = simulated_input(generator, FOUR, condition, draws)
-    sigmas = generator.noise_schedule.grid[[999, 749, 499, 249]]
+@pytest.mark.parametrize(("steps", "number"), [(FOUR, 1), (FOUR, 2), (FOUR, 3), (EIGHT, 4), (EIGHT, 7)])
+def test_at_later_steps_the_input_is_what_the_generator_will_meet(
+    generator: EDMDenoiser, steps: StepSchedule, number: int
+) -> None:
+    draws, condition = draws_at(number, steps=steps), labels(3)
+    noisy, level = simulated_input(generator, steps, condition, draws)
+    sigmas = generator.noise_schedule.grid[list(steps.indices)]
     fresh = noises(draws)
     with torch.no_grad():
         expected = sigmas[0] * fresh[0]
@@ -123,11 +125,6 @@ def test_simulation_carries_no_gradient_and_repeats_exactly(generator: EDMDenois
     assert not level.requires_grad
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert torch.equal(simulated_input(generator, FOUR, labels(3), draws)[0], noisy)
-
-
-def test_more_than_four_steps_are_refused(generator: EDMDenoiser) -> None:
-    with pytest.raises(ValueError, match=r"generator.step_indices has 5 entries; at most 4 are supported"):
-        simulated_input(generator, StepSchedule.evenly(5), labels(1), Draws.of_batch(0, 0, 1))
 
 
 def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser) -> None:

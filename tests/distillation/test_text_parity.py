@@ -278,7 +278,7 @@ def test_discriminator_adversarial(case: Case) -> None:
 
 
 def test_four_steps_and_their_levels(case: Case) -> None:
-    steps = StepSchedule.evenly(4)
+    steps = StepSchedule((999, 749, 499, 249))
     assert steps.indices == (999, 749, 499, 249)
     levels = case.teacher.noise_schedule.at(torch.tensor(steps.indices)).tolist()
     if case.family == "sd3":
@@ -301,10 +301,10 @@ def test_backward_simulated_input(case: Case, number: int) -> None:
     """Pure noise at the first step; later the generator's own x0, noised with noise it has not seen."""
     indices, draws = [999, 749, 499, 249], draws_at(number)
     generator = copy.deepcopy(case.fake_score)
-    noisy, level = simulated_input(generator, StepSchedule.evenly(4), case.condition, draws)
+    noisy, level = simulated_input(generator, StepSchedule((999, 749, 499, 249)), case.condition, draws)
 
-    purposes: Any = ("generator_noise", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3")
-    noises = [draws.normal(purpose, SHAPE).double() for purpose in purposes]
+    noises = [draws.normal("generator_noise", SHAPE).double()]
+    noises += [draws.normal("simulation_noise", SHAPE, number).double() for number in (1, 2, 3)]
     x = noises[0]
     with torch.no_grad():
         for step in range(number):

@@ -1,4 +1,4 @@
-"""Folders, parquet files and hub sets of pictures as uint8 tensors of one size, read through `datasets`."""
+"""Folders, parquet files, hub sets (through `datasets`) and LMDBs of pictures as uint8 tensors of one size."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.data.pictures import decode_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 
 if TYPE_CHECKING:
     from fewstep.config import DataSettings
@@ -70,8 +71,22 @@ class ImageDataset:
         return np.stack([decode_picture(row, name, *options) for row, name in zip(rows, names, strict=True)])
 
 
+class LmdbImageDataset(ImageDataset):
+    """The pictures of a published LMDB (METHOD.md section 6), which are of one size already."""
+
+    def __init__(self, arrays: LmdbArrays, labels: Tensor | None) -> None:
+        self._arrays = arrays
+        count, channels, resolution, _ = arrays.shapes["images"]
+        super().__init__(range(count), "images", labels, None, resolution, channels, "exact")
+        if self.in_memory:
+            arrays.close()
+
+    def _decode_chunk(self, indices: Sequence[int]) -> np.ndarray:
+        return self._arrays.rows("images", indices).numpy()
+
+
 def load_images(settings: "DataSettings", *, resolution: int, channels: int, num_classes: int) -> ImageDataset:
-    """Open a folder (imagefolder layout), a parquet file or folder of them, or a hub data set.
+    """Open a folder (imagefolder layout), a parquet file or folder of them, a folder with data.mdb, or a hub data set.
 
     Args:
         settings: where the pictures are and how they are fitted.
@@ -82,6 +97,8 @@ def load_images(settings: "DataSettings", *, resolution: int, channels: int, num
         UserError: nothing there, no pictures, no labels where the model needs them, labels outside the model's
             classes, a picture that does not decode or fit.
     """
+    if settings.images and (Path(settings.images).expanduser() / "data.mdb").is_file():
+        return _load_lmdb(settings, resolution, channels, num_classes)
     rows = _open_rows(settings)
     column = _image_column(rows, settings)
     labels, names = _labels(rows, settings, num_classes) if num_classes else (None, None)
@@ -89,6 +106,24 @@ def load_images(settings: "DataSettings", *, resolution: int, channels: int, num
 
     rows = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     return ImageDataset(rows, column, labels, names, resolution, channels, settings.fit)
+
+
+def _load_lmdb(settings: "DataSettings", resolution: int, channels: int, num_classes: int) -> LmdbImageDataset:
+    kinds = IMAGENET if num_classes else {"images": IMAGENET["images"]}
+    arrays, where = LmdbArrays(Path(settings.images).expanduser(), kinds), f"data.images={settings.images}"
+    shape = arrays.shapes["images"]
+    if shape[1:] != (channels, resolution, resolution) or not shape[0]:
+        raise UserError(
+            f"{where} holds pictures of shape {shape}, the model makes {(channels, resolution, resolution)}: pictures of an "
+            "LMDB are taken as they are; give the set of this size"
+        )
+    if not num_classes:
+        return LmdbImageDataset(arrays, None)
+    if arrays.shapes["labels"] not in ((shape[0], 1), (shape[0],)):
+        raise UserError(f"{where}: labels of shape {arrays.shapes['labels']} do not belong to {shape[0]} pictures")
+    labels = arrays.rows("labels", range(shape[0])).flatten()
+    _check_labels(labels.numpy(), where, num_classes)
+    return LmdbImageDataset(arrays, labels)
 
 
 def _open_rows(settings: "DataSettings") -> Any:
@@ -144,13 +179,17 @@ def _labels(rows: Any, settings: "DataSettings", num_classes: int) -> tuple[Tens
     if not np.issubdtype(values.dtype, np.integer):
         raise UserError(f"{where}: column {column!r} holds {values.dtype}, not integer class labels")
     values = values.reshape(len(values), -1)[:, 0]
+    _check_labels(values, where, num_classes)
+    names = getattr(rows.features[column], "names", None)
+    return torch.from_numpy(values.astype(np.int64)), names
+
+
+def _check_labels(values: np.ndarray, where: str, num_classes: int) -> None:
     if values.min() < 0 or values.max() >= num_classes:
         raise UserError(
             f"{where}: labels run from {values.min()} to {values.max()}, the model has {num_classes} classes "
             f"(0..{num_classes - 1})"
         )
-    names = getattr(rows.features[column], "names", None)
-    return torch.from_numpy(values.astype(np.int64)), names
 
 
 def data_order(seed: int, position: Tensor, length: int, cache: dict[int, Tensor] | None = None) -> Tensor:

@@ -16,7 +16,7 @@ Purpose = Literal[
     "generator_noise", "generator_label", "pair_order", "pair_noise", "pair_label", "data_order", "data_flip", "label_dropout",
     "dm_level", "dm_noise", "gan_level", "gan_noise", "fake_level", "fake_noise",
     "disc_level_real", "disc_noise_real", "disc_level_generated", "disc_noise_generated",
-    "simulated_step", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3",
+    "simulated_step", "simulation_noise",
     "pretrain_level", "pretrain_noise", "encoder_noise", "sample_noise", "sample_label", "diagnostic_noise", "global_state",
 ]  # fmt: skip
 
@@ -44,11 +44,11 @@ class Draws:
         """Draws of the samples first..first + batch_size - 1."""
         return cls(seed, step, torch.arange(first, first + batch_size, dtype=torch.int64, device=device))
 
-    def normal(self, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
-        """Unit Gaussian, (B, *shape), float32."""
+    def normal(self, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
+        """Unit Gaussian, (B, *shape), float32; `number` tells several of one purpose apart."""
         count = math.prod(shape)
         blocks = -(-count // 4)
-        words = self._words(purpose, blocks).double()
+        words = self._words(purpose, blocks, number).double()
         uniform = (words + 0.5) / 2**32
         radius = torch.sqrt(-2 * torch.log(uniform[0:2]))
         angle = 2 * math.pi * uniform[2:4]
@@ -72,10 +72,11 @@ class Draws:
         one = Draws(self.seed, self.step, torch.zeros(1, dtype=torch.int64))
         return int(one.integers(purpose, 0, high))
 
-    def _words(self, purpose: Purpose, blocks: int) -> Tensor:
-        """32-bit words, int64 (4, B, blocks), for counter (block, position, step, purpose) and key = seed."""
+    def _words(self, purpose: Purpose, blocks: int, number: int = 0) -> Tensor:
+        """32-bit words, int64 (4, B, blocks), for counter (block, position, step, purpose and number) and key = seed."""
         if purpose not in get_args(Purpose):
             raise ValueError(f"unknown purpose {purpose!r}: add it to draws.Purpose")
+        name = f"{purpose}_{number}" if number else purpose
         device = self.positions.device
         block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
         position = self.positions[:, None]
@@ -84,7 +85,7 @@ class Draws:
             (block | (position >> 32) << 20).expand(shape),  # a sample has under 2^20 blocks, a run under 2^44 samples
             (position & _MASK).expand(shape),
             torch.full(shape, self.step & _MASK, dtype=torch.int64, device=device),
-            torch.full(shape, zlib.crc32(purpose.encode()), dtype=torch.int64, device=device),
+            torch.full(shape, zlib.crc32(name.encode()), dtype=torch.int64, device=device),
         ]
         return torch.stack(_philox(counter, self._key(0), self._key(32)))
 

@@ -25,15 +25,3 @@ class StepSchedule:
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    @classmethod
-    def evenly(cls, num_steps: int, num_levels: int = 1000) -> "StepSchedule":
-        """n steps over T levels: T - 1, T - 1 - T/n, ... (source: DMD2, arXiv:2405.14867, section 4.4).
-
-        Raises:
-            ValueError: num_steps does not divide num_levels.
-        """
-        if num_steps < 1 or num_levels % num_steps:
-            raise ValueError(f"{num_steps} steps do not divide the {num_levels} levels of the schedule evenly")
-        stride = num_levels // num_steps
-        return cls(tuple(range(num_levels - 1, -1, -stride)), num_levels)

@@ -5,10 +5,8 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.draws import Draws, Purpose
+from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.step_schedule import StepSchedule
-
-_NOISES: tuple[Purpose, ...] = ("generator_noise", "simulation_noise_1", "simulation_noise_2", "simulation_noise_3")
 
 
 @torch.no_grad()
@@ -24,17 +22,15 @@ def simulated_input(
     Returns:
         noisy (B, C, H, W) and level (B,).
     """
-    if len(steps) > len(_NOISES):
-        raise ValueError(f"generator.step_indices has {len(steps)} entries; at most {len(_NOISES)} are supported")
     schedule, device = generator.noise_schedule, draws.positions.device
     chosen = draws.shared_integer("simulated_step", len(steps))
 
     def level(number: int) -> Tensor:
         return schedule.expanded(steps.indices[number], len(condition), device)
 
-    noisy = schedule.initial(draws.normal(_NOISES[0], generator.image_shape), level(0))
+    noisy = schedule.initial(draws.normal("generator_noise", generator.image_shape), level(0))
     for number in range(chosen):
         x0 = generator.denoise(noisy, level(number), condition)
-        noise = draws.normal(_NOISES[number + 1], generator.image_shape)
+        noise = draws.normal("simulation_noise", generator.image_shape, number + 1)
         noisy = generator.add_noise(x0, noise, level(number + 1))
     return noisy, level(chosen)

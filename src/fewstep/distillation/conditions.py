@@ -114,7 +114,7 @@ class NoisedDataInputs:
         if chosen == 0:
             noisy = schedule.initial(draws.normal("generator_noise", shape), level)
         else:
-            noisy = generator.add_noise(real.images, draws.normal("simulation_noise_1", shape), level)
+            noisy = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
         return GeneratorInput(noisy, level, real.condition, num_fresh=len(noisy))
 
 

@@ -1,7 +1,9 @@
 """Puts the authors' checkpoints, and what lies beside a converted generator, into the roles of a new run."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,11 +39,42 @@ def start_others_beside(roles: Roles, source: Path) -> None:
 
 def refuse_other_scale(earlier: Denoiser, generator: Denoiser) -> None:
     """Raise UserError where both are LoRAs of another alpha: the same weights would be another update."""
-    found, wanted = (getattr(getattr(network, "shared", None), "lora", None) for network in (earlier, generator))
+    found, wanted = _lora(earlier), _lora(generator)
     if found is not None and wanted is not None and found.alpha != wanted.alpha:
         raise UserError(
             f"its LoRA has alpha {found.alpha:g} and the run's {wanted.alpha:g}; set memory.lora_alpha={found.alpha:g}"
         )
+
+
+def refuse_other_memory(run: Path, roles: Roles) -> None:
+    """Raise UserError where an earlier run's roles shared memory otherwise, or its LoRA has another rank or alpha.
+
+    A checkpoint holds weights alone; what they mean stands in the run's settings.json.
+    """
+    wanted = _lora(roles.generator)
+    path = run / "settings.json"
+    if wanted is None and not path.is_file():
+        return  # full networks need no scale; another shape is found by its tensors
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["memory"])
+        found = {name: before[name] for name in ("mode", "lora_rank", "lora_alpha")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"its settings.json, which says how its LoRA is scaled, cannot be read ({type(error).__name__}: {error}); "
+            "copy it beside checkpoints/"
+        ) from None
+    now: dict[str, Any] = {"mode": "full"}
+    if wanted is not None:
+        mode = "lora_generator" if _lora(roles.fake_score) is None else "shared_base"
+        now = {"mode": mode, "lora_rank": wanted.rank, "lora_alpha": wanted.alpha}
+    for name, value in now.items():
+        if found[name] != value:
+            raise UserError(f"memory.{name} was {found[name]!r} in that run and is {value!r} here; set it back")
+
+
+def _lora(network: Denoiser) -> Any:
+    """The shape of a role's LoRA, None for a full network."""
+    return getattr(getattr(network, "shared", None), "lora", None)
 
 
 def _start_others(roles: Roles, found: Mapping[str, dict[str, Tensor]], source: Path) -> None:

@@ -11,6 +11,7 @@ from fewstep.data.shard_folder import start_or_continue, write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_teacher
+from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.formats.pixels import to_uint8
 from fewstep.generator import AnyTeacher, Teacher, check_guidance
 
@@ -43,6 +44,8 @@ def prepare_pairs(
         if not isinstance(teacher, Teacher):
             raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
         conditions = teacher.conditions
+    elif not isinstance(teacher, Teacher):
+        job["network"] = network_fingerprint(teacher.folder)
     manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
         first = number * shard_size
