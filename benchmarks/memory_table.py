@@ -1,22 +1,33 @@
 """Print the tables of docs/memory.md: estimated peak of a DMD2 step at batch 1, by memory mode.
 
-    python benchmarks/memory_table.py                  both models, 24 rehearsed steps, about half an hour on one core
+    python benchmarks/memory_table.py                  both models, 24 rehearsed steps, under ten minutes on one core
     python benchmarks/memory_table.py --models sd15    one of them
+    python benchmarks/memory_table.py --recipe recipes/sdxl_dmd2_4step_one_gpu.toml    a whole run, with and without GAN
 
-No GPU, no weights and no data are needed: every figure is a step rehearsed on shapes (fewstep/training/memory.py).
+No GPU, no weights and no data are needed: every figure is a run rehearsed on shapes (fewstep/training/memory.py).
 """
 
 import argparse
+from pathlib import Path
 
 from fewstep.backbones.diffusers_shapes import VAE_NETWORK, build_released_denoiser
-from fewstep.config import TrainSettings, parse_settings
-from fewstep.training.memory import FROZEN, STATES, TRAINED, estimate_memory
+from fewstep.config import TrainSettings, load_settings, parse_settings
+from fewstep.training.memory import (
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    PICTURES,
+    STATES,
+    TRAINED,
+    estimate_memory,
+)
 
 GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
 MODELS = {  # title, settings of the published recipe that matter here
     "sd15": ("Stable Diffusion 1.5, 512x512", {"guidance_scale": 1.75}, [999]),
     "sdxl": ("SDXL, 1024x1024", {"guidance_scale": 8.0}, [999, 749, 499, 249]),
 }
+PHASES = (GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES)
 STORAGE = [("full", "fp32"), ("lora_generator", "bf16"), ("shared_base", "bf16")]
 
 
@@ -54,11 +65,31 @@ def print_table(model: str) -> None:
         print(f"| `{mode}` | {frozen} | {gib(kept)} | {' | '.join(peaks)} |", flush=True)
 
 
+def print_recipe(recipe: Path) -> None:
+    """A whole run of a recipe for a released text-to-image model: its steps and its sample pictures, VAE included."""
+    print(f"\n### {recipe.stem}\n")
+    print("| | weights and states | " + " | ".join(PHASES) + " | whole run |")
+    print("| --- | --- |" + " --- |" * (len(PHASES) + 1), flush=True)
+    no_gan = ["losses.gan_generator_weight=0", "losses.gan_discriminator_weight=0"]
+    for name, overrides in (("without GAN", no_gan), ("with GAN", [])):
+        settings = load_settings(TrainSettings, recipe, overrides)
+        denoiser = build_released_denoiser(settings.teacher.network, settings.teacher.resolution)
+        estimate = estimate_memory(settings, denoiser, autoencoder=VAE_NETWORK)
+        kept = sum(estimate.kinds[PICTURES][kind] for kind in (FROZEN, TRAINED, STATES))
+        peaks = [estimate.peaks[phase] for phase in PHASES]
+        print(f"| {name} | {' | '.join(gib(size) for size in (kept, *peaks, max(peaks)))} |", flush=True)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    for model in parser.parse_args().models:
+    parser.add_argument("--recipe", type=Path)
+    arguments = parser.parse_args()
+    if arguments.recipe is not None:
+        print_recipe(arguments.recipe)
+        return
+    for model in arguments.models:
         print_table(model)
 
 

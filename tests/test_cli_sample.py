@@ -21,7 +21,7 @@ from tests.conftest import tiny_denoiser
 from tests.export.text_generators import load, write_run
 from tests.test_cli import Answer
 from tests.test_cli import fewstep as run
-from tests.tiny_models import tiny_sdxl_folder, tiny_taesd_folder
+from tests.tiny_models import MAX_TOKENS, tiny_sdxl_folder, tiny_taesd_folder
 
 # importing torch's compiler warns about torch's own use of torch.jit
 torch_warns = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
@@ -409,3 +409,43 @@ def test_a_class_teacher_is_sampled_too(teacher_folder: Path, tmp_path: Path) ->
         model.sample(2, labels=[1, 1], seed=(3, 5), num_steps=2)[1]
         - model.sample(1, labels=[1], seed=5, num_steps=2)[0]
     ).abs().max() < 1e-5
+
+
+# --- Empty and long prompts
+
+
+def test_an_empty_prompt_is_a_prompt(text: Path, tmp_path: Path) -> None:
+    """As in diffusers: the picture of no words, unlike a file of prompts, where an empty line is a slip."""
+    answer = sample(text, "--prompt", "", "--prompt", "cat", "--out", tmp_path / "out")
+    assert "warning" not in answer.err
+    images = load(text).sample(["", "cat"])
+    assert_shows(tmp_path / "out", images)
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    assert Image.open(tmp_path / "out/00000.png").text["fewstep:prompt"] == ""  # type: ignore[attr-defined]
+    (tmp_path / "prompts.txt").write_text("cat\n\ndog\n")
+    words = refused(text, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "other")
+    assert words.endswith("prompts.txt: line 2 is an empty prompt; remove it")
+
+
+def test_a_long_prompt_is_cut_with_one_warning_of_ours(
+    text: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It quotes what is lost; neither library adds its own words, in any batch."""
+    kept = " ".join(["cat"] * (MAX_TOKENS - 2))
+    long = f"{kept} red dog"
+    command = ("--prompt", long, "--prompt", "cat", "--num-images", 6, "--batch-size", 1)
+    answer = sample(text, *command, "--out", tmp_path / "out")
+    found = [line for line in answer.err.splitlines() if "warning" in line]
+    assert found == [
+        f"warning: the text encoders read {MAX_TOKENS} tokens of a prompt; of {long[:40]!r}... ({MAX_TOKENS + 2} tokens) "
+        "the pictures will not show 'red dog'"
+    ]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "truncated" not in "".join(capfd.readouterr()) + answer.err
+    images = load(text).sample([long, kept])
+    assert (load(text).sample([kept])[0] - images[0]).abs().max() < 1e-5
+    options = ("--teacher-steps", 1, "--guidance-scale", 2, "--prompt", long, "--negative-prompt", f"{long} cat")
+    both = sample(teacher, *options, "--out", tmp_path / "both").err
+    assert both.count("warning") == 1
+    assert "'red dog', and parts of 1 other prompt" in both
+    assert load(text).cut_warning(["cat", kept]) == []

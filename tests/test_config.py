@@ -118,6 +118,8 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "optimizer.decay", "linear", "Input should be 'constant' or 'cosine'"),
         (TrainSettings, "optimizer.generator_lr", 0, f"{ABOVE} 0"),
         (TrainSettings, "optimizer.generator_lr", "2e-6", "Input should be a valid number"),
+        (TrainSettings, "memory.lora_rank", 0, "Input should be greater than 0"),
+        (TrainSettings, "memory.lora_alpha", 0, "Input should be greater than 0"),
         (TrainSettings, "generator.step_indices", 999, "Input should be a valid"),
         (TrainSettings, "losses.regression_weight", -1.0, f"{AT_LEAST} 0"),
         (TrainSettings, "losses.gan_generator_weight", float("nan"), FINITE),
@@ -189,6 +191,13 @@ def test_a_section_is_not_a_value(value: Any) -> None:
             {"losses": {"regression_weight": 0.25, "regression_distance": "lpips", "vgg_weights": "vgg16.pth"}},
             "losses.regression_distance='lpips' needs losses.lpips_weights",
         ),
+        (
+            {"generator": {"step_indices": [249, 999]}},
+            "generator.step_indices=[249, 999] must be grid indices between 999 and 0, falling, at least one",
+        ),
+        ({"generator": {"step_indices": []}}, "generator.step_indices=[] must be grid indices"),
+        ({"generator": {"step_indices": [1000]}}, "generator.step_indices=[1000] must be grid indices"),
+        ({"generator": {"step_indices": [999, 999]}}, "generator.step_indices=[999, 999] must be grid indices"),
         (
             {"losses": {"regression_weight": 0.25}, "generator": {"step_indices": [999, 499]}},
             "losses.regression_weight needs a one-step generator: generator.step_indices has 2 entries",

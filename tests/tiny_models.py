@@ -1,4 +1,4 @@
-"""Tiny diffusers folders in the layouts of Stable Diffusion 1.x, SDXL and SD 3; latents 8x8, pictures 16x16."""
+"""Tiny diffusers folders in the layouts of Stable Diffusion 1.x, 2.x, SDXL and SD 3; latents 8x8, pictures 16x16."""
 
 import json
 import string
@@ -37,6 +37,24 @@ def tiny_sd_folder(path: Path, *, prediction_type: str = "epsilon", seed: int = 
     _save_parts(path, unet=unet, vae=_vae(0.18215), text_encoder=CLIPTextModel(_text_config()))
     DDIMScheduler(**_BETAS, prediction_type=prediction_type).save_pretrained(path / "scheduler")
     _save_tokenizer(path / "tokenizer", pad=END)
+    _save_index(
+        path, "StableDiffusionPipeline", scheduler="DDIMScheduler", text_encoder="CLIPTextModel",
+        tokenizer="CLIPTokenizer", unet="UNet2DConditionModel", vae="AutoencoderKL", safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return path
+
+
+def tiny_sd2_folder(path: Path, *, seed: int = 0) -> Path:
+    """A Stable Diffusion 2.x folder: OpenCLIP's gelu, linear projections, heads per block, v-prediction."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        **_UNET, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4), use_linear_projection=True,
+    )  # fmt: skip
+    _save_parts(path, unet=unet, vae=_vae(0.18215), text_encoder=CLIPTextModel(_text_config(hidden_act="gelu")))
+    DDIMScheduler(**_BETAS, prediction_type="v_prediction").save_pretrained(path / "scheduler")
+    _save_tokenizer(path / "tokenizer", pad="!")
     _save_index(
         path, "StableDiffusionPipeline", scheduler="DDIMScheduler", text_encoder="CLIPTextModel",
         tokenizer="CLIPTokenizer", unet="UNet2DConditionModel", vae="AutoencoderKL", safety_checker=None,

@@ -51,6 +51,9 @@ def evaluate_model(
             f"--reference {reference} has {len(statistics.mean)} features, {network.name} has {probe}: "
             "it was made with another feature network"
         )
+    if text:
+        for line in model.cut_warning(prompts):  # type: ignore[union-attr]
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     figure = measure_model(
         model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
         num_steps=teacher_steps or (50 if text else 18),
@@ -65,7 +68,7 @@ def evaluate_model(
 
 def make_pairs(
     teacher: str, folder: Path, num_pairs: int, seed: int, teacher_steps: int | None, guidance_scale: float,
-    batch_size: int, device: str, precision: str, prompts: str,
+    batch_size: int, device: str, precision: str, prompts: str, truncate: bool = False,
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
     model = load_teacher(teacher, device=device, precision=_precision(precision))
@@ -73,9 +76,9 @@ def make_pairs(
     if not isinstance(model, Teacher):
         from fewstep.commands_text import pair_prompts
 
-        conditions = pair_prompts(model, prompts, folder)
-    elif prompts:
-        raise UserError("--prompts are for text-to-image teachers; this one has classes")
+        conditions = pair_prompts(model, prompts, folder, truncate)
+    elif prompts or truncate:
+        raise UserError("--prompts and --truncate-prompts are for text-to-image teachers; this one has classes")
     num_steps = teacher_steps or (18 if conditions is None else 50)
     started = time.perf_counter()
 

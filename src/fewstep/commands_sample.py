@@ -1,5 +1,6 @@
 """What `fewstep sample` does once its arguments are read: load, make pictures batch by batch, write them, say how fast."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewstep import __version__
 from fewstep.devices import check_compiler
 from fewstep.errors import UserError
-from fewstep.generator import AnyModel, Generator, Teacher, load_model
+from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, load_model
 from fewstep.picture_list import Picture, PictureList, list_pictures, parse_size, read_labels, read_seeds
 from fewstep.picture_writer import PictureWriter, Speed
 
@@ -58,6 +59,10 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
         labels=labels, prompts=options.prompts, num_classes=0 if text else model.denoiser.num_classes,
         num_images=options.num_images, seed=options.seed, seeds=seeds, first=options.first,
     )  # fmt: skip
+    if text:
+        prompts = dict.fromkeys([*options.prompts, options.negative_prompt or ""])
+        for line in model.cut_warning(prompts):  # type: ignore[union-attr]
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if options.compile:
         _compile(model)
     batch_size = options.batch_size or (4 if text else 64)
@@ -73,8 +78,9 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
     if options.grid is not None:
         console.print(f"{options.grid}", highlight=False, soft_wrap=True)
     height, width = writer.size
+    count, each = len(wanted.pictures), facts["evaluations"]
     console.print(
-        f"{len(wanted.pictures)} pictures, {facts['evaluations']} evaluations each, {height}x{width}: {speed.sentence()}",
+        f"{count} picture{'s' * (count != 1)}, {each} evaluation{'s' * (each != 1)} each, {height}x{width}: {speed.sentence()}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -143,6 +149,13 @@ def _steps_and_guidance(model: AnyModel, options: SampleOptions, text: bool) -> 
             )
         return {}
     scale = (7.5 if text else 1.0) if options.guidance_scale is None else options.guidance_scale
+    if not math.isfinite(scale):
+        raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 7.5")
+    if isinstance(model, Teacher):
+        try:
+            check_guidance(model, scale)
+        except UserError as error:
+            raise UserError(f"--guidance-scale: {error}") from error
     num_steps, num_levels = options.teacher_steps or (50 if text else 18), model.denoiser.noise_schedule.num_levels
     if text and num_steps > num_levels:
         raise UserError(

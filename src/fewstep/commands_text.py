@@ -13,7 +13,7 @@ from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
-from fewstep.formats.fingerprints import vae_fingerprint
+from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 
 if TYPE_CHECKING:
     from fewstep.text_model import PromptTable, TextTeacher
@@ -34,7 +34,7 @@ def make_embeddings(
     encoders = load_text_encoders(resolve_model_folder(teacher)).to(place)
     prepare_embeddings(
         encoders, texts, folder, truncate=truncate, shard_size=shard_size, batch_size=batch_size,
-        report=_progress("prompts"),
+        cut_with="--truncate-prompts", report=_progress("prompts"),
     )  # fmt: skip
     stored = StoredEmbeddings(folder)
     print(f"{folder}: {len(stored)} prompts, {stored.num_distinct} distinct")
@@ -83,7 +83,21 @@ def import_latents(
     _print_latents(folder)
 
 
-def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path) -> "PromptTable":
+def import_pairs(
+    teacher: str, lmdb: Path, folder: Path, num_pairs: int | None, scale: float | None, device: str
+) -> None:
+    """`fewstep prepare pairs --from-lmdb`."""
+    from fewstep.backbones.diffusers_models import load_text_encoders, resolve_model_folder
+    from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
+
+    place, model = choose_device(device), resolve_model_folder(teacher)
+    print(import_lmdb_pairs(
+        load_text_encoders(model).to(place), lmdb, folder, teacher=teacher, network_fingerprint=network_fingerprint(model),
+        num_pairs=num_pairs, scale=scale, report=_progress("pairs"),
+    ))  # fmt: skip
+
+
+def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path, truncate: bool) -> "PromptTable":
     """The prompts that pairs are made of; their embeddings are stored beside the pairs."""
     from fewstep.preparation.embeddings import prepare_embeddings
     from fewstep.training.text_data import stored_prompts
@@ -91,7 +105,10 @@ def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path) -> "PromptT
     if not prompts:
         raise UserError("pairs of a text-to-image teacher need --prompts FILE")
     target = folder / PROMPT_EMBEDDINGS
-    prepare_embeddings(teacher.encoders, load_prompts(prompts), target, report=_progress("prompts"))
+    prepare_embeddings(
+        teacher.encoders, load_prompts(prompts), target, truncate=truncate, cut_with="--truncate-prompts",
+        report=_progress("prompts"),
+    )  # fmt: skip
     return stored_prompts(teacher, target)
 
 

@@ -25,7 +25,9 @@ class Tree(BaseModel):
 class DataSettings(Tree):
     """Pictures to train on."""
 
-    images: str = Field("", description="folder of pictures, parquet file, or hub data set id")
+    images: str = Field(
+        "", description="folder of pictures, parquet file, published LMDB (folder with data.mdb), or hub data set id"
+    )
     split: str = Field("train", description="split of the data set, where it has several")
     label_column: str = Field("label", description="column of integer class labels; ignored without classes")
     fit: Literal["crop", "pad", "exact"] = Field(
@@ -208,10 +210,10 @@ class TrainSettings(Tree):
     def _possible(self) -> Self:
         losses, steps = self.losses, self.generator.step_indices
         falling = list(steps) == sorted(set(steps), reverse=True)
-        if not 1 <= len(steps) <= 4 or not falling or not all(0 <= index <= 999 for index in steps):
+        if not steps or not falling or not all(0 <= index <= 999 for index in steps):
             raise ValueError(
-                f"generator.step_indices={list(steps)} must be one to four grid indices between 999 and 0, "
-                "falling, e.g. [999] or [999, 749, 499, 249]"
+                f"generator.step_indices={list(steps)} must be grid indices between 999 and 0, falling, "
+                "at least one, e.g. [999] or [999, 749, 499, 249]"
             )
         if not (losses.distribution_matching_weight or losses.gan_generator_weight or losses.regression_weight):
             raise ValueError(

@@ -9,6 +9,13 @@ import torch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 
+_PIXELS_AT_ONCE = 2**20  # one picture of 1024x1024: a VAE's decoder needs gigabytes for each more
+
+
+def pictures_at_once(height: int, width: int) -> int:
+    """How many pictures of this size are made, or decoded, together; what they look like does not depend on it."""
+    return max(1, _PIXELS_AT_ONCE // (height * width))
+
 
 def prepare_denoiser(denoiser: Denoiser, device: str, precision: str) -> Denoiser:
     """Eval mode, on the device, with its compute precision set."""

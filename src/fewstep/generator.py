@@ -151,7 +151,7 @@ class Generator(Model):
         self, num_images: int, *, labels: list[int] | None = None, seed: Seed = 0, batch_size: int = 64,
         first: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Images first..first + N - 1 of a seed in one to four evaluations, (N, C, H, W), in [-1, 1], on the CPU.
+        """Images first..first + N - 1 of a seed in its own few evaluations, (N, C, H, W), in [-1, 1], on the CPU.
 
         Image i depends on (seed, i, its label) only, not on the batch it was made in, and shares its starting
         noise with the teacher's image i of the same seed. Without `labels` all classes take turns. With a tuple of
@@ -170,8 +170,15 @@ class Generator(Model):
 
 
 def check_guidance(model: AnyTeacher, guidance_scale: float) -> None:
-    """Refuse guidance for a model without an unconditional branch."""
-    if guidance_scale == 1 or not isinstance(model, Teacher):
+    """Refuse guidance for a model without an unconditional branch, as far as the model says so."""
+    if guidance_scale == 1:
+        return
+    if not isinstance(model, Teacher):
+        if not model.card.can_be_guided:
+            raise UserError(
+                f"guidance_scale={guidance_scale}: the scheduler of this model is one for few steps, its guidance is built in; "
+                "use 1, or give the model it was distilled from"
+            )
         return
     if not model.denoiser.num_classes:
         raise UserError(f"guidance_scale={guidance_scale}: this teacher has no condition to guide; use 1")
@@ -274,10 +281,12 @@ def _names_text_model(path: str | Path) -> bool:
 
 
 def _has_text_encoder(index: Path) -> bool:
+    if not index.is_file():
+        return False
     try:
         return any(name.startswith("text_encoder") for name in json.loads(index.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{index} is damaged ({error}); download or export the model again") from error
 
 
 def _need_text_libraries() -> None:

@@ -1,6 +1,6 @@
 """Text-to-image models: prompts in, pictures out, with the text encoders and VAE of a diffusers folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from fewstep.backbones.autoencoder import Autoencoder, load_autoencoder
 from fewstep.backbones.catalog import build_denoiser
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.backbones.diffusers_models import (
+    has_guidance_built_in,
     latent_factor,
     load_diffusers_denoiser,
     model_family,
@@ -22,7 +23,7 @@ from fewstep.backbones.diffusers_models import (
 from fewstep.backbones.prompt_table import EmbeddingSource, LiveEmbeddings, PromptTable
 from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.backbones.tiny_autoencoder import check_tiny_autoencoder, load_tiny_autoencoder
-from fewstep.devices import prepare_denoiser
+from fewstep.devices import pictures_at_once, prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_ddim, sample_generator, sample_noise
@@ -92,6 +93,19 @@ class TextModel:
         """Free the text encoders; they are read again when next needed."""
         self.__dict__.pop("encoders", None)
 
+    def cut_warning(self, prompts: Iterable[str]) -> list[str]:
+        """A line on prompts that the text encoders do not see the whole of; none where all fit."""
+        encoders = self.encoders
+        cut = [(prompt, part) for prompt in prompts if (part := encoders.cut_part(prompt))]
+        if not cut:
+            return []
+        prompt, part = cut[0]
+        others = f", and parts of {len(cut) - 1} other prompt{'s' * (len(cut) > 2)}" * (len(cut) > 1)
+        return [
+            f"warning: the text encoders read {encoders.max_tokens} tokens of a prompt; of {prompt[:40]!r}... "
+            f"({encoders.count_tokens(prompt)} tokens) the pictures will not show {part!r}{others}"
+        ]
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
@@ -104,9 +118,11 @@ class TextModel:
         return (3, *self.size)
 
     def to_images(self, x0: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], a few at a time."""
+        """Latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], at most 8 at a time and large ones one by one."""
+        vae = self.autoencoder
+        group = min(8, pictures_at_once(x0.shape[2] * vae.factor, x0.shape[3] * vae.factor))
         with torch.no_grad():
-            return torch.cat([self.autoencoder.decode(part) for part in x0.split(8)]).clamp(-1, 1)
+            return torch.cat([vae.decode(part).clamp_(-1, 1) for part in x0.split(group)])
 
     def table(
         self, source: EmbeddingSource, empty: TextEmbeddings | None = None, size: tuple[int, int] | None = None
@@ -198,7 +214,7 @@ class TextGenerator(TextModel):
         self, prompts: list[str], *, seed: Seed = 0, batch_size: int = 4, first: int = 0,
         size: tuple[int, int] | None = None,
     ) -> Tensor:  # fmt: skip
-        """One picture a prompt in one to four evaluations, (N, 3, H, W), in [-1, 1], on the CPU.
+        """One picture a prompt in its own few evaluations, (N, 3, H, W), in [-1, 1], on the CPU.
 
         Picture i depends on (seed, first + i, its prompt) only, and shares its starting noise with the teacher's. With
         a tuple of seeds, one a prompt, each is picture `first` of its own seed.
@@ -231,7 +247,8 @@ def load_text_teacher(
     """
     folder = resolve_model_folder(source)
     denoiser = load_diffusers_denoiser(folder, resolution)
-    card = ModelCard(role="teacher", num_levels=denoiser.noise_schedule.num_levels, can_be_guided=True)
+    levels, guided = denoiser.noise_schedule.num_levels, not has_guidance_built_in(folder)
+    card = ModelCard(role="teacher", num_levels=levels, can_be_guided=guided)
     base = str(folder.resolve()) if Path(source).expanduser().exists() else str(source)
     return TextTeacher(prepare_denoiser(denoiser, device, precision), card, folder, base, model_family(folder))
 
@@ -255,13 +272,16 @@ def load_text_generator(path: Path, *, device: str = "auto", precision: str = "f
     if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
         denoiser = cast(DiffusersDenoiser, build_denoiser(description))
     else:
-        denoiser = load_diffusers_denoiser(folder, int(description["latent_size"]) * load_autoencoder(folder).factor)
+        denoiser = load_diffusers_denoiser(folder, int(description["latent_size"]) * latent_factor(folder))
     network: Denoiser = denoiser
     if "lora" in description:
         lora = description["lora"]
         shape = LoraShape(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
         role = SharedBase(denoiser, shape).add_role("generator")
-        role.load_adapter_state(weights)
+        try:
+            role.load_adapter_state(weights)
+        except UserError as error:
+            raise UserError(f"{path} is a LoRA for another base than {source}: {error}") from error
         network = role
         prepare_denoiser(denoiser, device, precision)
     else:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fewstep.config import TrainSettings, parse_settings
 from fewstep.errors import UserError
-from fewstep.evaluation.report_parts import CurvePoint
 from fewstep.evaluation.protocols import Measurement
+from fewstep.evaluation.report_parts import CurvePoint
 from fewstep.evaluation.text_bench import TextBench, TextMeasurement, load_text_bench
 from fewstep.evaluation.text_report import PromptPictures, TextReport, write_text_report
 from fewstep.formats.atomic import replaced_file

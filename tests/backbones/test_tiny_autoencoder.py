@@ -13,8 +13,9 @@ from fewstep.backbones import tiny_autoencoder
 from fewstep.backbones.tiny_autoencoder import load_tiny_autoencoder
 from fewstep.errors import UserError
 from fewstep.export.text_pipeline import absent_components
-from fewstep.generator import load_teacher
-from fewstep.text_model import TextTeacher
+from fewstep.generator import load_generator, load_teacher
+from fewstep.text_model import TextGenerator, TextTeacher
+from tests.export.text_generators import write_run
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder, tiny_taesd_folder
 
 
@@ -49,6 +50,15 @@ def test_the_full_vae_is_not_read(tmp_path: Path) -> None:
     teacher.use_tiny_autoencoder(tiny_taesd_folder(tmp_path / "taesd"))
     assert teacher.size == (16, 16)
     assert teacher.sample(["cat"], num_steps=1).shape == (1, 3, 16, 16)
+
+
+def test_the_full_vae_is_not_read_for_a_generator(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "sd", (999,))
+    (tmp_path / "teacher/vae/diffusion_pytorch_model.safetensors").unlink()
+    generator = load_generator(run, device="cpu")
+    assert isinstance(generator, TextGenerator)
+    generator.use_tiny_autoencoder(tiny_taesd_folder(tmp_path / "taesd"))
+    assert generator.sample(["cat"]).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_empty_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
             prepare_embeddings(encoders, prompts, folder)
         assert told in str(error.value)
         assert not folder.exists()
-    assert "cut all long ones with --truncate-prompts" in str(error.value)
+    assert str(error.value).endswith("; shorten it, or cut all long ones with truncate=True")
+    with pytest.raises(UserError, match=r"cut all long ones with --a-callers-own$"):
+        prepare_embeddings(encoders, prompts, folder, cut_with="--a-callers-own")
     stored = StoredEmbeddings(prepare_embeddings(encoders, [fits, long], folder, truncate=True))
     text, _ = stored.rows(torch.tensor([0, 1]))
     torch.testing.assert_close(text[0].float(), text[1].float(), atol=2e-3, rtol=2e-3)

@@ -30,6 +30,7 @@ from fewstep.training.build import (
     build_step_schedule,
     check_network,
     open_teacher,
+    schedule_warning,
     start_roles,
 )
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
@@ -169,9 +170,13 @@ def test_pictures_are_read_only_where_a_term_needs_them(teacher: Teacher) -> Non
         build_real_data(settings_of(losses={"gan_discriminator_weight": 1e-2}), teacher)
 
 
+def test_a_class_conditional_export_carries_any_steps(teacher: Teacher) -> None:
+    assert schedule_warning(settings_of(generator={"step_indices": [999, 666, 333]}), teacher.denoiser) == []
+
+
 def test_step_indices_travel_with_the_run(teacher: Teacher) -> None:
     settings = settings_of(generator={"step_indices": [999, 749, 499, 249]})
-    assert build_step_schedule(settings).indices == (999, 749, 499, 249)
+    assert build_step_schedule(settings, teacher.denoiser).indices == (999, 749, 499, 249)
     inputs = build_distillation(settings, teacher, teacher.conditions).inputs
     assert isinstance(inputs, FreshInputs)
     assert inputs.steps.indices == (999, 749, 499, 249)

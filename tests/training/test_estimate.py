@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from fewstep.backbones.catalog import build_network_config, released_network_config
+from fewstep.backbones.diffusers_shapes import TEXT_NETWORKS, VAE_NETWORK, build_released_denoiser
 from fewstep.backbones.discriminator import Discriminator
 from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.edm_unet import EDMUNetConfig
 from fewstep.config import TrainSettings, load_settings, parse_settings
 from fewstep.diffusion.condition import Condition
+from fewstep.errors import UserError
 from fewstep.training import estimate
 from fewstep.training.estimate import describe_distillation, network_size
 from fewstep.training.memory import (
@@ -27,6 +29,7 @@ from fewstep.training.memory import (
     STATES,
     TRAINED,
     MemoryEstimate,
+    estimate_memory,
 )
 from fewstep.training.memory_meter import ACTIVATIONS
 from tests.test_cli import PRETRAIN_RECIPE, fewstep
@@ -53,7 +56,8 @@ def gib_in(lines: list[str], start: str) -> float:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_dry_run_of_the_published_recipes(empty_place: Path, name: str) -> None:
     answer = fewstep("train", RECIPES / name, "--dry-run")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.code == 0
+    assert answer.err == "rehearsing a step and its sample pictures with memory.mode=full ...\n"
     settings = load_settings(TrainSettings, RECIPES / name)
     assert f"optimizer.generator_lr = {settings.optimizer.generator_lr!r}\n" in answer.out
     assert f"training.batch_size = {settings.training.batch_size}\n" in answer.out
@@ -70,6 +74,95 @@ def test_there_is_a_recipe_for_each_published_row() -> None:
     assert IMAGENET == [
         "imagenet64_dmd.toml", "imagenet64_dmd2.toml", "imagenet64_dmd2_gan.toml", "imagenet64_dmd2_gan_resumed.toml",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
+    """The settings that steps were rehearsed with; no step is."""
+    asked: list[TrainSettings] = []
+
+    def answer(settings: TrainSettings, *_: object, pictures: bool = True, **__: object) -> MemoryEstimate:
+        asked.append(settings)
+        kinds = Counter({FROZEN: 2**30, ACTIVATIONS: 2**30})
+        peaks = {GENERATOR_TURN: 2**31, FAKE_SCORE_TURN: 2**30} | ({PICTURES: 2**30} if pictures else {})
+        return MemoryEstimate(peaks, {GENERATOR_TURN: kinds}, {"teacher": 2_000_000})
+
+    monkeypatch.setattr(estimate, "estimate_memory", answer)
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.toml")))
+def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSettings], name: str) -> None:
+    """All but the rehearsal: settings, networks by name or from a bundled folder, step schedule, what was published."""
+    trains_a_teacher = "\n[network]\n" in (RECIPES / name).read_text()
+    answer = fewstep("pretrain" if trains_a_teacher else "train", RECIPES / name, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "run.folder = 'runs/" in answer.out
+    assert "warning: " not in answer.out
+    if trains_a_teacher:
+        assert "estimated peak: " in answer.out
+        return
+    settings = load_settings(TrainSettings, RECIPES / name)
+    is_text = settings.teacher.network in TEXT_NETWORKS or "emoji" in name
+    is_known = bool(settings.teacher.network) or settings.teacher.path.startswith("bundled:")
+    every_mode = is_text and settings.losses.distribution_matching_weight > 0
+    assert ("memory: unknown" in answer.out) == (not is_known)
+    modes = [asked.memory.mode for asked in rehearsed]
+    assert modes[:1] == [settings.memory.mode] * is_known
+    assert sorted(modes) == sorted(["full", "lora_generator", "shared_base"] if every_mode else modes[:1])
+    assert answer.err.count("\n") == len(modes)
+    assert all(f"memory.mode={mode} ..." in answer.err for mode in modes)
+    assert answer.out.count("with memory.mode=") == 3 * every_mode
+    assert (f"published: {settings.expected}" in answer.out) == (is_known and bool(settings.expected))
+
+
+def test_a_dry_run_speaks_at_once(empty_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings, and what is being rehearsed, are out before any rehearsal has ended; then a line a mode."""
+
+    def stop(*_: object, **__: object) -> MemoryEstimate:
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(estimate, "estimate_memory", stop)
+    answer = fewstep("train", RECIPES / "sdxl_dmd2_4step_one_gpu.toml", "--dry-run")
+    assert answer.code == 2
+    assert "teacher.network = 'sdxl'\n" in answer.out
+    assert answer.err == (
+        "rehearsing a step and its sample pictures with memory.mode=shared_base ...\nfewstep: stopped here\n"
+    )
+
+
+def test_each_mode_is_told_as_it_is_finished(rehearsed: list[TrainSettings]) -> None:
+    lines = describe_distillation(load_settings(TrainSettings, RECIPES / "sd15_dmd2.toml"))
+    for line in lines:
+        if line.startswith("with memory.mode=lora_generator"):
+            break
+    assert [asked.memory.mode for asked in rehearsed] == ["full", "lora_generator"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15_dmd2_gan.toml", "sdxl_dmd2_4step_lora.toml"])
+def test_whole_dry_run_of_a_text_recipe(empty_place: Path, name: str) -> None:
+    """Nothing left out; seconds on a quiet machine."""
+    answer = fewstep("train", RECIPES / name, "--dry-run", "training.batch_size=1")
+    assert answer.code == 0
+    lines = answer.out.splitlines()
+    settings = load_settings(TrainSettings, RECIPES / name)
+    peaks = {mode: gib_in(lines, f"with memory.mode={mode}") for mode in ("full", "lora_generator", "shared_base")}
+    assert peaks["full"] > peaks["lora_generator"] > peaks["shared_base"] > 4
+    assert gib_in(lines, "estimated peak") == peaks[settings.memory.mode]
+    assert answer.err.count("rehearsing") == 3
+
+
+@pytest.mark.slow
+def test_sdxl_on_one_gpu_fits_24_gib() -> None:
+    """The released recipe, whole: a step with GAN, the VAE's weights, and its eight sample pictures at 1024x1024."""
+    settings = load_settings(TrainSettings, RECIPES / "sdxl_dmd2_4step_one_gpu.toml")
+    assert (settings.memory.mode, settings.run.sample_images) == ("shared_base", 8)
+    assert settings.losses.gan_discriminator_weight > 0
+    found = estimate_memory(settings, build_released_denoiser("sdxl"), autoencoder=VAE_NETWORK)
+    gib = {phase: peak / 2**30 for phase, peak in found.peaks.items()}
+    assert gib.keys() == {GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES}
+    assert 10 < max(gib.values()) < 24 - 6, gib  # and room for what is not counted: workspaces, allocator, CUDA context
 
 
 def test_overrides_reach_the_dry_run(empty_place: Path) -> None:
@@ -101,7 +194,7 @@ def test_dry_run_of_an_impossible_network(empty_place: Path) -> None:
 
 def test_shape_is_read_from_a_teacher_at_hand(teacher_folder: Path) -> None:
     settings = parse_settings(TrainSettings, {"teacher": {"path": str(teacher_folder)}}, "test")
-    lines = describe_distillation(settings)
+    lines = list(describe_distillation(settings))
     assert lines[0].endswith("M parameters, 16x16x1, 4 classes")
 
 
@@ -177,7 +270,7 @@ def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     monkeypatch.setattr(estimate, "estimate_memory", lambda *_, **__: rehearsed)
     values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}}
-    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
     assert lines == [
         "network: 2.0 M parameters, 32x32x3, 10 classes; discriminator: 0.5 M",
         "memory for weights, averages and optimiser states: 9.0 GiB (frozen 3.0, trained 2.0, optimiser states 4.0)",
@@ -197,7 +290,7 @@ def test_every_memory_mode_of_a_text_model(tmp_path: Path, mode: str) -> None:
         "teacher": {"path": str(folder)}, "memory": {"mode": mode}, "run": {"sample_images": 1},
         "training": {"batch_size": 64}, "compute": {"precision": "fp32"},
     }  # fmt: skip
-    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
     assert "8x8x4 latents" in lines[0]
     assert ("generator's LoRA" in lines[0]) == (mode == "shared_base")
     assert [line.split(":")[0] for line in lines if line.startswith("with ")] == [
@@ -212,7 +305,7 @@ def test_dry_run_of_a_warm_up() -> None:
         "teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 2}, "compute": {"precision": "fp32"},
         "losses": {"distribution_matching_weight": 0.0, "regression_weight": 1.0}, "run": {"sample_images": 1},
     }  # fmt: skip
-    lines = describe_distillation(parse_settings(TrainSettings, values, "test"))
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
     weights = 55.7e6 * 4 / 2**30
     assert gib_in(lines, "memory for weights") == pytest.approx(4 * weights, abs=0.1)
 

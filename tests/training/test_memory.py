@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewstep.backbones.diffusers_shapes import TEXT_NETWORKS, build_released_denoiser, build_text_denoiser
+from fewstep.backbones.adapters import AdapterRole, LoraShape
+from fewstep.backbones.diffusers_shapes import TEXT_NETWORKS, VAE_NETWORK, build_released_denoiser, build_text_denoiser
 from fewstep.config import TrainSettings, parse_settings
+from fewstep.distillation.lora_roles import build_shared_base_roles
 from fewstep.errors import UserError
 from fewstep.training.build import check_network
 from fewstep.training.memory import (
@@ -23,13 +25,14 @@ from fewstep.training.memory import (
     FAKE_SCORE_TURN,
     FROZEN,
     GENERATOR_TURN,
+    GRADIENTS,
     PICTURES,
     STATES,
     TRAINED,
     MemoryEstimate,
     estimate_memory,
 )  # fmt: skip
-from fewstep.training.memory_meter import ACTIVATIONS, FakeMachine
+from fewstep.training.memory_meter import ACTIVATIONS, FakeMachine, to_fake
 from tests.training.memory_cases import case_settings, description, measured_peak
 
 STORAGE: dict[str, dict[str, Any]] = {  # each size in another storage, so that nine cases cover what matters
@@ -80,6 +83,47 @@ def test_modes_and_recomputing_save_what_they_promise() -> None:
     assert peaks == sorted(peaks, reverse=True)
     saved = predicted("shared_base", "small", checkpoint_activations=True).step
     assert saved < 0.8 * peaks[2]
+
+
+def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
+    """On a bf16 base, too: the float32 weights that the optimiser trains are those that the layers run."""
+    network = build_text_denoiser(description("small"))
+    with FakeMachine(gpu=True):
+        to_fake(network)
+        roles = build_shared_base_roles(network, LoraShape(rank=4), False, torch.bfloat16, False)
+        for name in ("generator", "fake_score"):
+            role = getattr(roles, name)
+            assert isinstance(role, AdapterRole)
+            for layer, module in role.shared.layers.items():
+                for part in ("lora_A", "lora_B"):
+                    weight = getattr(module, part)[name].weight
+                    assert weight is role.adapter[f"{layer}.{part}".replace(".", "/")]
+                    assert weight.dtype == torch.float32
+        assert roles.teacher.network.conv_in.weight.dtype == torch.bfloat16  # type: ignore[union-attr,operator]
+
+
+def test_nothing_stays_behind_after_a_step() -> None:
+    """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
+    settings = case_settings("shared_base", 1, precision="bf16", frozen_precision="bf16", checkpoint_activations=True)
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
+    found = estimate_memory(settings, build_text_denoiser(description("small")), gpu=True)
+    kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]
+    assert kinds[GRADIENTS] == 0
+    assert kinds[STATES] == pytest.approx(2 * trained, rel=0.01)
+    one_forward = found.peaks[PICTURES] - kinds[FROZEN] - 3 * trained
+    assert 0 < one_forward < 0.5 * trained
+
+
+def test_large_sample_pictures_are_decoded_one_by_one() -> None:
+    """Eight at 1024x1024 need what one needs: the decoder's 3 GiB, which eight at once would need each."""
+    network = build_text_denoiser(description("small") | {"latent_size": 128})
+    peaks = []
+    for count in (1, 8):
+        settings = case_settings("shared_base", 1)
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": count})})
+        peaks.append(estimate_memory(settings, network, autoencoder=VAE_NETWORK).peaks[PICTURES] / 2**30)
+    assert 3 < peaks[0] < 4
+    assert peaks[1] - peaks[0] < 0.05  # eight latents
 
 
 def test_a_gpu_normalises_in_float32() -> None:

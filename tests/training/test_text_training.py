@@ -1,6 +1,9 @@
 """Text-to-image runs through the one trainer: every memory mode, resumed exactly, and the generator they write."""
 
+import io
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +11,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.backbones.autoencoder import load_autoencoder
-from fewstep.backbones.text_encoders import TextEncoders
-from fewstep.config import TrainSettings, parse_settings
+from fewstep.backbones.diffusers_models import load_text_encoders
+from fewstep.config import TrainSettings, flatten_settings, parse_settings
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.errors import UserError
-from fewstep.formats.fingerprints import vae_fingerprint
+from fewstep.evaluation.features import SmallClassifier
+from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.export.export import ExportOptions, export_generator
+from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 from fewstep.preparation.latents import prepare_latents
 from fewstep.text_model import TextGenerator
+from fewstep.training.build import build_chosen_roles, open_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.distill import DistillationJob
+from fewstep.training.estimate import describe_distillation
 from fewstep.training.run import train
-from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+from tests.test_cli import fewstep as fewstep_command
+from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
 
 PROMPTS = ["red cat", "a dog", "blue bird", "dog", "cat"]
-FOLDERS = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family, make in FOLDERS.items():
         make(folder / family)
         prepare_latents(
-            load_autoencoder(folder / family), TextEncoders(folder / family, family), open_captioned_images(str(pictures)),
+            load_autoencoder(folder / family), load_text_encoders(folder / family), open_captioned_images(str(pictures)),
             folder / f"latents-{family}", resolution=16, vae_fingerprint=vae_fingerprint(folder / family),
         )  # fmt: skip
     return folder
@@ -174,14 +186,183 @@ def test_average_of_a_lora_generator(work: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state[name.removeprefix("average.")], tensors[name]) for name in names)
 
 
-def test_continues_from_an_earlier_run(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_continues_from_an_earlier_run(work: Path, tmp_path: Path, mode: str) -> None:
+    """The second run starts from the first one's generator and fake score; its head is new, the first had none."""
     no_gan = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
-    train(settings(work, "sd", tmp_path / "first", losses=no_gan, memory=MODES["shared_base"]))
-    second = settings(
-        work, "sd", tmp_path / "second", memory=MODES["shared_base"],
-        generator={"step_indices": [999], "start_from": str(tmp_path / "first")},
-    )  # fmt: skip
+    train(settings(work, "sd", tmp_path / "first", losses=no_gan, memory=MODES[mode]))
+    first, _ = read_checkpoint(list_checkpoints(tmp_path / "first/checkpoints")[-1])
+    generator = {"step_indices": [999], "start_from": str(tmp_path / "first")}
+    second = settings(work, "sd", tmp_path / "second", memory=MODES[mode], generator=generator)
+    teacher = open_teacher(second)
+    roles = DistillationJob(second, teacher).run.roles
+    fresh = build_chosen_roles(second, open_teacher(second).denoiser)
+    for name in ("generator", "fake_score"):
+        start = getattr(roles, name).state_dict()
+        assert {f"{name}.{key}" for key in start} == {key for key in first if key.startswith(f"{name}.")}
+        assert all(torch.equal(value, first[f"{name}.{key}"]) for key, value in start.items())
+        untrained = getattr(fresh, name).state_dict()
+        assert any(not torch.equal(value, untrained[key]) for key, value in start.items())
     train(second)
+
+
+@pytest.mark.parametrize(
+    ("memory", "told"),
+    [
+        ({"lora_alpha": 16.0}, "memory.lora_alpha was 8.0 in that run and is 16.0 here; set it back"),
+        ({"lora_rank": 8}, "memory.lora_rank was 4 in that run and is 8 here; set it back"),
+        ({"mode": "lora_generator"}, "memory.mode was 'shared_base' in that run and is 'lora_generator' here; set it back"),
+        ({"mode": "full"}, "memory.mode was 'shared_base' in that run and is 'full' here; set it back"),
+    ],
+)  # fmt: skip
+def test_an_earlier_run_of_another_memory_is_refused(
+    work: Path, tmp_path: Path, memory: dict[str, Any], told: str
+) -> None:
+    """The same LoRA under another alpha or rank would be another update; nothing is trained."""
+    no_gan = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
+    train(
+        settings(work, "sd", tmp_path / "first", losses=no_gan, memory=MODES["shared_base"], training={"num_steps": 1})
+    )
+    generator = {"step_indices": [999], "start_from": str(tmp_path / "first")}
+    second = settings(work, "sd", tmp_path / "second", memory=MODES["shared_base"] | memory, generator=generator)
+    with pytest.raises(UserError) as error:
+        train(second)
+    assert str(error.value) == f"generator.start_from={tmp_path / 'first'}: {told}"
+    assert not (tmp_path / "second/checkpoints").exists()
+    (tmp_path / "first/settings.json").unlink()
+    if second.memory.mode != "full":
+        with pytest.raises(UserError, match=r"settings\.json, which says how its LoRA is scaled, cannot be read"):
+            train(second)
+
+
+def test_a_schedule_that_no_stock_scheduler_carries_is_told_at_the_start(work: Path, tmp_path: Path) -> None:
+    """In the words in which the export refuses it, on the console and in a dry run; the run goes on."""
+    steps = {"step_indices": [999, 666, 333]}
+    odd = settings(work, "sd", tmp_path / "run", generator=steps, training={"num_steps": 1})
+    console = Console(file=io.StringIO(), width=300)
+    result = train(odd, console=console)
+    with pytest.raises(
+        UserError, match=r"cannot travel .*: the nearest are generator\.step_indices=\[998, 665, 332\]$"
+    ) as error:
+        export_generator(result, tmp_path / "out", ExportOptions(num_samples=0, device="cpu"))
+    assert f"warning: {error.value}\n" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"warning: {error.value}" in describe_distillation(odd)
+    even = settings(work, "sd", tmp_path / "run", generator={"step_indices": [998, 665, 332]})
+    assert not any("warning" in line for line in describe_distillation(even))
+
+
+def test_steps_beyond_the_teachers_grid_are_refused(work: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(work / "sd", tmp_path / "short")
+    config = short / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 500'))
+    changes: dict[str, dict[str, Any]] = {
+        "teacher": {"path": str(short)},
+        "data": {"latents": str(work / "latents-sd")},
+    }
+    with pytest.raises(UserError, match=r"generator\.step_indices \[999\] lie outside 0\.\.499"):
+        train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [999, 499]}, **changes))
+    with pytest.raises(UserError, match=r"losses\.max_level_index=980: the teacher's grid ends at 499"):
+        train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [499]}, **changes))
+
+
+def test_a_stable_diffusion_2_teacher(work: Path, tmp_path: Path) -> None:
+    """Two steps on what 2.x has and 1.x has not: gelu encoders, linear projections, heads per block, v-prediction."""
+    result = train(settings(work, "sd2", tmp_path / "run", memory=MODES["shared_base"], training={"num_steps": 2}))
+    generator = fewstep.load_generator(result, device="cpu")
+    assert isinstance(generator, TextGenerator)
+    assert generator.base_network.prediction == "v_prediction"
+    assert generator.encoders.encode(["red cat"]).text.shape == (1, 16, 32)
+    layers = generator.denoiser.describe()["lora"]["targets"]
+    assert {"proj_in", "proj_out", "to_q", "conv1"} <= set(layers)  # the projections are linear layers here
+    teacher = fewstep.load_teacher(work / "sd2", device="cpu")
+    start = teacher.student(teacher.denoiser, generator.card).sample(["red cat"], seed=1)  # type: ignore[attr-defined]
+    assert (start - generator.sample(["red cat"], seed=1)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_eight_steps_train_and_travel(work: Path, tmp_path: Path, family: str) -> None:
+    eight = list(range(999, 0, -125))
+    result = train(
+        settings(work, family, tmp_path / "run", generator={"step_indices": eight}, training={"num_steps": 1})
+    )
+    generator = fewstep.load_generator(result, device="cpu")
+    assert isinstance(generator, TextGenerator)
+    assert generator.evaluations() == 8
+    pictures = generator.sample(["red cat"], seed=4)
+    options = ExportOptions(num_samples=0, precision="fp32", device="cpu")
+    pipeline = fewstep.load_pipeline(export_generator(result, tmp_path / "out", options))
+    pipeline.scheduler.set_timesteps(8)
+    assert len(pipeline.scheduler.timesteps) == 8
+    exported = fewstep.load_generator(tmp_path / "out", device="cpu")
+    assert isinstance(exported, TextGenerator)
+    assert (exported.sample(["red cat"], seed=4) - pictures).abs().max() < 1e-5
+
+
+def typed(settings: TrainSettings) -> list[str]:
+    """The settings as a user types them."""
+    return [f"{key}={json.dumps(value)}" for key, value in flatten_settings(settings).items()]
+
+
+def test_a_gan_weight_is_suggested_for_a_text_model(work: Path, tmp_path: Path) -> None:
+    """As a user types it; the weight is the quotient of the norms it names, and no run is started."""
+    (tmp_path / "recipe.toml").write_text("")
+    one = settings(
+        work, "sd", tmp_path / "run", generator={"step_indices": [999]}, memory=MODES["shared_base"],
+        training={"generator_every": 1, "batch_size": 2},
+    )  # fmt: skip
+    answer = fewstep_command("train", tmp_path / "recipe.toml", *typed(one), "--suggest-gan-weight")
+    assert answer.code == 0, answer.err
+    told = re.fullmatch(
+        r"losses\.gan_generator_weight=(\S+) makes the GAN's gradient at the generator's output as strong as distribution "
+        r"matching's \((\S+) against (\S+) at weight 1; mean of 20 generator updates\)\.\n", answer.out,
+    )  # fmt: skip
+    assert told
+    weight, matching, gan = map(float, told.groups())
+    assert weight == pytest.approx(matching / gan, rel=0.06)  # as many digits as are printed
+    assert not (tmp_path / "run/checkpoints").exists()
+    alone = ["losses.distribution_matching_weight=0", "--suggest-gan-weight"]
+    answer = fewstep_command("train", tmp_path / "recipe.toml", *typed(one), *alone)
+    assert (answer.code, answer.out) == (2, "")
+    assert "--suggest-gan-weight compares with distribution matching" in answer.err
+
+
+def test_the_best_generator_of_a_text_run_is_kept(work: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    SmallClassifier(3, 4, width=4, name="tiny").eval().save(tmp_path / "features")
+    pictures = torch.rand(60, 3, 16, 16) * 2 - 1
+    FeatureStatistics.of(SmallClassifier.load(tmp_path / "features")(pictures)).save(tmp_path / "real.npz")
+    (tmp_path / "recipe.toml").write_text("")
+    best = {
+        "metric": "frechet_distance", "features": str(tmp_path / "features"), "reference": str(tmp_path / "real.npz"),
+        "num_images": 50,
+    }  # fmt: skip
+    run = settings(
+        work, "sd", tmp_path / "run", generator={"step_indices": [999]}, best=best, memory=MODES["shared_base"]
+    )
+    answer = fewstep_command("train", tmp_path / "recipe.toml", *typed(run))
+    assert answer.code == 0, answer.err
+    rows = json.loads((tmp_path / "run/best.json").read_text())
+    assert [row["step"] for row in rows] == [2, 4]
+    kept = fewstep.load_generator(tmp_path / "run/best", device="cpu")
+    assert isinstance(kept, TextGenerator)
+    assert kept.card.made_with["num_steps"] == min(rows, key=lambda row: row["frechet_distance"])["step"]
+    answer = fewstep_command(
+        "evaluate", tmp_path / "run/best", "--features", best["features"], "--reference", best["reference"], "--prompts",
+        work / "prompts.txt", "--num-images", 50, "--seed", 1, "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert f"{min(row['frechet_distance'] for row in rows):.3f}" in answer.out  # what was measured is what is kept
+
+
+def test_a_few_step_model_is_not_guided(work: Path, tmp_path: Path) -> None:
+    """Its scheduler says so; without guidance it may be a teacher. A network that says nothing cannot be told."""
+    folder = shutil.copytree(work / "sd", tmp_path / "lcm")
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace("DDIMScheduler", "LCMScheduler"))
+    teacher = {"path": str(folder), "guidance_scale": 3.0}
+    with pytest.raises(UserError, match=r"guidance_scale=3\.0: the scheduler of this model is one for few steps"):
+        train(settings(work, "sd", tmp_path / "run", teacher=teacher))
+    train(settings(work, "sd", tmp_path / "run", teacher=teacher | {"guidance_scale": 1.0}, training={"num_steps": 1}))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +410,36 @@ def test_warm_up_then_distillation(work: Path, tmp_path: Path) -> None:
     end, _ = read_checkpoint(list_checkpoints(tmp_path / "after/checkpoints")[-1])
     moved = max((end[n] - whole[n]).abs().max().item() for n in whole if n.startswith("generator."))
     assert moved < 5e-3  # one small step away from the warm-up, not from the teacher
+
+
+def test_pairs_belong_to_one_network(work: Path, tmp_path: Path) -> None:
+    """A fine-tune with the same encoders and VAE is another teacher; pairs that do not say whose they are get a warning."""
+    run_command("prepare", "pairs", work / "sd", tmp_path / "pairs", "--num-pairs", 2, "--teacher-steps", 1,
+                "--prompts", work / "prompts.txt", "--device", "cpu")  # fmt: skip
+    other = shutil.copytree(work / "sd", tmp_path / "tuned")
+    weights = load_file(other / "unet/diffusion_pytorch_model.safetensors")
+    weights["conv_in.bias"] += 1
+    save_file(weights, other / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+    def warm_up(path: Path, name: str) -> str:
+        alone = {"distribution_matching_weight": 0.0, "gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
+        console = Console(file=io.StringIO(), width=300)
+        train(settings(
+            work, "sd", tmp_path / name, losses={**alone, "regression_weight": 1.0}, generator={"step_indices": [999]},
+            teacher={"path": str(path)}, training={"num_steps": 1},
+            data={"pairs": str(tmp_path / "pairs"), "prompts": "", "latents": ""},
+        ), console=console)  # fmt: skip
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+    assert "warning" not in warm_up(work / "sd", "own")
+    with pytest.raises(
+        UserError, match=r"pairs was made by another network than the teacher's .*prepare pairs with this"
+    ):
+        warm_up(other, "other")
+    manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
+    assert manifest["job"].pop("network") == network_fingerprint(work / "sd")
+    (tmp_path / "pairs/manifest.json").write_text(json.dumps(manifest))
+    assert "does not say which network made it" in warm_up(other, "older")
 
 
 def run_command(*arguments: object) -> None:

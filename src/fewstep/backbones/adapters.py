@@ -81,8 +81,9 @@ class SharedBase:
         self.layers = {name: layer for name, layer in self.base.named_modules() if isinstance(layer, LoraLayer)}
         for layer in self.layers.values():
             layer.cast_input_dtype_enabled = False  # autocast decides, as in the base layer
+            for part in (layer.lora_A, layer.lora_B):
+                part[role].float()
         view = AdapterRole(self, role)
-        view.float()
         for parameter in trainable:  # injecting an adapter froze the others'
             parameter.requires_grad_(True)
         self._bind(None)
@@ -92,6 +93,9 @@ class SharedBase:
     def bound(self, role: str | None) -> Iterator[None]:
         """Use one role's adapter inside the block and the earlier one after it."""
         earlier = self.role
+        if role == earlier:  # a recomputed block inside its own forward: hundreds of layers need no touch
+            yield
+            return
         self._bind(role)
         try:
             yield
@@ -116,8 +120,8 @@ class SharedBase:
 
     def _bind(self, role: str | None) -> None:
         self.role = role
-        for layer in self.layers.values():
-            layer._active_adapter = [] if role is None else [role]
+        for layer in self.layers.values():  # past nn.Module's own __setattr__, whose checks take ten times as long
+            vars(layer)["_active_adapter"] = [] if role is None else [role]
 
 
 class AdapterRole(Denoiser):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
 
+from fewstep.backbones.components import load_component
 from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.backbones.diffusers_unet import DiffusersUNetDenoiser, plain_config
 from fewstep.backbones.sd3 import SD3Denoiser
@@ -19,6 +20,8 @@ _KINDS: dict[str, Any] = {
     "sdxl": (DiffusersUNetDenoiser, UNet2DConditionModel, "unet"),
     "sd3": (SD3Denoiser, SD3Transformer2DModel, "transformer"),
 }
+
+_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 def resolve_model_folder(source: str | Path) -> Path:
@@ -36,8 +39,9 @@ def resolve_model_folder(source: str | Path) -> Path:
     try:
         return Path(DiffusionPipeline.download(str(source), use_safetensors=True))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{source} is no local folder and cannot be fetched from the hub ({str(error).splitlines()[0]}); "
+            f"{source} is no local folder and cannot be fetched from the hub ({reason}); "
             "check the name and the network, or download it and give the folder"
         ) from error
 
@@ -72,6 +76,16 @@ def model_family(folder: Path) -> str:
     return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
 
 
+def has_guidance_built_in(folder: Path) -> bool:
+    """Whether a folder's scheduler is one of few-step models, as our own exports have: their guidance is distilled in.
+
+    Networks that take guidance as an input are refused on loading. What says nothing (SDXL-Turbo has the config and a
+    scheduler of SDXL) cannot be told from a model to be guided.
+    """
+    scheduler = read_json(folder / "scheduler/scheduler_config.json", folder, "scheduler")
+    return scheduler.get("_class_name") in _FEW_STEP_SCHEDULERS
+
+
 def load_diffusers_denoiser(folder: Path, resolution: int = 0) -> DiffusersDenoiser:
     """The network of a diffusers folder as a Denoiser, float32.
 
@@ -89,12 +103,7 @@ def load_diffusers_denoiser(folder: Path, resolution: int = 0) -> DiffusersDenoi
         if resolution % factor:
             raise UserError(f"teacher.resolution={resolution} is no multiple of the VAE's factor {factor}")
         size = resolution // factor
-    try:
-        weights = network.from_pretrained(folder / name, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{folder / name} cannot be loaded as safetensors ({str(error).splitlines()[0]}); download it again"
-        ) from error
+    weights = load_component(network, folder / name)
     try:
         return denoiser(weights.float(), plain_config(scheduler), size)
     except (ValueError, NotImplementedError) as error:
@@ -131,5 +140,6 @@ def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
 
 def latent_factor(folder: Path) -> int:
     """Pixels a latent side stands for, from the VAE's config."""
-    blocks = read_json(folder / "vae/config.json", folder, "vae").get("block_out_channels") or [0] * 4
+    config = read_json(folder / "vae/config.json", folder, "vae")
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
     return int(2 ** (len(blocks) - 1))

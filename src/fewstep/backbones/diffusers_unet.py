@@ -109,6 +109,12 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         return cls(unet, description["scheduler"], int(description["latent_size"]))
 
 
+_REASONS = {
+    "out_channels": " (an inpainting model has more input channels than it predicts)",
+    "time_cond_proj_dim": " (this one takes its guidance as an input: give the model it was distilled from)",
+}
+
+
 def _refuse_other_kinds(config: Any) -> None:
     """Raise ValueError for U-Nets whose own forward does more than `run_network`: nothing may be left out silently."""
     expected = {
@@ -121,7 +127,7 @@ def _refuse_other_kinds(config: Any) -> None:
         if config.get(name) not in allowed:
             raise ValueError(
                 f"U-Nets with {name}={config.get(name)!r} are not supported; Stable Diffusion 1.x, 2.x and SDXL are"
-                + (" (an inpainting model has more input channels than it predicts)" if name == "out_channels" else "")
+                + _REASONS.get(name, "")
             )
 
 

@@ -16,7 +16,7 @@ from fewstep.formats.fingerprints import text_fingerprint
 
 def prepare_embeddings(
     encoders: TextEncoders, prompts: list[str], folder: Path, *, truncate: bool = False, shard_size: int = 512,
-    batch_size: int = 32, report: Callable[[int, int], None] = lambda done, total: None,
+    batch_size: int = 32, cut_with: str = "truncate=True", report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store the embeddings of prompts as float16, each distinct prompt's once, and the unconditional row.
 
@@ -24,6 +24,7 @@ def prepare_embeddings(
         folder: new, or one that an interrupted call with the same arguments left unfinished.
         truncate: cut prompts at the encoders' length, as the model's own pipeline does; otherwise they are refused.
         shard_size: prompts a file; half-made files are made again after an interruption.
+        cut_with: what the caller's user says to cut long prompts, for the message that refuses one.
         report: called with (finished prompts, all prompts) after each shard.
 
     Raises:
@@ -31,8 +32,7 @@ def prepare_embeddings(
     """
     if not prompts:
         raise UserError("there are no prompts to embed; give a list with at least one")
-    for number, prompt in enumerate(prompts, start=1):
-        check_prompt(encoders, prompt, f"the prompt on line {number}", truncate)
+    check_prompts(encoders, prompts, truncate, cut_with)
     job = {
         "family": encoders.family, "text_encoders": text_fingerprint(encoders.folder), "num_prompts": len(prompts),
         "prompts": _hash_of(prompts), "truncate_prompts": truncate, "shard_size": shard_size,
@@ -52,8 +52,18 @@ def prepare_embeddings(
     return folder
 
 
-def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool) -> None:
-    """Raise UserError, naming the place, when a prompt is empty or, unless it may be truncated, too long."""
+def check_prompts(encoders: TextEncoders, prompts: list[str], truncate: bool, cut_with: str) -> None:
+    """`check_prompt` of a list; the place is the number of the prompt."""
+    for number, prompt in enumerate(prompts, start=1):
+        check_prompt(encoders, prompt, f"the prompt on line {number}", truncate, cut_with)
+
+
+def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool, cut_with: str) -> None:
+    """Raise UserError, naming the place, when a prompt is empty or, unless it may be truncated, too long.
+
+    Args:
+        cut_with: the option or setting that cuts long prompts where this one comes from.
+    """
     if not prompt.strip():
         raise UserError(f"{place} is empty; remove it")
     if truncate:
@@ -62,7 +72,7 @@ def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool
     if tokens > encoders.max_tokens:
         raise UserError(
             f"{place} has {tokens} tokens, the text encoder takes {encoders.max_tokens} ({prompt[:60]!r}...); "
-            "shorten it, or cut all long ones with --truncate-prompts"
+            f"shorten it, or cut all long ones with {cut_with}"
         )
 
 

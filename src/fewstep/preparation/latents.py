@@ -25,6 +25,7 @@ from fewstep.formats.lmdb import LmdbArrays
 from fewstep.preparation.embeddings import PromptTable, check_prompt
 
 Report = Callable[[int, int | None], None]
+CUT_WITH = "--truncate-prompts"
 _UNSCALED_STD = 3.0  # a model's own scaling gives about 1; unscaled latents of Stable Diffusion have 5, of SDXL 7
 
 
@@ -122,7 +123,7 @@ class _Reader:
     def _usable(self, row: CaptionedImage, picture: np.ndarray | UserError) -> np.ndarray | None:
         try:
             place = f"{self.source.source}: the caption of {row.name}"
-            check_prompt(self.encoders, row.caption, place, self.truncate)
+            check_prompt(self.encoders, row.caption, place, self.truncate, CUT_WITH)
             if isinstance(picture, UserError):
                 raise picture
         except UserError:
@@ -159,7 +160,7 @@ def import_lmdb_latents(
         if len(shape) != 4 or shape[0] != num_prompts or not num_prompts:
             raise UserError(f"{path}: latents of shape {shape} and {num_prompts} prompts do not belong together")
         if scale is None:
-            _check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
+            check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
         job = {"lmdb": str(path), "lmdb_shape": list(shape), "scale": scale, "vae": vae_fingerprint,
                **_text_job(encoders, truncate, shard_size)}  # fmt: skip
 
@@ -167,7 +168,7 @@ def import_lmdb_latents(
             numbers = range(first, min(first + size, num_prompts))
             prompts = arrays.texts("prompts", numbers)
             for number, prompt in zip(numbers, prompts, strict=True):
-                check_prompt(encoders, prompt, f"{path}: prompts_{number}_data", truncate)
+                check_prompt(encoders, prompt, f"{path}: prompts_{number}_data", truncate, CUT_WITH)
             latents = arrays.rows("latents", numbers).float() * (1.0 if scale is None else scale)
             return _Part(latents, prompts, len(numbers))
 
@@ -206,7 +207,8 @@ def _half(latents: Tensor) -> Tensor:
     return half
 
 
-def _check_scale(path: Path, latents: Tensor) -> None:
+def check_scale(path: Path, latents: Tensor) -> None:
+    """Raise UserError where stored latents do not look scaled as a model has them."""
     spread = float(latents.float().std())
     if not spread <= _UNSCALED_STD:
         raise UserError(

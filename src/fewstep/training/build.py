@@ -3,18 +3,25 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewstep.backbones.diffusers_shapes import build_released_denoiser
+from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.backbones.perceptual import load_lpips, pixel_distance
 from fewstep.config import LossSettings, TrainSettings
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.roles import Roles, build_roles
-from fewstep.distillation.starting import refuse_other_scale, start_from_dmd2, start_others_beside
+from fewstep.distillation.starting import (
+    refuse_other_memory,
+    refuse_other_scale,
+    start_from_dmd2,
+    start_others_beside,
+)
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
@@ -33,12 +40,33 @@ from fewstep.training.optimizers import build_adamw
 from fewstep.training.step import Distillation
 
 
-def build_step_schedule(settings: TrainSettings) -> StepSchedule:
-    """The generator's grid indices, checked."""
+def build_step_schedule(settings: TrainSettings, teacher: Denoiser) -> StepSchedule:
+    """The generator's grid indices on its teacher's grid.
+
+    Raises:
+        UserError: an index the teacher's grid does not have.
+    """
     try:
-        return StepSchedule(tuple(settings.generator.step_indices))
+        return StepSchedule(settings.generator.step_indices, teacher.noise_schedule.num_levels)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def schedule_warning(settings: TrainSettings, teacher: Denoiser) -> list[str]:
+    """A line where no scheduler of diffusers can carry the run's steps, as `fewstep export` would say at its end.
+
+    Class-conditional generators bring a scheduler of their own, which carries any steps.
+    """
+    if isinstance(teacher, EDMDenoiser):
+        return []
+    from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
+    from fewstep.export.few_step_scheduler import build_few_step_scheduler
+
+    try:
+        build_few_step_scheduler(cast(DiffusersDenoiser, teacher), build_step_schedule(settings, teacher))
+    except UserError as error:
+        return [f"warning: {error}"]
+    return []
 
 
 def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions: ConditionTable) -> Distillation:
@@ -48,7 +76,11 @@ def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions:
         UserError: guidance the teacher cannot give, missing pairs or weights, a start that does not fit.
     """
     check_guidance(teacher, settings.teacher.guidance_scale)
-    steps = build_step_schedule(settings)
+    steps, levels = build_step_schedule(settings, teacher.denoiser), teacher.denoiser.noise_schedule.num_levels
+    if settings.losses.max_level_index >= levels:
+        raise UserError(
+            f"losses.max_level_index={settings.losses.max_level_index}: the teacher's grid ends at {levels - 1}"
+        )
     torch.manual_seed(settings.training.seed)  # the head's random start
     roles = build_chosen_roles(settings, teacher.denoiser)
     if settings.generator.start_from:
@@ -102,7 +134,7 @@ def start_roles(roles: Roles, source: Path) -> None:
     generator (with what lies in its `roles/`), or a DMD2 checkpoint.
 
     Raises:
-        UserError: nothing to start from, or another network.
+        UserError: nothing to start from, another network, or LoRAs of another rank or alpha.
     """
     checkpoints = list_checkpoints(source / "checkpoints")
     if not checkpoints and is_dmd2_checkpoint(source):
@@ -125,6 +157,7 @@ def start_roles(roles: Roles, source: Path) -> None:
         return
     tensors, _ = read_checkpoint(checkpoints[-1])
     with _named(source):
+        refuse_other_memory(source, roles)
         restore_module("generator", roles.generator, tensors)
         if any(name.startswith("fake_score.") for name in tensors):  # a warm-up has none: it stays the teacher
             restore_module("fake_score", roles.fake_score, tensors)

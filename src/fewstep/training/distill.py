@@ -1,5 +1,6 @@
 """Distilling a generator, as a job for the one loop."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,6 @@ from fewstep.config import TrainSettings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_generator
 from fewstep.distillation.conditions import RealBatch
 from fewstep.generator import AnyTeacher
 from fewstep.training.build import build_distillation, build_step_schedule
@@ -31,7 +31,8 @@ class DistillationJob(GeneratorJob):
         conditions = build_conditions(settings, teacher, Path(settings.run.folder))
         self.real_data = build_real_data(settings, teacher)
         self.run = build_distillation(settings, teacher, conditions)
-        super().__init__(settings, teacher, build_step_schedule(settings), conditions, self.run.roles.generator)
+        steps = build_step_schedule(settings, teacher.denoiser)
+        super().__init__(settings, teacher, steps, conditions, self.run.roles.generator)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """One two time-scale step, with this step's rates, batch and draws."""
@@ -70,13 +71,15 @@ class DistillationJob(GeneratorJob):
         """Generator and teacher from the same noise, and both scores' estimates on noised generator images."""
         super().pictures(log, step)
         shown = min(10, self.settings.run.sample_images)
-        condition = self.conditions.rows(torch.arange(shown, device=self.device) % self.conditions.num_rows)
-        x0 = sample_generator(self.best_generator().denoiser, self.steps, condition, seed=0)
+        x0 = self._generated(0, shown, seed=0)
         for name, network in (("teacher_score", self.teacher.denoiser), ("fake_score", self.run.roles.fake_score)):
-            rows = [self._estimate(network, x0, condition, index) for index in DIAGNOSTIC_INDICES]
-            log.picture(name, step, self.teacher.to_images(torch.cat([x0, *rows])), columns=shown)
+            rows = [
+                self._in_groups(partial(self._estimate, network, index, x0), 0, shown) for index in DIAGNOSTIC_INDICES
+            ]
+            log.picture(name, step, self._decoded(torch.cat([x0, *rows])), columns=shown)
 
-    def _estimate(self, network: Denoiser, x0: Tensor, condition: Condition, index: int) -> Tensor:
-        level = network.noise_schedule.expanded(index, len(x0), self.device)
-        noise = Draws.of_batch(0, index, len(x0), self.device).normal("diagnostic_noise", network.image_shape)
-        return network.denoise(network.add_noise(x0, noise, level), level, condition)
+    def _estimate(self, network: Denoiser, index: int, x0: Tensor, numbers: Tensor) -> Tensor:
+        """A score's estimate of the pictures of these numbers among x0, noised to a grid index."""
+        level = network.noise_schedule.expanded(index, len(numbers), self.device)
+        noise = Draws(0, index, numbers).normal("diagnostic_noise", network.image_shape)
+        return network.denoise(network.add_noise(x0[numbers], noise, level), level, self._condition(numbers))

@@ -1,5 +1,6 @@
 """What a run would need, found without teacher, data or memory: networks are built on the meta device."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from fewstep.diffusion.denoiser import Denoiser, Want
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.model_folder import read_model_folder
+from fewstep.training.build import schedule_warning
 from fewstep.training.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
 from fewstep.training.warmup import is_warmup
 
@@ -77,23 +79,33 @@ def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
 
 
-def describe_distillation(settings: TrainSettings) -> list[str]:
-    """Lines for `fewstep train --dry-run`."""
+def describe_distillation(settings: TrainSettings, report: Callable[[str], None] = lambda text: None) -> Iterator[str]:
+    """Lines for `fewstep train --dry-run`, each as soon as it is known.
+
+    Args:
+        report: called with what is rehearsed next: a released text-to-image model takes up to a minute a memory mode.
+    """
     found = _teacher_network(settings)
     if found is None:
-        return ["memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"]
+        yield "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
+        return
     denoiser, vae = found
     gpu = settings.compute.device != "cpu"
+    report(f"rehearsing a step and its sample pictures with memory.mode={settings.memory.mode} ...")
     chosen = estimate_memory(settings, denoiser, gpu=gpu, autoencoder=vae)
-    lines = [_describe_network(denoiser, chosen), *_describe_memory(settings, chosen)]
+    yield _describe_network(denoiser, chosen)
+    yield from _describe_memory(settings, chosen)
+    yield from schedule_warning(settings, denoiser)
+    if settings.expected:
+        yield f"published: {settings.expected}"
     if isinstance(denoiser, EDMDenoiser) or is_warmup(settings):  # no LoRA without targets, none in a warm-up
-        return lines + _published(settings)
+        return
     for mode in _MODES:
         estimate = chosen
         if mode != settings.memory.mode:
+            report(f"rehearsing a step with memory.mode={mode} ...")
             estimate = estimate_memory(_in_mode(settings, mode), denoiser, gpu=gpu, autoencoder=vae, pictures=False)
-        lines.append(f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}")
-    return lines + _published(settings)
+        yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}"
 
 
 def _describe_network(denoiser: Denoiser, estimate: MemoryEstimate) -> str:
@@ -133,10 +145,6 @@ def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
     """The settings in another memory mode; all weights of mode full are float32."""
     changes = {"mode": mode} | ({"frozen_precision": "fp32"} if mode == "full" else {})
     return settings.model_copy(update={"memory": settings.memory.model_copy(update=changes)})
-
-
-def _published(settings: TrainSettings) -> list[str]:
-    return [f"published: {settings.expected}"] if settings.expected else []
 
 
 def describe_pretraining(settings: PretrainSettings) -> list[str]:

@@ -1,5 +1,6 @@
 """What every training of a generator has in common: its average, pictures, checkpoints and result."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep import __version__
 from fewstep.config import TrainSettings
-from fewstep.diffusion.condition import ConditionTable
+from fewstep.devices import pictures_at_once
+from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
 from fewstep.diffusion.step_schedule import StepSchedule
@@ -88,31 +90,56 @@ class GeneratorJob:
 
     def sample_images(self, first: int, count: int, seed: int = 1) -> Tensor:
         """Images first..first + count - 1 of a seed, all conditions in turn, (N, C, H, W) in [-1, 1], on the CPU."""
-        numbers = torch.arange(first, first + count, device=self.device) % self.conditions.num_rows
-        network = self.best_generator().denoiser
-        x0 = sample_generator(network, self.steps, self.conditions.rows(numbers), seed=seed, first=first)
-        return self.teacher.to_images(x0).cpu()
+        return self._decoded(self._generated(first, count, seed))
 
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:
         """Generator, and at the first step the teacher, from the same noise and conditions."""
         count = self.settings.run.sample_images
-        numbers = torch.arange(count, device=self.device) % self.conditions.num_rows
-        condition = self.conditions.rows(numbers)
-        x0 = sample_generator(self.best_generator().denoiser, self.steps, condition, seed=0)
-        images = self.teacher.to_images(x0)
+        images = self.sample_images(0, count, seed=0)
         log.picture("generator", step, images, columns=min(10, count))
         if step == 1:
-            noise = sample_noise(self.teacher.denoiser, 0, 0, count, self.device)
-            guidance = self.settings.teacher.guidance_scale
-            made = self.teacher.to_images(
-                sample_teacher(self.teacher.denoiser, noise, condition, guidance_scale=guidance)
-            )
+            made = self._decoded(self._in_groups(self._from_teacher, 0, count))
             log.picture("teacher", step, made, columns=min(10, count))
             log.keep_reference(sample_statistics(made))
             if isinstance(self.conditions, HasTexts):
-                log.note("prompts", self.conditions.texts(numbers))
+                numbers = torch.arange(count, device=self.device)
+                log.note("prompts", self.conditions.texts(numbers % self.conditions.num_rows))
         log.samples(step, sample_statistics(images))
+
+    def _generated(self, first: int, count: int, seed: int) -> Tensor:
+        """The generator's x0 for images first..first + count - 1 of a seed."""
+        network = self.best_generator().denoiser
+
+        def make(numbers: Tensor) -> Tensor:
+            condition = self._condition(numbers)
+            return sample_generator(network, self.steps, condition, seed=seed, first=int(numbers[0]))
+
+        return self._in_groups(make, first, count)
+
+    def _from_teacher(self, numbers: Tensor) -> Tensor:
+        """The teacher's x0 for images of these numbers, from the noise that the generator's start from."""
+        network, guidance = self.teacher.denoiser, self.settings.teacher.guidance_scale
+        noise = sample_noise(network, 0, int(numbers[0]), len(numbers), self.device)
+        return sample_teacher(network, noise, self._condition(numbers), guidance_scale=guidance)
+
+    def _condition(self, numbers: Tensor) -> Condition:
+        """All conditions in turn."""
+        return self.conditions.rows(numbers % self.conditions.num_rows)
+
+    def _in_groups(self, make: Callable[[Tensor], Tensor], first: int, count: int) -> Tensor:
+        """x0 that `make` gives for numbers first..first + count - 1; large pictures are made one by one."""
+        numbers = torch.arange(first, first + count, device=self.device)
+        return torch.cat([make(group) for group in numbers.split(self._group)])
+
+    def _decoded(self, x0: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1], each group moved to the CPU before the next is decoded."""
+        return torch.cat([self.teacher.to_images(part).cpu() for part in x0.split(self._group)])
+
+    @property
+    def _group(self) -> int:
+        _, height, width = self.teacher.picture_shape
+        return pictures_at_once(height, width)
 
     def _card(self, num_steps: int) -> ModelCard:
         made_with = {

@@ -8,7 +8,8 @@ import torch
 
 from fewstep.config import TrainSettings
 from fewstep.data.images import ImageBatches, ImageDataset, load_images
-from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS, NoiseImagePairs
+from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, NoiseImagePairs
+from fewstep.data.shard_folder import read_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.step_schedule import StepSchedule
 from fewstep.distillation.conditions import (
@@ -20,6 +21,7 @@ from fewstep.distillation.conditions import (
     RealBatch,
 )
 from fewstep.errors import UserError
+from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.generator import AnyTeacher, Teacher
 
 
@@ -93,6 +95,18 @@ def build_inputs(
     return FreshAndPairedInputs(FreshInputs(steps, conditions), build_paired_inputs(settings, steps, teacher))
 
 
+def pairs_warning(settings: TrainSettings, teacher: AnyTeacher) -> list[str]:
+    """A line where the run reads pairs of a text-to-image teacher that do not say whose they are."""
+    if isinstance(teacher, Teacher) or not settings.losses.regression_weight or not settings.data.pairs:
+        return []
+    if "network" in read_manifest(Path(settings.data.pairs).expanduser(), PAIRS).get("job", {}):
+        return []
+    return [
+        f"warning: data.pairs={settings.data.pairs} does not say which network made it (an earlier version wrote it): that "
+        f"it was {settings.teacher.path} is taken on trust"
+    ]
+
+
 def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher) -> PairedInputs:
     """Stored noise-image pairs of this teacher.
 
@@ -114,6 +128,12 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: A
         from fewstep.training.text_data import stored_prompts
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
+        made_by = pairs.manifest.get("job", {}).get("network")
+        if made_by not in (None, network_fingerprint(teacher.folder)):
+            raise UserError(
+                f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
+                f"({pairs.manifest['job'].get('teacher')}): prepare pairs with this teacher"
+            )
     what = "classes" if isinstance(teacher, Teacher) else "prompts"
     if int(pairs.labels.max()) >= conditions.num_rows:
         raise UserError(

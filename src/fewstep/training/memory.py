@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import TrainSettings
+from fewstep.devices import pictures_at_once
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.guidance import guided_denoise
@@ -20,7 +21,7 @@ from fewstep.generator import AnyTeacher
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
 from fewstep.training.ema import WeightAverage
-from fewstep.training.memory_meter import FakeMachine, MemoryMeter
+from fewstep.training.memory_meter import FakeMachine, MemoryMeter, to_fake
 from fewstep.training.optimizers import build_adamw
 from fewstep.training.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -85,7 +86,7 @@ def estimate_memory(
     schedule = network.noise_schedule  # holds real numbers, which cannot be copied where tensors are fake: share it
     object.__setattr__(schedule, "__deepcopy__", lambda memo: schedule)
     with FakeMachine(gpu) as meter:
-        network.to_empty(device="cpu").eval()
+        to_fake(network).eval()
         network.compute_dtype = _DTYPES[settings.compute.precision]
         estimate.parameters["teacher"] = _count(network.parameters())
         vae = None if autoencoder is None else untrained_autoencoder(autoencoder)
@@ -97,7 +98,7 @@ def estimate_memory(
         else:
             job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
         if pictures:
-            _rehearse_pictures(settings, teacher, vae)
+            _rehearse_pictures(settings, teacher, vae, gpu)
             estimate.close(PICTURES, meter)
         del job  # until here: what it holds lies in memory beside the pictures
     return estimate
@@ -111,7 +112,7 @@ def _rehearse_distillation(
     plain = losses.model_copy(update={"regression_weight": 0.0})
     run = build_distillation(settings.model_copy(update={"losses": plain}), teacher, conditions)
     if losses.regression_weight:  # its pairs and the weights of its distance are files: stand-ins of their shapes
-        steps = build_step_schedule(settings)
+        steps = build_step_schedule(settings, teacher.denoiser)
         pairs = PairedInputs(steps, conditions, cast(Any, Pairs(teacher.denoiser.image_shape)))
         run.inputs = FreshAndPairedInputs(FreshInputs(steps, conditions), pairs)
         run.generator_terms.append(Regression(untrained_distance(settings, teacher, vae), losses.regression_weight))
@@ -140,7 +141,7 @@ def _rehearse_distillation(
 def _rehearse_warmup(
     settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
 ) -> SimpleNamespace:
-    steps, denoiser = build_step_schedule(settings), teacher.denoiser
+    steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
     denoiser.requires_grad_(False)
     generator = copy.deepcopy(denoiser).requires_grad_(True)
     if settings.memory.checkpoint_activations:
@@ -160,15 +161,22 @@ def _rehearse_warmup(
 
 
 @torch.no_grad()
-def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -> None:
-    """The largest forward of the first sample pictures, and for latents the decoder."""
+def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any, gpu: bool) -> None:
+    """The largest forward of the first sample pictures, and for latents the decoder, beside what is finished."""
     count, network = settings.run.sample_images, teacher.denoiser
-    index = torch.zeros(count, dtype=torch.int64)
-    noisy, condition = torch.zeros(count, *network.image_shape), conditions_of(network).rows(index)
+    if vae is not None:
+        vars(teacher)["autoencoder"] = vae
+    _, height, width = teacher.picture_shape if vae is not None else network.image_shape
+    finished = [torch.zeros(count, *network.image_shape)]  # x0 of all; on a GPU their pictures go to the host
+    if not gpu:
+        finished.append(torch.zeros(count, 3, height, width))
+    index = torch.zeros(min(count, pictures_at_once(height, width)), dtype=torch.int64)
+    noisy, condition = torch.zeros(len(index), *network.image_shape), conditions_of(network).rows(index)
     level = network.noise_schedule.at(index)
     x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
     if vae is not None:
-        vae.decode(x0[:8])  # as TextModel.to_images splits
+        teacher.to_images(x0)
+    del finished
 
 
 def _prepare(

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from fewstep.training.fake_calls import FakeCalls
 
 ACTIVATIONS = "activations"
 
@@ -37,6 +38,11 @@ class MemoryMeter(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self.storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self.kinds: dict[int, str] = {}
+        self._calls = FakeCalls()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps each call in what keeps its compiler away, and nothing is compiled here
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,10 +51,9 @@ class MemoryMeter(TorchDispatchMode):
             return args[0].fake_device  # most calls are this one; the fake mode's own answer takes ten times as long
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # a fake tensor has no value: the step's one host number is which simulated step to train
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+        made, tensors = self._calls(func, args, kwargs or {})
+        for tensor in tensors:
+            self._note(tensor)
         return made
 
     def assign(self, kind: str, tensors: Iterable[Tensor]) -> None:
@@ -119,6 +124,11 @@ def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else convert(buffer)
     return module
+
+
+def to_fake(module: nn.Module) -> nn.Module:
+    """A module of the meta device, in place, with fake tensors; inside a `FakeMachine`. `to_empty` is slower there."""
+    return _apply(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from fewstep.config import ComputeSettings, PretrainSettings, TrainSettings
 from fewstep.training.best import BestGenerator
-from fewstep.training.build import open_teacher
+from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
+from fewstep.training.inputs import pairs_warning
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -54,7 +55,11 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     prepare_process(settings.compute)
     folder = run_folder(settings)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
-    job: GeneratorJob = kind(settings, open_teacher(settings))
+    teacher = open_teacher(settings)
+    console = console or Console(stderr=True)
+    for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    job: GeneratorJob = kind(settings, teacher)
     if settings.best.metric:
         observers = (*observers, BestGenerator(job, settings, folder, console))
     claim_run_folder(settings, folder)

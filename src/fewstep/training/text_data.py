@@ -16,9 +16,11 @@ from fewstep.distillation.conditions import RealBatch
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
-from fewstep.preparation.embeddings import prepare_embeddings
+from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.text_model import LiveEmbeddings, PromptTable, TextTeacher
 from fewstep.training.trainer import EMBEDDINGS
+
+CUT_WITH = "data.truncate_prompts=true"
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) ->
     path = resolve_path(settings.data.prompts)
     if (path / "manifest.json").is_file():
         return stored_prompts(teacher, path)
-    prompts = load_prompts(path, settings.data.prompt_column)
+    prompts, truncate = load_prompts(path, settings.data.prompt_column), settings.data.truncate_prompts
     if settings.data.text_embeddings == "computed":
+        check_prompts(teacher.encoders, prompts, truncate, CUT_WITH)
         return teacher.table(LiveEmbeddings(teacher.encoders, prompts))
-    prepare_embeddings(teacher.encoders, prompts, folder / EMBEDDINGS, truncate=settings.data.truncate_prompts)
+    prepare_embeddings(teacher.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH)
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 

@@ -33,7 +33,7 @@ class WarmupJob(GeneratorJob):
                 "a warm-up (regression alone) trains the full network from the teacher: leave memory.mode at 'full' and "
                 "generator.start_from empty"
             )
-        steps = build_step_schedule(settings)
+        steps = build_step_schedule(settings, teacher.denoiser)
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
         generator = copy.deepcopy(teacher.denoiser).requires_grad_(True)

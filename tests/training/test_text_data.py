@@ -1,0 +1,104 @@
+"""What a text-to-image run reads: prompts that fit, and text encoders that are gone once prompts are stored."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.config import TrainSettings, parse_settings
+from fewstep.data.latents import StoredEmbeddings
+from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
+from fewstep.errors import UserError
+from fewstep.text_model import TextTeacher
+from fewstep.training.build import open_teacher
+from fewstep.training.distill import DistillationJob
+from fewstep.training.text_data import open_prompts
+from tests.test_cli import fewstep as run
+from tests.tiny_models import MAX_TOKENS, tiny_sdxl_folder
+
+LONG = " ".join("cat" for _ in range(MAX_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+def settings(model: Path, folder: Path, prompts: list[str], **data: object) -> TrainSettings:
+    """One-step DMD2 without GAN."""
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    return parse_settings(
+        TrainSettings,
+        {
+            "teacher": {"path": str(model)}, "data": {"prompts": str(folder / "prompts.txt"), **data},
+            "training": {"num_steps": 1, "batch_size": 2},
+            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+            "run": {"folder": str(folder / "run"), "sample_images": 2, "tensorboard": False},
+        },
+        "test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["stored", "computed"])
+def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_path: Path, kind: str) -> None:
+    """Nothing of a job holds them, neither the teacher nor its generator; "computed" keeps them, as it must."""
+    chosen = settings(model, tmp_path, ["red cat", "a dog"], text_embeddings=kind)
+    teacher = open_teacher(chosen)
+    assert isinstance(teacher, TextTeacher)
+    parts = [weakref.ref(part) for part in teacher.encoders.modules]
+    weights = [weakref.ref(weight) for part in teacher.encoders.modules for weight in part.parameters()]
+    job = DistillationJob(chosen, teacher)
+    job.step(0, 0.0)
+    assert job.sample_images(0, 2).shape == (2, 3, 16, 16)
+    gc.collect()
+    alive = [part for part in (*parts, *weights) if part() is not None]
+    kept = kind == "computed"
+    assert len(alive) == (len(parts) + len(weights) if kept else 0)
+    assert ("encoders" in vars(job.teacher)) == kept
+    assert ("encoders" in vars(job.best_generator())) == kept
+
+
+@pytest.mark.parametrize("kind", ["stored", "computed"])
+def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_path: Path, kind: str) -> None:
+    """However embeddings are made; the remedy is the setting, which exists."""
+    teacher = fewstep.load_teacher(model, device="cpu")
+    assert isinstance(teacher, TextTeacher)
+    with pytest.raises(UserError) as error:
+        open_prompts(settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind), teacher, tmp_path / "run")
+    assert str(error.value) == (
+        f"the prompt on line 2 has {MAX_TOKENS + 2} tokens, the text encoder takes {MAX_TOKENS} ({LONG[:60]!r}...); "
+        "shorten it, or cut all long ones with data.truncate_prompts=true"
+    )
+    cut = settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind, truncate_prompts=True)
+    table = open_prompts(cut, teacher, tmp_path / "run")
+    fitting = teacher.encoders.encode([" ".join("cat" for _ in range(MAX_TOKENS - 2))])
+    found = table.rows(torch.tensor([1])).text
+    assert found is not None
+    assert (found - fitting.text).abs().max() < 2e-3
+
+
+def test_pairs_of_long_prompts(model: Path, tmp_path: Path) -> None:
+    """`prepare pairs` refuses them in the words of the option that it has, and takes them with it."""
+    (tmp_path / "prompts.txt").write_text(f"a dog\n{LONG}\n")
+    command = ("prepare", "pairs", model, tmp_path / "pairs", "--prompts", tmp_path / "prompts.txt")
+    options = ("--num-pairs", 2, "--teacher-steps", 1, "--device", "cpu")
+    answer = run(*command, *options)
+    assert answer.code == 2
+    assert answer.err.startswith("fewstep: the prompt on line 2 has ")
+    assert answer.err.endswith("; shorten it, or cut all long ones with --truncate-prompts\n")
+    assert not (tmp_path / "pairs").exists()
+    answer = run(*command, *options, "--truncate-prompts")
+    assert answer.code == 0, answer.err
+    stored = StoredEmbeddings(tmp_path / "pairs" / PROMPT_EMBEDDINGS)
+    assert stored.manifest["job"]["truncate_prompts"] is True
+    assert stored.prompts(torch.tensor([1])) == [LONG]
+
+
+def test_truncating_is_for_text(teacher_folder: Path, tmp_path: Path) -> None:
+    answer = run("prepare", "pairs", teacher_folder, tmp_path / "pairs", "--truncate-prompts", "--device", "cpu")
+    assert answer.code == 2
+    assert "--prompts and --truncate-prompts are for text-to-image teachers" in answer.err
