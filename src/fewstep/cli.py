@@ -219,7 +219,7 @@ def evaluate(
     prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
     num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
     seed: Annotated[int, typer.Option(help="seed of the generated pictures")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 250,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 250, text-to-image 4]")] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: 18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 (off), text-to-image 7.5, unless set")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
@@ -260,7 +260,7 @@ def prepare_pairs(
     seed: Annotated[int, typer.Option()] = 0,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:  # fmt: skip

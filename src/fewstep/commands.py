@@ -24,7 +24,7 @@ console = Console(stderr=True)
 
 def evaluate_model(
     source: str, features: str, reference: Path | None, images: str, split: str, fit: str, num_images: int, seed: int,
-    batch_size: int, teacher_steps: int | None, guidance_scale: float | None, json_out: Path | None, device: str,
+    batch_size: int | None, teacher_steps: int | None, guidance_scale: float | None, json_out: Path | None, device: str,
     precision: str, prompts: list[str],
 ) -> None:  # fmt: skip
     """`fewstep evaluate`: one figure with everything beside it."""
@@ -58,7 +58,8 @@ def evaluate_model(
         model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
         num_steps=teacher_steps or (50 if text else 18),
         guidance_scale=(7.5 if text else 1.0) if guidance_scale is None else guidance_scale,
-        real_features=None if real is None else real[:num_images], batch_size=batch_size,
+        real_features=None if real is None else real[:num_images],
+        batch_size=batch_size or (4 if text else 250),
     )  # fmt: skip
     print(figure.sentence())
     if json_out is not None:
@@ -68,7 +69,7 @@ def evaluate_model(
 
 def make_pairs(
     teacher: str, folder: Path, num_pairs: int, seed: int, teacher_steps: int | None, guidance_scale: float,
-    batch_size: int, device: str, precision: str, prompts: str, truncate: bool = False,
+    batch_size: int | None, device: str, precision: str, prompts: str, truncate: bool = False,
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
     model = load_teacher(teacher, device=device, precision=_precision(precision))
@@ -87,7 +88,7 @@ def make_pairs(
 
     print(prepare_pairs(
         model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale,
-        batch_size=batch_size, conditions=conditions, report=report,
+        batch_size=batch_size or (100 if conditions is None else 4), conditions=conditions, report=report,
     ))  # fmt: skip
 
 

@@ -136,3 +136,19 @@ def test_what_depends_on_a_value_is_asked_each_time(watched: Watched) -> None:
         x = torch.zeros(2)
         x.resize_(5)
         assert x.shape == (5,)
+
+
+def test_another_torchs_fake_tensors_are_slower_not_different(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a fake tensor cannot be made directly, torch's own mode is asked again."""
+
+    def fail(*args: Any) -> Any:
+        raise AttributeError("another torch")
+
+    x = torch.empty(3, 4)
+    first, asked = x @ x.T, watched.asked
+    monkeypatch.setattr(FakeCalls, "_make", fail)
+    again = x @ x.T
+    assert facts(again) == facts(first)
+    assert watched.asked > asked

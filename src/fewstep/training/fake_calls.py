@@ -56,7 +56,14 @@ class FakeCalls:
         except (_ValueMattersError, TypeError):  # or an argument cannot be hashed
             return _all_of(func(*args, **kwargs))
         if recipe is not None:
-            return self._repeat(recipe, tensors)
+            try:
+                return self._repeat(recipe, tensors)
+            except (
+                AttributeError,
+                RuntimeError,
+                TypeError,
+            ):  # another torch's fake tensors: slower, never another result
+                self._recipes.clear()
         shapes = [_shape(tensor) for tensor in tensors]
         made = func(*args, **kwargs)
         if shapes == [_shape(tensor) for tensor in tensors]:  # else an argument was resized
