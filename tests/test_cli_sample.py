@@ -1,5 +1,6 @@
 """`fewstep sample`: seeds, labels, sizes, negative prompts, TAESD, precisions, compilation, metadata, and each refusal."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -228,6 +229,25 @@ def test_sd3_has_positions_up_to_its_largest_size(tmp_path: Path) -> None:
 
 
 # --- Guidance and negative prompts
+
+
+def test_a_few_step_teacher_is_not_guided(teacher: Path, tmp_path: Path) -> None:
+    """A folder whose scheduler is LCM's: unguided unless asked, and refused when asked."""
+    folder = tmp_path / "lcm"
+    shutil.copytree(teacher, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({**config, "_class_name": "LCMScheduler"}))
+    command = (folder, "--prompt", "cat", "--teacher-steps", 2)
+    sample(*command, "--out", tmp_path / "out")
+    [picture] = (tmp_path / "out").glob("*.png")
+    with Image.open(picture) as opened:
+        assert opened.info["fewstep:guidance_scale"] == "1.0"
+    words = refused(*command, "--guidance-scale", 7.5, "--out", tmp_path / "refused")
+    assert words.startswith("--guidance-scale: guidance_scale=7.5: the scheduler of this model is one for few steps")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_negative_prompt_leads_the_teacher_away(teacher: Path, tmp_path: Path) -> None:

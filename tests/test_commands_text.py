@@ -135,6 +135,8 @@ def test_published_pairs_that_cannot_be_used(teacher: Path, tmp_path: Path) -> N
         run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
     with pytest.raises(UserError, match="brings its own prompts and samples"):
         run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb, "--prompts", "prompts.txt")
+    with pytest.raises(UserError, match="--from-lmdb samples nothing: leave out --seed, --guidance-scale"):
+        run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb, "--guidance-scale", 8)
     with pytest.raises(UserError, match="--lmdb-scale 2 is of --from-lmdb"):
         run("pairs", teacher, tmp_path / "p", "--lmdb-scale", 2)
 

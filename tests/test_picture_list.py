@@ -101,3 +101,8 @@ def test_seeds_exclude_the_options_of_a_series(given: dict[str, int]) -> None:
 def test_seeds_need_labels_where_there_are_classes() -> None:
     with pytest.raises(UserError, match=r"give --labels, e\.g\. 0-3"):
         listed(seeds=[1, 2])
+
+
+def test_a_long_list_of_labels_is_no_file_name() -> None:
+    """A hundred numbers are longer than a file name may be."""
+    assert read_labels(",".join(map(str, range(100)))) == list(range(100))

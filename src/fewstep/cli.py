@@ -272,6 +272,10 @@ def prepare_pairs(
             raise UserError(
                 "--from-lmdb brings its own prompts and samples: leave out --prompts, --truncate-prompts and --teacher-steps"
             )
+        if seed or guidance_scale != 1 or batch_size is not None or precision != "fp32":
+            raise UserError(
+                "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
+            )
         from fewstep.commands_text import import_pairs
 
         import_pairs(teacher, from_lmdb, folder, num_pairs, lmdb_scale, device)

@@ -15,7 +15,14 @@ from fewstep.evaluation.features import load_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.atomic import replaced_file
-from fewstep.generator import Generator, Teacher, load_model, load_teacher
+from fewstep.generator import (
+    Generator,
+    Teacher,
+    check_guidance,
+    default_guidance,
+    load_model,
+    load_teacher,
+)
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 
@@ -36,6 +43,10 @@ def evaluate_model(
         raise UserError(f"{source}: text-to-image models are measured with --prompts FILE, all others without")
     if guidance_scale is not None and model.card.step_indices:
         raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it out")
+    scale = 1.0
+    if not model.card.step_indices:
+        scale = default_guidance(model) if guidance_scale is None else guidance_scale
+        check_guidance(model, scale)
     network = load_features(features, model.device)
     real = None
     if images:
@@ -57,8 +68,7 @@ def evaluate_model(
     figure = measure_model(
         model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
         num_steps=teacher_steps or (50 if text else 18),
-        guidance_scale=(7.5 if text else 1.0) if guidance_scale is None else guidance_scale,
-        real_features=None if real is None else real[:num_images],
+        guidance_scale=scale, real_features=None if real is None else real[:num_images],
         batch_size=batch_size or (4 if text else 250),
     )  # fmt: skip
     print(figure.sentence())

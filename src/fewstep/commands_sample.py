@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep import __version__
 from fewstep.devices import check_compiler
 from fewstep.errors import UserError
-from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, load_model
+from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model
 from fewstep.picture_list import Picture, PictureList, list_pictures, parse_size, read_labels, read_seeds
 from fewstep.picture_writer import PictureWriter, Speed
 
@@ -148,14 +148,13 @@ def _steps_and_guidance(model: AnyModel, options: SampleOptions, text: bool) -> 
                 "--teacher-steps is for teachers; a generator's steps travel with its weights; leave it out"
             )
         return {}
-    scale = (7.5 if text else 1.0) if options.guidance_scale is None else options.guidance_scale
+    scale = default_guidance(model) if options.guidance_scale is None else options.guidance_scale
     if not math.isfinite(scale):
         raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 7.5")
-    if isinstance(model, Teacher):
-        try:
-            check_guidance(model, scale)
-        except UserError as error:
-            raise UserError(f"--guidance-scale: {error}") from error
+    try:
+        check_guidance(model, scale)
+    except UserError as error:
+        raise UserError(f"--guidance-scale: {error}") from error
     num_steps, num_levels = options.teacher_steps or (50 if text else 18), model.denoiser.noise_schedule.num_levels
     if text and num_steps > num_levels:
         raise UserError(

@@ -169,7 +169,12 @@ class Generator(Model):
         return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
 
 
-def check_guidance(model: AnyTeacher, guidance_scale: float) -> None:
+def default_guidance(model: "AnyModel") -> float:
+    """7.5 for text-to-image models, 1 (off) for classes and for models that cannot be guided."""
+    return 1.0 if isinstance(model, Teacher) or not model.card.can_be_guided else 7.5
+
+
+def check_guidance(model: "AnyModel", guidance_scale: float) -> None:
     """Refuse guidance for a model without an unconditional branch, as far as the model says so."""
     if guidance_scale == 1:
         return

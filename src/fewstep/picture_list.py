@@ -1,5 +1,6 @@
 """What `fewstep sample` was asked for, as a list of pictures: each with its seed, its number and its prompt or label."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_labels(text: str) -> list[int]:
         UserError: neither; names the file and line.
     """
     path = Path(text).expanduser()
-    if not text or not path.is_file():
+    if not text or not os.path.isfile(path):  # pathlib's own raises for a list longer than a file name may be
         try:
             return parse_numbers(text, "--labels")
         except UserError as error:

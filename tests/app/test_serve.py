@@ -52,11 +52,47 @@ def test_a_port_in_use(classes: Classes) -> None:
             launch_app(AppSettings(str(classes[0]), port=port), wait=False)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "a..b"])
 def test_an_address_of_another_machine(host: str) -> None:
     """Said before any model is loaded: there is none of this name."""
     with pytest.raises(UserError, match=rf"--host {host} is no address of this machine"):
         launch_app(AppSettings("nothing", host=host), wait=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]"])
+def test_a_proxy_is_not_asked_for_the_page(
+    classes: Classes, host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Servers often have one in their environment; IPv6 has brackets in addresses and none in settings."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "example.org")
+    if ":" in host and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    page = launch_app(AppSettings(str(classes[0]), host=host, port=0), wait=False)
+    try:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(page.local_url, timeout=60) as answer:
+            assert answer.status == 200
+    finally:
+        page.close()
+    assert "no password" not in capsys.readouterr().out
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_guidance_must_be_finite(scale: float) -> None:
+    with pytest.raises(UserError, match=r"--guidance-scale .*: give a finite number"):
+        AppSettings("m", guidance_scale=scale)
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:

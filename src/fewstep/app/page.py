@@ -93,7 +93,7 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=4, min_width=320):
                 outputs = _pictures(studio)
                 gr.Markdown("\n".join(f"- {note}" for note in notes_of(studio)), elem_classes="quiet", elem_id="notes")
-        history = gr.State([], time_to_live=3600)
+        history = gr.State([])
         with gr.Column(visible=settings.history > 0):
             gr.Markdown(f"Your last {settings.history} pictures", elem_classes="quiet")
             strip = gr.Gallery(

@@ -28,12 +28,17 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     try:
         import gradio
     except ImportError as error:
-        raise UserError(f"the web page needs gradio ({error}): pip install 'fewstep[app]'") from error
+        raise UserError(
+            f"the web page needs gradio ({error}): pip install 'fewstep[app]' (text-to-image: 'fewstep[app,text]')"
+        ) from error
     from fewstep.app.page import CSS, build_page
 
     _check_address(settings.host, settings.port)
     page = build_page(load_studio(settings))
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
+    host = settings.host.strip("[]")
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page once, which no proxy could answer
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     options: dict[str, Any] = {
         "theme": gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"]), "css": CSS,
         "footer_links": [], "share": False, "ssr_mode": False, "enable_monitoring": False, "show_error": False,
@@ -41,17 +46,15 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     }  # fmt: skip
     try:
         page.launch(
-            server_name=settings.host, server_port=settings.port or None, prevent_thread_lock=True, quiet=True,
+            server_name=f"[{host}]" if ":" in host else host, server_port=settings.port or None, prevent_thread_lock=True, quiet=True,
             **options,
         )  # fmt: skip
     except OSError as error:
         raise UserError(_taken(settings.host, settings.port, _first_line(error))) from error
-    except ValueError as error:  # gradio asks its own page once, through a proxy where the environment names one
-        raise UserError(
-            f"the page at {settings.host} does not answer ({_first_line(error)}); set NO_PROXY={settings.host}"
-        ) from error
+    except Exception as error:  # gradio's own check of the page raises a bare one
+        raise UserError(f"the page at {host} does not answer ({_first_line(error)}); try another --host") from error
     print(f"fewstep app: {page.local_url} (Ctrl-C ends it)", flush=True)
-    if settings.host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in ("127.0.0.1", "localhost", "::1"):
         print(
             "fewstep app: everyone who reaches this address can use the page, there is no password; "
             "docs/app.md shows an ssh tunnel", flush=True,
@@ -64,12 +67,12 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
 def _check_address(host: str, port: int) -> None:
     """Before models are loaded, which takes longer."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             probe.bind(address)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+    except (OSError, UnicodeError) as error:  # the latter: no name can be written like this
+        if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(
                 f"--host {host} is no address of this machine; 127.0.0.1 is this machine alone, "
                 "0.0.0.0 every network it is in"

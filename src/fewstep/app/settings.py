@@ -1,5 +1,6 @@
 """What `fewstep app` can be told, checked where it is declared."""
 
+import math
 from dataclasses import dataclass
 
 from fewstep.errors import UserError
@@ -53,5 +54,7 @@ class AppSettings:
                 raise UserError(f"--{option} {getattr(self, name)}: must lie between {low} and {high}")
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise UserError(f"--teacher-steps {self.teacher_steps}: must be 1 or more")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UserError(f"--guidance-scale {self.guidance_scale}: give a finite number, e.g. 7.5")
         if not self.host:
             raise UserError("--host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network it is in")

@@ -13,7 +13,7 @@ from fewstep.app.safety import SafetyChecker, load_safety_checker
 from fewstep.app.settings import MAX_SEED, AppSettings
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
-from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, load_model, load_teacher
+from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model, load_teacher
 from fewstep.picture_list import Picture, list_pictures
 
 if TYPE_CHECKING:
@@ -201,8 +201,8 @@ class Studio:
         if num_steps:
             how["num_steps"] = num_steps
         evaluations = model.evaluations(**how)
-        if self.settings.guidance_scale is not None:
-            how["guidance_scale"] = self.settings.guidance_scale
+        given = self.settings.guidance_scale
+        how["guidance_scale"] = default_guidance(model) if given is None else given
         return how, evaluations
 
     def _sample(

@@ -74,6 +74,9 @@ class DiffusersDenoiser(Denoiser):
         return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()
 
     def compile_network(self) -> None:
+        # Blocks of one class share torch's limit of compiled forms, 8: too few for three networks with and without gradients.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 128)
         for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
             block.compile()
 
