@@ -13,6 +13,7 @@ from rich.console import Console
 import fewstep
 from fewstep.errors import UserError
 from fewstep.evaluation.text_bench import TextMeasurement, load_text_bench
+from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.formats import bundled
 from fewstep.formats.bundled import bundled_models, bundled_path
 from fewstep.generator import load_model
@@ -239,6 +240,9 @@ def test_shipped_figures_can_be_repeated() -> None:
     shipped = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())["sd"]
     teacher = fewstep.load_teacher("bundled:emoji-sd", device="cpu", precision="bf16")
     assert isinstance(teacher, TextTeacher)
-    images = teacher.sample(bench.held_out, num_steps=50, guidance_scale=shipped["guidance_scale"], batch_size=32)
-    assert bench.judge(images).following.agreement == pytest.approx(shipped["following"]["agreement"], abs=0.05)
+    part = bench.held_out[:48]  # all 153 would take minutes
+    images = teacher.sample(part, num_steps=50, guidance_scale=shipped["guidance_scale"], batch_size=16)
+    found = measure_text_following(bench.classifier, images, [group_of(text) for text in part])
+    assert found.agreement == pytest.approx(shipped["following"]["agreement"], abs=0.15)
+    assert found.agreement > 2 * found.shuffled
     assert torch.isfinite(images).all()
