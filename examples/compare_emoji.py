@@ -68,20 +68,6 @@ def measure(bench: TextBench, source: str, model: TextModel, options: argparse.N
     )  # fmt: skip
 
 
-def table_row(name: str, found: TextMeasurement) -> str:
-    """One line of the Markdown table."""
-    known, following = found.trained, found.following
-    cells = ["-", "-", "-"]
-    if known is not None:
-        cells = [
-            str(known.evaluations_per_image), f"{known.images_per_second:.1f}",
-            f"{known.frechet_distance:.3f} ({known.num_images})",
-        ]  # fmt: skip
-    cells += [f"{found.held_out_distance:.3f} ({following.num_images})", f"{following.agreement:.3f}"]
-    cells += [f"{following.shuffled:.3f}", "-" if found.retrieval is None else f"{found.retrieval:.3f}"]
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
 def draw(prompts: list[str], columns: dict[str, Tensor | None], first_unseen: int) -> Image.Image:
     """Prompts down, columns across; a column without a picture of a prompt stays white there.
 
@@ -159,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         draw(known + unseen, columns, len(known)).save(aside, format="PNG")
     with replaced_file(options.out.with_suffix(".json")) as aside:
         aside.write_text(json.dumps({name: row.to_dict() for name, row in found.items()}, indent=1), encoding="utf-8")
-    print("\n".join([HEAD, *(table_row(name, row) for name, row in found.items())]))
+    print("\n".join([HEAD, *(f"| {name} | {' | '.join(row.cells())} |" for name, row in found.items())]))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,12 @@ def test_a_few_step_teacher_is_not_guided(teacher: Path, tmp_path: Path) -> None
     words = refused(*command, "--guidance-scale", 7.5, "--out", tmp_path / "refused")
     assert words.startswith("--guidance-scale: guidance_scale=7.5: the scheduler of this model is one for few steps")
     assert not (tmp_path / "refused").exists()
+    (tmp_path / "prompts.txt").write_text("cat\n")
+    reference = ("--features", "bundled:emoji", "--reference", "bundled:emoji/reference_train.npz")
+    options = ("--prompts", tmp_path / "prompts.txt", "--guidance-scale", 2, "--device", "cpu")
+    answer = run("evaluate", folder, *reference, *options)
+    assert (answer.code, answer.out) == (2, "")
+    assert "guidance_scale=2.0: the scheduler of this model is one for few steps" in answer.err
 
 
 def test_a_negative_prompt_leads_the_teacher_away(teacher: Path, tmp_path: Path) -> None:
@@ -353,11 +359,14 @@ def test_compile_runs_the_blocks(classes: Path, text: Path, tmp_path: Path, monk
         return original(model, *args, **{**options, "backend": "eager"})
 
     monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
     sample(classes, "--num-images", 2, "--compile", "--out", tmp_path / "classes")
     assert_shows(tmp_path / "classes", class_model(classes).sample(2))
     sample(text, "--prompt", "cat", "--compile", "--out", tmp_path / "text")
     assert_shows(tmp_path / "text", load(text).sample(["cat"]))
+    limits: Any = torch._dynamo.config
+    assert limits.recompile_limit >= 3 * 2 * 8  # roles, with and without gradients, torch's own limit for one
     assert compiled == [
         "EDMUNet", "DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
     ]  # fmt: skip

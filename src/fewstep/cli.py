@@ -94,9 +94,9 @@ def text_quickstart(
     seed: Annotated[int, typer.Option(help="every random number follows from it")] = 0,
 ) -> None:
     """The same for text: the bundled emoji teacher becomes a four-step LoRA, prompts beside pictures in one HTML report."""
-    from fewstep.generator import _need_text_libraries
+    from fewstep.generator import need_text_libraries
 
-    _need_text_libraries()
+    need_text_libraries()
     from fewstep.text_quickstart import run_text_quickstart
 
     run_text_quickstart(folder, minutes=minutes, seed=seed)

@@ -15,14 +15,7 @@ from fewstep.evaluation.features import load_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.atomic import replaced_file
-from fewstep.generator import (
-    Generator,
-    Teacher,
-    check_guidance,
-    default_guidance,
-    load_model,
-    load_teacher,
-)
+from fewstep.generator import Generator, Teacher, check_guidance, default_guidance, load_model, load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 
@@ -46,7 +39,6 @@ def evaluate_model(
     scale = 1.0
     if not model.card.step_indices:
         scale = default_guidance(model) if guidance_scale is None else guidance_scale
-        check_guidance(model, scale)
     network = load_features(features, model.device)
     real = None
     if images:

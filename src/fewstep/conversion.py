@@ -26,7 +26,7 @@ from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.tensor_files import common_half_precision, refuse_infinities, tensor_names
-from fewstep.generator import _need_text_libraries as need_text_libraries
+from fewstep.generator import need_text_libraries
 from fewstep.generator import load_class_teacher
 
 if TYPE_CHECKING:

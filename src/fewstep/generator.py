@@ -234,7 +234,7 @@ def load_generator(path: str | Path, *, device: str = "auto", precision: str = "
     """
     folder = _generator_folder(path)
     if is_generator_folder(folder):
-        _need_text_libraries()
+        need_text_libraries()
         from fewstep.text_model import load_text_generator
 
         return load_text_generator(folder, device=device, precision=precision, base=base)
@@ -281,7 +281,7 @@ def _names_text_model(path: str | Path) -> bool:
             return False
     elif name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith(".pkl"):
         return False
-    _need_text_libraries()
+    need_text_libraries()
     return True
 
 
@@ -294,7 +294,7 @@ def _has_text_encoder(index: Path) -> bool:
         raise UserError(f"{index} is damaged ({error}); download or export the model again") from error
 
 
-def _need_text_libraries() -> None:
+def need_text_libraries() -> None:
     missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
     if missing:
         raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")

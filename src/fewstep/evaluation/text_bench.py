@@ -60,6 +60,20 @@ class TextMeasurement:
         assert self.trained is not None
         return self.trained.evaluations_per_image
 
+    def cells(self) -> list[str]:
+        """For tables: evaluations, images/s, the distance on training texts, that on held-out ones, following, its control, retrieval."""
+        known, following = self.trained, self.following
+        of_trained = ["-", "-", "-"]
+        if known is not None:
+            of_trained = [
+                str(known.evaluations_per_image), f"{known.images_per_second:.1f}",
+                f"{known.frechet_distance:.3f} ({known.num_images})",
+            ]  # fmt: skip
+        return [
+            *of_trained, f"{self.held_out_distance:.3f} ({following.num_images})", f"{following.agreement:.3f}",
+            f"{following.shuffled:.3f}", "-" if self.retrieval is None else f"{self.retrieval:.3f}",
+        ]  # fmt: skip
+
     def at_speed(self, images_per_second: float) -> "TextMeasurement":
         """The same quality with a speed measured elsewhere."""
         assert self.trained is not None

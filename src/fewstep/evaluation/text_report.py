@@ -125,18 +125,7 @@ def _prompt_table(pictures: PromptPictures, settings: str) -> str:
 
 
 def _row(name: str, found: TextMeasurement) -> str:
-    trained, following = found.trained, found.following
-    cells = ["-", "-", "-"]
-    if trained is not None:
-        cells = [
-            str(trained.evaluations_per_image), f"{trained.images_per_second:.1f}",
-            f"{trained.frechet_distance:.3f} ({trained.num_images})",
-        ]  # fmt: skip
-    cells += [
-        f"{found.held_out_distance:.3f} ({following.num_images})", f"{following.agreement:.3f}",
-        f"{following.shuffled:.3f}", "-" if found.retrieval is None else f"{found.retrieval:.3f}",
-    ]  # fmt: skip
-    return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in found.cells())}</tr>"
 
 
 _STYLE = """

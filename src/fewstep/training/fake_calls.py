@@ -58,11 +58,7 @@ class FakeCalls:
         if recipe is not None:
             try:
                 return self._repeat(recipe, tensors)
-            except (
-                AttributeError,
-                RuntimeError,
-                TypeError,
-            ):  # another torch's fake tensors: slower, never another result
+            except (AttributeError, RuntimeError, TypeError):  # other fake tensors than this torch's: only slower
                 self._recipes.clear()
         shapes = [_shape(tensor) for tensor in tensors]
         made = func(*args, **kwargs)
