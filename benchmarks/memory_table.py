@@ -4,15 +4,13 @@
     python benchmarks/memory_table.py --models sd15    one of them
     python benchmarks/memory_table.py --recipe recipes/sdxl_dmd2_4step_one_gpu.toml    a whole run, with and without GAN
 
-No GPU, no weights and no data are needed: every figure is a run rehearsed on shapes (fewstep/training/memory.py).
+No GPU, no weights and no data are needed: every figure is a run rehearsed on shapes (fewstep/estimate/memory.py).
 """
 
 import argparse
 from pathlib import Path
 
-from fewstep.backbones.diffusers_shapes import VAE_NETWORK, build_released_denoiser
-from fewstep.config import TrainSettings, load_settings, parse_settings
-from fewstep.training.memory import (
+from fewstep.estimate.memory import (
     FAKE_SCORE_TURN,
     FROZEN,
     GENERATOR_TURN,
@@ -21,6 +19,8 @@ from fewstep.training.memory import (
     TRAINED,
     estimate_memory,
 )
+from fewstep.families.shapes import VAE_NETWORK, build_released_denoiser
+from fewstep.settings import TrainSettings, load_settings, parse_settings
 
 GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
 MODELS = {  # title, settings of the published recipe that matter here

@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.backbones.catalog import build_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.config import TrainSettings, parse_settings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.preconditioning import edm_preconditioning
-from fewstep.distillation.conditions import RealBatch
+from fewstep.distillation.inputs import RealBatch
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.preconditioning import edm_preconditioning
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import Teacher, load_class_teacher
+from fewstep.models.model import Teacher, load_class_teacher
+from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import build_distillation
 from fewstep.training.step import Distillation, two_time_scale_step
 

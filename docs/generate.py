@@ -5,7 +5,7 @@ python docs/generate.py
 
 from pathlib import Path
 
-from fewstep.config import PretrainSettings, TrainSettings, describe_settings
+from fewstep.settings import PretrainSettings, TrainSettings, describe_settings
 
 PAGE = Path(__file__).parent / "settings.md"
 

@@ -25,15 +25,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.backbones.components import published_names
+from fewstep.demos.emoji import CURVE_IMAGES, NUM_IMAGES
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.text_bench import HELD_OUT, TRAIN_PROMPTS, load_text_bench
 from fewstep.evaluation.text_following import group_of, measure_text_following
-from fewstep.generator import load_teacher
+from fewstep.models.model import load_teacher
+from fewstep.networks.components import published_names
 from fewstep.preparation.features import train_feature_network, vary_shape_and_colour
-from fewstep.text_quickstart import CURVE_IMAGES, NUM_IMAGES
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/emoji"
 TEACHERS = ("sd", "sdxl")

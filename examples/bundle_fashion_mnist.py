@@ -16,14 +16,14 @@ import datasets
 import torch
 from PIL import Image
 
-from fewstep.config import DataSettings
 from fewstep.data.images import ImageDataset, load_images
 from fewstep.evaluation.features import SmallClassifier, load_features
+from fewstep.evaluation.measure import dataset_features, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.evaluation.protocols import dataset_features, measure_model
 from fewstep.formats.model_folder import read_model_folder, write_model_folder
-from fewstep.generator import load_teacher
+from fewstep.models.model import load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
+from fewstep.settings import DataSettings
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/fashion-mnist"
 NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]

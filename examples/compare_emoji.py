@@ -21,8 +21,8 @@ from fewstep.evaluation.text_bench import TextBench, TextMeasurement, load_text_
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.pixels import to_uint8
-from fewstep.generator import load_model
-from fewstep.text_model import TextGenerator, TextTeacher
+from fewstep.models.model import load_model
+from fewstep.models.text_model import TextGenerator, TextTeacher
 
 TextModel = TextTeacher | TextGenerator
 TEXT_WIDTH, LINE, GAP = 190, 13, 4

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 import fewstep
-from fewstep.config import PretrainSettings, TrainSettings, load_settings
 from fewstep.formats.pixels import save_grid
+from fewstep.settings import PretrainSettings, TrainSettings, load_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -22,11 +22,11 @@ from emoji_teacher_data import read_pictures
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.protocols import prompt_sampler
+from fewstep.evaluation.measure import prompt_sampler
 from fewstep.evaluation.text_following import group_of
 from fewstep.formats.bundled import bundled_path
-from fewstep.generator import load_model
-from fewstep.text_model import TextGenerator, TextTeacher
+from fewstep.models.model import load_model
+from fewstep.models.text_model import TextGenerator, TextTeacher
 
 SIDE, MOST_TOKENS = 160, 64  # pixels EfficientNet reads; tokens MiniLM reads
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)

@@ -6,11 +6,11 @@ python examples/evaluate_generator.py runs/quickstart bundled:fashion-mnist data
 import argparse
 
 import fewstep
-from fewstep.config import DataSettings, parse_settings
 from fewstep.data.images import load_images
 from fewstep.evaluation.features import load_features
+from fewstep.evaluation.measure import dataset_features, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.evaluation.protocols import dataset_features, measure_model
+from fewstep.settings import DataSettings, parse_settings
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fewstep.backbones.catalog import build_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.discriminator import Discriminator
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.backbones.edm_unet import EDMUNetConfig
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.networks.discriminator import Discriminator
 
 
 class Guidance(nn.Module):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewstep.backbones.adapters import LoraShape
 from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.networks.adapters import LoraShape
+from tests.cli.test_main import fewstep
 from tests.conftest import tiny_denoiser
 from tests.export.text_generators import write_run
-from tests.test_cli import fewstep
 from tests.tiny_models import tiny_sdxl_folder, tiny_taesd_folder
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -10,30 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fewstep"
 
-TOP = {
-    "cli",
-    "app",
-    "quickstart",
-    "text_quickstart",
-    "commands",
-    "commands_text",
-    "commands_convert",
-    "commands_export",
-    "commands_sample",
-    "picture_list",
-    "picture_writer",
-    "__main__",
-}
+TOP = {"cli", "app", "demos", "__main__"}
 LAYERS = [  # top to bottom
     TOP,
+    {"estimate"},  # rehearses the real step, so it stands on training
     {"training"},
     {"preparation", "evaluation", "export"},
-    {"generator", "text_model", "conversion"},
+    {"models"},
+    {"families"},
     {"distillation"},
-    {"backbones"},
-    {"devices", "formats", "data", "losses"},
-    {"diffusion"},
-    {"config", "distributed"},
+    {"networks"},
+    {"formats", "data"},
+    {"diffusion", "losses", "devices"},
+    {"settings", "parallel"},
     {"errors"},
 ]
 LEVEL = {room: -number for number, layer in enumerate(LAYERS) for room in layer}
@@ -160,17 +149,17 @@ def test_neighbours_in_a_layer_import_in_one_direction() -> None:
 
 
 def test_process_groups_have_one_user() -> None:
-    """Ranks come from distributed.py; sharded checkpoints and FSDP have modules of their own."""
+    """Ranks come from parallel.py; sharded checkpoints and FSDP have modules of their own."""
     allowed = ("torch.distributed.checkpoint", "torch.distributed.fsdp")
     wrong = [
         f"{module} imports {name}"
         for module in MODULES
-        if room(module) != "distributed"
+        if room(module) != "parallel"
         for name in IMPORTS[module]
         if name.startswith("torch.distributed") and not name.startswith(allowed)
     ]
     assert not wrong
-    assert any(name.startswith("torch.distributed") for name in IMPORTS["fewstep.distributed"])
+    assert any(name.startswith("torch.distributed") for name in IMPORTS["fewstep.parallel"])
 
 
 @pytest.mark.parametrize("banned", ["torchvision", "torch_fidelity", "lpips", "cleanfid", "pytorch_fid", "timm"])
@@ -204,7 +193,7 @@ def f():
 HEAVY = ["torch", "datasets", "diffusers", "transformers", "numpy", "PIL", "gradio", "tensorboard"]
 
 
-@pytest.mark.parametrize("module", ["fewstep", "fewstep.config", "fewstep.errors", "fewstep.cli"])
+@pytest.mark.parametrize("module", ["fewstep", "fewstep.settings", "fewstep.errors", "fewstep.cli.main"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)

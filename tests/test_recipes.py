@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import TrainSettings, load_settings
+from fewstep.settings import TrainSettings, load_settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

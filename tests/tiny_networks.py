@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
-from fewstep.backbones.diffusers_models import load_diffusers_denoiser
 from fewstep.diffusion.condition import Condition
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.diffusers_folder import load_diffusers_denoiser
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FAMILIES = ("sd", "sdxl", "sd3")

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fewstep.export.diffusers_folder import load_pipeline
     from fewstep.export.export import ExportOptions, export_generator
-    from fewstep.generator import load_generator, load_teacher
+    from fewstep.models.model import load_generator, load_teacher
     from fewstep.preparation.convert import convert_weights
     from fewstep.training.run import pretrain, train
 
@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "load_generator": "generator", "load_teacher": "generator", "pretrain": "training.run", "train": "training.run",
+    "load_generator": "models.model", "load_teacher": "models.model", "pretrain": "training.run", "train": "training.run",
     "load_pipeline": "export.diffusers_folder", "export_generator": "export.export", "ExportOptions": "export.export",
     "convert_weights": "preparation.convert",
 }  # fmt: skip

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium"),
 ]
-COMMAND = "import sys; from fewstep.cli import main; sys.argv[0] = 'fewstep'; main()"
+COMMAND = "import sys; from fewstep.cli.main import main; sys.argv[0] = 'fewstep'; main()"
 WAIT = 120_000  # ms; a busy machine is slow
 
 

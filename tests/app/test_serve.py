@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fewstep.app.serve import launch_app
 from fewstep.app.settings import AppSettings
-from fewstep.cli import app
+from fewstep.cli.main import app
 from fewstep.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples/app.py"

@@ -17,7 +17,7 @@ from PIL import Image
 from fewstep.data.captioned_images import check_tar, open_captioned_images
 from fewstep.data.pictures import decode_picture
 from fewstep.errors import UserError
-from tests.test_cli import fewstep
+from tests.cli.test_main import fewstep
 from tests.tiny_models import tiny_sd_folder
 
 

@@ -12,7 +12,7 @@ from fewstep.data.noise_image_pairs import PAIRS, NoiseImagePairs, write_shard
 from fewstep.data.shard_folder import MANIFEST, read_manifest, write_manifest
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import Teacher
+from fewstep.models.model import Teacher
 from fewstep.preparation.pairs import prepare_pairs
 from tests.conftest import tiny_denoiser
 

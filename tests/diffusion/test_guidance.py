@@ -3,9 +3,8 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
-from fewstep.diffusion.guidance import guided_denoise
-from fewstep.diffusion.noise_levels import KarrasSchedule
+from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want, guided_denoise
+from fewstep.diffusion.schedules import KarrasSchedule
 from tests.conftest import tiny_denoiser
 
 

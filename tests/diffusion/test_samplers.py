@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
-from fewstep.diffusion.noise_levels import DiscreteSchedule, FlowSchedule, KarrasSchedule, NoiseSchedule, per_sample
-from fewstep.diffusion.preconditioning import Prediction, predicted_x0
 from fewstep.diffusion.samplers import (
     generate,
     heun_evaluations,
@@ -21,7 +19,15 @@ from fewstep.diffusion.samplers import (
     sample_teacher,
     trailing_indices,
 )
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import (
+    DiscreteSchedule,
+    FlowSchedule,
+    KarrasSchedule,
+    NoiseSchedule,
+    StepSchedule,
+    per_sample,
+)
+from fewstep.families.preconditioning import Prediction, predicted_x0
 from tests.conftest import tiny_denoiser
 
 DATA_STD = 0.5

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import StepSchedule
 
 
 def test_an_empty_schedule_is_refused() -> None:

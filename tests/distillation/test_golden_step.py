@@ -6,16 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import generate
-from fewstep.distillation.conditions import GeneratorInput, RealBatch
+from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
 )
+from fewstep.networks.discriminator import Discriminator
 from tests.conftest import GOLDEN, golden_denoiser, relative_error
 
 

@@ -8,17 +8,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from fewstep.backbones.diffusers_unet import DiffusersUNetDenoiser
-from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import generate
-from fewstep.distillation.conditions import GeneratorInput, RealBatch
+from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
 )
+from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser
+from fewstep.networks.discriminator import Discriminator
 from tests.conftest import GOLDEN, relative_error
 
 NETWORKS = json.loads((GOLDEN / "text_networks.json").read_text())

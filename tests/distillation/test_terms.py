@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.discriminator import Discriminator
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.noise_levels import KarrasSchedule
-from fewstep.distillation.conditions import GeneratorInput, RealBatch
+from fewstep.diffusion.schedules import KarrasSchedule
+from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
@@ -22,6 +20,8 @@ from fewstep.distillation.terms import (
     TermResult,
     pad_rows,
 )
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.networks.discriminator import Discriminator
 from fewstep.training.step import combined_gradient, fake_score_loss
 from tests.conftest import relative_error, tiny_denoiser
 

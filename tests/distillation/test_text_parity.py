@@ -16,20 +16,19 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
-from fewstep.backbones.diffusers_unet import DiffusersUNetDenoiser
-from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.backward_simulation import simulated_input
-from fewstep.distillation.conditions import GeneratorInput, RealBatch
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.inputs import GeneratorInput, RealBatch, simulated_input
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
     FakeScoreDenoising,
     GeneratorAdversarial,
 )
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser
+from fewstep.networks.discriminator import Discriminator
 from tests.conftest import relative_error
 from tests.tiny_networks import tiny_condition, tiny_text_denoiser
 

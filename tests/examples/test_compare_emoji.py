@@ -11,8 +11,8 @@ from PIL import Image
 
 from fewstep.errors import UserError
 from fewstep.formats import bundled
+from tests.cli.test_main import fewstep as run
 from tests.emoji_assets import bundle
-from tests.test_cli import fewstep as run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

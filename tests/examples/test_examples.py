@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.backbones.adapters import LoraShape
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid
-from fewstep.generator import Generator, load_generator, load_teacher
+from fewstep.models.model import Generator, load_generator, load_teacher
+from fewstep.networks.adapters import LoraShape
 from tests.conftest import tiny_denoiser, write_pictures
 from tests.dmd2_files import edm_network, head_for, save_dmd2
 from tests.export.text_generators import load, write_run

@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import fewstep
-from fewstep.backbones.adapters import LoraShape, SharedBase
 from fewstep.formats.model_folder import ModelCard
-from fewstep.text_model import TextGenerator, TextTeacher
+from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.tiny_models import tiny_sd_folder, tiny_sdxl_folder
 
 

@@ -17,9 +17,9 @@ from diffusers import (
 from safetensors import safe_open
 
 import fewstep
-from fewstep.backbones.adapters import LoraShape
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.text_model import TextGenerator
+from fewstep.models.text_model import TextGenerator
+from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
 
 SHAPE = LoraShape(4, 1.0)  # a wrong scale would be a factor of 4

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.noise_levels import DiscreteSchedule
 from fewstep.diffusion.samplers import sample_few_steps, sample_noise
+from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.comfyui import Graph, build_workflow, plan_workflow, write_workflow
 from fewstep.export.lora import base_denoiser
-from fewstep.text_model import LiveEmbeddings, TextGenerator
+from fewstep.models.text_model import LiveEmbeddings, TextGenerator
 from tests.export.single_file_models import FOLDERS, load_generator
 from tests.tiny_models import tiny_sd_folder
 

@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 
 import fewstep
-from fewstep.backbones.adapters import LoraShape
-from fewstep.backbones.catalog import build_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.errors import UserError
 from fewstep.export import shareable
 from fewstep.export.card_usage import hub_name
 from fewstep.export.export import ExportOptions, export_generator
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
 from fewstep.formats.edm_pickle import read_edm_pickle
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.generator import Generator, describe_edm_arguments
+from fewstep.models.model import Generator, describe_edm_arguments
+from fewstep.networks.adapters import LoraShape
+from tests.cli.test_main import fewstep as run_command
 from tests.conftest import golden_denoiser, tiny_denoiser
 from tests.export.text_generators import FOUR, write_run
-from tests.test_cli import fewstep as run_command
 from tests.training.test_checkpoint import small_disk
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.backbones.diffusers_models import load_diffusers_denoiser
-from fewstep.backbones.sd3 import SD3Denoiser
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
 from fewstep.export.few_step_scheduler import build_few_step_scheduler
+from fewstep.families.diffusers_folder import load_diffusers_denoiser
+from fewstep.families.sd3.denoiser import SD3Denoiser
 from tests.export.text_generators import FOLDERS
 from tests.tiny_models import tiny_sd_folder
 

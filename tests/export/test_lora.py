@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
-from fewstep.backbones.adapters import LoraShape, SharedBase
 from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.export.lora import base_denoiser, fused_weights, lora_weights
 from fewstep.formats.kohya_lora import read_lora
-from fewstep.generator import load_teacher
+from fewstep.models.model import load_teacher
+from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.export.text_generators import PROMPTS, load, render, write_run
 from tests.tiny_models import tiny_sd_folder
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from fewstep.backbones.adapters import LoraShape
 from fewstep.export.export import KINDS, ExportOptions, export_generator
 from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.networks.adapters import LoraShape
 from tests.conftest import golden_denoiser
 from tests.export.text_generators import write_run
 

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser
 from fewstep.export.single_file import export_single_file, generator_sigmas, single_file_tensors
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.single_file import read_single_file
+from fewstep.models.text_model import TextGenerator, TextTeacher
 from fewstep.preparation.single_file import single_file_to_folder
-from fewstep.text_model import TextGenerator, TextTeacher
 from tests.export.single_file_models import FOLDERS, load_generator
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder
 

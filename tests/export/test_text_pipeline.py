@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep.backbones.adapters import LoraShape
 from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.export.text_pipeline import TextPipeline, absent_components
+from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
 
 EXACT = ExportOptions(precision="fp32", num_samples=0, device="cpu")

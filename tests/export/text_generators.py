@@ -9,12 +9,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fewstep.backbones.adapters import LoraShape, SharedBase
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import load_generator, load_teacher
-from fewstep.text_model import TextGenerator, TextTeacher
+from fewstep.models.model import load_generator, load_teacher
+from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {

@@ -15,8 +15,8 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fewstep.backbones.diffusers_shapes import TEXT_NETWORKS, VAE_NETWORK
 from fewstep.errors import UserError
+from fewstep.families.shapes import TEXT_NETWORKS, VAE_NETWORK
 from fewstep.formats.ldm_keys import PREFIXES, check_unet_config, from_ldm, to_ldm
 
 # the published text encoders of SD 1.5 and SDXL (both its own)

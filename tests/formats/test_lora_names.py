@@ -16,11 +16,11 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.backbones.adapters import UNET_TARGETS, LoraShape, SharedBase
-from fewstep.backbones.diffusers_shapes import build_released_denoiser
 from fewstep.errors import UserError
+from fewstep.families.shapes import build_released_denoiser
 from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
 from fewstep.formats.ldm_keys import ldm_layers, ldm_name
+from fewstep.networks.adapters import UNET_TARGETS, LoraShape, SharedBase
 from tests.formats.test_ldm_keys import TINY_UNET, TINY_UNETS, released_unet
 
 RELEASED = [("sd15", 278), ("sdxl", 788)]

@@ -76,7 +76,9 @@ RUNS = {
     "class": ("", ""), "text-full": ("sd", "full"), "text-lora-generator": ("sdxl", "lora_generator"),
     "text-shared-base": ("sd", "shared_base"),
 }  # fmt: skip
-COMMAND = "try:\n from fewstep.cli.main import main\nexcept ImportError:\n from fewstep.cli import main\nmain()"
+COMMAND = (
+    "try:\n from fewstep.cli.main.main import main\nexcept ImportError:\n from fewstep.cli.main import main\nmain()"
+)
 
 
 def fewstep(*arguments: object) -> None:

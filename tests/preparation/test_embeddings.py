@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.shard_folder import MANIFEST
 from fewstep.errors import UserError
+from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation import embeddings as module
 from fewstep.preparation.embeddings import prepare_embeddings
 from tests.tiny_models import MAX_TOKENS, tiny_sd_folder, tiny_sdxl_folder

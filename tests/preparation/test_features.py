@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.config import DataSettings
 from fewstep.data.images import ImageDataset, load_images
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features, load_features
 from fewstep.preparation.features import accuracy, train_feature_network
+from fewstep.settings import DataSettings
 from tests.conftest import write_pictures
 
 TRAINING: dict[str, Any] = {"num_classes": 4, "num_passes": 16, "batch_size": 32, "device": "cpu"}

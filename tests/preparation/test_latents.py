@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.backbones.autoencoder import Autoencoder, load_autoencoder
-from fewstep.backbones.text_encoders import TextEncoders
 from fewstep.data.captioned_images import CaptionedImages, open_captioned_images
 from fewstep.data.latents import StoredLatents, check_latents_fit
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.formats.lmdb import write_lmdb
+from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
+from fewstep.networks.text_encoders import TextEncoders
 from fewstep.preparation import latents as module
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
 from tests.data.test_captioned_images import write_folder, write_tar

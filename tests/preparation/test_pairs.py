@@ -15,7 +15,7 @@ from fewstep.diffusion.samplers import sample_heun
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_uint8
-from fewstep.generator import Teacher, load_teacher
+from fewstep.models.model import Teacher, load_teacher
 from fewstep.preparation import pairs as pairs_module
 from fewstep.preparation.pairs import prepare_pairs
 from tests.conftest import tiny_denoiser

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import PretrainSettings, TrainSettings, parse_settings
+from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 
 
 def tiny_train_settings(teacher: Path, pictures: Path, folder: Path, **changes: dict[str, Any]) -> TrainSettings:

@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.catalog import build_network_config, released_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.backbones.perceptual import pixel_distance
-from fewstep.config import TrainSettings, parse_settings
-from fewstep.distillation.conditions import FreshAndPairedInputs, FreshInputs
+from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -22,9 +18,13 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config, released_network_config
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.generator import Teacher, load_generator, load_teacher
+from fewstep.models.model import Teacher, load_generator, load_teacher
+from fewstep.networks.perceptual import pixel_distance
 from fewstep.preparation.pairs import prepare_pairs
+from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import (
     build_distillation,
     build_step_schedule,

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep import devices
-from fewstep.backbones.autoencoder import Autoencoder
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
-from fewstep.config import TrainSettings, parse_settings
 from fewstep.devices import pictures_at_once
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.networks.autoencoder import Autoencoder
+from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.run import train
 from tests.tiny_models import tiny_sdxl_folder
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fewstep.config import TrainSettings
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.generator import load_generator
+from fewstep.models.model import load_generator
+from fewstep.settings import TrainSettings
 from fewstep.training.gan_weight import suggest_gan_weight
 from fewstep.training.health import SampleStatistics, alarms, sample_statistics
 from fewstep.training.run import train

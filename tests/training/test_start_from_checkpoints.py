@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.backbones.autoencoder import load_autoencoder
-from fewstep.backbones.text_encoders import TextEncoders
-from fewstep.config import TrainSettings
-from fewstep.conversion import convert_dmd2
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.errors import UserError
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, write_dmd2_folder
 from fewstep.formats.fingerprints import vae_fingerprint
-from fewstep.generator import Teacher, load_teacher
+from fewstep.models.model import Teacher, load_teacher
+from fewstep.networks.autoencoder import load_autoencoder
+from fewstep.networks.text_encoders import TextEncoders
+from fewstep.preparation.conversion import convert_dmd2
 from fewstep.preparation.latents import prepare_latents
+from fewstep.settings import TrainSettings
 from fewstep.training.build import start_roles
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
@@ -193,7 +193,7 @@ def test_refuses_damaged_checkpoints(teacher: Teacher, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["lora_generator", "shared_base"])
 def test_a_full_network_starts_no_lora(tmp_path: Path, mode: str) -> None:
-    from fewstep.config import parse_settings
+    from fewstep.settings import parse_settings
     from fewstep.training.build import build_chosen_roles
 
     teacher: Any = load_teacher(tiny_sdxl_folder(tmp_path / "sdxl"), device="cpu")
@@ -208,10 +208,10 @@ def test_a_full_network_starts_no_lora(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_converted_lora_starts_a_run_of_its_rank_and_alpha(tmp_path: Path) -> None:
-    from fewstep.backbones.adapters import AdapterRole, LoraShape, SharedBase
-    from fewstep.config import parse_settings
-    from fewstep.conversion import convert_lora
     from fewstep.formats.kohya_lora import lora_from_state, write_kohya_lora
+    from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
+    from fewstep.preparation.conversion import convert_lora
+    from fewstep.settings import parse_settings
     from fewstep.training.build import build_chosen_roles
 
     base = tiny_sdxl_folder(tmp_path / "sdxl")

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.diffusion.condition import ClassTable, Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.noise_levels import KarrasSchedule
-from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.conditions import FreshInputs, GeneratorInput, RealBatch
+from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule
+from fewstep.distillation.inputs import FreshInputs, GeneratorInput, RealBatch
 from fewstep.distillation.roles import build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -24,8 +22,9 @@ from fewstep.distillation.terms import (
     GeneratorAdversarial,
     TermResult,
 )
-from fewstep.training.optimizers import clipped_update
+from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.training.step import Distillation, two_time_scale_step
+from fewstep.training.update import clipped_update
 from tests.conftest import relative_error, tiny_denoiser
 
 BATCH, CLASSES, SHAPE, SEED = 4, 4, (1, 16, 16), 7

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.config import TrainSettings, parse_settings
 from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.errors import UserError
-from fewstep.text_model import TextTeacher
+from fewstep.models.text_model import TextTeacher
+from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.text_data import open_prompts
-from tests.test_cli import fewstep as run
+from tests.cli.test_main import fewstep as run
 from tests.tiny_models import MAX_TOKENS, tiny_sdxl_folder
 
 LONG = " ".join("cat" for _ in range(MAX_TOKENS))

@@ -15,23 +15,23 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep.backbones.autoencoder import load_autoencoder
-from fewstep.backbones.diffusers_models import load_text_encoders
-from fewstep.config import TrainSettings, flatten_settings, parse_settings
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.errors import UserError
+from fewstep.estimate.describe import describe_distillation
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.export.export import ExportOptions, export_generator
+from fewstep.families.diffusers_folder import load_text_encoders
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
+from fewstep.models.text_model import TextGenerator
+from fewstep.networks.autoencoder import load_autoencoder
 from fewstep.preparation.latents import prepare_latents
-from fewstep.text_model import TextGenerator
+from fewstep.settings import TrainSettings, flatten_settings, parse_settings
 from fewstep.training.build import build_chosen_roles, open_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.distill import DistillationJob
-from fewstep.training.estimate import describe_distillation
 from fewstep.training.run import train
-from tests.test_cli import fewstep as fewstep_command
+from tests.cli.test_main import fewstep as fewstep_command
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
 
@@ -445,7 +445,7 @@ def test_pairs_belong_to_one_network(work: Path, tmp_path: Path) -> None:
 def run_command(*arguments: object) -> None:
     from typer.testing import CliRunner
 
-    from fewstep.cli import app
+    from fewstep.cli.main import app
 
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output

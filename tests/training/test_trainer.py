@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.config import PretrainSettings, TrainSettings, parse_settings
 from fewstep.distillation import terms
 from fewstep.errors import UserError
-from fewstep.generator import load_generator, load_teacher
+from fewstep.models.model import load_generator, load_teacher
+from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 from fewstep.training import run_log, trainer
 from fewstep.training import step as step_module
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint

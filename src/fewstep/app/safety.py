@@ -56,7 +56,7 @@ def load_safety_checker(folder: Path, device: torch.device) -> SafetyChecker | N
     import transformers
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-    from fewstep.backbones.text_encoders import quiet_loading
+    from fewstep.networks.text_encoders import quiet_loading
 
     # transformers 5 has a variant without torchvision under a name of its own; before, it was the only one
     processors: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

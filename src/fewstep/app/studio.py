@@ -13,11 +13,19 @@ from fewstep.app.safety import SafetyChecker, load_safety_checker
 from fewstep.app.settings import MAX_SEED, AppSettings
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
-from fewstep.generator import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model, load_teacher
-from fewstep.picture_list import Picture, list_pictures
+from fewstep.models.model import (
+    AnyModel,
+    Generator,
+    Teacher,
+    check_guidance,
+    default_guidance,
+    load_model,
+    load_teacher,
+)
+from fewstep.models.picture_list import Picture, list_pictures
 
 if TYPE_CHECKING:
-    from fewstep.backbones.autoencoder import Autoencoder
+    from fewstep.networks.autoencoder import Autoencoder
 
 ALL_CLASSES = -1
 Role: TypeAlias = Literal["model", "teacher"]

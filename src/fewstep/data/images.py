@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 
 if TYPE_CHECKING:
-    from fewstep.config import DataSettings
+    from fewstep.settings import DataSettings
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30  # sets that decode to less are held decoded
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.guidance import guided_denoise
-from fewstep.diffusion.noise_levels import KarrasSchedule, karras_sigmas, per_sample
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule, karras_sigmas, per_sample
 from fewstep.errors import UserError
 
 Seed: TypeAlias = int | tuple[int, ...]  # one for all images, or one an image

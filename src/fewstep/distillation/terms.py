@@ -11,16 +11,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.backbones.discriminator import Discriminator
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.guidance import guided_denoise
-from fewstep.distillation.conditions import GeneratorInput, RealBatch
-from fewstep.losses.adversarial import discriminator_adversarial_loss, generator_adversarial_loss
-from fewstep.losses.denoising import denoising_loss
-from fewstep.losses.distribution_matching import distribution_matching_gradient, distribution_matching_loss
-from fewstep.losses.regression import regression_loss
+from fewstep.distillation.inputs import GeneratorInput, RealBatch
+from fewstep.losses import (
+    denoising_loss,
+    discriminator_adversarial_loss,
+    distribution_matching_gradient,
+    distribution_matching_loss,
+    generator_adversarial_loss,
+    regression_loss,
+)
+from fewstep.networks.discriminator import Discriminator
 
 
 class TermResult(NamedTuple):

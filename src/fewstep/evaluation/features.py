@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.evaluation.inception import load_inception
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import BUNDLED, bundled_path
+from fewstep.networks.inception import load_inception
 
 
 class FeatureNetwork(Protocol):

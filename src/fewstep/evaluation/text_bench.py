@@ -14,12 +14,12 @@ from torch import Tensor
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features
+from fewstep.evaluation.measure import Measurement, measure_sampler, prompt_sampler
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
-from fewstep.evaluation.protocols import Measurement, measure_sampler, prompt_sampler
 from fewstep.evaluation.text_following import TextFollowing, group_of, measure_text_following, retrieval_recall
 
 if TYPE_CHECKING:
-    from fewstep.text_model import TextGenerator, TextTeacher
+    from fewstep.models.text_model import TextGenerator, TextTeacher
 
 NEIGHBOURS = 10
 TRAIN_PROMPTS, HELD_OUT, REFERENCE = "prompts_train.txt", "held_out.parquet", "reference_train.npz"

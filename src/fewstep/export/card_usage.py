@@ -166,7 +166,7 @@ def _edm_usage(facts: CardFacts) -> str:
         "constructor arguments can use it, EDM's own scripts cannot. The layout has no place for the steps:\n\n"
         + _code(f"""import fewstep
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import Generator
+from fewstep.models.model import Generator
 
 network = fewstep.load_teacher({path!r}).denoiser
 generator = Generator(network, ModelCard(role="generator", step_indices={facts.card.step_indices}))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.model_folder import write_model_folder
-from fewstep.generator import Generator
+from fewstep.models.model import Generator
 
 
 def export_class_folder(

@@ -19,7 +19,7 @@ from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser
 from fewstep.export.single_file import generator_sigmas
 from fewstep.formats.atomic import replaced_file
-from fewstep.text_model import TextGenerator
+from fewstep.models.text_model import TextGenerator
 
 Graph = dict[str, dict[str, Any]]
 

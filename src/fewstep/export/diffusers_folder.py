@@ -16,14 +16,14 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from fewstep.backbones.edm_denoiser import EDMDenoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import DenoiserOutput
 from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_uint8
 from fewstep.formats.text_generator_folder import is_generator_folder
-from fewstep.generator import Generator
+from fewstep.models.model import Generator
 
 if TYPE_CHECKING:
     from fewstep.export.text_pipeline import TextPipeline

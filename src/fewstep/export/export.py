@@ -20,10 +20,10 @@ from fewstep.formats.bundled import resolve_path
 from fewstep.formats.casting import DTYPES
 from fewstep.formats.pixels import make_grid
 from fewstep.formats.text_generator_folder import is_generator_folder
-from fewstep.generator import AnyGenerator, Generator, load_generator
+from fewstep.models.model import AnyGenerator, Generator, load_generator
 
 if TYPE_CHECKING:
-    from fewstep.text_model import TextGenerator
+    from fewstep.models.text_model import TextGenerator
 
 KINDS = ("diffusers", "unet", "lora", "kohya-lora", "single-file", "edm")
 CLASS_KINDS = ("diffusers", "edm")
@@ -116,7 +116,7 @@ def _check(options: ExportOptions, source: str | Path, target: Path) -> None:
         return
     is_teacher = (folder / "teacher").is_dir()  # a run of `fewstep pretrain`, or a bundled one
     if (folder / "model_index.json").is_file():
-        from fewstep.backbones.diffusers_models import is_diffusers_folder
+        from fewstep.families.diffusers_folder import is_diffusers_folder
 
         is_teacher = is_diffusers_folder(folder)
     if is_teacher:

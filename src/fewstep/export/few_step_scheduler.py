@@ -10,10 +10,9 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
-from fewstep.diffusion.noise_levels import DiscreteSchedule, FlowSchedule
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import DiscreteSchedule, FlowSchedule, StepSchedule
 from fewstep.errors import UserError
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 
 _BETAS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.backbones.adapters import AdapterRole
-from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
 from fewstep.errors import UserError
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.formats.kohya_lora import LoraWeights, lora_from_state, write_kohya_lora, write_peft_lora
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.text_generator_folder import LORA
-from fewstep.text_model import TextGenerator
+from fewstep.models.text_model import TextGenerator
+from fewstep.networks.adapters import AdapterRole
 
 
 def base_denoiser(generator: TextGenerator) -> DiffusersDenoiser:

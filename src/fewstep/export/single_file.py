@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import __version__
-from fewstep.diffusion.noise_levels import DiscreteSchedule
+from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser, fused_weights
 from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
 from fewstep.formats.ldm_keys import to_ldm
-from fewstep.text_model import TextGenerator
+from fewstep.models.text_model import TextGenerator
 
 _ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 

@@ -12,8 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from fewstep.backbones.components import published_names
-from fewstep.backbones.text_encoders import read_model_index
 from fewstep.errors import UserError
 from fewstep.export.few_step_scheduler import build_few_step_scheduler
 from fewstep.export.lora import base_denoiser, component_name, fused_weights
@@ -21,7 +19,9 @@ from fewstep.export.shareable import copy_shareable
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
-from fewstep.text_model import TextGenerator
+from fewstep.models.text_model import TextGenerator
+from fewstep.networks.components import published_names
+from fewstep.networks.text_encoders import read_model_index
 
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
 _OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".ckpt", ".xml", ".safetensors")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
 from fewstep.errors import UserError
+from fewstep.preparation.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
 
 
 def convert_weights(source: str | Path, out: str | Path, *, base: str = "", step_indices: Sequence[int] = ()) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.data.latents import EMBEDDINGS, pack_texts, read_texts
 from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
+from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 
 def prepare_embeddings(

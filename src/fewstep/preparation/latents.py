@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbones.autoencoder import Autoencoder
-from fewstep.backbones.text_encoders import TextEncoders
 from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
 from fewstep.data.latents import LATENTS, read_texts
 from fewstep.data.pictures import decode_picture
@@ -22,6 +20,8 @@ from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.formats.lmdb import LATENTS as LMDB_LATENTS
 from fewstep.formats.lmdb import LmdbArrays
+from fewstep.networks.autoencoder import Autoencoder
+from fewstep.networks.text_encoders import TextEncoders
 from fewstep.preparation.embeddings import PromptTable, check_prompt
 
 Report = Callable[[int, int | None], None]

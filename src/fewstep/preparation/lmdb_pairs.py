@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.backbones.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.data.latents import EMBEDDINGS, pack_texts
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
 from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays
+from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation.latents import check_scale
 
 NOISE, IMAGES, TEXT, POOLED = ODE_PAIRS

@@ -13,7 +13,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_teacher
 from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.formats.pixels import to_uint8
-from fewstep.generator import AnyTeacher, Teacher, check_guidance
+from fewstep.models.model import AnyTeacher, Teacher, check_guidance
 
 
 def prepare_pairs(

@@ -11,12 +11,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fewstep.backbones.components import published_names
-from fewstep.backbones.diffusers_models import model_family, read_json
-from fewstep.backbones.text_encoders import read_model_index
 from fewstep.errors import UserError
+from fewstep.families.diffusers_folder import model_family, read_json
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.single_file import SingleFile, read_single_file
+from fewstep.networks.components import published_names
+from fewstep.networks.text_encoders import read_model_index
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in single files, not needed by a teacher
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")

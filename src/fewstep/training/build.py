@@ -8,15 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fewstep.backbones.diffusers_shapes import build_released_denoiser
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.backbones.perceptual import load_lpips, pixel_distance
-from fewstep.config import LossSettings, TrainSettings
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.roles import Roles, build_roles
-from fewstep.distillation.starting import (
+from fewstep.distillation.start import (
     refuse_other_memory,
     refuse_other_scale,
     start_from_dmd2,
@@ -32,12 +28,16 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.shapes import build_released_denoiser
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
-from fewstep.generator import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
+from fewstep.models.model import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
+from fewstep.networks.perceptual import load_lpips, pixel_distance
+from fewstep.settings import LossSettings, TrainSettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
-from fewstep.training.optimizers import build_adamw
 from fewstep.training.step import Distillation
+from fewstep.training.update import build_adamw
 
 
 def build_step_schedule(settings: TrainSettings, teacher: Denoiser) -> StepSchedule:
@@ -59,8 +59,8 @@ def schedule_warning(settings: TrainSettings, teacher: Denoiser) -> list[str]:
     """
     if isinstance(teacher, EDMDenoiser):
         return []
-    from fewstep.backbones.diffusers_denoiser import DiffusersDenoiser
     from fewstep.export.few_step_scheduler import build_few_step_scheduler
+    from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 
     try:
         build_few_step_scheduler(cast(DiffusersDenoiser, teacher), build_step_schedule(settings, teacher))
@@ -111,8 +111,8 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
             for network in (roles.generator, roles.fake_score):
                 _checkpointed(network)
         return roles
-    from fewstep.backbones.adapters import LoraShape
-    from fewstep.distillation.lora_roles import build_lora_generator_roles, build_shared_base_roles
+    from fewstep.distillation.roles import build_lora_generator_roles, build_shared_base_roles
+    from fewstep.networks.adapters import LoraShape
 
     lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets)
     dtype = torch.bfloat16 if memory.frozen_precision == "bf16" else torch.float32
@@ -230,7 +230,7 @@ def build_distance(losses: LossSettings, teacher: AnyTeacher) -> Callable[[Tenso
     lpips = load_lpips(losses.vgg_weights, losses.lpips_weights).to(teacher.device)
     if isinstance(teacher, Teacher):
         return lpips
-    from fewstep.backbones.autoencoder import load_autoencoder
+    from fewstep.networks.autoencoder import load_autoencoder
 
     tiny = losses.regression_autoencoder
     vae = load_autoencoder(Path(tiny).expanduser()).to(teacher.device) if tiny else teacher.autoencoder

@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import TrainSettings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
-from fewstep.distillation.conditions import RealBatch
-from fewstep.generator import AnyTeacher
+from fewstep.distillation.inputs import RealBatch
+from fewstep.models.model import AnyTeacher
+from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_conditions, build_real_data
-from fewstep.training.optimizers import learning_rate_factor, set_learning_rate
 from fewstep.training.run_log import RunLog
 from fewstep.training.step import two_time_scale_step
+from fewstep.training.update import learning_rate_factor, set_learning_rate
 
 DIAGNOSTIC_INDICES = (200, 400, 600, 800)
 

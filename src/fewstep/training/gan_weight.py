@@ -6,8 +6,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fewstep.config import TrainSettings
 from fewstep.errors import UserError
+from fewstep.settings import TrainSettings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 

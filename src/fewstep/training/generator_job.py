@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import __version__
-from fewstep.config import TrainSettings
 from fewstep.devices import pictures_at_once
 from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
-from fewstep.diffusion.step_schedule import StepSchedule
+from fewstep.diffusion.schedules import StepSchedule
 from fewstep.formats.model_folder import ModelCard
-from fewstep.generator import AnyGenerator, AnyTeacher
+from fewstep.models.model import AnyGenerator, AnyTeacher
+from fewstep.settings import TrainSettings
 from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from fewstep.training.ema import WeightAverage
 from fewstep.training.health import sample_statistics

@@ -6,13 +6,12 @@ from typing import Protocol
 
 import torch
 
-from fewstep.config import TrainSettings
 from fewstep.data.images import ImageBatches, ImageDataset, load_images
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, NoiseImagePairs
 from fewstep.data.shard_folder import read_manifest
 from fewstep.diffusion.condition import ConditionTable
-from fewstep.diffusion.step_schedule import StepSchedule
-from fewstep.distillation.conditions import (
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.inputs import (
     FreshAndPairedInputs,
     FreshInputs,
     GeneratorInputs,
@@ -22,7 +21,8 @@ from fewstep.distillation.conditions import (
 )
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import network_fingerprint
-from fewstep.generator import AnyTeacher, Teacher
+from fewstep.models.model import AnyTeacher, Teacher
+from fewstep.settings import TrainSettings
 
 
 class RealData(Protocol):

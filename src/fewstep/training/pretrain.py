@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
-from fewstep.backbones.catalog import build_network_config
-from fewstep.backbones.edm_denoiser import EDMDenoiser
-from fewstep.config import PretrainSettings
 from fewstep.data.images import ImageBatches, load_images
 from fewstep.devices import choose_device, prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_heun, sample_noise
 from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.losses.denoising import denoising_loss
+from fewstep.losses import denoising_loss
+from fewstep.settings import PretrainSettings
 from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from fewstep.training.ema import WeightAverage
-from fewstep.training.optimizers import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
 from fewstep.training.run_log import RunLog
+from fewstep.training.update import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
 
 
 class Pretraining:

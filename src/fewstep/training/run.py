@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fewstep.config import ComputeSettings, PretrainSettings, TrainSettings
-from fewstep.training.best import BestGenerator
+from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
@@ -16,6 +15,7 @@ from fewstep.training.inputs import pairs_warning
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
+from fewstep.training.watch import BestGenerator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 

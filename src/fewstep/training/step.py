@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.distillation.conditions import GeneratorInput, GeneratorInputs, RealBatch
+from fewstep.distillation.inputs import GeneratorInput, GeneratorInputs, RealBatch
 from fewstep.distillation.roles import Roles
 from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
-from fewstep.training.optimizers import clipped_update
+from fewstep.training.update import clipped_update
 
 
 @dataclass

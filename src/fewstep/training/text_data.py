@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.backbones.text_encoders import TextEmbeddings
-from fewstep.config import TrainSettings
 from fewstep.data.images import data_order
 from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddings_fit, check_latents_fit
 from fewstep.data.prompts import load_prompts
 from fewstep.diffusion.condition import ConditionTable
-from fewstep.distillation.conditions import RealBatch
+from fewstep.distillation.inputs import RealBatch
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
+from fewstep.models.text_model import LiveEmbeddings, PromptTable, TextTeacher
+from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
-from fewstep.text_model import LiveEmbeddings, PromptTable, TextTeacher
+from fewstep.settings import TrainSettings
 from fewstep.training.trainer import EMBEDDINGS
 
 CUT_WITH = "data.truncate_prompts=true"

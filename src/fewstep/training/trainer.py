@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fewstep.config import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
+from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.checkpoint import (
     list_checkpoints,
     random_state,

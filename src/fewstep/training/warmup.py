@@ -5,18 +5,18 @@ import copy
 import torch
 from torch import Tensor
 
-from fewstep.config import TrainSettings
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.distillation.conditions import RealBatch
+from fewstep.distillation.inputs import RealBatch
 from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
-from fewstep.generator import AnyTeacher
+from fewstep.models.model import AnyTeacher
+from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distance, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_paired_inputs
-from fewstep.training.optimizers import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
 from fewstep.training.step import combined_gradient
+from fewstep.training.update import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
 
 
 class WarmupJob(GeneratorJob):

@@ -1,1 +1,0 @@
-"""Networks behind the one `Denoiser` contract."""

@@ -1,0 +1,230 @@
+"""What `fewstep sample` does once its arguments are read: load, make pictures batch by batch, write them, say how fast."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from fewstep import __version__
+from fewstep.cli.picture_writer import PictureWriter, Speed
+from fewstep.devices import check_compiler
+from fewstep.errors import UserError
+from fewstep.models.model import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model
+from fewstep.models.picture_list import Picture, PictureList, list_pictures, parse_size, read_labels, read_seeds
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The options of `fewstep sample`, as its help says; empty text and None are "not given"."""
+
+    prompts: tuple[str, ...] = ()
+    labels: str = ""
+    num_images: int | None = None
+    seed: int | None = None
+    seeds: str = ""
+    first: int = 0
+    size: str = ""
+    negative_prompt: str | None = None
+    batch_size: int | None = None
+    out: Path | None = None
+    grid: Path | None = None
+    teacher_steps: int | None = None
+    guidance_scale: float | None = None
+    tiny_vae: str = ""
+    compile: bool = False
+    device: str = "auto"
+    precision: str = "fp32"
+
+
+def sample_pictures(source: str, options: SampleOptions) -> None:
+    """`fewstep sample`: PNG files with their origin in the metadata, a grid, or both; nothing is written on bad input."""
+    _check_output(options)
+    if options.precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {options.precision}: choose fp32, bf16 or fp16")
+    size, seeds, labels = parse_size(options.size), read_seeds(options.seeds), read_labels(options.labels)
+    model = load_model(source, device=options.device, precision=options.precision)
+    text = not isinstance(model, Teacher | Generator)
+    how = _text_options(model, options, size) if text else _class_options(model, options, labels)
+    how |= _steps_and_guidance(model, options, text)
+    wanted = list_pictures(
+        labels=labels, prompts=options.prompts, num_classes=0 if text else model.denoiser.num_classes,
+        num_images=options.num_images, seed=options.seed, seeds=seeds, first=options.first,
+    )  # fmt: skip
+    if text:
+        prompts = dict.fromkeys([*options.prompts, options.negative_prompt or ""])
+        for line in model.cut_warning(prompts):  # type: ignore[union-attr]
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if options.compile:
+        _compile(model)
+    batch_size = options.batch_size or (4 if text else 64)
+    facts = _facts(model, source, options, how)
+    writer = PictureWriter(options.out, options.grid, wanted, facts, model.card.class_names)
+    speed = Speed(batch_size)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("pictures", total=len(wanted.pictures))
+        for pictures, images in _batches(model, wanted, batch_size, how, options, speed):
+            writer.write(pictures, images)
+            progress.advance(bar, len(pictures))
+    writer.finish()
+    if options.grid is not None:
+        console.print(f"{options.grid}", highlight=False, soft_wrap=True)
+    height, width = writer.size
+    count, each = len(wanted.pictures), facts["evaluations"]
+    console.print(
+        f"{count} picture{'s' * (count != 1)}, {each} evaluation{'s' * (each != 1)} each, {height}x{width}: {speed.sentence()}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _check_output(options: SampleOptions) -> None:
+    out, grid = options.out, options.grid
+    if out is None and grid is None:
+        raise UserError("nothing to write: give --out FOLDER for single pictures, --grid FILE for one with all")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"cannot make {out}: it is a file; choose another --out")
+    if grid is not None and (grid.is_dir() or not grid.absolute().parent.is_dir()):
+        raise UserError(f"--grid {grid}: give a file in a folder that exists")
+
+
+def _text_options(model: Any, options: SampleOptions, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Arguments of a text-to-image model's `sample`; with --tiny-vae it decodes with that from now on."""
+    if options.labels or not options.prompts:
+        raise UserError("a text-to-image model takes --prompt or --prompts (and no --labels)")
+    try:
+        if options.tiny_vae:
+            model.use_tiny_autoencoder(options.tiny_vae)
+    except UserError as error:
+        raise UserError(f"--tiny-vae: {error}") from error
+    if size is None:
+        return {}
+    try:
+        model.check_size(*size)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+    return {"size": size}
+
+
+def _class_options(model: Any, options: SampleOptions, labels: list[int]) -> dict[str, Any]:
+    """Refuse what only text-to-image models have, and labels that are not there."""
+    _, height, width = model.picture_shape
+    reasons = {
+        "--prompt and --prompts are for text-to-image models; this one takes --labels": options.prompts,
+        f"--size is for text-to-image models; this network was built for {height}x{width} alone": options.size,
+        "--negative-prompt is for text-to-image teachers; this model has classes": options.negative_prompt is not None,
+        "--tiny-vae is for text-to-image models; this one makes pixels, not latents": options.tiny_vae,
+    }
+    for reason, given in reasons.items():
+        if given:
+            raise UserError(reason)
+    wrong = sorted({label for label in labels if label >= max(1, model.denoiser.num_classes)})
+    if wrong:
+        raise UserError(f"--labels {wrong[:5]} do not fit the model's {model.denoiser.num_classes} classes")
+    return {}
+
+
+def _steps_and_guidance(model: AnyModel, options: SampleOptions, text: bool) -> dict[str, Any]:
+    """A teacher's steps and guidance; a generator has its own of both."""
+    if model.card.step_indices:
+        if options.guidance_scale not in (None, 1):
+            raise UserError(
+                f"--guidance-scale {options.guidance_scale}: a generator has its guidance built in; leave it out"
+            )
+        if options.negative_prompt is not None:
+            raise UserError(
+                "--negative-prompt: a generator runs without guidance (its teacher's was distilled in), so there is "
+                "no negative branch that could use it; leave it out"
+            )
+        if options.teacher_steps is not None:
+            raise UserError(
+                "--teacher-steps is for teachers; a generator's steps travel with its weights; leave it out"
+            )
+        return {}
+    scale = default_guidance(model) if options.guidance_scale is None else options.guidance_scale
+    if not math.isfinite(scale):
+        raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 7.5")
+    try:
+        check_guidance(model, scale)
+    except UserError as error:
+        raise UserError(f"--guidance-scale: {error}") from error
+    num_steps, num_levels = options.teacher_steps or (50 if text else 18), model.denoiser.noise_schedule.num_levels
+    if text and num_steps > num_levels:
+        raise UserError(
+            f"--teacher-steps {num_steps}: the model has {num_levels} noise levels, so at most as many steps"
+        )
+    how: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scale}
+    if text and options.negative_prompt is not None:
+        if scale == 1:
+            raise UserError("--negative-prompt acts through guidance, which --guidance-scale 1 switches off")
+        how["negative_prompt"] = options.negative_prompt
+    return how
+
+
+def _compile(model: AnyModel) -> None:
+    try:
+        check_compiler(model.device)
+        model.denoiser.compile_network()
+    except UserError as error:
+        reason = str(error)
+        if "LoRA" in reason:
+            reason = "a LoRA is switched on and off around its base, which cannot be compiled; export it --as diffusers first"
+        raise UserError(f"--compile: {reason}") from error
+
+
+def _batches(
+    model: Any, wanted: PictureList, batch_size: int, how: dict[str, Any], options: SampleOptions, speed: Speed
+) -> Iterator[tuple[tuple[Picture, ...], Tensor]]:
+    """Pictures with their images (B, C, H, W) in [-1, 1], in order."""
+    for start in range(0, len(wanted.pictures), batch_size):
+        pictures = wanted.pictures[start : start + batch_size]
+        first = pictures[0]
+        one_each = all(picture.number == first.number for picture in pictures)  # else a seed's pictures in a row
+        seed = tuple(picture.seed for picture in pictures) if one_each else first.seed
+        place = {"seed": seed, "first": first.number, "batch_size": len(pictures)}
+        started = time.perf_counter()
+        try:
+            if options.prompts:
+                images = model.sample([picture.prompt for picture in pictures], **place, **how)
+            else:
+                labels = None if first.label is None else [picture.label for picture in pictures]
+                images = model.sample(len(pictures), labels=labels, **place, **how)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch-size {batch_size}: the GPU's memory is full; take fewer pictures at once"
+            ) from error
+        except RuntimeError as error:
+            if start or not options.compile:
+                raise
+            raise UserError(f"--compile failed ({str(error).splitlines()[0]}); leave it out") from error
+        speed.add(len(pictures), time.perf_counter() - started)
+        if not torch.isfinite(images).all():
+            advice = "take bf16 or fp32" if options.precision == "fp16" else "are the model's weights intact?"
+            raise UserError(f"--precision {options.precision}: pictures came out as NaN; {advice}")
+        yield pictures, images
+
+
+def _facts(model: AnyModel, source: str, options: SampleOptions, how: dict[str, Any]) -> dict[str, object]:
+    """What every picture of this call has in common."""
+    card = model.card
+    text = not isinstance(model, Teacher | Generator)
+    if card.step_indices:
+        evaluations, schedule = model.evaluations(), ",".join(map(str, card.step_indices)) + f" of {card.num_levels}"
+    else:
+        evaluations = model.evaluations(how["num_steps"])  # type: ignore[call-arg]
+        schedule = f"{how['num_steps']} {'DDIM' if text else 'Heun'} steps"
+    facts: dict[str, object] = {
+        "model": source, "schedule": schedule, "evaluations": evaluations, "precision": options.precision,
+        "version": __version__,
+    }  # fmt: skip
+    facts |= {name: how[name] for name in ("guidance_scale", "negative_prompt") if name in how}
+    if options.tiny_vae:
+        facts["tiny_vae"] = options.tiny_vae
+    return facts

@@ -1,0 +1,1 @@
+"""Quick starts: one runner, two sets of facts."""

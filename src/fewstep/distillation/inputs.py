@@ -1,0 +1,149 @@
+"""What the generator is fed each step: conditions drawn independently of the real batch, and its noisy input."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.data.noise_image_pairs import NoiseImagePairs
+from fewstep.diffusion.condition import Condition, ConditionTable
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.schedules import StepSchedule
+
+
+class RealBatch(NamedTuple):
+    """Real images (B, C, H, W) with their own conditions; empty where no term reads them."""
+
+    images: Tensor
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class GeneratorInput:
+    """One batch for the generator.
+
+    Attributes:
+        noisy: what the generator denoises, (B, C, H, W).
+        level: its noise level, (B,).
+        condition: B conditions.
+        num_fresh: the first rows, made from fresh noise; distribution matching and the fake score see only these.
+        target: the teacher's images for the remaining rows, (B - num_fresh, C, H, W), or None.
+    """
+
+    noisy: Tensor
+    level: Tensor
+    condition: Condition
+    num_fresh: int
+    target: Tensor | None = None
+
+
+class GeneratorInputs(Protocol):
+    """Makes the generator's batch of one step."""
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        """The batch for these draws; a second call with the same arguments gives the same batch."""
+
+
+@dataclass(frozen=True)
+class FreshInputs:
+    """Uniformly drawn conditions and backward-simulated inputs (for one step: pure noise)."""
+
+    steps: StepSchedule
+    conditions: ConditionTable
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        condition = uniform_condition(self.conditions, draws)
+        noisy, level = simulated_input(generator, self.steps, condition, draws)
+        return GeneratorInput(noisy, level, condition, num_fresh=len(condition))
+
+
+@dataclass(frozen=True)
+class FreshAndPairedInputs:
+    """As `FreshInputs`, followed by as many stored noises whose images by the teacher are known.
+
+    Source: Yin et al. 2023 (arXiv:2311.18828), algorithm 1.
+    """
+
+    fresh: FreshInputs
+    paired: "PairedInputs"
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        fresh, paired = self.fresh(generator, draws, real), self.paired(generator, draws, real)
+        return GeneratorInput(
+            torch.cat([fresh.noisy, paired.noisy]), torch.cat([fresh.level, paired.level]),
+            Condition.cat([fresh.condition, paired.condition]), fresh.num_fresh, paired.target,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairedInputs:
+    """Stored noises alone, whose images by the teacher are known; drawn with replacement.
+
+    Attributes:
+        conditions: the conditions that the pairs' labels number.
+    """
+
+    steps: StepSchedule
+    conditions: ConditionTable
+    pairs: NoiseImagePairs
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        device = draws.positions.device
+        noise, image, labels = self.pairs.rows(draws.integers("pair_order", 0, len(self.pairs)), device)
+        level = generator.noise_schedule.expanded(self.steps.indices[0], len(noise), device)
+        noisy = generator.noise_schedule.initial(noise, level)
+        return GeneratorInput(noisy, level, self.conditions.rows(labels), 0, image)
+
+
+@dataclass(frozen=True)
+class NoisedDataInputs:
+    """The ablation of backward simulation: real data noised to a step, pure noise at the first, with its own conditions.
+
+    Training and inference inputs then differ. Source: DMD2 (arXiv:2405.14867), section 4.5.
+    """
+
+    steps: StepSchedule
+
+    def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
+        chosen = draws.shared_integer("simulated_step", len(self.steps))
+        schedule, shape = generator.noise_schedule, generator.image_shape
+        level = schedule.expanded(self.steps.indices[chosen], len(real.images), real.images.device)
+        if chosen == 0:
+            noisy = schedule.initial(draws.normal("generator_noise", shape), level)
+        else:
+            noisy = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
+        return GeneratorInput(noisy, level, real.condition, num_fresh=len(noisy))
+
+
+def uniform_condition(conditions: ConditionTable, draws: Draws) -> Condition:
+    """Conditions drawn uniformly from all there are, with replacement."""
+    return conditions.rows(draws.integers("generator_label", 0, conditions.num_rows))
+
+
+@torch.no_grad()
+def simulated_input(
+    generator: Denoiser, steps: StepSchedule, condition: Condition, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Noisy input and level of one uniformly chosen step, the same on all processes.
+
+    The current generator runs from pure noise through the steps before it, each with fresh noise; its x0 is then
+    noised to the chosen step's level. At the first step the input is pure noise.
+    Source: DMD2 (arXiv:2405.14867), section 4.5.
+
+    Returns:
+        noisy (B, C, H, W) and level (B,).
+    """
+    schedule, device = generator.noise_schedule, draws.positions.device
+    chosen = draws.shared_integer("simulated_step", len(steps))
+
+    def level(number: int) -> Tensor:
+        return schedule.expanded(steps.indices[number], len(condition), device)
+
+    noisy = schedule.initial(draws.normal("generator_noise", generator.image_shape), level(0))
+    for number in range(chosen):
+        x0 = generator.denoise(noisy, level(number), condition)
+        noise = draws.normal("simulation_noise", generator.image_shape, number + 1)
+        noisy = generator.add_noise(x0, noise, level(number + 1))
+    return noisy, level(chosen)

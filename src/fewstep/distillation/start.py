@@ -1,0 +1,86 @@
+"""Puts the authors' checkpoints, and what lies beside a converted generator, into the roles of a new run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.distillation.roles import Roles
+from fewstep.errors import UserError
+from fewstep.formats.dmd2_folder import fit_discriminator, read_dmd2
+from fewstep.formats.roles_folder import read_roles
+from fewstep.networks.fitting import fit_network
+
+
+def start_from_dmd2(roles: Roles, source: Path) -> None:
+    """Generator, fake score and head of a DMD2 checkpoint; what it does not hold stays as it is.
+
+    Raises:
+        UserError: unreadable, or of other networks.
+    """
+    checkpoint = read_dmd2(source)
+    weights = fit_network(checkpoint.generator, roles.generator, "generator", str(source))
+    roles.generator.load_state_dict(weights)
+    others = {"fake_score": checkpoint.fake_score, "discriminator": checkpoint.discriminator}
+    _start_others(roles, {name: part for name, part in others.items() if part}, source)
+
+
+def start_others_beside(roles: Roles, source: Path) -> None:
+    """Fake score and head from `roles/` in a generator's folder, where there is one.
+
+    Raises:
+        UserError: unreadable, or of other networks.
+    """
+    _start_others(roles, read_roles(source), source)
+
+
+def refuse_other_scale(earlier: Denoiser, generator: Denoiser) -> None:
+    """Raise UserError where both are LoRAs of another alpha: the same weights would be another update."""
+    found, wanted = _lora(earlier), _lora(generator)
+    if found is not None and wanted is not None and found.alpha != wanted.alpha:
+        raise UserError(
+            f"its LoRA has alpha {found.alpha:g} and the run's {wanted.alpha:g}; set memory.lora_alpha={found.alpha:g}"
+        )
+
+
+def refuse_other_memory(run: Path, roles: Roles) -> None:
+    """Raise UserError where an earlier run's roles shared memory otherwise, or its LoRA has another rank or alpha.
+
+    A checkpoint holds weights alone; what they mean stands in the run's settings.json.
+    """
+    wanted = _lora(roles.generator)
+    path = run / "settings.json"
+    if wanted is None and not path.is_file():
+        return  # full networks need no scale; another shape is found by its tensors
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["memory"])
+        found = {name: before[name] for name in ("mode", "lora_rank", "lora_alpha")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"its settings.json, which says how its LoRA is scaled, cannot be read ({type(error).__name__}: {error}); "
+            "copy it beside checkpoints/"
+        ) from None
+    now: dict[str, Any] = {"mode": "full"}
+    if wanted is not None:
+        mode = "lora_generator" if _lora(roles.fake_score) is None else "shared_base"
+        now = {"mode": mode, "lora_rank": wanted.rank, "lora_alpha": wanted.alpha}
+    for name, value in now.items():
+        if found[name] != value:
+            raise UserError(f"memory.{name} was {found[name]!r} in that run and is {value!r} here; set it back")
+
+
+def _lora(network: Denoiser) -> Any:
+    """The shape of a role's LoRA, None for a full network."""
+    return getattr(getattr(network, "shared", None), "lora", None)
+
+
+def _start_others(roles: Roles, found: Mapping[str, dict[str, Tensor]], source: Path) -> None:
+    if "fake_score" in found:
+        weights = fit_network(found["fake_score"], roles.fake_score, "fake score", str(source))
+        roles.fake_score.load_state_dict(weights)
+    if "discriminator" in found and roles.discriminator is not None:
+        head = fit_discriminator(found["discriminator"], roles.discriminator.state_dict(), str(source))
+        roles.discriminator.load_state_dict(head)

@@ -1,0 +1,196 @@
+"""What a run would need, found without teacher, data or memory: networks are built on the meta device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser, Want
+from fewstep.errors import UserError
+from fewstep.estimate.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.families.registry import build_denoiser
+from fewstep.families.shapes import VAE_NETWORK, build_released_denoiser, build_text_denoiser
+from fewstep.formats.bundled import resolve_path
+from fewstep.formats.model_folder import read_model_folder
+from fewstep.networks.discriminator import Discriminator
+from fewstep.settings import PretrainSettings, TrainSettings
+from fewstep.training.build import schedule_warning
+from fewstep.training.warmup import is_warmup
+
+_GIB = 2**30
+_MODES = {
+    "full": "three networks",
+    "lora_generator": "generator as LoRA on the frozen teacher, fake score a network of its own",
+    "shared_base": "generator and fake score as two LoRAs on the frozen teacher",
+}
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Counts of one network.
+
+    Attributes:
+        parameters: of the network.
+        activation_bytes: kept for one sample's backward pass in float32.
+        encoder_activation_bytes: the same when only the bottleneck is computed.
+        head_parameters: of a discriminator on its bottleneck.
+    """
+
+    parameters: int
+    activation_bytes: int
+    encoder_activation_bytes: int
+    head_parameters: int
+
+
+def network_size(config: EDMUNetConfig) -> NetworkSize:
+    """Count parameters and the tensors autograd keeps, on the meta device."""
+    with torch.device("meta"):
+        denoiser = EDMDenoiser(config).train()
+        head = Discriminator(denoiser.bottleneck_shape)
+    return NetworkSize(
+        sum(p.numel() for p in denoiser.parameters()),
+        _saved_bytes(denoiser, "x0"),
+        _saved_bytes(denoiser, "bottleneck"),
+        sum(p.numel() for p in head.parameters()),
+    )
+
+
+def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
+    """Bytes autograd keeps for one sample; each storage once, parameters not."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in parameters:
+            saved[key] = tensor  # held, so that no storage address is used twice
+        return tensor
+
+    size = 2  # two samples, so that nothing of batch size 1 is special
+    labels = torch.zeros(size, denoiser.num_classes, device="meta") if denoiser.num_classes else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        noisy = torch.zeros(size, *denoiser.image_shape, device="meta")
+        denoiser(noisy, torch.ones(size, device="meta"), Condition(size, labels), want)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
+
+
+def describe_distillation(settings: TrainSettings, report: Callable[[str], None] = lambda text: None) -> Iterator[str]:
+    """Lines for `fewstep train --dry-run`, each as soon as it is known.
+
+    Args:
+        report: called with what is rehearsed next: a released text-to-image model takes up to a minute a memory mode.
+    """
+    found = _teacher_network(settings)
+    if found is None:
+        yield "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
+        return
+    denoiser, vae = found
+    gpu = settings.compute.device != "cpu"
+    report(f"rehearsing a step and its sample pictures with memory.mode={settings.memory.mode} ...")
+    chosen = estimate_memory(settings, denoiser, gpu=gpu, autoencoder=vae)
+    yield _describe_network(denoiser, chosen)
+    yield from _describe_memory(settings, chosen)
+    yield from schedule_warning(settings, denoiser)
+    if settings.expected:
+        yield f"published: {settings.expected}"
+    if isinstance(denoiser, EDMDenoiser) or is_warmup(settings):  # no LoRA without targets, none in a warm-up
+        return
+    for mode in _MODES:
+        estimate = chosen
+        if mode != settings.memory.mode:
+            report(f"rehearsing a step with memory.mode={mode} ...")
+            estimate = estimate_memory(_in_mode(settings, mode), denoiser, gpu=gpu, autoencoder=vae, pictures=False)
+        yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}"
+
+
+def _describe_network(denoiser: Denoiser, estimate: MemoryEstimate) -> str:
+    channels, height, width = denoiser.image_shape
+    line = f"network: {estimate.parameters['teacher'] / 1e6:.1f} M parameters, {height}x{width}x{channels}"
+    line += f", {denoiser.num_classes} classes" if isinstance(denoiser, EDMDenoiser) else " latents"
+    parts = {"generator": "generator's LoRA", "discriminator": "discriminator"}
+    for name, words in parts.items():
+        count = estimate.parameters.get(name, 0)
+        if count and (name == "discriminator" or count != estimate.parameters["teacher"]):
+            line += f"; {words}: {count / 1e6:.1f} M"
+    return line
+
+
+def _describe_memory(settings: TrainSettings, estimate: MemoryEstimate) -> list[str]:
+    """What lies in memory between steps, what a step adds, their sum, and the sample pictures beside it."""
+    kinds = estimate.kinds[estimate.phase]
+    resident = {kind: kinds[kind] for kind in (FROZEN, TRAINED, AVERAGE, STATES) if kinds[kind]}
+    step = estimate.step - sum(resident.values())
+    lines = [
+        f"memory for weights, averages and optimiser states: {sum(resident.values()) / _GIB:.1f} GiB ("
+        + ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in resident.items()) + ")",
+        f"memory for gradients and activations at batch {settings.training.batch_size} ({settings.compute.precision}, "
+        f"one process): {step / _GIB:.1f} GiB in the {estimate.phase}",
+        f"estimated peak: {estimate.step / _GIB:.1f} GiB "
+        "(a rehearsed step on shapes alone; workspace of the kernels comes on top)",
+    ]  # fmt: skip
+    if estimate.peaks[PICTURES] > estimate.step:
+        lines.append(
+            f"sample pictures need more: {estimate.peaks[PICTURES] / _GIB:.1f} GiB with run.sample_images="
+            f"{settings.run.sample_images}"
+        )
+    return lines
+
+
+def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
+    """The settings in another memory mode; all weights of mode full are float32."""
+    changes = {"mode": mode} | ({"frozen_precision": "fp32"} if mode == "full" else {})
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update=changes)})
+
+
+def describe_pretraining(settings: PretrainSettings) -> list[str]:
+    """Lines for `fewstep pretrain --dry-run`."""
+    net = settings.network
+    try:
+        config = build_network_config(
+            net.name, img_resolution=net.img_resolution, img_channels=net.img_channels, label_dim=net.label_dim
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    size = network_size(config)
+    half = 0.5 if settings.compute.precision == "bf16" else 1.0
+    states = size.parameters * 4 * 4
+    graph = size.activation_bytes * settings.training.batch_size * half + size.parameters * 4
+    return [
+        f"network: {size.parameters / 1e6:.1f} M parameters",
+        f"estimated peak: {(states + graph) / _GIB:.1f} GiB at batch {settings.training.batch_size} "
+        f"({settings.compute.precision}; counted on the meta device; workspace of the kernels comes on top)",
+    ]
+
+
+def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] | None] | None:
+    """The teacher on the meta device and its VAE's config: named in the recipe, or described by its folder."""
+    teacher = settings.teacher
+    if teacher.network:
+        try:
+            denoiser = build_released_denoiser(teacher.network, teacher.resolution)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        latents = {"latent_channels": denoiser.image_shape[0]}
+        return denoiser, None if isinstance(denoiser, EDMDenoiser) else VAE_NETWORK | latents
+    path = teacher.path
+    if not path:
+        return None
+    folder = resolve_path(path)
+    if (folder / "teacher").is_dir():
+        folder = folder / "teacher"
+    if not folder.is_dir():
+        return None
+    if (folder / "model_index.json").is_file():
+        from fewstep.families.diffusers_folder import describe_diffusers_folder, read_json
+
+        vae = read_json(folder / "vae/config.json", folder, "vae")
+        return build_text_denoiser(describe_diffusers_folder(folder, teacher.resolution)), vae
+    description, _, _ = read_model_folder(folder)
+    with torch.device("meta"):
+        return build_denoiser(description), None

@@ -1,0 +1,224 @@
+"""What a training step would need: the real networks, terms, optimisers and step of a run, rehearsed on a fake machine."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.devices import pictures_at_once
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser, guided_denoise
+from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
+from fewstep.distillation.terms import FakeScoreTerm, Regression
+from fewstep.estimate.memory_meter import FakeMachine, MemoryMeter, to_fake
+from fewstep.estimate.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
+from fewstep.models.model import AnyTeacher
+from fewstep.settings import TrainSettings
+from fewstep.training.build import build_distillation, build_step_schedule
+from fewstep.training.distill import DistillationJob
+from fewstep.training.ema import WeightAverage
+from fewstep.training.update import build_adamw
+from fewstep.training.warmup import WarmupJob, is_warmup
+
+GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES = "generator's turn", "fake score's turn", "sample pictures"
+FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS = "frozen", "trained", "average", "optimiser states", "gradients"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes of tensors in each phase of a run.
+
+    Attributes:
+        peaks: by phase, the largest sum of all live tensors.
+        kinds: by phase, what that sum is made of: FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS, ACTIVATIONS.
+        parameters: of the teacher, of what each optimiser trains ("generator", "fake_score"), of the "discriminator".
+    """
+
+    peaks: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The phase of a step that needs most."""
+        return max((GENERATOR_TURN, FAKE_SCORE_TURN), key=lambda phase: self.peaks.get(phase, 0))
+
+    @property
+    def step(self) -> int:
+        """Peak of a training step in bytes."""
+        return self.peaks[self.phase]
+
+    def close(self, phase: str, meter: MemoryMeter) -> None:
+        """Note the peak since the last phase as this phase's."""
+        self.peaks[phase], self.kinds[phase] = meter.peak, meter.at_peak.copy()
+        meter.start_phase()
+
+
+def estimate_memory(
+    settings: TrainSettings, denoiser: Denoiser, *, gpu: bool = True, autoencoder: dict[str, Any] | None = None,
+    pictures: bool = True,
+) -> MemoryEstimate:  # fmt: skip
+    """Rehearse one step of a run, generator's turn included, and its sample pictures.
+
+    Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
+    data are read; `generator.start_from` and `compute.compile` are ignored.
+
+    Args:
+        denoiser: the teacher on the meta device; left as it is.
+        gpu: count as on a GPU (autocast normalises in float32 there).
+        autoencoder: config of a text-to-image model's VAE, which stays on the device for pictures.
+        pictures: whether to rehearse the sample pictures too.
+    """
+    settings = settings.model_copy(
+        update={
+            "generator": settings.generator.model_copy(update={"start_from": ""}),
+            "compute": settings.compute.model_copy(update={"compile": False}),
+        }
+    )
+    estimate, network = MemoryEstimate(), copy.deepcopy(denoiser)
+    schedule = network.noise_schedule  # holds real numbers, which cannot be copied where tensors are fake: share it
+    object.__setattr__(schedule, "__deepcopy__", lambda memo: schedule)
+    with FakeMachine(gpu) as meter:
+        to_fake(network).eval()
+        network.compute_dtype = _DTYPES[settings.compute.precision]
+        estimate.parameters["teacher"] = _count(network.parameters())
+        vae = None if autoencoder is None else untrained_autoencoder(autoencoder)
+        if vae is not None:
+            meter.assign(FROZEN, vae.parameters())
+        teacher = teacher_of(network)
+        if is_warmup(settings):
+            job = _rehearse_warmup(settings, teacher, vae, meter, estimate)
+        else:
+            job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
+        if pictures:
+            _rehearse_pictures(settings, teacher, vae, gpu)
+            estimate.close(PICTURES, meter)
+        del job  # until here: what it holds lies in memory beside the pictures
+    return estimate
+
+
+def _rehearse_distillation(
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+) -> SimpleNamespace:
+    conditions = conditions_of(teacher.denoiser)
+    losses = settings.losses
+    plain = losses.model_copy(update={"regression_weight": 0.0})
+    run = build_distillation(settings.model_copy(update={"losses": plain}), teacher, conditions)
+    if losses.regression_weight:  # its pairs and the weights of its distance are files: stand-ins of their shapes
+        steps = build_step_schedule(settings, teacher.denoiser)
+        pairs = PairedInputs(steps, conditions, cast(Any, Pairs(teacher.denoiser.image_shape)))
+        run.inputs = FreshAndPairedInputs(FreshInputs(steps, conditions), pairs)
+        run.generator_terms.append(Regression(untrained_distance(settings, teacher, vae), losses.regression_weight))
+    roles = run.roles
+    average = _average(settings, roles.generator)
+    head = roles.discriminator
+    estimate.parameters["discriminator"] = _count(head.parameters()) if head is not None else 0
+    optimizers = {"generator": run.generator_optimizer, "fake_score": run.fake_score_optimizer}
+    _prepare(teacher.denoiser, average, optimizers, meter, estimate)
+    run.fake_score_terms[0] = _Announced(run.fake_score_terms[0], lambda: estimate.close(GENERATOR_TURN, meter))
+    size, device = settings.training.batch_size, teacher.device
+    count = size if losses.gan_discriminator_weight else 0
+    rows = torch.zeros(count, dtype=torch.int64)
+    real = RealBatch(
+        torch.zeros(count, *teacher.denoiser.image_shape), conditions.rows(rows) if count else Condition(0)
+    )
+    job = SimpleNamespace(
+        settings=settings, run=run, device=device, average=average, generator=roles.generator, teacher=teacher,
+        _real_batch=lambda step: real,
+    )  # fmt: skip
+    DistillationJob.step(cast(Any, job), 0, 0.0)
+    estimate.close(FAKE_SCORE_TURN, meter)
+    return job
+
+
+def _rehearse_warmup(
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+) -> SimpleNamespace:
+    steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
+    denoiser.requires_grad_(False)
+    generator = copy.deepcopy(denoiser).requires_grad_(True)
+    if settings.memory.checkpoint_activations:
+        cast(Any, generator).checkpoint_activations()
+    average = _average(settings, generator)
+    optimizer = build_adamw(generator.parameters(), 1e-5, settings.optimizer)
+    _prepare(denoiser, average, {"generator": optimizer}, meter, estimate)
+    job = SimpleNamespace(
+        settings=settings, device=teacher.device, generator=generator, average=average, optimizer=optimizer,
+        inputs=PairedInputs(steps, conditions_of(denoiser), cast(Any, Pairs(denoiser.image_shape))),
+        terms=[Regression(untrained_distance(settings, teacher, vae), settings.losses.regression_weight)],
+        _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
+    )  # fmt: skip
+    WarmupJob.step(cast(Any, job), 0, 0.0)
+    estimate.close(GENERATOR_TURN, meter)
+    return job
+
+
+@torch.no_grad()
+def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any, gpu: bool) -> None:
+    """The largest forward of the first sample pictures, and for latents the decoder, beside what is finished."""
+    count, network = settings.run.sample_images, teacher.denoiser
+    if vae is not None:
+        vars(teacher)["autoencoder"] = vae
+    _, height, width = teacher.picture_shape if vae is not None else network.image_shape
+    finished = [torch.zeros(count, *network.image_shape)]  # x0 of all; on a GPU their pictures go to the host
+    if not gpu:
+        finished.append(torch.zeros(count, 3, height, width))
+    index = torch.zeros(min(count, pictures_at_once(height, width)), dtype=torch.int64)
+    noisy, condition = torch.zeros(len(index), *network.image_shape), conditions_of(network).rows(index)
+    level = network.noise_schedule.at(index)
+    x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
+    if vae is not None:
+        teacher.to_images(x0)
+    del finished
+
+
+def _prepare(
+    teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: Mapping[str, torch.optim.Optimizer],
+    meter: MemoryMeter, estimate: MemoryEstimate,
+) -> None:  # fmt: skip
+    """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
+    meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])
+    if average is not None:
+        meter.assign(AVERAGE, average.module.parameters())
+    for name, optimizer in optimizers.items():
+        parameters = optimizer.param_groups[0]["params"]
+        estimate.parameters[name] = _count(parameters)
+        meter.assign(TRAINED, parameters)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.assign(STATES, [value for state in optimizer.state.values() for value in state.values()])
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: meter.assign(GRADIENTS, [p.grad]))
+    meter.start_phase()
+
+
+@dataclass
+class _Announced:
+    """A term that says when it is reached: the generator's turn is over then."""
+
+    term: FakeScoreTerm
+    announce: Any
+
+    def __post_init__(self) -> None:
+        self.name, self.weight = self.term.name, self.term.weight
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> Tensor:
+        self.announce()
+        return self.term(x0, condition, real, draws)
+
+
+def _average(settings: TrainSettings, generator: Denoiser) -> WeightAverage[Denoiser] | None:
+    half_life = settings.generator.ema_half_life_images
+    return WeightAverage(generator, half_life) if half_life else None
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

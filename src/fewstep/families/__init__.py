@@ -1,0 +1,1 @@
+"""One Family object for each kind of teacher."""

@@ -1,0 +1,123 @@
+"""What all networks from diffusers share: precision inside, conversion to x0 outside, checkpointed activations."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
+from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule, per_sample
+from fewstep.errors import UserError
+from fewstep.families.preconditioning import Prediction, native_denoising_weight, predicted_x0
+
+Checkpoint = Callable[..., Any]
+
+
+class DiffusersDenoiser(Denoiser):
+    """A diffusers network behind the contract; a family says how its network is called (`run_network`).
+
+    Args:
+        network: the diffusers model, kept under `network` with its own keys.
+        schedule: noise schedule the network was trained with.
+        prediction: what the network predicts.
+        image_shape: (C, H, W) of the latents.
+
+    Attributes:
+        latent_multiple: the sides of the latents must be multiples of it.
+        max_latent_size: their longest side, 0 where there is no limit.
+
+    Raises:
+        ValueError: epsilon prediction with a schedule whose last alpha is 0 (no x0 follows from it there).
+    """
+
+    family: str
+    latent_multiple: int
+    max_latent_size: int
+
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, image_shape: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        if prediction == "epsilon" and isinstance(schedule, DiscreteSchedule) and not schedule.has_signal_everywhere:
+            raise ValueError(
+                "the scheduler ends at zero signal (rescale_betas_zero_snr) while the model predicts epsilon: "
+                "no image follows from its prediction there; use a v-prediction model"
+            )
+        self.network = network
+        self.noise_schedule = schedule
+        self.prediction: Prediction = prediction
+        self.image_shape = image_shape
+        self.num_classes = 0
+        self.compute_dtype = torch.float32
+
+    def run_network(
+        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(raw prediction, bottleneck feature), each None where not wanted; "bottleneck" stops early."""
+        raise NotImplementedError("a DiffusersDenoiser subclass implements run_network")
+
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
+        exact = self.compute_dtype == torch.float32
+        with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
+            raw, feature = self.run_network(noisy, level, condition, want)
+        bottleneck = None if feature is None else feature.to(noisy.dtype)
+        if raw is None:
+            return DenoiserOutput(None, bottleneck)
+        alpha, sigma = (per_sample(part, noisy) for part in self._alpha_sigma(level))
+        x0 = predicted_x0(self.prediction, raw.double(), noisy.double(), alpha, sigma)
+        return DenoiserOutput(x0.to(noisy.dtype), bottleneck)
+
+    def denoising_weight(self, level: Tensor) -> Tensor:
+        return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()
+
+    def compile_network(self) -> None:
+        # Blocks of one class share torch's limit of compiled forms, 8: too few for three networks with and without gradients.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 128)
+        for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
+            block.compile()
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of layers that `run_network` calls one after the other."""
+        raise NotImplementedError("a DiffusersDenoiser subclass implements blocks")
+
+    def check_latent_size(self, height: int, width: int, factor: int) -> None:
+        """Refuse latents the network cannot take.
+
+        Args:
+            height, width: of the pictures, in pixels.
+            factor: pixels a latent side stands for.
+
+        Raises:
+            UserError: not a multiple of what the network halves, or above what it has positions for.
+        """
+        multiple = self.latent_multiple * factor
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            raise UserError(f"size {height}x{width}: this model makes pictures whose sides are multiples of {multiple}")
+        if self.max_latent_size and max(height, width) > self.max_latent_size * factor:
+            raise UserError(
+                f"size {height}x{width}: this model has positions for sides up to {self.max_latent_size * factor}"
+            )
+
+    def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
+        """Keep block inputs only and recompute the rest in the backward pass.
+
+        Args:
+            checkpoint: called as (block, *inputs); the default is torch's non-reentrant checkpoint.
+        """
+        self.network.enable_gradient_checkpointing(checkpoint or plain_checkpoint)  # type: ignore[operator]
+
+    def _alpha_sigma(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (B,) in float64."""
+        schedule = self.noise_schedule
+        if isinstance(schedule, DiscreteSchedule):
+            return schedule.alpha64(level), schedule.sigma64(level)
+        return schedule.alpha(level.double()), schedule.sigma(level.double())
+
+
+def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
+    """torch's non-reentrant activation checkpoint; no random state is kept, since distillation has no dropout."""
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,1 @@
+"""EDM networks: pictures from class labels or from nothing."""

@@ -1,0 +1,61 @@
+"""EDM networks as Denoisers: preconditioning outside in float32, the network inside in its compute precision."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
+from fewstep.diffusion.schedules import KarrasSchedule, per_sample
+from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
+from fewstep.families.preconditioning import edm_denoising_weight, edm_preconditioning
+
+
+class EDMDenoiser(Denoiser):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma)/4), with the keys of EDM checkpoints (`model.*`).
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), table 1.
+    """
+
+    family = "edm"
+
+    def __init__(self, config: EDMUNetConfig, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.model = EDMUNet(config)
+        self.config = config
+        self.sigma_data = sigma_data
+        self.compute_dtype = torch.float32
+        self.noise_schedule = KarrasSchedule()
+        self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+        self.num_classes = config.label_dim
+        self.bottleneck_shape = config.bottleneck_shape
+
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
+        c = edm_preconditioning(level, self.sigma_data)
+        network_want = {"x0": "output", "bottleneck": "bottleneck", "both": "both"}[want]
+        exact = self.compute_dtype == torch.float32
+        with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
+            raw, feature = self.model(
+                per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.class_labels, network_want
+            )
+        if raw is None:
+            return DenoiserOutput(None, feature.float())
+        x0 = per_sample(c.c_skip, noisy) * noisy + per_sample(c.c_out, noisy) * raw.to(noisy.dtype)
+        return DenoiserOutput(x0, None if feature is None else feature.float())
+
+    def denoising_weight(self, level: Tensor) -> Tensor:
+        return edm_denoising_weight(level, self.sigma_data)
+
+    def compile_network(self) -> None:
+        self.model.compile()
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able constructor arguments; `from_description` is the inverse."""
+        return {"family": self.family, "sigma_data": self.sigma_data, "network": self.config.to_dict()}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "EDMDenoiser":
+        """Build an untrained model from `describe`'s dict."""
+        return cls(EDMUNetConfig.from_dict(description["network"]), float(description["sigma_data"]))

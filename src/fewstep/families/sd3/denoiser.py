@@ -1,0 +1,105 @@
+"""Stable Diffusion 3's transformer as a Denoiser: flow prediction on straight paths."""
+
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Want
+from fewstep.diffusion.schedules import FlowSchedule
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.stable_diffusion.denoiser import plain_config
+
+
+class SD3Denoiser(DiffusersDenoiser):
+    """An `SD3Transformer2DModel`; its bottleneck is the image tokens after the middle block, as a map.
+
+    Source: Esser et al. 2024 (arXiv:2403.03206).
+
+    Args:
+        transformer: the network, with its own keys.
+        scheduler_config: the model's `FlowMatchEulerDiscreteScheduler` config (shift, num_train_timesteps).
+        latent_size: height and width of the latents; 0 takes the network's `sample_size`.
+
+    Raises:
+        ValueError: scheduler options that change the grid, or a latent size the network cannot take.
+    """
+
+    family = "sd3"
+    network: Any  # diffusers models carry no types
+
+    def __init__(self, transformer: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
+        config = transformer.config
+        others = (
+            "use_dynamic_shifting",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "shift_terminal",
+        )
+        for name in others:
+            if scheduler_config.get(name):
+                raise ValueError(
+                    f"schedulers with {name} are not supported: the grid of levels follows from `shift` alone"
+                )
+        size = latent_size or config.sample_size
+        if size % config.patch_size or size > config.patch_size * config.pos_embed_max_size:
+            raise ValueError(
+                f"latents of side {size} do not fit this transformer: it takes multiples of its patch size {config.patch_size} up to "
+                f"{config.patch_size * config.pos_embed_max_size} (teacher.resolution)"
+            )
+        levels = int(scheduler_config.get("num_train_timesteps", 1000))
+        schedule = FlowSchedule(float(scheduler_config.get("shift", 1.0)), levels)
+        super().__init__(transformer, schedule, "flow", (config.in_channels, size, size))
+        self.scheduler_config = dict(scheduler_config)
+        self.latent_multiple = config.patch_size
+        self.max_latent_size = config.patch_size * config.pos_embed_max_size
+        side = size // config.patch_size
+        self.bottleneck_shape = (config.num_attention_heads * config.attention_head_dim, side, side)
+        self.middle = (len(transformer.transformer_blocks) - 1) // 2
+
+    def run_network(
+        self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if condition.text is None or condition.pooled is None:
+            raise ValueError("this transformer needs text embeddings and pooled embeddings")
+        net = self.network
+        height, width = (side // net.config.patch_size for side in noisy.shape[-2:])
+        x = net.pos_embed(noisy)
+        embedding = net.time_text_embed(level * self.noise_schedule.num_levels, condition.pooled)
+        context = net.context_embedder(condition.text)
+        feature: Tensor | None = None
+        for number, block in enumerate(net.transformer_blocks):
+            if torch.is_grad_enabled() and net.gradient_checkpointing:
+                context, x = net._gradient_checkpointing_func(block, x, context, embedding)
+            else:
+                context, x = block(x, context, embedding)
+            if number == self.middle and want != "x0":
+                feature = x.transpose(1, 2).unflatten(2, (height, width))
+                if want == "bottleneck":
+                    return None, feature
+        return self._image(net.proj_out(net.norm_out(x, embedding)), height, width), feature
+
+    def _image(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Patches (B, h w, p p C) back to (B, C, h p, w p)."""
+        patch = self.network.config.patch_size
+        patches = tokens.reshape(len(tokens), height, width, patch, patch, -1)
+        return torch.einsum("bhwpqc->bchpwq", patches).reshape(len(tokens), -1, height * patch, width * patch)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.transformer_blocks)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
+            "latent_size": self.image_shape[1],
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> "SD3Denoiser":
+        """Build an untrained model from `describe`'s dict."""
+        transformer = SD3Transformer2DModel.from_config(description["network"])
+        return cls(transformer, description["scheduler"], int(description["latent_size"]))

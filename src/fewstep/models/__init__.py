@@ -1,0 +1,1 @@
+"""The public face of a model: load it, sample from it."""

@@ -1,0 +1,218 @@
+"""Several roles on one frozen network: each role is a LoRA adapter, bound for the duration of one forward.
+
+Outside of any forward no adapter is bound, so the base itself is the teacher. peft supplies the LoRA layers; which of
+them take part is set here, because peft's own `set_adapter` also switches off the other adapters' gradients.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
+from fewstep.errors import UserError
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_checkpoint
+
+# Published for SDXL; the same names exist in SD 1.x and 2.x
+UNET_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+SD3_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
+    "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)  # fmt: skip
+_DEFAULT_TARGETS = {"diffusers-unet": UNET_TARGETS, "sd3": SD3_TARGETS}
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Rank, alpha (the update is scaled by alpha / rank) and target layers; no targets: the family's published ones."""
+
+    rank: int = 64
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ()
+
+
+class SharedBase:
+    """One frozen network with LoRA layers, and which role's adapter is bound now.
+
+    Args:
+        base: the teacher; frozen, changed in place: its target layers are wrapped.
+        lora: shape of every role's adapter.
+
+    Raises:
+        UserError: targets that match no layer, or a family without known targets.
+    """
+
+    def __init__(self, base: Denoiser, lora: LoraShape) -> None:
+        self.base, self.lora = base, lora
+        self.targets = choose_targets(base, lora)
+        self.role: str | None = None
+        self.layers: dict[str, LoraLayer] = {}
+        base.requires_grad_(False)
+
+    def add_role(self, role: str) -> "AdapterRole":
+        """A new adapter, trainable, float32, that starts as no change at all.
+
+        Raises:
+            ValueError: the role exists, or a role is bound now.
+        """
+        if self.role is not None or any(role in layer.lora_A for layer in self.layers.values()):
+            raise ValueError(f"role {role!r} exists already, or roles are added inside a forward of {self.role!r}")
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(self.targets))  # type: ignore[arg-type]
+        trainable = {parameter for parameter in self.base.parameters() if parameter.requires_grad}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message="Already found a `peft_config`"
+                )  # several roles are the point
+                inject_adapter_in_model(config, self.base, role)
+        except ValueError as error:
+            raise UserError(f"memory.lora_targets: {error}") from error
+        self.layers = {name: layer for name, layer in self.base.named_modules() if isinstance(layer, LoraLayer)}
+        for layer in self.layers.values():
+            layer.cast_input_dtype_enabled = False  # autocast decides, as in the base layer
+            for part in (layer.lora_A, layer.lora_B):
+                part[role].float()
+        view = AdapterRole(self, role)
+        for parameter in trainable:  # injecting an adapter froze the others'
+            parameter.requires_grad_(True)
+        self._bind(None)
+        return view
+
+    @contextmanager
+    def bound(self, role: str | None) -> Iterator[None]:
+        """Use one role's adapter inside the block and the earlier one after it."""
+        earlier = self.role
+        if role == earlier:  # a recomputed block inside its own forward: hundreds of layers need no touch
+            yield
+            return
+        self._bind(role)
+        try:
+            yield
+        finally:
+            self._bind(earlier)
+
+    def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Activation checkpoint that binds, when it recomputes, the role of the forward it belongs to."""
+        role = self.role
+
+        def run(*inputs: Any) -> Any:
+            with self.bound(role):
+                return block(*inputs)
+
+        return plain_checkpoint(run, *inputs)
+
+    def checkpoint_activations(self) -> None:
+        """Keep block inputs only, in every role."""
+        if not isinstance(self.base, DiffusersDenoiser):
+            raise UserError("memory.checkpoint_activations: this model family cannot recompute its activations")
+        self.base.checkpoint_activations(self.checkpoint)
+
+    def _bind(self, role: str | None) -> None:
+        self.role = role
+        for layer in self.layers.values():  # past nn.Module's own __setattr__, whose checks take ten times as long
+            vars(layer)["_active_adapter"] = [] if role is None else [role]
+
+
+class AdapterRole(Denoiser):
+    """A shared base under one role's adapter. Its parameters and state dict are the adapter's alone.
+
+    A deep copy is another adapter on the same base with the same weights.
+    """
+
+    def __init__(self, shared: SharedBase, role: str) -> None:
+        super().__init__()
+        self._shared = (shared,)  # in a tuple: the base's parameters belong to nobody here
+        self.role = role
+        parts: dict[str, nn.Parameter] = {}
+        for name, layer in shared.layers.items():
+            parts[f"{name}.lora_A"] = layer.lora_A[role].weight  # type: ignore[assignment]
+            parts[f"{name}.lora_B"] = layer.lora_B[role].weight  # type: ignore[assignment]
+        self.adapter = nn.ParameterDict({name.replace(".", "/"): part for name, part in parts.items()})
+        self.requires_grad_(True)
+        base = shared.base
+        self.noise_schedule, self.image_shape = base.noise_schedule, base.image_shape
+        self.num_classes, self.bottleneck_shape = base.num_classes, base.bottleneck_shape
+
+    @property
+    def shared(self) -> SharedBase:
+        """The base and its other roles."""
+        return self._shared[0]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Precision inside the network: the base's."""
+        return self.shared.base.compute_dtype
+
+    def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
+        with self.shared.bound(self.role):
+            return self.shared.base(noisy, level, condition, want)
+
+    def denoising_weight(self, level: Tensor) -> Tensor:
+        return self.shared.base.denoising_weight(level)
+
+    def compile_network(self) -> None:
+        raise UserError("compute.compile=true does not go with LoRA roles on one base; set it to false")
+
+    def describe(self) -> dict[str, Any]:
+        """The base's description with the adapter's shape."""
+        lora = self.shared.lora
+        shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(self.shared.targets)}
+        return {**self.shared.base.describe(), "lora": shape}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """{<layer path>.lora_A.weight / .lora_B.weight: tensor}, as diffusers and peft name them."""
+        return {f"{name.replace('/', '.')}.weight": part.detach() for name, part in self.adapter.items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `adapter_state`.
+
+        Raises:
+            UserError: the tensors are another adapter's; names some.
+        """
+        own = self.adapter_state()
+        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        wrong += [name for name in state if name not in own]
+        if wrong:
+            raise UserError(
+                f"the LoRA does not fit this base, rank and targets: {len(wrong)} of its tensors differ, e.g. {wrong[:2]}"
+            )
+        with torch.no_grad():
+            for name, part in self.adapter.items():
+                part.copy_(state[f"{name.replace('/', '.')}.weight"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterRole":
+        names = {name for layer in self.shared.layers.values() for name in layer.lora_A}
+        number = 1
+        while f"{self.role}_copy{number}" in names:
+            number += 1
+        twin = self.shared.add_role(f"{self.role}_copy{number}")
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+def choose_targets(base: Denoiser, lora: LoraShape) -> tuple[str, ...]:
+    """Given targets, each of which must match a layer; or those of the family's published ones that do."""
+    names = [name for name, _ in base.named_modules()]
+    wanted = lora.targets or _DEFAULT_TARGETS.get(getattr(base, "family", ""), ())
+    if not wanted:
+        raise UserError("memory.lora_targets is empty and this model family has no published targets: name the layers")
+    missing = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing and (lora.targets or len(missing) == len(wanted)):
+        raise UserError(f"memory.lora_targets {missing} match no layer of the teacher")
+    return tuple(target for target in wanted if target not in missing)
+
+
+def frozen_copy_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """A deep copy with its weights stored in `dtype`, without gradients."""
+    return copy.deepcopy(denoiser).to(dtype).requires_grad_(False)

@@ -1,0 +1,79 @@
+"""Pictures to latents and back, with the VAE of a diffusers folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from fewstep.diffusion.draws import Draws
+from fewstep.errors import UserError
+from fewstep.networks.components import load_component
+
+
+class Autoencoder(nn.Module):
+    """A VAE in the model's own scaling of latents.
+
+    Args:
+        vae: an `AutoencoderKL` or `AutoencoderTiny`.
+
+    Attributes:
+        latent_channels: channels of the latents.
+        factor: pixels a latent side stands for.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        config: Any = vae.config
+        self.latent_channels = int(config.latent_channels)
+        self.factor = 2 ** (
+            len(
+                config.block_out_channels
+                if hasattr(config, "block_out_channels")
+                else config.encoder_block_out_channels
+            )
+            - 1
+        )
+        self.scale = float(getattr(config, "scaling_factor", 1.0) or 1.0)
+        self.shift = float(getattr(config, "shift_factor", 0.0) or 0.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.vae.parameters()).device
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1], float32; differentiable."""
+        return self.vae.decode(latents / self.scale + self.shift).sample.float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
+
+        Args:
+            draws: where the encoder gives a distribution: sample it with these draws; None takes its mean.
+        """
+        encoded: Any = self.vae.encode(images)
+        if not hasattr(encoded, "latent_dist"):
+            return (encoded.latents.float() - self.shift) * self.scale
+        latents = encoded.latent_dist.mean
+        if draws is not None:
+            noise = draws.normal("encoder_noise", tuple(latents.shape[1:]))
+            latents = latents + encoded.latent_dist.std * noise.to(latents.dtype)
+        return (latents.float() - self.shift) * self.scale
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """The VAE of a diffusers folder (its `vae` component, or the folder itself), float32.
+
+    Raises:
+        UserError: there is none, it is damaged, or its weights are another's.
+    """
+    path = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (path / "config.json").is_file():
+        raise UserError(f"{folder} is incomplete: its component vae is missing; download it again")
+    tiny = '"AutoencoderTiny"' in (path / "config.json").read_text(encoding="utf-8")
+    kind = AutoencoderTiny if tiny else AutoencoderKL
+    return Autoencoder(load_component(kind, path).float())

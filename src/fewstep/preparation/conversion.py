@@ -1,0 +1,246 @@
+"""Other tools' files become folders that everything here loads, samples and trains from; nothing in them is executed.
+
+EDM pickles become model folders. DMD2 checkpoints, released U-Net files and LoRAs become generator folders, with the
+other roles beside the generator where the source has them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep import __version__
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.errors import UserError
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shape_from_weights import edm_config_from_weights
+from fewstep.families.registry import build_denoiser
+from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
+from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
+from fewstep.formats.roles_folder import write_with_roles
+from fewstep.formats.tensor_files import common_half_precision, refuse_infinities, tensor_names
+from fewstep.models.model import load_class_teacher, need_text_libraries
+from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.fitting import fit_network
+
+if TYPE_CHECKING:
+    from fewstep.formats.kohya_lora import LoraWeights
+
+Kind = Literal["edm-pickle", "dmd2", "lora", "single-file"]
+LDM_UNET = "model.diffusion_model."
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_FOUR_STEPS, _ONE_STEP, _ONE_STEP_SDXL = (999, 749, 499, 249), (999,), (399,)
+
+
+def recognise(source: Path) -> Kind:
+    """What a file or folder holds, from its name and the names of its tensors.
+
+    Raises:
+        UserError: nothing there, nothing to convert, or a file that cannot be read.
+    """
+    if not source.exists():
+        raise UserError(f"{source} does not exist; give a checkpoint folder or a weights file")
+    if source.is_dir():
+        if (source / CARD).is_file() or (source / "generator" / CARD).is_file():
+            raise UserError(f"{source} is a fewstep model already: there is nothing to convert")
+        if (source / "model_index.json").is_file():
+            raise UserError(
+                f"{source} is a diffusers folder: use it as a teacher directly, there is nothing to convert"
+            )
+        return "lora" if _lora_file(source) != source else "dmd2"
+    if source.suffix == ".pkl":
+        return "edm-pickle"
+    if source.suffix == ".ckpt":
+        return "single-file"
+    names = tensor_names(source)
+    if any(name.startswith(LDM_UNET) for name in names):
+        return "single-file"
+    return "lora" if any("lora_" in name for name in names) else "dmd2"
+
+
+def convert_edm_pickle(source: Path, out: Path) -> str:
+    """EDM pickle to model folder; says what was written."""
+    teacher = load_class_teacher(source, device="cpu")
+    card = replace(teacher.card, made_with=_origin(source, "EDM pickle"))
+    write_model_folder(out, teacher.denoiser.describe(), teacher.denoiser.state_dict(), card)
+    return f"{out}: teacher, {_pictures(teacher.denoiser)}"
+
+
+def convert_dmd2(source: Path, out: Path, base: str = "", step_indices: tuple[int, ...] = ()) -> str:
+    """DMD2 checkpoint or generator file to generator folder, with fake score and discriminator; says what was written.
+
+    Args:
+        base: the teacher: for text-to-image models a diffusers folder or hub id, needed; for EDM networks a model
+            folder or .pkl that gives the network's shape, which otherwise is read from the weights.
+        step_indices: grid indices; empty: EDM networks run at 999, others as their file name says.
+
+    Raises:
+        UserError: unreadable, another network than the base, no base, no steps known, or it cannot be written.
+    """
+    checkpoint = read_dmd2(source)
+    if checkpoint.family == "edm":
+        return _convert_edm(checkpoint, source, out, base, step_indices)
+    return _convert_unet(checkpoint, source, out, base, step_indices)
+
+
+def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[int, ...] = ()) -> str:
+    """LoRA in kohya's or PEFT's layout to LoRA generator folder; as `convert_dmd2`."""
+    from fewstep.formats.kohya_lora import read_lora
+    from fewstep.formats.text_generator_folder import write_generator_folder
+
+    description, denoiser, name = _text_base(source, base)
+    layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    lora = read_lora(_lora_file(source), layers, None if description["family"] == "sd3" else description["network"])
+    _check_lora(lora, layers, source)
+    steps = _steps(step_indices, source, denoiser)
+    shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    card = _generator_card(source, "LoRA", steps, base=name)
+    write_generator_folder(out, {**description, "lora": shape}, lora.state, card)
+    return f"{out}: LoRA generator of rank {lora.rank} for {name}, steps {list(steps.indices)}"
+
+
+def _convert_edm(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str, indices: tuple[int, ...]) -> str:
+    class_names: tuple[str, ...] = ()
+    if base:
+        teacher = load_class_teacher(base, device="cpu")
+        description, class_names = teacher.denoiser.describe(), teacher.card.class_names
+    else:
+        description = _describe_edm(checkpoint, source)
+    denoiser = build_denoiser(description)
+    steps = _steps(indices or _ONE_STEP, source, denoiser)
+    weights = fit_network(checkpoint.generator, denoiser, "generator", str(source))
+    roles = _fitted_roles(checkpoint, denoiser, str(source))
+    card = replace(_generator_card(source, "DMD2 checkpoint", steps), class_names=class_names)
+    dtype = common_half_precision(checkpoint.generator)
+    write_with_roles(out, lambda folder: write_model_folder(folder, description, weights, card, dtype), roles)
+    return f"{out}: generator, {_pictures(denoiser)}, steps {list(steps.indices)}{_with(roles)}"
+
+
+def _describe_edm(checkpoint: DMD2Checkpoint, source: Path) -> dict[str, Any]:
+    """The network's description from its weights; compared on the meta device before anything large is built."""
+    try:
+        config = edm_config_from_weights(checkpoint.generator)
+        with torch.device("meta"):
+            untrained = EDMDenoiser(config)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; give the teacher it was trained from as --base") from error
+    fit_network(checkpoint.generator, untrained, "generator", str(source))
+    return untrained.describe()
+
+
+def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str, indices: tuple[int, ...]) -> str:
+    from fewstep.formats.text_generator_folder import write_generator_folder
+
+    description, denoiser, name = _text_base(source, base)
+    steps = _steps(indices, source, denoiser)
+    weights = _bare(fit_network(checkpoint.generator, denoiser, "generator", str(source)))
+    roles = {role: _bare(part) for role, part in _fitted_roles(checkpoint, denoiser, str(source)).items()}
+    card = _generator_card(source, "DMD2 checkpoint", steps, base=name)
+    dtype = common_half_precision(checkpoint.generator)
+    write_with_roles(out, lambda folder: write_generator_folder(folder, description, weights, card, dtype), roles)
+    return f"{out}: generator of {name}, steps {list(steps.indices)}{_with(roles)}"
+
+
+def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
+    """(description, network on the meta device, what the user calls it) of a text-to-image base."""
+    need_text_libraries()
+    from fewstep.families.diffusers_folder import describe_diffusers_folder, resolve_model_folder
+    from fewstep.families.shapes import build_text_denoiser
+
+    if not base:
+        raise UserError(
+            f"{source} has only the weights of a text-to-image network: give its base model (diffusers folder or hub "
+            "id) as --base, which brings text encoders and VAE"
+        )
+    folder = resolve_model_folder(base)
+    description = describe_diffusers_folder(folder)
+    name = str(folder.resolve()) if Path(base).expanduser().exists() else base
+    return description, build_text_denoiser(description), name
+
+
+def _fitted_roles(checkpoint: DMD2Checkpoint, denoiser: Denoiser, where: str) -> dict[str, dict[str, Tensor]]:
+    """Fake score and discriminator, where there are any, under our networks' names."""
+    roles: dict[str, dict[str, Tensor]] = {}
+    if checkpoint.fake_score:
+        roles["fake_score"] = fit_network(checkpoint.fake_score, denoiser, "fake score", where)
+    if checkpoint.discriminator:
+        with torch.device("meta"):
+            head = Discriminator(denoiser.bottleneck_shape).state_dict()
+        roles["discriminator"] = fit_discriminator(checkpoint.discriminator, head, where)
+    return roles
+
+
+def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diffusers network's own keys."""
+    return {name.removeprefix("network."): value for name, value in weights.items()}
+
+
+def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Path) -> None:
+    """Refuse matrices of other sizes than the base's layers."""
+    wrong = []
+    for target in lora.targets:
+        outputs, *inputs = layers[target].weight.shape  # type: ignore[misc]
+        down, up = lora.state[f"{target}.lora_A.weight"], lora.state[f"{target}.lora_B.weight"]
+        ones = [1] * (down.ndim - 2)
+        if [*down.shape] != [lora.rank, *inputs] or [*up.shape] != [outputs, lora.rank, *ones]:
+            wrong.append(target.removeprefix("network."))
+    if wrong:
+        raise UserError(
+            f"{source} is a LoRA for another base: {len(wrong)} of its {len(lora.targets)} layers have another size "
+            f"there, e.g. {wrong[:2]}"
+        )
+    refuse_infinities(lora.state, str(source))
+
+
+def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSchedule:
+    """Given indices; or those of the published file of this name."""
+    if not indices:
+        name = source.name.lower()
+        one_step = _ONE_STEP_SDXL if getattr(denoiser, "has_time_ids", False) else _ONE_STEP
+        if re.search(r"(?<!\d)4.?step", name):
+            indices = _FOUR_STEPS
+        elif re.search(r"(?<!\d)1.?step", name):
+            indices = one_step
+        else:
+            raise UserError(
+                f"{source} does not say which steps it was trained for: give --step-indices, {_listed(_FOUR_STEPS)} "
+                f"for four steps, {_listed(one_step)} for one step of this model"
+            )
+    try:
+        return StepSchedule(indices, denoiser.noise_schedule.num_levels)
+    except ValueError as error:
+        raise UserError(f"--step-indices {_listed(indices)}: {error}") from None
+
+
+def _generator_card(source: Path, what: str, steps: StepSchedule, base: str = "") -> ModelCard:
+    return ModelCard("generator", steps.indices, steps.num_levels, made_with=_origin(source, what), base=base)
+
+
+def _origin(source: Path, what: str) -> dict[str, Any]:
+    return {"fewstep": __version__, "converted_from": source.resolve().name, "format": what}
+
+
+def _lora_file(source: Path) -> Path:
+    """The LoRA file in a folder of diffusers or PEFT; anything else as it is."""
+    return next((source / name for name in _LORA_FILES if (source / name).is_file()), source)
+
+
+def _pictures(denoiser: Denoiser) -> str:
+    channels, height, width = denoiser.image_shape
+    classes = f"{denoiser.num_classes} classes" if denoiser.num_classes else "unconditional"
+    return f"{channels}x{height}x{width} pictures, {classes}"
+
+
+def _with(roles: Mapping[str, Any]) -> str:
+    """What lies beside the generator, for people."""
+    names = " and ".join(role.replace("_", " ") for role in roles)
+    return f", with {names} to continue training from" if names else ""
+
+
+def _listed(indices: tuple[int, ...]) -> str:
+    return ",".join(str(index) for index in indices)

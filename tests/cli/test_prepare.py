@@ -1,0 +1,149 @@
+"""`fewstep prepare embeddings` and `prepare latents` as a user types them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fewstep.cli.main import app
+from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddings_fit, check_latents_fit
+from fewstep.data.noise_image_pairs import NoiseImagePairs
+from fewstep.errors import UserError
+from fewstep.formats.fingerprints import network_fingerprint, text_fingerprint, vae_fingerprint
+from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays, write_lmdb
+from fewstep.training.run import train
+from tests.data.test_captioned_images import write_folder
+from tests.formats.test_lmdb import change
+from tests.tiny_models import tiny_sdxl_folder
+from tests.training.helpers import tiny_train_settings
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(app, ["prepare", *map(str, words), "--device", "cpu"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_embeddings(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n")
+    output = run("embeddings", teacher, tmp_path / "prompts.txt", tmp_path / "e", "--shard-size", 2)
+    assert f"{tmp_path / 'e'}: 3 prompts, 2 distinct" in output
+    assert "2 of 3 prompts" in output
+    stored = StoredEmbeddings(tmp_path / "e")
+    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher))
+    assert stored.rows(torch.tensor([2]))[0].shape == (1, 16, 64)
+
+
+def test_latents(teacher: Path, tmp_path: Path) -> None:
+    """The size is the teacher's own unless it is given."""
+    pictures = write_folder(tmp_path / "pictures", ["a cat", "", "a dog"], size=20)
+    with pytest.raises(UserError, match=r"001\.png \(row 1\) is empty"):
+        run("latents", teacher, tmp_path / "l", "--images", pictures)
+    output = run("latents", teacher, tmp_path / "m", "--images", pictures, "--skip-bad", "--noise-seed", 1)
+    assert f"{tmp_path / 'm'}: 2 latents of shape 4x8x8, 2 distinct captions, 1 pictures skipped" in output
+    check_latents_fit(
+        StoredLatents(tmp_path / "m"), vae_fingerprint=vae_fingerprint(teacher),
+        text_fingerprint=text_fingerprint(teacher), latent_shape=(4, 8, 8),
+    )  # fmt: skip
+    output = run("latents", teacher, tmp_path / "n", "--images", pictures, "--skip-bad", "--resolution", 12)
+    assert "latents of shape 4x6x6" in output
+
+
+def test_published_latents(teacher: Path, tmp_path: Path) -> None:
+    write_lmdb(tmp_path / "set", {"latents": torch.randn(3, 4, 8, 8).half(), "prompts": ["a", "b", "a"]})
+    output = run("latents", teacher, tmp_path / "l", "--from-lmdb", tmp_path / "set")
+    assert "3 latents of shape 4x8x8, 2 distinct captions, 0 pictures skipped" in output
+
+
+def pairs_lmdb(folder: Path, **changes: torch.Tensor) -> Path:
+    """Five ODE pairs of the tiny SDXL in the published layout, embeddings as batches of one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "latents": (5, 4, 8, 8), "images": (5, 4, 8, 8), "prompt_embeds_list": (5, 1, 16, 64),
+        "pooled_prompt_embeds": (5, 1, 24),
+    }  # fmt: skip
+    arrays = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    write_lmdb(folder, arrays | changes)
+    return folder
+
+
+def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
+    """What comes out is what a warm-up reads: noise, latents, and each pair's own embedding."""
+    lmdb = pairs_lmdb(tmp_path / "set")
+    output = run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
+    assert "5 of 5 pairs" in output
+    arrays = LmdbArrays(lmdb, ODE_PAIRS)
+    pairs = NoiseImagePairs(tmp_path / "p")
+    assert torch.equal(pairs.noise, arrays.rows("latents", range(5)))
+    assert torch.equal(pairs.images, arrays.rows("images", range(5)))
+    assert pairs.labels.tolist() == list(range(5))
+    stored = StoredEmbeddings(tmp_path / "p/embeddings")
+    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher))
+    text, pooled = stored.rows(torch.tensor([3, 0]))
+    assert torch.equal(text, arrays.rows("prompt_embeds_list", [3, 0])[:, 0])
+    assert pooled is not None
+    assert torch.equal(pooled, arrays.rows("pooled_prompt_embeds", [3, 0])[:, 0])
+    assert stored.prompts(torch.tensor([3])) == ["pair 3 of set"]
+    assert pairs.manifest["job"]["network"] == network_fingerprint(teacher)
+    run("pairs", teacher, tmp_path / "some", "--from-lmdb", lmdb, "--num-pairs", 2, "--lmdb-scale", 0.5)
+    some = NoiseImagePairs(tmp_path / "some")
+    assert len(some) == len(StoredEmbeddings(tmp_path / "some/embeddings")) == 2
+    torch.testing.assert_close(some.images, pairs.images[:2] * 0.5)
+    regression = {
+        "distribution_matching_weight": 0.0, "gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0,
+        "regression_weight": 1.0,
+    }  # fmt: skip
+    train(tiny_train_settings(
+        teacher, tmp_path, tmp_path / "warm", losses=regression, generator={"step_indices": [399], "ema_half_life_images": 0},
+        data={"images": "", "pairs": str(tmp_path / "p")}, training={"num_steps": 2, "batch_size": 2},
+    ))  # fmt: skip
+    assert (tmp_path / "warm/generator/fewstep.json").is_file()
+
+
+def test_published_pairs_that_cannot_be_used(teacher: Path, tmp_path: Path) -> None:
+    def refused(**changes: torch.Tensor) -> str:
+        with pytest.raises(UserError) as error:
+            run("pairs", teacher, tmp_path / "p", "--from-lmdb", pairs_lmdb(tmp_path / "set", **changes))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "p/manifest.json").exists()
+        return str(error.value)
+
+    unit = torch.randn(5, 4, 8, 8).half()
+    assert "its latents have a standard deviation of" in refused(latents=unit * 14)
+    assert "give --lmdb-scale" in refused(images=unit * 7)
+    assert "are no pairs of noise and latent" in refused(images=torch.zeros(5, 3, 64, 64).half())
+    assert "need rows of shape (16, 64); give the teacher that made them" in refused(
+        prompt_embeds_list=torch.zeros(5, 16, 32).half()
+    )
+    assert "pooled_prompt_embeds has shape (4, 24)" in refused(pooled_prompt_embeds=torch.zeros(4, 24).half())
+    lmdb = pairs_lmdb(tmp_path / "set")
+    change(lmdb, "images_3_data", None)
+    with pytest.raises(UserError, match="images_3_data is missing of 5 rows; the data set is incomplete or damaged"):
+        run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
+    lmdb = pairs_lmdb(tmp_path / "set")
+    with (lmdb / "data.mdb").open("r+b") as file:
+        file.truncate((lmdb / "data.mdb").stat().st_size // 2)
+    with pytest.raises(UserError, match="is cut short"):
+        run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
+    with pytest.raises(UserError, match="brings its own prompts and samples"):
+        run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb, "--prompts", "prompts.txt")
+    with pytest.raises(UserError, match="--from-lmdb samples nothing: leave out --seed, --guidance-scale"):
+        run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb, "--guidance-scale", 8)
+    with pytest.raises(UserError, match="--lmdb-scale 2 is of --from-lmdb"):
+        run("pairs", teacher, tmp_path / "p", "--lmdb-scale", 2)
+
+
+def test_one_source_must_be_named(teacher: Path, tmp_path: Path) -> None:
+    for words in ([], ["--images", tmp_path, "--from-lmdb", tmp_path]):
+        with pytest.raises(UserError, match="--images SOURCE or --from-lmdb PATH: give one of them"):
+            run("latents", teacher, tmp_path / "l", *words)
+    with pytest.raises(UserError, match="--fit stretch: choose crop, pad or exact"):
+        run("latents", teacher, tmp_path / "l", "--images", tmp_path, "--fit", "stretch")

@@ -1,0 +1,169 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.noise_image_pairs import NoiseImagePairs, write_shard
+from fewstep.data.shard_folder import write_manifest
+from fewstep.diffusion.condition import ClassTable, Condition
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.samplers import sample_few_steps
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.inputs import (
+    FreshAndPairedInputs,
+    FreshInputs,
+    PairedInputs,
+    RealBatch,
+    simulated_input,
+    uniform_condition,
+)
+from fewstep.families.edm.denoiser import EDMDenoiser
+from tests.conftest import tiny_denoiser
+
+FOUR = StepSchedule((999, 749, 499, 249))
+EIGHT = StepSchedule(tuple(range(999, 0, -125)))
+SHAPE = (1, 16, 16)
+NO_DATA = RealBatch(torch.empty(0, *SHAPE), Condition(0))
+
+
+@pytest.fixture(scope="module")
+def generator() -> EDMDenoiser:
+    return tiny_denoiser()
+
+
+def labels(size: int) -> Condition:
+    return Condition.from_labels(torch.arange(size) % 4, 4)
+
+
+def draws_at(number: int, size: int = 3, seed: int = 0, steps: StepSchedule = FOUR) -> Draws:
+    """Draws of a training step that simulates step `number` of the generator."""
+    for step in range(200):
+        draws = Draws.of_batch(seed, step, size)
+        if draws.shared_integer("simulated_step", len(steps)) == number:
+            return draws
+    raise AssertionError(f"step {number} is never simulated")
+
+
+def noises(draws: Draws) -> list[Tensor]:
+    return [draws.normal("generator_noise", SHAPE), *(draws.normal("simulation_noise", SHAPE, k) for k in range(1, 8))]
+
+
+def test_every_step_is_simulated_equally_often_and_by_the_whole_batch(generator: EDMDenoiser) -> None:
+    steps, counts = StepSchedule((999, 600)), [0, 0]
+    sigmas = [generator.noise_schedule.grid[index].item() for index in steps.indices]
+    for step in range(60):
+        _, level = simulated_input(generator, steps, labels(2), Draws.of_batch(0, step, 2))
+        assert len(level.unique()) == 1
+        counts[sigmas.index(level[0].item())] += 1
+    assert min(counts) > 15
+
+
+def test_processes_simulate_the_same_step_on_different_samples(generator: EDMDenoiser) -> None:
+    for step in range(8):
+        whole = simulated_input(generator, FOUR, labels(4), Draws.of_batch(2, step, 4))
+        ranks = [
+            simulated_input(generator, FOUR, labels(4)[first : first + 2], Draws.of_batch(2, step, 2, first=first))
+            for first in (0, 2)
+        ]
+        assert len({float(level) for _, levels in ranks for level in levels}) == 1
+        assert not torch.equal(ranks[0][0], ranks[1][0])
+        for expected, *parts in zip(whole, *ranks, strict=True):
+            torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [StepSchedule((999,)), FOUR, StepSchedule((700, 30))])
+def test_at_the_first_step_the_input_is_pure_noise(generator: EDMDenoiser, steps: StepSchedule) -> None:
+    draws = draws_at(0, steps=steps)
+    noisy, level = simulated_input(generator, steps, labels(3), draws)
+    sigma = generator.noise_schedule.grid[steps.indices[0]]
+    assert torch.equal(level, sigma.expand(3))
+    torch.testing.assert_close(noisy, sigma * noises(draws)[0])
+
+
+def test_a_one_step_generator_never_runs_during_simulation() -> None:
+    generator = tiny_denoiser()
+    calls: list[int] = []
+    generator.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(5):
+        _, level = simulated_input(generator, StepSchedule((999,)), labels(1), Draws.of_batch(0, step, 1))
+        assert level.item() == pytest.approx(80)
+    assert not calls
+
+
+@pytest.mark.parametrize(("steps", "number"), [(FOUR, 1), (FOUR, 2), (FOUR, 3), (EIGHT, 4), (EIGHT, 7)])
+def test_at_later_steps_the_input_is_what_the_generator_will_meet(
+    generator: EDMDenoiser, steps: StepSchedule, number: int
+) -> None:
+    draws, condition = draws_at(number, steps=steps), labels(3)
+    noisy, level = simulated_input(generator, steps, condition, draws)
+    sigmas = generator.noise_schedule.grid[list(steps.indices)]
+    fresh = noises(draws)
+    with torch.no_grad():
+        expected = sigmas[0] * fresh[0]
+        for k in range(number):
+            x0 = generator.denoise(expected, sigmas[k].repeat(3), condition)
+            expected = x0 + sigmas[k + 1] * fresh[k + 1]
+    assert torch.equal(level, sigmas[number].expand(3))
+    torch.testing.assert_close(noisy, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_denoising_the_last_simulated_input_is_sampling(generator: EDMDenoiser) -> None:
+    draws, condition = draws_at(3), labels(3)
+    noisy, level = simulated_input(generator, FOUR, condition, draws)
+    fresh = noises(draws)
+    sampled = sample_few_steps(generator, fresh[0], condition, FOUR, lambda number: fresh[number])
+    with torch.no_grad():
+        torch.testing.assert_close(generator.denoise(noisy, level, condition), sampled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_simulation_carries_no_gradient_and_repeats_exactly(generator: EDMDenoiser, number: int) -> None:
+    draws = draws_at(number)
+    noisy, level = simulated_input(generator, FOUR, labels(3), draws)
+    assert not noisy.requires_grad
+    assert not level.requires_grad
+    assert all(parameter.grad is None for parameter in generator.parameters())
+    assert torch.equal(simulated_input(generator, FOUR, labels(3), draws)[0], noisy)
+
+
+def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser) -> None:
+    condition = uniform_condition(ClassTable(generator.num_classes), Draws.of_batch(0, 0, 4000))
+    counts = condition.class_labels.sum(0)
+    assert ((counts - 1000).abs() < 5 * (4000 * 3 / 16) ** 0.5).all()
+    assert (condition.class_labels.sum(1) == 1).all()
+    assert uniform_condition(ClassTable(0), Draws.of_batch(0, 0, 3)) == Condition(3)
+
+
+def test_fresh_inputs_are_simulated_under_their_own_labels(generator: EDMDenoiser) -> None:
+    draws = draws_at(2)
+    batch = FreshInputs(FOUR, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
+    assert torch.equal(batch.condition.class_labels, uniform_condition(ClassTable(4), draws).class_labels)
+    noisy, level = simulated_input(generator, FOUR, batch.condition, draws)
+    assert torch.equal(batch.noisy, noisy)
+    assert torch.equal(batch.level, level)
+    assert batch.num_fresh == 3
+    assert batch.target is None
+
+
+def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: Path) -> None:
+    noise = torch.randn(5, *SHAPE).half()
+    images = torch.randint(0, 256, (5, *SHAPE), dtype=torch.uint8)
+    shard = write_shard(tmp_path, 0, noise, images, torch.tensor([3, 2, 1, 0, 3]))
+    write_manifest(tmp_path, {"shards": [shard], "complete": True})
+    pairs, steps = NoiseImagePairs(tmp_path), StepSchedule((999,))
+    draws = Draws.of_batch(1, 6, 4)
+    batch = FreshAndPairedInputs(FreshInputs(steps, ClassTable(4)), PairedInputs(steps, ClassTable(4), pairs))(
+        generator, draws, NO_DATA
+    )
+    alone = FreshInputs(steps, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
+    assert batch.num_fresh == 4
+    assert len(batch.noisy) == len(batch.level) == len(batch.condition) == 8
+    assert torch.equal(batch.noisy[:4], alone.noisy)
+    assert torch.equal(batch.condition.class_labels[:4], alone.condition.class_labels)
+    rows = draws.integers("pair_order", 0, 5)
+    sigma = generator.noise_schedule.grid[999]
+    assert torch.equal(batch.level, sigma.expand(8))
+    torch.testing.assert_close(batch.noisy[4:], sigma * noise[rows].float())
+    torch.testing.assert_close(batch.target, images[rows].float() / 127.5 - 1)
+    assert batch.condition.class_labels[4:].argmax(1).tolist() == [[3, 2, 1, 0, 3][row] for row in rows]

@@ -1,0 +1,100 @@
+"""Small text-to-image networks whose training step is measured, for tests/estimate/test_memory.py and by hand.
+
+What is measured: the bytes that torch's own CPU allocator has handed out and not got back, as torch.profiler reports
+every allocation and free since before the networks were built. Not the resident memory of the process: that also
+holds what libraries and the C allocator keep.
+"""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.devices import prepare_denoiser
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.distillation.inputs import RealBatch
+from fewstep.families.shapes import build_text_denoiser
+from fewstep.formats.model_folder import ModelCard
+from fewstep.models.text_model import PromptTable, TextEmbeddings, TextTeacher
+from fewstep.settings import TrainSettings, parse_settings
+from fewstep.training.build import build_distillation
+from fewstep.training.step import two_time_scale_step
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SIZES = {"small": (32, 16), "middle": (64, 16), "large": (96, 24)}  # channels, side of the latents
+
+
+def description(size: str) -> dict[str, Any]:
+    """An SDXL-like U-Net: attention on the lower level, pooled embeddings and time ids."""
+    channels, side = SIZES[size]
+    network = {
+        "sample_size": side, "in_channels": 4, "out_channels": 4, "block_out_channels": (channels, 2 * channels),
+        "layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 64,
+        "attention_head_dim": (2, 4), "use_linear_projection": True, "transformer_layers_per_block": (1, 1),
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    }  # fmt: skip
+    return {"family": "diffusers-unet", "latent_size": side, "network": network, "scheduler": BETAS}
+
+
+def case_settings(mode: str, batch_size: int, **memory: Any) -> TrainSettings:
+    """Four-step DMD2 with GAN and guidance on the CPU."""
+    precision = memory.pop("precision", "fp32")
+    return parse_settings(
+        TrainSettings,
+        {
+            "teacher": {"guidance_scale": 3.0},
+            "generator": {"step_indices": [999, 749, 499, 249]},
+            "memory": {"mode": mode, "lora_rank": 8, **memory},
+            "losses": {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2},
+            "training": {"batch_size": batch_size, "generator_every": 1},
+            "compute": {"device": "cpu", "precision": precision},
+            "run": {"sample_images": 1},
+        },
+        "test",
+    )
+
+
+class Embeddings:
+    """Three prompts of 77 tokens."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def rows(self, index: torch.Tensor) -> TextEmbeddings:
+        return TextEmbeddings(torch.randn(len(index), 77, 64), torch.randn(len(index), 24))
+
+
+def train_two_steps(settings: TrainSettings, network: Denoiser) -> None:
+    """What `fewstep train` does with a loaded teacher: build, then two steps; the optimisers' states exist in the second."""
+    prepare_denoiser(network, "cpu", settings.compute.precision)
+    teacher = TextTeacher(network, ModelCard(role="teacher", can_be_guided=True), Path(), "", "sdxl")
+    source, size = Embeddings(), (128, 128)
+    table = PromptTable(source, source.rows(torch.zeros(1)), "sdxl", size)
+    run = build_distillation(settings, teacher, table)
+    batch = settings.training.batch_size
+    for step in range(2):
+        draws = Draws.of_batch(0, step, batch)
+        captions = table.rows(torch.zeros(batch, dtype=torch.int64))
+        real = RealBatch(torch.randn(batch, *network.image_shape), captions)
+        two_time_scale_step(run, step, real, draws)
+
+
+def measured_peak(settings: TrainSettings, size: str) -> int:
+    """Peak of live bytes while a network of this size is built and trained."""
+    gc.collect()  # what an earlier case left in reference cycles must not be freed, and counted, here
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        network = build_text_denoiser(description(size)).to_empty(device="cpu")
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        train_two_steps(settings, network)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

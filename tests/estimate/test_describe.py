@@ -1,0 +1,319 @@
+"""A dry run says what a recipe would need, from shapes alone: no teacher, no pictures, no files."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.diffusion.condition import Condition
+from fewstep.errors import UserError
+from fewstep.estimate import describe as estimate
+from fewstep.estimate.describe import describe_distillation, network_size
+from fewstep.estimate.memory import (
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    GRADIENTS,
+    PICTURES,
+    STATES,
+    TRAINED,
+    MemoryEstimate,
+)
+from fewstep.estimate.memory_meter import ACTIVATIONS
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config, released_network_config
+from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.families.shapes import TEXT_NETWORKS
+from fewstep.networks.discriminator import Discriminator
+from fewstep.settings import TrainSettings, load_settings, parse_settings
+from tests.cli.test_main import PRETRAIN_RECIPE, fewstep
+from tests.tiny_models import tiny_sdxl_folder
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+IMAGENET = sorted(path.name for path in RECIPES.glob("imagenet64_*.toml"))
+
+
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder without teachers, pictures or runs; the test fails if something is left in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gib_in(lines: list[str], start: str) -> float:
+    (line,) = [line for line in lines if line.startswith(start)]
+    found = re.search(r"([0-9.]+) GiB", line)
+    assert found
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_dry_run_of_the_published_recipes(empty_place: Path, name: str) -> None:
+    answer = fewstep("train", RECIPES / name, "--dry-run")
+    assert answer.code == 0
+    assert answer.err == "rehearsing a step and its sample pictures with memory.mode=full ...\n"
+    settings = load_settings(TrainSettings, RECIPES / name)
+    assert f"optimizer.generator_lr = {settings.optimizer.generator_lr!r}\n" in answer.out
+    assert f"training.batch_size = {settings.training.batch_size}\n" in answer.out
+    assert f"run.folder = 'runs/{Path(name).stem}'\n" in answer.out
+    assert "network: 295.9 M parameters, 64x64x3, 1000 classes" in answer.out
+    assert ("; discriminator: " in answer.out) == (settings.losses.gan_discriminator_weight > 0)
+    assert f"published: {settings.expected}" in answer.out
+    assert "published: ImageNet-64 FID" in answer.out
+    assert gib_in(answer.out.splitlines(), "estimated peak") > 10
+    assert os.listdir(empty_place) == []
+
+
+def test_there_is_a_recipe_for_each_published_row() -> None:
+    assert IMAGENET == [
+        "imagenet64_dmd.toml", "imagenet64_dmd2.toml", "imagenet64_dmd2_gan.toml", "imagenet64_dmd2_gan_resumed.toml",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
+    """The settings that steps were rehearsed with; no step is."""
+    asked: list[TrainSettings] = []
+
+    def answer(settings: TrainSettings, *_: object, pictures: bool = True, **__: object) -> MemoryEstimate:
+        asked.append(settings)
+        kinds = Counter({FROZEN: 2**30, ACTIVATIONS: 2**30})
+        peaks = {GENERATOR_TURN: 2**31, FAKE_SCORE_TURN: 2**30} | ({PICTURES: 2**30} if pictures else {})
+        return MemoryEstimate(peaks, {GENERATOR_TURN: kinds}, {"teacher": 2_000_000})
+
+    monkeypatch.setattr(estimate, "estimate_memory", answer)
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.toml")))
+def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSettings], name: str) -> None:
+    """All but the rehearsal: settings, networks by name or from a bundled folder, step schedule, what was published."""
+    trains_a_teacher = "\n[network]\n" in (RECIPES / name).read_text()
+    answer = fewstep("pretrain" if trains_a_teacher else "train", RECIPES / name, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "run.folder = 'runs/" in answer.out
+    assert "warning: " not in answer.out
+    if trains_a_teacher:
+        assert "estimated peak: " in answer.out
+        return
+    settings = load_settings(TrainSettings, RECIPES / name)
+    is_text = settings.teacher.network in TEXT_NETWORKS or "emoji" in name
+    is_known = bool(settings.teacher.network) or settings.teacher.path.startswith("bundled:")
+    every_mode = is_text and settings.losses.distribution_matching_weight > 0
+    assert ("memory: unknown" in answer.out) == (not is_known)
+    modes = [asked.memory.mode for asked in rehearsed]
+    assert modes[:1] == [settings.memory.mode] * is_known
+    assert sorted(modes) == sorted(["full", "lora_generator", "shared_base"] if every_mode else modes[:1])
+    assert answer.err.count("\n") == len(modes)
+    assert all(f"memory.mode={mode} ..." in answer.err for mode in modes)
+    assert answer.out.count("with memory.mode=") == 3 * every_mode
+    assert (f"published: {settings.expected}" in answer.out) == (is_known and bool(settings.expected))
+
+
+def test_a_dry_run_speaks_at_once(empty_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings, and what is being rehearsed, are out before any rehearsal has ended; then a line a mode."""
+
+    def stop(*_: object, **__: object) -> MemoryEstimate:
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(estimate, "estimate_memory", stop)
+    answer = fewstep("train", RECIPES / "sdxl_dmd2_4step_one_gpu.toml", "--dry-run")
+    assert answer.code == 2
+    assert "teacher.network = 'sdxl'\n" in answer.out
+    assert answer.err == (
+        "rehearsing a step and its sample pictures with memory.mode=shared_base ...\nfewstep: stopped here\n"
+    )
+
+
+def test_each_mode_is_told_as_it_is_finished(rehearsed: list[TrainSettings]) -> None:
+    lines = describe_distillation(load_settings(TrainSettings, RECIPES / "sd15_dmd2.toml"))
+    for line in lines:
+        if line.startswith("with memory.mode=lora_generator"):
+            break
+    assert [asked.memory.mode for asked in rehearsed] == ["full", "lora_generator"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15_dmd2_gan.toml", "sdxl_dmd2_4step_one_gpu.toml"])
+def test_whole_dry_run_of_a_text_recipe(empty_place: Path, name: str) -> None:
+    """Nothing left out. SDXL on one GPU fits 24 GiB: a step with GAN, the VAE's weights, eight pictures at 1024x1024."""
+    answer = fewstep("train", RECIPES / name, "--dry-run", "training.batch_size=1")
+    assert answer.code == 0
+    lines = answer.out.splitlines()
+    settings = load_settings(TrainSettings, RECIPES / name)
+    peaks = {mode: gib_in(lines, f"with memory.mode={mode}") for mode in ("full", "lora_generator", "shared_base")}
+    assert peaks["full"] > peaks["lora_generator"] > peaks["shared_base"] > 4
+    assert gib_in(lines, "estimated peak") == peaks[settings.memory.mode]
+    assert answer.err.count("rehearsing") == 3
+    if "one_gpu" in name:
+        assert (settings.memory.mode, settings.run.sample_images, settings.losses.gan_discriminator_weight > 0) == (
+            "shared_base", 8, True,
+        )  # fmt: skip
+        assert 10 < peaks["shared_base"] < 24 - 6, (
+            answer.out
+        )  # and room for what is not counted: workspaces, CUDA context
+
+
+def test_overrides_reach_the_dry_run(empty_place: Path) -> None:
+    name = RECIPES / "imagenet64_dmd2.toml"
+    whole = fewstep("train", name, "--dry-run").out.splitlines()
+    tenth = fewstep("train", name, "--dry-run", "training.batch_size=28", "run.folder=elsewhere").out.splitlines()
+    assert "training.batch_size = 28" in tenth
+    assert "run.folder = 'elsewhere'" in tenth
+    states = "memory for weights"
+    assert gib_in(whole, states) == gib_in(tenth, states)
+    assert gib_in(whole, "estimated peak") > gib_in(tenth, "estimated peak")
+
+
+def test_dry_run_of_pretraining(empty_place: Path) -> None:
+    Path("mine.toml").write_text(PRETRAIN_RECIPE)
+    answer = fewstep("pretrain", "mine.toml", "--dry-run")
+    assert answer.code == 0
+    assert "network.name = 'tiny'" in answer.out
+    assert "network: 0.2 M parameters" in answer.out
+    assert os.listdir(empty_place) == ["mine.toml"]
+
+
+def test_dry_run_of_an_impossible_network(empty_place: Path) -> None:
+    Path("mine.toml").write_text(PRETRAIN_RECIPE)
+    answer = fewstep("pretrain", "mine.toml", "--dry-run", "network.img_resolution=18")
+    assert answer.code == 2
+    assert "network.img_resolution=18 must be a multiple of 4" in answer.err
+
+
+def test_shape_is_read_from_a_teacher_at_hand(teacher_folder: Path) -> None:
+    settings = parse_settings(TrainSettings, {"teacher": {"path": str(teacher_folder)}}, "test")
+    lines = list(describe_distillation(settings))
+    assert lines[0].endswith("M parameters, 16x16x1, 4 classes")
+
+
+def test_without_teacher_or_shape_the_memory_is_unknown() -> None:
+    (line,) = describe_distillation(TrainSettings())
+    assert line == "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
+
+
+# --- The counts
+
+
+def tiny_config(resolution: int = 16) -> EDMUNetConfig:
+    """The tiny network, with attention at its bottleneck only."""
+    config = build_network_config("tiny", img_resolution=resolution, img_channels=1, label_dim=4)
+    return replace(config, attn_resolutions=())
+
+
+def test_meta_count_equals_the_real_parameters() -> None:
+    real = EDMDenoiser(tiny_config())
+    size = network_size(tiny_config())
+    assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
+    head = Discriminator(real.bottleneck_shape)
+    assert size.head_parameters == sum(parameter.numel() for parameter in head.parameters())
+
+
+def test_released_imagenet_network_has_its_published_size() -> None:
+    with torch.device("meta"):
+        denoiser = EDMDenoiser(released_network_config("imagenet64-adm"))
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == pytest.approx(295.9e6, abs=0.05e6)
+
+
+def real_saved_bytes(denoiser: EDMDenoiser, want: str, size: int) -> int:
+    """Bytes autograd holds after a real forward on the CPU, parameters not counted."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    noisy = torch.randn(size, *denoiser.image_shape)
+    labels = Condition.from_labels(torch.arange(size) % 4, 4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        denoiser(noisy, torch.ones(size), labels, want)  # type: ignore[arg-type]
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def test_activations_are_those_of_a_real_forward() -> None:
+    """The growth from 4 to 8 samples, so that nothing of fixed size counts; attention's workspace may differ."""
+    denoiser = EDMDenoiser(tiny_config())
+    size = network_size(tiny_config())
+    for want, counted in (("x0", size.activation_bytes), ("bottleneck", size.encoder_activation_bytes)):
+        grown = (real_saved_bytes(denoiser, want, 8) - real_saved_bytes(denoiser, want, 4)) / 4
+        assert counted == pytest.approx(grown, rel=0.05)
+
+
+def test_activations_scale_with_the_picture() -> None:
+    small, large = network_size(tiny_config(16)), network_size(tiny_config(32))
+    assert small.parameters == large.parameters
+    assert large.activation_bytes == pytest.approx(4 * small.activation_bytes, rel=0.05)
+    assert 0.2 < small.encoder_activation_bytes / small.activation_bytes < 0.6
+    assert small.activation_bytes > 16 * 16 * 4 * 10
+
+
+def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident kinds, what a step adds, their sum, and pictures where they need more; the counts: test_memory.py."""
+    gib = 2**30
+    kinds = Counter({FROZEN: 3 * gib, TRAINED: 2 * gib, STATES: 4 * gib, GRADIENTS: gib, ACTIVATIONS: 5 * gib})
+    rehearsed = MemoryEstimate(
+        {GENERATOR_TURN: 15 * gib, FAKE_SCORE_TURN: 9 * gib, PICTURES: 16 * gib}, {GENERATOR_TURN: kinds},
+        {"teacher": 2_000_000, "generator": 2_000_000, "discriminator": 500_000},
+    )  # fmt: skip
+    monkeypatch.setattr(estimate, "estimate_memory", lambda *_, **__: rehearsed)
+    values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}}
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
+    assert lines == [
+        "network: 2.0 M parameters, 32x32x3, 10 classes; discriminator: 0.5 M",
+        "memory for weights, averages and optimiser states: 9.0 GiB (frozen 3.0, trained 2.0, optimiser states 4.0)",
+        "memory for gradients and activations at batch 8 (bf16, one process): 6.0 GiB in the generator's turn",
+        "estimated peak: 15.0 GiB (a rehearsed step on shapes alone; workspace of the kernels comes on top)",
+        "sample pictures need more: 16.0 GiB with run.sample_images=64",
+    ]
+
+
+@pytest.mark.parametrize("mode", ["full", "shared_base"])
+def test_every_memory_mode_of_a_text_model(tmp_path: Path, mode: str) -> None:
+    """From its folder's configs alone; the chosen mode's peak is that of its line."""
+    folder = tiny_sdxl_folder(tmp_path / "sdxl")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    values = {
+        "teacher": {"path": str(folder)}, "memory": {"mode": mode}, "run": {"sample_images": 1},
+        "training": {"batch_size": 64}, "compute": {"precision": "fp32"},
+    }  # fmt: skip
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
+    assert "8x8x4 latents" in lines[0]
+    assert ("generator's LoRA" in lines[0]) == (mode == "shared_base")
+    assert [line.split(":")[0] for line in lines if line.startswith("with ")] == [
+        "with memory.mode=full", "with memory.mode=lora_generator", "with memory.mode=shared_base",
+    ]  # fmt: skip
+    assert gib_in(lines, "estimated peak") == gib_in(lines, f"with memory.mode={mode}")
+
+
+def test_dry_run_of_a_warm_up() -> None:
+    """Regression alone: one trained network beside the teacher; neither pairs nor a fake score."""
+    values = {
+        "teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 2}, "compute": {"precision": "fp32"},
+        "losses": {"distribution_matching_weight": 0.0, "regression_weight": 1.0}, "run": {"sample_images": 1},
+    }  # fmt: skip
+    lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
+    weights = 55.7e6 * 4 / 2**30
+    assert gib_in(lines, "memory for weights") == pytest.approx(4 * weights, abs=0.1)
+
+
+def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter of the counted network lies on the meta device."""
+    seen: list[torch.device] = []
+    original = estimate._saved_bytes
+
+    def watch(denoiser: nn.Module, want: str) -> int:
+        seen.extend(parameter.device for parameter in denoiser.parameters())
+        return original(denoiser, want)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(estimate, "_saved_bytes", watch)
+    network_size(tiny_config())
+    assert seen
+    assert {device.type for device in seen} == {"meta"}

@@ -1,0 +1,196 @@
+"""The memory a dry run predicts against the memory a real step takes: three sizes in each of the three modes.
+
+Measured is the peak of live tensor bytes on the CPU: every allocation and free of torch's own allocator, as
+torch.profiler reports them, from before the networks are built until two real steps of a real `Distillation` are
+done. It sees what kernels allocate for their work, and not what the process holds besides tensors; see
+`memory_cases.measured_peak`.
+"""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fewstep.distillation.roles import build_shared_base_roles
+from fewstep.errors import UserError
+from fewstep.estimate.memory import (
+    AVERAGE,
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    GRADIENTS,
+    PICTURES,
+    STATES,
+    TRAINED,
+    MemoryEstimate,
+    estimate_memory,
+)  # fmt: skip
+from fewstep.estimate.memory_meter import ACTIVATIONS, FakeMachine, to_fake
+from fewstep.families.shapes import TEXT_NETWORKS, VAE_NETWORK, build_released_denoiser, build_text_denoiser
+from fewstep.networks.adapters import AdapterRole, LoraShape
+from fewstep.settings import TrainSettings, parse_settings
+from fewstep.training.build import check_network
+from tests.estimate.memory_cases import case_settings, description, measured_peak
+
+STORAGE: dict[str, dict[str, Any]] = {  # each size in another storage, so that nine cases cover what matters
+    "small": {},
+    "middle": {"precision": "bf16"},
+    "large": {"checkpoint_activations": True},
+}
+
+
+@cache
+def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False, **memory: Any) -> MemoryEstimate:
+    network = build_text_denoiser(description(size))
+    return estimate_memory(case_settings(mode, batch_size, **memory), network, gpu=False, pictures=pictures)
+
+
+@pytest.mark.parametrize("size", ["small", "middle", "large"])
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_predicted_peak_is_the_measured_one(mode: str, size: str) -> None:
+    memory = dict(STORAGE[size])
+    if memory.get("precision") == "bf16" and mode != "full":
+        memory["frozen_precision"] = "bf16"
+    measured = measured_peak(case_settings(mode, 2, **memory), size)
+    assert predicted(mode, size, **memory).step == pytest.approx(measured, rel=0.1)
+
+
+def test_what_lies_between_steps_is_counted_exactly() -> None:
+    """full: three networks and a head, two moments (and a step number) for each trained weight, an average."""
+    settings = case_settings("full", 1)
+    settings = settings.model_copy(
+        update={"generator": settings.generator.model_copy(update={"ema_half_life_images": 10.0})}
+    )
+    network = build_text_denoiser(description("small"))
+    estimate = estimate_memory(settings, network, gpu=False)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    head, tensors = estimate.parameters["discriminator"], 2 * len(list(network.parameters())) + 10
+    assert estimate.parameters["generator"] == estimate.parameters["teacher"] == weights
+    assert estimate.parameters["fake_score"] == weights + head
+    for phase in (GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES):
+        kinds = estimate.kinds[phase]
+        assert (kinds[FROZEN], kinds[TRAINED], kinds[AVERAGE]) == (4 * weights, 4 * (2 * weights + head), 4 * weights)
+        assert 0 <= kinds[STATES] - 8 * (2 * weights + head) <= 4 * tensors
+    assert sum(estimate.kinds[estimate.phase].values()) == estimate.step
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_modes_and_recomputing_save_what_they_promise() -> None:
+    peaks = [predicted(mode, "small").step for mode in ("full", "lora_generator", "shared_base")]
+    assert peaks == sorted(peaks, reverse=True)
+    saved = predicted("shared_base", "small", checkpoint_activations=True).step
+    assert saved < 0.8 * peaks[2]
+
+
+def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
+    """On a bf16 base, too: the float32 weights that the optimiser trains are those that the layers run."""
+    network = build_text_denoiser(description("small"))
+    with FakeMachine(gpu=True):
+        to_fake(network)
+        roles = build_shared_base_roles(network, LoraShape(rank=4), False, torch.bfloat16, False)
+        for name in ("generator", "fake_score"):
+            role = getattr(roles, name)
+            assert isinstance(role, AdapterRole)
+            for layer, module in role.shared.layers.items():
+                for part in ("lora_A", "lora_B"):
+                    weight = getattr(module, part)[name].weight
+                    assert weight is role.adapter[f"{layer}.{part}".replace(".", "/")]
+                    assert weight.dtype == torch.float32
+        assert roles.teacher.network.conv_in.weight.dtype == torch.bfloat16  # type: ignore[union-attr,operator]
+
+
+def test_nothing_stays_behind_after_a_step() -> None:
+    """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
+    settings = case_settings("shared_base", 1, precision="bf16", frozen_precision="bf16", checkpoint_activations=True)
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
+    found = estimate_memory(settings, build_text_denoiser(description("small")), gpu=True)
+    kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]
+    assert kinds[GRADIENTS] == 0
+    assert kinds[STATES] == pytest.approx(2 * trained, rel=0.01)
+    one_forward = found.peaks[PICTURES] - kinds[FROZEN] - 3 * trained
+    assert 0 < one_forward < 0.5 * trained
+
+
+def test_large_sample_pictures_are_decoded_one_by_one() -> None:
+    """Eight at 1024x1024 need what one needs: the decoder's 3 GiB, which eight at once would need each."""
+    network = build_text_denoiser(description("small") | {"latent_size": 128})
+    peaks = []
+    for count in (1, 8):
+        settings = case_settings("shared_base", 1)
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": count})})
+        peaks.append(estimate_memory(settings, network, autoencoder=VAE_NETWORK).peaks[PICTURES] / 2**30)
+    assert 3 < peaks[0] < 4
+    assert peaks[1] - peaks[0] < 0.05  # eight latents
+
+
+def test_a_gpu_normalises_in_float32() -> None:
+    settings = case_settings("full", 2, precision="bf16")
+    gpu = estimate_memory(settings, build_text_denoiser(description("middle")), gpu=True, pictures=False)
+    assert predicted("full", "middle", precision="bf16").step < gpu.step
+    assert F.group_norm.__name__ == "group_norm"  # as it was
+
+
+def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
+    with FakeMachine(gpu=False) as meter:
+        first = torch.zeros(100)
+        view = first[:50]
+        assert meter.total == 400
+        double = first * 2
+        assert meter.peak == meter.total == 800
+        meter.assign("kept", [view])
+        del double
+        assert (meter.total, meter.peak) == (400, 800)
+        assert meter.live["kept"] == 400
+        assert meter.live[ACTIVATIONS] == 0
+        meter.start_phase()
+        assert meter.peak == 400
+        assert meter.at_peak == Counter({"kept": 400, ACTIVATIONS: 0})
+        del first
+        assert meter.total == 400
+        del view
+        assert meter.total == 0
+
+
+# --- The shapes of released text-to-image models
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "image_shape"),
+    [("sd15", 859.52, (4, 64, 64)), ("sdxl", 2567.46, (4, 128, 128)), ("sd3-medium", 2028.33, (16, 128, 128))],
+)
+def test_released_networks_have_their_published_size(
+    name: str, millions: float, image_shape: tuple[int, int, int]
+) -> None:
+    network = build_released_denoiser(name)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert network.image_shape == image_shape
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert network.noise_schedule.num_levels == 1000
+
+
+def test_resolution_is_the_settings_own() -> None:
+    assert build_released_denoiser("sdxl", 512).image_shape == (4, 64, 64)
+    with pytest.raises(ValueError, match=r"teacher\.resolution=100 is no multiple of the VAE's factor 8"):
+        build_released_denoiser("sd15", 100)
+
+
+def test_unknown_networks_are_answered_with_all_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"'sd2' is no released network; choose one of .*imagenet64-adm.*sd15"
+    ) as error:
+        build_released_denoiser("sd2")
+    assert all(name in str(error.value) for name in TEXT_NETWORKS)
+
+
+def test_a_text_teacher_of_another_shape_is_refused() -> None:
+    from types import SimpleNamespace
+
+    values = {"teacher": {"path": "x", "network": "sd15"}}
+    settings = parse_settings(TrainSettings, values, "test")
+    right, wrong = build_released_denoiser("sd15", 256), build_released_denoiser("sdxl")
+    check_network(SimpleNamespace(denoiser=right), settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is no sd15"):
+        check_network(SimpleNamespace(denoiser=wrong), settings)  # type: ignore[arg-type]

@@ -1,0 +1,205 @@
+"""A figure says how it was measured, and measuring in other batches gives the same figure."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.images import load_images
+from fewstep.errors import UserError
+from fewstep.evaluation import measure as protocols
+from fewstep.evaluation.measure import (
+    Measurement,
+    dataset_features,
+    generator_sampler,
+    measure_model,
+    measure_sampler,
+    teacher_sampler,
+)
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from fewstep.formats.model_folder import ModelCard
+from fewstep.models.model import Generator, Teacher
+from fewstep.settings import DataSettings
+from tests.conftest import tiny_denoiser
+
+
+class Pooled:
+    """Features one can compute by hand: 2x2 block means of the picture."""
+
+    name = "block means"
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen.append(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return Generator(tiny_denoiser(), ModelCard("generator", step_indices=(999, 499)))
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    return Teacher(tiny_denoiser(), ModelCard("teacher", can_be_guided=True))
+
+
+@pytest.fixture
+def reference() -> FeatureStatistics:
+    return FeatureStatistics.of(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) * 0.2)
+
+
+@pytest.fixture
+def labels_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Every label a model of this test is sampled with."""
+    seen: Counter[int] = Counter()
+    original = Generator._labels
+
+    def watch(self: Any, *arguments: Any) -> Tensor:
+        labels = original(self, *arguments)
+        seen.update(labels.tolist())
+        return labels
+
+    monkeypatch.setattr(Generator, "_labels", watch)
+    monkeypatch.setattr(Teacher, "_labels", watch)
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 100])
+def test_labels_are_evenly_spread(
+    generator: Generator, reference: FeatureStatistics, labels_seen: Counter[int], batch_size: int
+) -> None:
+    measure_model(generator, "g", Pooled(), reference, num_images=22, seed=0, batch_size=batch_size)
+    assert labels_seen == {0: 6, 1: 6, 2: 5, 3: 5}
+
+
+def test_labels_of_a_teacher_are_evenly_spread(
+    teacher: Teacher, reference: FeatureStatistics, labels_seen: Counter[int]
+) -> None:
+    measure_model(teacher, "t", Pooled(), reference, num_images=8, seed=0, num_steps=1, batch_size=3)
+    assert labels_seen == {0: 2, 1: 2, 2: 2, 3: 2}
+
+
+def figures_of(measurement: Measurement) -> dict[str, Any]:
+    return {name: value for name, value in measurement.to_dict().items() if name != "images_per_second"}
+
+
+def test_figure_does_not_depend_on_the_batch(
+    generator: Generator, teacher: Teacher, reference: FeatureStatistics
+) -> None:
+    """The same images in the same order, up to rounding in the network."""
+    for model in (generator, teacher):
+        networks = Pooled(), Pooled(), Pooled()
+        found = [
+            measure_model(model, "m", network, reference, num_images=10, seed=3, num_steps=2, batch_size=batch_size)
+            for network, batch_size in zip(networks, (1, 4, 250), strict=True)
+        ]
+        assert [len(images) for images in networks[1].seen] == [4, 4, 2]
+        images = [torch.cat(network.seen) for network in networks]
+        assert (images[0] - images[2]).abs().max() <= 2 / 255 + 1e-6  # one grey level
+        assert (images[1] - images[2]).abs().mean() < 1e-3
+        distances = [measurement.frechet_distance for measurement in found]
+        assert distances == pytest.approx([distances[0]] * 3, rel=1e-3)
+
+
+def test_figure_is_that_of_the_models_images(generator: Generator, reference: FeatureStatistics) -> None:
+    real = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 0.2
+    found = measure_model(
+        generator, "mine", Pooled(), reference, num_images=12, seed=5, real_features=real, batch_size=12
+    )
+    images = generator.sample(12, seed=5)
+    rounded = ((images + 1) * 127.5).round() / 127.5 - 1
+    features = Pooled()(rounded)
+    precision, recall = precision_recall(real, features)
+    distance = frechet_distance(FeatureStatistics.of(features), reference)
+    assert figures_of(found) == {
+        "model": "mine", "frechet_distance": pytest.approx(distance, rel=1e-5), "num_images": 12,
+        "num_reference_images": 40, "features": "block means", "evaluations_per_image": 2, "seed": 5,
+        "precision": precision, "recall": recall,
+    }  # fmt: skip
+    assert found.images_per_second > 0
+
+
+def test_teacher_is_measured_in_its_own_steps(teacher: Teacher, reference: FeatureStatistics) -> None:
+    network = Pooled()
+    found = measure_model(
+        teacher, "t", network, reference, num_images=4, seed=2, num_steps=3, guidance_scale=2.0, batch_size=4
+    )
+    assert found.evaluations_per_image == 5
+    assert (found.precision, found.recall) == (None, None)
+    expected = teacher.sample(4, seed=2, num_steps=3, guidance_scale=2.0)
+    assert (network.seen[0] - expected).abs().max() < 1 / 255
+
+
+def test_seeds_give_other_images(generator: Generator, reference: FeatureStatistics) -> None:
+    first, again, other = (
+        measure_model(generator, "g", Pooled(), reference, num_images=8, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first.frechet_distance == again.frechet_distance
+    assert first.frechet_distance != other.frechet_distance
+
+
+def test_samplers_continue_where_the_last_batch_ended(generator: Generator, teacher: Teacher) -> None:
+    sample = generator_sampler(generator, seed=4)
+    torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), generator.sample(5, seed=4), atol=1e-3, rtol=0)
+    sample = teacher_sampler(teacher, seed=4, num_steps=2)
+    expected = teacher.sample(5, seed=4, num_steps=2)
+    torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), expected, atol=1e-3, rtol=0)
+
+
+def test_only_sampling_is_on_the_clock(monkeypatch: pytest.MonkeyPatch, reference: FeatureStatistics) -> None:
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock, pooled = Clock(), Pooled()
+    monkeypatch.setattr(protocols, "time", clock)
+
+    def sample(first: int, count: int) -> Tensor:
+        clock.now += 2.0
+        return torch.rand(count, 1, 16, 16, generator=torch.Generator().manual_seed(first))
+
+    class Slow(Pooled):
+        def __call__(self, images: Tensor) -> Tensor:
+            clock.now += 100.0
+            return pooled(images)
+
+    found = measure_sampler(
+        "m", sample, Slow(), reference, num_images=10, evaluations_per_image=1, seed=0, batch_size=4
+    )
+    assert found.images_per_second == pytest.approx(10 / 6)
+
+
+def test_sentence() -> None:
+    figure = Measurement("mine", 12.3456, 5000, 60000, "four classes", 1, 7, 81.25)
+    assert figure.sentence() == (
+        "mine: Frechet distance 12.346 (5000 images against 60000 real ones, features four classes, "
+        "1 evaluations an image, seed 7; 81.2 images/s)"
+    )
+    unknown = dataclasses.replace(figure, num_reference_images=0, precision=0.5, recall=0.25)
+    assert "Frechet distance 12.346, precision 0.500, recall 0.250 (5000 images" in unknown.sentence()
+    assert "against an unrecorded number of real ones" in unknown.sentence()
+    assert Measurement(**unknown.to_dict()) == unknown
+
+
+# --- Features of real pictures
+
+
+def test_features_of_a_data_set(pictures: Path) -> None:
+    dataset = load_images(DataSettings(images=str(pictures)), resolution=16, channels=1, num_classes=0)
+    whole = dataset_features(Pooled(), dataset)
+    expected = Pooled()(dataset.pixels(torch.arange(24)).float() / 127.5 - 1)
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(dataset_features(Pooled(), dataset, batch_size=7), expected)
+    torch.testing.assert_close(dataset_features(Pooled(), dataset, num_images=5), expected[:5])
+    torch.testing.assert_close(dataset_features(Pooled(), dataset, num_images=1000), expected)
+    with pytest.raises(UserError, match="needs at least 2 real images"):
+        dataset_features(Pooled(), dataset, num_images=1)

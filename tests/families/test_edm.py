@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from fewstep.diffusion.condition import Condition
+from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
+from tests.conftest import golden_denoiser, relative_error, tiny_denoiser
+
+
+@pytest.mark.parametrize("family", ["adm", "ddpmpp", "ncsnpp"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-6)])
+def test_golden_networks(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    denoiser, golden = golden_denoiser(family)
+    denoiser = denoiser.to(dtype)
+    labels = golden["class_labels"].to(dtype) if "class_labels" in golden else None
+    condition = Condition(len(golden["noisy"]), labels)
+    with torch.no_grad():
+        both = denoiser(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition, "both")
+        alone = denoiser.bottleneck(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition)
+    assert relative_error(both.x0, golden["denoised"]) < tolerance
+    assert torch.equal(both.bottleneck, alone)
+    if "bottleneck" in golden:
+        assert relative_error(both.bottleneck, golden["bottleneck"]) < tolerance
+
+
+def test_bf16_stays_inside_the_network() -> None:
+    denoiser, golden = golden_denoiser("adm")
+    condition = Condition(3, golden["class_labels"])
+    with torch.no_grad():
+        exact = denoiser.denoise(golden["noisy"], golden["sigma"], condition)
+        denoiser.compute_dtype = torch.bfloat16
+        out = denoiser(golden["noisy"], golden["sigma"], condition, "both")
+    assert out.x0.dtype == out.bottleneck.dtype == torch.float32
+    error = relative_error(out.x0, exact)
+    assert 0 < error < 0.02
+
+
+def test_feature_alone_leaves_the_decoder_out() -> None:
+    denoiser = tiny_denoiser()
+    called = []
+    denoiser.model.dec["8x8_up"].register_forward_hook(lambda *_: called.append(1))
+    noisy, level, condition = torch.randn(2, 1, 16, 16), torch.ones(2), Condition.from_labels(torch.zeros(2), 4)
+    denoiser.bottleneck(noisy, level, condition)
+    assert not called
+    denoiser.denoise(noisy, level, condition)
+    assert called
+
+
+def test_folding_is_a_configuration_and_keeps_the_picture_shape() -> None:
+    config = EDMUNetConfig("adm", 16, 3, 0, 16, (1, 2), 2, 1, (4,), fold=2)
+    net = EDMUNet(config)
+    out, feature = net(torch.randn(2, 3, 16, 16), torch.zeros(2), None, "both")
+    assert out.shape == (2, 3, 16, 16)
+    assert feature.shape[1:] == config.bottleneck_shape == (32, 4, 4)
+    assert net.enc["8x8_conv"].weight.shape[1] == 12
+
+
+def test_attention_matches_its_formula() -> None:
+    net = tiny_denoiser().model.double()
+    block = net.dec["4x4_in0"]
+    x = torch.randn(2, block.out_channels, 4, 4, dtype=torch.float64)
+    qkv = torch.nn.functional.conv2d(block.norm2(x), block.qkv.weight, block.qkv.bias)
+    q, k, v = qkv.reshape(2, block.heads, -1, 3, 16).unbind(3)
+    weights = torch.einsum("bhcq,bhck->bhqk", q, k / q.shape[2] ** 0.5).softmax(-1)
+    a = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(x.shape)
+    expected = x + torch.nn.functional.conv2d(a, block.proj.weight, block.proj.bias)
+    torch.testing.assert_close(block._attend(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_impossible_resolution_names_the_setting() -> None:
+    with pytest.raises(ValueError, match=r"network.img_resolution=20 must be a multiple of 8"):
+        EDMUNetConfig("adm", 20, 3, channel_mult=(1, 1, 1), fold=2)

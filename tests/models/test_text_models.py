@@ -1,0 +1,198 @@
+"""Text-to-image models from diffusers folders: the same embeddings and pictures as diffusers' own pipelines."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep
+from fewstep.diffusion.samplers import sample_ddim, sample_noise, trailing_indices
+from fewstep.errors import UserError
+from fewstep.families.diffusers_folder import load_diffusers_denoiser, model_family
+from fewstep.formats.model_folder import ModelCard
+from fewstep.models.text_model import LiveEmbeddings, TextGenerator, TextTeacher
+from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+
+FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+PROMPTS = ["red cat", "a dog", "cat"]
+
+
+@pytest.fixture(scope="module", params=list(FOLDERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FOLDERS[request.param](tmp_path_factory.mktemp("models") / request.param)
+
+
+def load(folder: Path) -> TextTeacher:
+    teacher = fewstep.load_teacher(folder, device="cpu")
+    assert isinstance(teacher, TextTeacher)
+    return teacher
+
+
+def test_family_is_read_from_the_folder(folder: Path) -> None:
+    family = "sd" if folder.name == "sd2" else folder.name
+    assert model_family(folder) == family
+    assert load(folder).family == family
+
+
+def test_pictures_are_those_of_the_pipeline(folder: Path) -> None:
+    """Guided, 6 steps, the same starting noise: diffusers' own pipeline gives the same pictures."""
+    teacher = load(folder)
+    ours = teacher.sample(PROMPTS, seed=3, num_steps=6, guidance_scale=5.0)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
+    options = {}
+    if folder.name == "sd3":  # the scheduler shifts these times itself
+        options["sigmas"] = [(index + 1) / 1000 for index in trailing_indices(6, 1000)]
+    else:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = sample_noise(teacher.denoiser, 3, 0, len(PROMPTS), torch.device("cpu"))
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=6, guidance_scale=5.0, latents=noise.clone(), output_type="pt",
+        height=16, width=16, **options,
+    ).images  # fmt: skip
+    # diffusers takes the level after step k from its own spacing, ours from the grid; the last level differs for SD
+    assert ours.shape == (3, 3, 16, 16)
+    assert (ours - (theirs * 2 - 1)).abs().max() < (2e-2 if folder.name != "sd3" else 1e-3)
+
+
+def test_a_picture_does_not_depend_on_its_batch(folder: Path) -> None:
+    teacher = load(folder)
+    whole = teacher.sample(PROMPTS, seed=5, num_steps=2, batch_size=3)
+    single = teacher.sample(PROMPTS[1:2], seed=5, num_steps=2, first=1)
+    assert (whole[1] - single[0]).abs().max() < 1e-4
+    assert (whole[0] - whole[2]).abs().max() > 1e-3
+
+
+def test_prompts_matter_and_the_empty_branch_is_the_familys_own(folder: Path) -> None:
+    teacher = load(folder)
+    table = teacher.table(LiveEmbeddings(teacher.encoders, PROMPTS))
+    condition = table.rows(torch.tensor([2, 0]))
+    empty = condition.unconditional()
+    assert condition.text is not None
+    assert empty.text is not None
+    assert not torch.equal(condition.text[0], condition.text[1])
+    if folder.name == "sdxl":
+        assert empty.text.abs().max() == 0
+        assert empty.pooled is not None
+        assert empty.pooled.abs().max() == 0
+        assert condition.time_ids is not None
+        assert condition.time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+        assert torch.equal(empty.time_ids, condition.time_ids)  # type: ignore[arg-type]
+    else:
+        assert torch.allclose(empty.text[0], teacher.encoders.encode([""]).text[0])
+
+
+def test_prediction_type_comes_from_the_scheduler(tmp_path: Path) -> None:
+    """The same random network read as epsilon and as v gives different pictures, each diffusers' own."""
+    pictures: list[Tensor] = []
+    for kind in ("epsilon", "v_prediction"):
+        folder = tiny_sd_folder(tmp_path / kind, prediction_type=kind)
+        denoiser = load_diffusers_denoiser(folder)
+        assert denoiser.prediction == kind
+        pictures.append(load(folder).sample(["cat"], num_steps=4, guidance_scale=1.0))
+        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing")
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == trailing_indices(4, 1000)
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-2
+
+
+def test_generator_folder_round_trip(folder: Path, tmp_path: Path) -> None:
+    teacher = load(folder)
+    with torch.no_grad():
+        for parameter in teacher.denoiser.parameters():
+            parameter.mul_(1.01)
+    card = ModelCard(role="generator", step_indices=(999, 499))
+    teacher.write_generator(tmp_path / "generator", teacher.denoiser, card)
+    generator = fewstep.load_generator(tmp_path, device="cpu")
+    assert isinstance(generator, TextGenerator)
+    assert generator.evaluations() == 2
+    expected = teacher.student(teacher.denoiser, card).sample(PROMPTS, seed=1)
+    assert torch.equal(generator.sample(PROMPTS, seed=1), expected)
+
+
+def test_resolution_can_be_chosen(tmp_path: Path) -> None:
+    folder = tiny_sd_folder(tmp_path / "sd")
+    teacher = fewstep.load_teacher(folder, device="cpu", resolution=24)
+    assert isinstance(teacher, TextTeacher)
+    assert teacher.denoiser.image_shape == (4, 12, 12)
+    assert teacher.denoiser.bottleneck_shape == (32, 6, 6)
+    assert teacher.sample(["cat"], num_steps=1).shape == (1, 3, 24, 24)
+    with pytest.raises(UserError, match=r"teacher\.resolution=25 is no multiple of the VAE's factor 2"):
+        fewstep.load_teacher(folder, resolution=25)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(tmp_path: Path, component: str) -> None:
+    import shutil
+
+    folder = tiny_sd_folder(tmp_path / "sd")
+    shutil.rmtree(folder / component)
+    with pytest.raises(UserError, match=rf"{folder}.* component {component} is missing"):
+        load(folder).sample(["cat"], num_steps=1)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is not a fewstep model"):
+        fewstep.load_teacher(tmp_path / "empty")
+    with pytest.raises(UserError, match="does not exist"):
+        fewstep.load_teacher(tmp_path / "nothing")
+
+
+def test_epsilon_without_signal_is_refused(tmp_path: Path) -> None:
+    folder = tiny_sd_folder(tmp_path / "sd")
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(
+        config.read_text()
+        .replace('"epsilon"', '"epsilon",\n "rescale_betas_zero_snr": true')
+        .replace('"rescale_betas_zero_snr": false,', "")
+    )
+    with pytest.raises(UserError, match="zero signal"):
+        fewstep.load_teacher(folder)
+
+
+def test_sampler_needs_possible_steps(tmp_path: Path) -> None:
+    teacher = load(tiny_sd_folder(tmp_path / "sd"))
+    condition = teacher.table(LiveEmbeddings(teacher.encoders, ["cat"])).rows(torch.tensor([0]))
+    with pytest.raises(ValueError, match="num_steps=0"):
+        sample_ddim(teacher.denoiser, torch.zeros(1, 4, 8, 8), condition, num_steps=0)
+
+
+def test_evaluate_on_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Teacher and generator are measured on the same prompts against real pictures, each with its evaluations."""
+    from typer.testing import CliRunner
+
+    from fewstep.cli.main import app
+    from fewstep.evaluation.features import SmallClassifier
+    from tests.conftest import write_pictures
+
+    folder = tiny_sd_folder(tmp_path / "sd")
+    teacher = load(folder)
+    teacher.write_generator(
+        tmp_path / "run/generator", teacher.denoiser, ModelCard(role="generator", step_indices=(999, 499))
+    )
+    torch.manual_seed(0)
+    SmallClassifier(3, 4, width=4, name="tiny").eval().save(tmp_path / "features")
+    pictures = write_pictures(tmp_path / "pictures", count=30, channels=3)
+    (tmp_path / "prompts.txt").write_text("cat\ndog\nred cat\n")
+    common = [
+        "--features",
+        str(tmp_path / "features"),
+        "--images",
+        str(pictures),
+        "--num-images",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    for model, extra, evaluations in ((folder, ["--teacher-steps", "3"], 3), (tmp_path / "run", [], 2)):
+        arguments = ["evaluate", str(model), *common, "--prompts", str(tmp_path / "prompts.txt"), *extra]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert (
+            f"8 images against 30 real ones, features tiny, {evaluations} evaluations an image, seed 0" in result.output
+        )
+    with pytest.raises(UserError, match="text-to-image models are measured with --prompts FILE"):
+        CliRunner().invoke(app, ["evaluate", str(folder), *common], catch_exceptions=False)

@@ -1,0 +1,104 @@
+"""Components of diffusers folders: whole or refused in one sentence, in both layouts of CLIP's text encoder."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from fewstep.errors import UserError
+from fewstep.networks.components import load_component, published_names
+from tests.tiny_models import tiny_sd_folder, tiny_sdxl_folder
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "unet": (UNet2DConditionModel, "diffusion_pytorch_model.safetensors"),
+    "vae": (AutoencoderKL, "diffusion_pytorch_model.safetensors"),
+    "text_encoder": (CLIPTextModel, "model.safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd_folder(tmp_path_factory.mktemp("model") / "sd")
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def refused(kind: Any, folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_component(kind, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_weights_name_the_folder(model: Path, tmp_path: Path, name: str) -> None:
+    """Truncated, one tensor lacking, one of another shape, none at all; transformers alone would go on at random."""
+    kind, file = KINDS[name]
+    for change in ("truncated", "lacking", "reshaped", "gone"):
+        folder = tmp_path / change
+        shutil.copytree(model / name, folder)
+        first = sorted(load_file(folder / file))[0]
+        if change == "truncated":
+            (folder / file).write_bytes((folder / file).read_bytes()[:5000])
+        elif change == "gone":
+            (folder / file).unlink()
+        elif change == "lacking":
+            rewrite(folder / file, lambda state, first=first: {key: state[key] for key in state if key != first})  # type: ignore[misc]
+        else:
+            rewrite(folder / file, lambda state, first=first: {**state, first: torch.zeros(3)})  # type: ignore[misc]
+        words = refused(kind, folder)
+        assert words.startswith(f"{folder} ")
+        assert words.endswith("; download it again")
+        expected = {"truncated": "Error while deserializing header", "gone": f"no file named {file}"}
+        assert expected.get(change, first) in words
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder"])
+def test_another_networks_weights_name_keys(model: Path, tmp_path: Path, name: str) -> None:
+    kind, file = KINDS[name]
+    shutil.copytree(model / name, tmp_path / name)
+    shutil.copyfile(model / "unet/diffusion_pytorch_model.safetensors", tmp_path / name / file)
+    words = refused(kind, tmp_path / name)
+    assert "holds another network than its config.json describes: " in words
+    assert "unexpected ['conv_in.bias', " in words
+
+
+def test_another_unets_weights(model: Path, tmp_path: Path) -> None:
+    kind, file = KINDS["unet"]
+    shutil.copytree(model / "unet", tmp_path / "unet")
+    other = tiny_sdxl_folder(tmp_path / "xl")
+    shutil.copyfile(other / "unet" / file, tmp_path / "unet" / file)
+    assert "mid_block.attentions.0.proj_in.weight" in refused(kind, tmp_path / "unet")
+
+
+@torch.no_grad()
+def test_a_text_encoder_of_either_transformers_is_read(model: Path, tmp_path: Path) -> None:
+    """With and without `text_model.` before the names: the same embeddings, whichever version reads."""
+    tokens = torch.tensor([[1, 5, 2]])
+    expected = load_component(CLIPTextModel, model / "text_encoder").eval()(tokens)[0]
+    assert expected.std() > 0.01
+    for prefix in ("", "text_model."):
+        folder = tmp_path / f"encoder{len(prefix)}"
+        shutil.copytree(model / "text_encoder", folder)
+        rewrite(
+            folder / "model.safetensors",
+            lambda state, prefix=prefix: {  # type: ignore[misc]
+                prefix + key.removeprefix("text_model."): value for key, value in state.items()
+            },
+        )
+        assert torch.equal(load_component(CLIPTextModel, folder).eval()(tokens)[0], expected)
+
+
+def test_published_names() -> None:
+    short, full = {"final_layer_norm.bias": torch.zeros(1)}, {"text_model.final_layer_norm.bias": torch.zeros(1)}
+    assert published_names(short, "CLIPTextModel") == full
+    assert published_names(full, "CLIPTextModel") == full
+    assert published_names(short, "T5EncoderModel") == short

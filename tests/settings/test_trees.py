@@ -1,0 +1,425 @@
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fewstep.errors import UserError
+from fewstep.settings import (
+    PretrainSettings,
+    TrainSettings,
+    Tree,
+    describe_settings,
+    flatten_settings,
+    load_settings,
+    parse_settings,
+)
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+KINDS: list[type[Tree]] = [TrainSettings, PretrainSettings]
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(kind: type[Tree], values: dict[str, Any]) -> str:
+    """The message a user meets."""
+    with pytest.raises(UserError) as error:
+        parse_settings(kind, values, "recipe.toml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_need_no_recipe(kind: type[Tree]) -> None:
+    assert parse_settings(kind, {}, "nothing") == kind()
+
+
+def test_published_defaults() -> None:
+    settings = TrainSettings()
+    assert settings.generator.step_indices == (999,)
+    assert (settings.losses.min_level_index, settings.losses.max_level_index) == (20, 980)
+    assert settings.optimizer.betas == (0.9, 0.999)
+    assert (settings.optimizer.weight_decay, settings.optimizer.max_grad_norm) == (0.01, 10)
+    assert (settings.optimizer.warmup_steps, settings.optimizer.decay) == (500, "constant")
+    assert (settings.training.generator_every, settings.training.batch_size) == (5, 7 * 40)
+    assert settings.teacher.guidance_scale == 1
+    assert settings.generator.ema_half_life_images == 0
+
+
+# unknown keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "key", "suggestion"),
+    [
+        (TrainSettings, {"loses": {}}, "loses", "losses"),
+        (TrainSettings, {"optimiser": {"generator_lr": 1.0}}, "optimiser", "optimizer"),
+        (TrainSettings, {"batch_size": 3}, "batch_size", "training.batch_size"),
+        (TrainSettings, {"training": {"batchsize": 3}}, "training.batchsize", "training.batch_size"),
+        (TrainSettings, {"losses": {"gan_weights": 1.0}}, "losses.gan_weights", "losses.vgg_weights"),
+        (TrainSettings, {"optimizer": {"flip": True}}, "optimizer.flip", "data.flip"),
+        (PretrainSettings, {"network": {"img_resolutions": 3}}, "network.img_resolutions", "network.img_resolution"),
+        (PretrainSettings, {"ema_half_life": 3.0}, "ema_half_life", "ema_half_life_images"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_right_one(
+    kind: type[Tree], values: dict[str, Any], key: str, suggestion: str
+) -> None:
+    assert refused(kind, values) == f"recipe.toml: unknown setting {key}; did you mean {suggestion}?"
+
+
+@pytest.mark.parametrize(("values", "key"), [({"qqqq": 1}, "qqqq"), ({"training": {"qqqq": 1}}, "training.qqqq")])
+def test_a_key_like_no_other_gets_no_suggestion(values: dict[str, Any], key: str) -> None:
+    assert refused(TrainSettings, values) == f"recipe.toml: unknown setting {key}"
+
+
+@pytest.mark.parametrize("values", [{"training": {"generator_lr": 1.0}}, {"generator_lr": 1.0}])
+def test_a_key_in_the_wrong_section_is_sent_to_its_own(values: dict[str, Any]) -> None:
+    assert "did you mean optimizer.generator_lr?" in refused(TrainSettings, values)
+
+
+def test_suggestions_are_settings_of_the_same_command() -> None:
+    message = refused(TrainSettings, {"training": {"label_dim": 10}})
+    assert "network.label_dim" not in message
+
+
+# wrong values
+
+
+INTEGER, STRING, BOOLEAN = (f"Input should be a valid {kind}" for kind in ("integer", "string", "boolean"))
+ABOVE, AT_LEAST = "Input should be greater than", "Input should be greater than or equal to"
+BELOW, AT_MOST = "Input should be less than", "Input should be less than or equal to"
+FINITE = "Input should be a finite number"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        (TrainSettings, "training.batch_size", "64", INTEGER),
+        (TrainSettings, "training.batch_size", 6.5, INTEGER),
+        (TrainSettings, "training.batch_size", True, INTEGER),
+        (TrainSettings, "training.batch_size", 0, f"{ABOVE} 0"),
+        (TrainSettings, "training.num_steps", -5, f"{ABOVE} 0"),
+        (TrainSettings, "training.generator_every", 0, f"{ABOVE} 0"),
+        (TrainSettings, "training.time_limit_minutes", -1, f"{AT_LEAST} 0"),
+        (TrainSettings, "training.seed", -1, f"{AT_LEAST} 0"),
+        (TrainSettings, "training.seed", 2**63, f"{BELOW} {2**63}"),
+        (TrainSettings, "run.folder", 3, STRING),
+        (TrainSettings, "run.tensorboard", "yes", BOOLEAN),
+        (TrainSettings, "run.tensorboard", 1, BOOLEAN),
+        (TrainSettings, "run.sample_images", 2000, f"{AT_MOST} 1024"),
+        (TrainSettings, "data.fit", "squash", "Input should be 'crop', 'pad' or 'exact'"),
+        (TrainSettings, "compute.precision", "fp16", "Input should be 'fp32' or 'bf16'"),
+        (TrainSettings, "optimizer.decay", "linear", "Input should be 'constant' or 'cosine'"),
+        (TrainSettings, "optimizer.generator_lr", 0, f"{ABOVE} 0"),
+        (TrainSettings, "optimizer.generator_lr", "2e-6", "Input should be a valid number"),
+        (TrainSettings, "memory.lora_rank", 0, "Input should be greater than 0"),
+        (TrainSettings, "memory.lora_alpha", 0, "Input should be greater than 0"),
+        (TrainSettings, "generator.step_indices", 999, "Input should be a valid"),
+        (TrainSettings, "losses.regression_weight", -1.0, f"{AT_LEAST} 0"),
+        (TrainSettings, "losses.gan_generator_weight", float("nan"), FINITE),
+        (TrainSettings, "losses.gan_generator_weight", float("inf"), FINITE),
+        (TrainSettings, "losses.max_level_index", 1000, f"{AT_MOST} 999"),
+        (TrainSettings, "teacher.guidance_scale", -1.0, f"{AT_LEAST} 0"),
+        (PretrainSettings, "network.img_channels", 2, "Input should be 1 or 3"),
+        (PretrainSettings, "network.label_dim", -1, f"{AT_LEAST} 0"),
+        (PretrainSettings, "network.label_dropout", 1.5, f"{AT_MOST} 1"),
+        (PretrainSettings, "network.sigma_data", 0.0, f"{ABOVE} 0"),
+        (PretrainSettings, "noise.log_sigma_std", 0.0, f"{ABOVE} 0"),
+        (PretrainSettings, "ema_half_life_images", 0, f"{ABOVE} 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(kind: type[Tree], key: str, value: Any, message: str) -> None:
+    section, _, name = key.rpartition(".")
+    actual = refused(kind, {section: {name: value}} if section else {name: value})
+    assert actual.startswith(f"recipe.toml: {key}={value!r}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas.1=1.5: Input should be less than or equal to 1"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1"),
+        ({"generator": {"step_indices": [999, "a"]}}, "generator.step_indices.1='a': Input should be a valid integer"),
+    ],
+)
+def test_a_wrong_entry_of_a_list_is_named_with_its_place(values: dict[str, Any], message: str) -> None:
+    assert refused(TrainSettings, values).startswith(f"recipe.toml: {message}")
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    message = refused(TrainSettings, {"training": {"batch_size": 0, "seed": -1}, "data": {"fit": "x"}})
+    assert all(f"{key}=" in message for key in ("training.batch_size", "training.seed", "data.fit"))
+
+
+@pytest.mark.parametrize("value", [3, "adam", [1]])
+def test_a_section_is_not_a_value(value: Any) -> None:
+    expected = "recipe.toml: losses is a section, not a value: set losses.<name>"
+    assert refused(TrainSettings, {"losses": value}) == expected
+
+
+# impossible combinations
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"losses": {"distribution_matching_weight": 0.0}},
+            "losses.distribution_matching_weight, losses.gan_generator_weight and losses.regression_weight are all 0: "
+            "the generator has nothing to learn from",
+        ),
+        (
+            {"losses": {"gan_generator_weight": 3e-3}},
+            "losses.gan_generator_weight is set but losses.gan_discriminator_weight is 0: an untrained discriminator "
+            "teaches nothing; set both (published: 3e-3 and 1e-2)",
+        ),
+        (
+            {"losses": {"min_level_index": 500, "max_level_index": 499}},
+            "losses.min_level_index=500 lies above losses.max_level_index=499",
+        ),
+        (
+            {"losses": {"regression_weight": 0.25, "regression_distance": "lpips", "lpips_weights": "vgg.pth"}},
+            "losses.regression_distance='lpips' needs losses.vgg_weights; losses.regression_distance='pixel' needs no",
+        ),
+        (
+            {"losses": {"regression_weight": 0.25, "regression_distance": "lpips", "vgg_weights": "vgg16.pth"}},
+            "losses.regression_distance='lpips' needs losses.lpips_weights",
+        ),
+        (
+            {"generator": {"step_indices": [249, 999]}},
+            "generator.step_indices=[249, 999] must be grid indices between 999 and 0, falling, at least one",
+        ),
+        ({"generator": {"step_indices": []}}, "generator.step_indices=[] must be grid indices"),
+        ({"generator": {"step_indices": [1000]}}, "generator.step_indices=[1000] must be grid indices"),
+        ({"generator": {"step_indices": [999, 999]}}, "generator.step_indices=[999, 999] must be grid indices"),
+        (
+            {"losses": {"regression_weight": 0.25}, "generator": {"step_indices": [999, 499]}},
+            "losses.regression_weight needs a one-step generator: generator.step_indices has 2 entries",
+        ),
+    ],
+)
+def test_impossible_combinations_say_why(values: dict[str, Any], message: str) -> None:
+    assert refused(TrainSettings, values).startswith(f"recipe.toml: {message}")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"distribution_matching_weight": 0.0, "regression_weight": 1.0},
+        {"distribution_matching_weight": 0.0, "gan_generator_weight": 1e-3, "gan_discriminator_weight": 1e-2},
+        {"gan_discriminator_weight": 1e-2},
+        {"min_level_index": 500, "max_level_index": 500},
+        {"regression_distance": "lpips"},
+        {"regression_weight": 0.25, "regression_distance": "lpips", "vgg_weights": "a", "lpips_weights": "b"},
+    ],
+)
+def test_combinations_next_to_the_impossible_ones_are_allowed(losses: dict[str, Any]) -> None:
+    settings = parse_settings(TrainSettings, {"losses": losses}, "recipe.toml")
+    assert settings.losses.model_dump(include=set(losses)) == losses
+
+
+# recipes and overrides
+
+
+def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "r.toml", "[training]\nbatch_size = 8\nseed = 3\n[optimizer]\nbetas = [0.5, 0.6]\n")
+    settings = load_settings(TrainSettings, recipe, ["training.batch_size=16", "run.folder=runs/a"])
+    assert (settings.training.batch_size, settings.training.seed) == (16, 3)
+    assert settings.optimizer.betas == (0.5, 0.6)
+    assert settings.run.folder == "runs/a"
+    assert settings.training.num_steps == TrainSettings().training.num_steps
+    assert load_settings(TrainSettings, str(recipe)).training.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.batch_size=64", "training.batch_size", 64),
+        ("training.num_steps=20_000", "training.num_steps", 20000),
+        (" training.batch_size = 64", "training.batch_size", 64),
+        ("optimizer.generator_lr=2e-6", "optimizer.generator_lr", 2e-6),
+        ("optimizer.generator_lr=1", "optimizer.generator_lr", 1.0),
+        ("optimizer.betas=[0, 0.99]", "optimizer.betas", [0.0, 0.99]),
+        ("generator.step_indices=[999, 749, 499, 249]", "generator.step_indices", [999, 749, 499, 249]),
+        ("run.tensorboard=false", "run.tensorboard", False),
+        ("compute.compile=true", "compute.compile", True),
+        ("compute.precision=fp32", "compute.precision", "fp32"),
+        ("run.folder=runs/my run", "run.folder", "runs/my run"),
+        ('run.folder="runs/quoted"', "run.folder", "runs/quoted"),
+        ("run.folder='007'", "run.folder", "007"),
+        ("teacher.path=bundled:fashion-mnist", "teacher.path", "bundled:fashion-mnist"),
+        ("data.images=~/a=b#c", "data.images", "~/a=b#c"),
+        ("data.images=C:\\pictures", "data.images", "C:\\pictures"),
+        ("run.folder=", "run.folder", ""),
+        ("expected=FID 2.61", "expected", "FID 2.61"),
+    ],
+)
+def test_overrides_are_read_as_a_shell_user_writes_them(tmp_path: Path, override: str, key: str, value: Any) -> None:
+    settings = load_settings(TrainSettings, write(tmp_path, "r.toml", ""), [override])
+    actual = flatten_settings(settings)[key]
+    assert actual == value
+    assert type(actual) is type(value)
+
+
+def test_later_overrides_win(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "r.toml", "")
+    settings = load_settings(TrainSettings, recipe, ["training.seed=1", "training.seed=2"])
+    assert settings.training.seed == 2
+
+
+@pytest.mark.parametrize("override", ["training.batch_size", "", "=3", "  =3", "--batch-size"])
+def test_an_override_must_be_key_equals_value(tmp_path: Path, override: str) -> None:
+    expected = f"{override!r} is not a setting: write section.key=value, e.g. training.batch_size=64"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        load_settings(TrainSettings, write(tmp_path, "r.toml", ""), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_sise=3", "unknown setting training.batch_sise; did you mean training.batch_size?"),
+        ("training=3", "training is a section, not a value: set training.<name>"),
+        ("training.batch_size=many", "training.batch_size='many': Input should be a valid integer"),
+        ("teacher.path.name=3", "'teacher.path.name=3': path is a value, not a section"),
+        ("run.tensorboard=True", "run.tensorboard='True': Input should be a valid boolean"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    recipe = write(tmp_path, "r.toml", '[teacher]\npath = "a"\n')
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_settings(TrainSettings, recipe, [override])
+
+
+def test_a_type_toml_has_and_settings_have_not_is_refused(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "r.toml", "[training]\nseed = 2024-01-01\n")
+    with pytest.raises(UserError, match=r"training\.seed=2024-01-01 has a type no setting has"):
+        load_settings(TrainSettings, recipe)
+
+
+def test_a_date_as_folder_is_named_or_taken_as_a_word(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "r.toml", "")
+    try:
+        assert load_settings(TrainSettings, recipe, ["run.folder=2024-01-01"]).run.folder == "2024-01-01"
+    except UserError as error:
+        assert "run.folder" in str(error)  # noqa: PT017
+
+
+def test_extends_states_only_the_differences(tmp_path: Path) -> None:
+    write(tmp_path, "base.toml", '[training]\nbatch_size = 8\nseed = 1\n[data]\nimages = "a"\n')
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more", "middle.toml", 'extends = "../base.toml"\n[training]\nseed = 2\nnum_steps = 7\n')
+    text = 'extends = "more/middle.toml"\n[training]\nnum_steps = 9\n[run]\nfolder = "r"\n'
+    child = write(tmp_path, "child.toml", text)
+    settings = load_settings(TrainSettings, child, ["data.images=b"])
+    training = settings.training
+    assert (training.batch_size, training.seed, training.num_steps) == (8, 2, 9)
+    assert (settings.data.images, settings.run.folder) == ("b", "r")
+
+
+def test_extends_replaces_lists_whole(tmp_path: Path) -> None:
+    write(tmp_path, "base.toml", "[generator]\nstep_indices = [999, 749, 499, 249]\n")
+    child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[generator]\nstep_indices = [999]\n')
+    assert load_settings(TrainSettings, child).generator.step_indices == (999,)
+
+
+@pytest.mark.parametrize("chain", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_a_circle_of_recipes_is_refused(tmp_path: Path, chain: list[str]) -> None:
+    for name, following in zip(chain, [*chain[1:], chain[0]], strict=True):
+        write(tmp_path, f"{name}.toml", f'extends = "{following}.toml"\n')
+    with pytest.raises(UserError, match=r"a\.toml extends itself"):
+        load_settings(TrainSettings, tmp_path / "a.toml")
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe .*nothing\.toml does not exist; the shipped ones lie in recipes/"):
+        load_settings(TrainSettings, tmp_path / "nothing.toml")
+    child = write(tmp_path, "child.toml", 'extends = "gone.toml"\n')
+    with pytest.raises(UserError, match=r"recipe .*gone\.toml does not exist"):
+        load_settings(TrainSettings, child)
+
+
+@pytest.mark.parametrize("content", [b"[training\n", b"batch_size = = 3\n", b"\xff\xfe\x00", b"[a]\nx=1\nx=2\n"])
+def test_a_recipe_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"recipe .*r\.toml is not valid TOML: "):
+        load_settings(TrainSettings, path)
+
+
+@pytest.mark.parametrize("parent", ["3", '["a.toml"]'])
+def test_extends_must_name_a_file(tmp_path: Path, parent: str) -> None:
+    recipe = write(tmp_path, "r.toml", f"extends = {parent}\n")
+    with pytest.raises(UserError, match=r"r\.toml: extends must name a recipe file"):
+        load_settings(TrainSettings, recipe)
+
+
+def raw_sections(path: Path) -> set[str]:
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    parent = values.pop("extends", None)
+    return set(values) | (raw_sections(path.parent / parent) if parent else set())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(recipe: Path) -> None:
+    kind = PretrainSettings if "network" in raw_sections(recipe) else TrainSettings
+    settings = load_settings(kind, recipe)
+    assert flatten_settings(settings) != flatten_settings(kind())
+
+
+def test_recipes_are_shipped() -> None:
+    assert {"network" in raw_sections(recipe) for recipe in RECIPES} == {True, False}
+
+
+# the tree itself
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_are_frozen(kind: type[Tree]) -> None:
+    settings: Any = kind()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.training = None
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.training.seed = 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_has_a_meaning_and_its_real_default(kind: type[Tree]) -> None:
+    rows = describe_settings(kind)
+    flat = flatten_settings(kind())
+    assert [key for key, *_ in rows] == list(flat)
+    defaults: Any = kind()
+    for key, type_name, default, meaning in rows:
+        assert type_name, key
+        assert len(meaning) > 5, key
+        value = defaults
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert default == repr(value), key
+
+
+def test_a_section_default_of_the_command_is_described_not_that_of_the_section() -> None:
+    defaults = {row[0]: row[2] for row in describe_settings(PretrainSettings)}
+    assert defaults["optimizer.generator_lr"] == "0.001"
+    assert defaults["training.batch_size"] == "128"
+
+
+def test_settings_stay_few() -> None:
+    assert len(describe_settings(TrainSettings)) <= 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flat_settings_round_trip(kind: type[Tree]) -> None:
+    nested: dict[str, Any] = {}
+    for key, value in flatten_settings(kind()).items():
+        *sections, name = key.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+    assert parse_settings(kind, nested, "flat") == kind()
