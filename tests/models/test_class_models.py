@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.models import model as generator_module
 from fewstep.devices import choose_device
 from fewstep.diffusion import samplers
 from fewstep.diffusion.condition import Condition
@@ -22,6 +21,7 @@ from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.models import model as generator_module
 from fewstep.models.model import (
     Generator,
     Teacher,

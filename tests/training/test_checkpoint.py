@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.formats import atomic
+from fewstep.formats.atomic import remove_leftovers
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import (
     list_checkpoints,
@@ -24,7 +25,6 @@ from fewstep.training.checkpoint import (
     optimizer_tensors,
     random_state,
     read_checkpoint,
-    remove_unfinished,
     restore_module,
     restore_optimizer,
     restore_random_state,
@@ -76,7 +76,7 @@ def test_what_a_kill_left_behind_is_invisible_and_removed(tmp_path: Path) -> Non
     (tmp_path / ".step_00000002.writing").mkdir()
     (tmp_path / ".step_00000002.writing/tensors.safetensors").write_bytes(b"half")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert names_below(tmp_path) == whole(1)
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fewstep.demos.fashion_mnist import QualityCurve
 from fewstep.errors import UserError
 from fewstep.evaluation.measure import Measurement
 from fewstep.evaluation.report.parts import CurvePoint
@@ -30,6 +29,7 @@ from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_process
 from fewstep.training.trainer import claim_run_folder, run_job
+from fewstep.training.watch import DISTANCE, Watch, every_seconds, figures_of_samples
 
 NAME, TEACHER = "emoji", "sd"
 NUM_IMAGES = 1_000  # behind the generator's final distance, as behind the teacher's shipped one
@@ -92,22 +92,22 @@ def run_text_quickstart(
     )
     job = DistillationJob(settings, teacher)
     claim_run_folder(settings, folder)
-    curve = QualityCurve(
-        job, bench.classifier, bench.reference, max(3.0, minutes * 60 / CURVE_POINTS), folder / "curve.json", console,
-        CURVE_IMAGES, BATCH_SIZE,
-    )  # fmt: skip
+    measure = figures_of_samples(job, bench.classifier, bench.reference, num_images=CURVE_IMAGES, batch_size=BATCH_SIZE)
+    due = every_seconds(max(3.0, minutes * 60 / CURVE_POINTS))
+    watch = Watch(measure, folder / "curve.json", due, console=console)
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
-    exported = run_job(job, settings, folder, observers=(curve,), console=console)
+    exported = run_job(job, settings, folder, watches=(watch,), console=console)
     generator = load_generator(exported, device=settings.compute.device, precision=settings.compute.precision)
     assert isinstance(generator, TextGenerator)
     figure = bench.measure(generator, "generator", num_images=NUM_IMAGES, batch_size=BATCH_SIZE)
     shown = show_both(bench, teacher, generator, shipped.evaluations_per_image, settings.teacher.guidance_scale)
-    report = _build_report(folder, settings, bench, shown, figure, curve.points)
+    curve = [CurvePoint(point.minutes, point.figures[DISTANCE]) for point in watch.points]
+    report = _build_report(folder, settings, bench, shown, figure, curve)
     path = write_text_report(folder / "report.html", report)
     spent = (time.perf_counter() - started) / 60
     figures = {
         "teacher": report.teacher.to_dict(), "generator": report.generator.to_dict(), "real": report.real.to_dict(),
-        "speedup": report.speedup, "curve": curve.rows(), "minutes_in_all": spent,
+        "speedup": report.speedup, "curve": [[point.minutes, point.frechet_distance] for point in curve], "minutes_in_all": spent,
     }  # fmt: skip
     with replaced_file(folder / "report.json") as aside:
         aside.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -5,7 +5,6 @@ import os
 import platform
 import time
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.errors import UserError
-from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Measurement, measure_model, measure_sampler
+from fewstep.evaluation.features import load_features
+from fewstep.evaluation.measure import Measurement, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.report.class_page import Report, write_report
 from fewstep.evaluation.report.parts import CurvePoint
@@ -26,60 +25,13 @@ from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_process
 from fewstep.training.trainer import claim_run_folder, run_job
+from fewstep.training.watch import DISTANCE, Watch, every_seconds, figures_of_samples
 
 NAME = "fashion-mnist"
 NUM_IMAGES = 5_000  # behind the final distances of teacher and generator
 CURVE_IMAGES = 2_000  # behind each point of the curve
 GRID_IMAGES, GRID_COLUMNS = 60, 10
 SPEED_IMAGES = 64  # the teacher's speed is measured on this many
-
-
-@dataclass
-class QualityCurve:
-    """Measures the generator now and then while it trains; an observer of the loop, off its clock.
-
-    Attributes:
-        num_images, batch_size: behind each point, and made at once.
-        path: where the points are kept, for an interrupted run.
-    """
-
-    job: DistillationJob
-    network: FeatureNetwork
-    reference: FeatureStatistics
-    every_seconds: float
-    path: Path
-    console: Console
-    num_images: int
-    batch_size: int = 250
-    points: list[CurvePoint] = field(default_factory=list)
-    next_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Take up the points of an interrupted run."""
-        if self.path.exists():
-            self.points = [CurvePoint(*point) for point in json.loads(self.path.read_text(encoding="utf-8"))]
-            self.next_at = max([point.minutes * 60 for point in self.points], default=0.0) + self.every_seconds
-
-    def __call__(self, step: int, seconds: float) -> None:
-        """Measure when the next point is due."""
-        if seconds >= self.next_at:
-            self.next_at = (seconds // self.every_seconds + 1) * self.every_seconds
-            self.measure(seconds)
-
-    def measure(self, seconds: float) -> None:
-        """Add one point."""
-        found = measure_sampler(
-            "generator", self.job.sample_images, self.network, self.reference, num_images=self.num_images,
-            evaluations_per_image=len(self.job.steps), seed=1, batch_size=self.batch_size, device=self.job.device,
-        )  # fmt: skip
-        self.points.append(CurvePoint(seconds / 60, found.frechet_distance))
-        with replaced_file(self.path) as aside:
-            aside.write_text(json.dumps(self.rows()), encoding="utf-8")
-        self.console.print(f"  {seconds / 60:4.1f} min: Frechet distance {found.frechet_distance:.2f}")
-
-    def rows(self) -> list[list[float]]:
-        """[minutes, distance] of every point."""
-        return [[point.minutes, point.frechet_distance] for point in self.points]
 
 
 def quickstart_settings(minutes: float, folder: Path, seed: int = 0) -> TrainSettings:
@@ -118,18 +70,18 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     teacher_figure = _teacher_measurement(teacher)
     claim_run_folder(settings, folder)
     job = DistillationJob(settings, teacher)
-    curve = QualityCurve(
-        job, network, reference, max(3.0, minutes * 60 / 10), folder / "curve.json", console, CURVE_IMAGES
-    )
+    measure = figures_of_samples(job, network, reference, num_images=CURVE_IMAGES, batch_size=250)
+    watch = Watch(measure, folder / "curve.json", every_seconds(max(3.0, minutes * 60 / 10)), console=console)
     console.print(f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
-    exported = run_job(job, settings, folder, observers=(curve,), console=console)
+    exported = run_job(job, settings, folder, watches=(watch,), console=console)
     generator = load_class_generator(exported, precision=settings.compute.precision)
     generator_figure = measure_model(generator, "generator", network, reference, num_images=NUM_IMAGES, seed=0)
-    curve.points.append(CurvePoint(minutes, generator_figure.frechet_distance))
+    curve = [CurvePoint(point.minutes, point.figures[DISTANCE]) for point in watch.points]
+    curve.append(CurvePoint(minutes, generator_figure.frechet_distance))
     report = _build_report(folder, settings, teacher, generator, teacher_figure, generator_figure, curve, reference)
     path = write_report(folder / "report.html", report)
     figures = {"teacher": teacher_figure.to_dict(), "generator": generator_figure.to_dict(), "floor": report.floor,
-               "curve": curve.rows()}  # fmt: skip
+               "curve": [[point.minutes, point.frechet_distance] for point in curve]}  # fmt: skip
     with replaced_file(folder / "report.json") as aside:
         aside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _print_table(console, report)
@@ -151,7 +103,7 @@ def _teacher_measurement(teacher: Teacher) -> Measurement:
 
 def _build_report(
     folder: Path, settings: TrainSettings, teacher: Teacher, generator: Generator, teacher_figure: Measurement,
-    generator_figure: Measurement, curve: QualityCurve, reference: FeatureStatistics,
+    generator_figure: Measurement, curve: list[CurvePoint], reference: FeatureStatistics,
 ) -> Report:  # fmt: skip
     test = FeatureStatistics.load(bundled_path(NAME) / "reference_test.npz")
     minutes = settings.training.time_limit_minutes
@@ -164,7 +116,7 @@ def _build_report(
         title="One step instead of 35: Fashion-MNIST, distilled on this machine",
         teacher_images=teacher_images, generator_images=generator_images, columns=GRID_COLUMNS,
         teacher=teacher_figure, generator=generator_figure, floor=frechet_distance(test, reference),
-        floor_images=test.num_images, curve=curve.points, curve_images=CURVE_IMAGES,
+        floor_images=test.num_images, curve=curve, curve_images=CURVE_IMAGES,
         facts=[
             f"{minutes:g} minutes of training, batch {settings.training.batch_size}, generator update every "
             f"{settings.training.generator_every} steps, precision {settings.compute.precision}, seed {settings.training.seed}.",

@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 from fewstep.errors import UserError
+from fewstep.formats.atomic import standing
 
 BUNDLED = "bundled:"
 ASSETS = Path(str(resources.files("fewstep"))) / "assets"
@@ -44,4 +45,4 @@ def resolve_path(source: str | Path) -> Path:
     """
     if str(source).startswith(BUNDLED):
         return bundled_path(str(source).removeprefix(BUNDLED))
-    return Path(source).expanduser()
+    return standing(Path(source).expanduser())

@@ -25,6 +25,7 @@ from fewstep.diffusion.samplers import (
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
 from fewstep.families.registry import build_denoiser
+from fewstep.formats.atomic import standing
 from fewstep.formats.bundled import BUNDLED, resolve_path
 from fewstep.formats.edm_pickle import read_edm_pickle
 from fewstep.formats.model_folder import ModelCard, read_model_folder, write_model_folder
@@ -269,8 +270,9 @@ def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32
 
 
 def _generator_folder(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
-    return folder / "generator" if (folder / "generator").is_dir() else folder
+    folder = standing(Path(path).expanduser())
+    inner = standing(folder / "generator")
+    return inner if inner.is_dir() else folder
 
 
 def _names_text_model(path: str | Path) -> bool:
@@ -307,8 +309,8 @@ def _load(path: str | Path, role: str) -> tuple[Denoiser, ModelCard]:
         raise UserError(f"{role} {path} does not exist; give a model folder, a run folder or an EDM .pkl")
     if folder.is_file():
         return _load_pickle(folder)
-    if (folder / role).is_dir():
-        folder = folder / role
+    if standing(folder / role).is_dir():
+        folder = standing(folder / role)
     description, weights, card = read_model_folder(folder)
     return _with_weights(description, weights, str(folder)), card
 

@@ -44,12 +44,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and JSON state of one checkpoint.
 

@@ -15,7 +15,7 @@ from fewstep.training.inputs import pairs_warning
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
-from fewstep.training.watch import BestGenerator
+from fewstep.training.watch import watch_for_best
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -60,10 +60,9 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     job: GeneratorJob = kind(settings, teacher)
-    if settings.best.metric:
-        observers = (*observers, BestGenerator(job, settings, folder, console))
+    watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
     claim_run_folder(settings, folder)
-    return run_job(job, settings, folder, observers=observers, console=console)
+    return run_job(job, settings, folder, watches=watches, observers=observers, console=console)
 
 
 def print_gan_weight(settings: TrainSettings) -> None:

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +13,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.atomic import replaced_file
+from fewstep.formats.atomic import remove_leftovers, replaced_file
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.checkpoint import (
     list_checkpoints,
     random_state,
     read_checkpoint,
-    remove_unfinished,
     restore_random_state,
     write_checkpoint,
 )
@@ -27,6 +26,16 @@ from fewstep.training.run_log import Clock, RunLog
 
 EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
 Observer = Callable[[int, float], None]
+
+
+class Watcher(Protocol):
+    """Measures while training (see `training.watch`)."""
+
+    def resume(self, step: int, seconds: float) -> None:
+        """A run begins or goes on after `step` finished steps."""
+
+    def __call__(self, step: int, seconds: float) -> None:
+        """One more step is finished; called off the training clock."""
 
 
 class Job(Protocol):
@@ -52,13 +61,14 @@ class Job(Protocol):
 
 def run_job(
     job: Job, settings: TrainSettings | PretrainSettings, folder: Path, *,
-    observers: tuple[Observer, ...] = (), console: Console | None = None,
+    watches: Sequence[Watcher] = (), observers: tuple[Observer, ...] = (), console: Console | None = None,
 ) -> Path:  # fmt: skip
     """Train until `training.num_steps` or the time limit, continuing from the newest checkpoint of the folder.
 
     Args:
         job: built from `settings`.
         folder: run folder (see `claim_run_folder`).
+        watches: measure the model in training, now and then.
         observers: called with (finished steps, training seconds) after every step, off the training clock.
 
     Returns:
@@ -74,6 +84,10 @@ def run_job(
     clock = Clock(elapsed)
     limit_seconds = training.time_limit_minutes * 60
     saved_step = step
+    clock.pause()
+    for watch in watches:
+        watch.resume(step, clock.seconds())
+    clock.resume()
 
     def save() -> None:
         nonlocal saved_step
@@ -103,7 +117,7 @@ def run_job(
                 job.pictures(log, step)
             if step % run.checkpoint_every == 0:
                 save()
-            for observer in observers:
+            for observer in (*watches, *observers):
                 observer(step, clock.seconds())
             clock.resume()
         bar.update(task, completed=1.0)
@@ -116,7 +130,7 @@ def run_job(
 
 def resume(job: Job, folder: Path) -> tuple[int, float]:
     """Restore the newest checkpoint; returns (finished steps, training seconds), (0, 0) without one."""
-    remove_unfinished(folder / "checkpoints")
+    remove_leftovers(folder / "checkpoints")
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return 0, 0.0

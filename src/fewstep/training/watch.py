@@ -1,12 +1,21 @@
-"""Keep the best generator of a run by a measured figure, beside its newest checkpoints."""
+"""Measuring while training, off its clock: the curve of a quick start and the best generator of a run are both a `Watch`.
+
+watch = Watch(figures_of_samples(job, network, reference, num_images=2000), folder / "curve.json", every_seconds(30))
+run_job(job, settings, folder, watches=(watch,))
+watch.points  # [Point(step, seconds, {"frechet_distance": ...}), ...]
+"""
 
 import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from fewstep.errors import UserError
-from fewstep.evaluation.features import load_features
+from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
@@ -14,54 +23,163 @@ from fewstep.settings import TrainSettings
 from fewstep.training.generator_job import GeneratorJob
 
 BEST = "best"
+DISTANCE = "frechet_distance"
 
 
-class BestGenerator:
-    """An observer of the loop: measures the generator at every checkpoint and keeps the best one in `best/`.
+@dataclass(frozen=True)
+class Point:
+    """What was measured after `step` steps and `seconds` of training; NaN where an earlier version did not note them."""
 
-    `best.json` lists every measurement, so that a resumed run goes on comparing with the earlier ones.
+    step: float
+    seconds: float
+    figures: Mapping[str, float]
+
+    @property
+    def minutes(self) -> float:
+        """Training time in minutes."""
+        return self.seconds / 60
+
+
+Measure = Callable[[], Mapping[str, float]]  # figures by name of the generator as it is now
+Due = Callable[[int, float, Point | None], bool]  # (step, training seconds, last point): is it time to measure?
+
+
+def every_seconds(interval: float) -> Due:
+    """At the first step, then once in each interval of training time."""
+
+    def due(step: int, seconds: float, last: Point | None) -> bool:
+        return last is None or seconds >= (last.seconds // interval + 1) * interval
+
+    return due
+
+
+def every_steps(interval: int) -> Due:
+    """After each `interval` steps."""
+
+    def due(step: int, seconds: float, last: Point | None) -> bool:
+        return step % interval == 0 and (last is None or last.step < step)
+
+    return due
+
+
+class Watch:
+    """Measures the generator whenever it is due, remembers every point, and keeps the best generator where it is told how.
+
+    The points lie in a file, so that an interrupted run goes on comparing with them; a measurement that a kill
+    interrupted is made again.
+
+    Args:
+        measure: gives the figures of the generator as it is now.
+        path: JSON file of the points, one object each; files of earlier versions are read.
+        due: when to measure.
+        keep: called with the step where a point is the best so far; saves the generator.
+        figure: name of the figure that decides, the lower the better.
+
+    Attributes:
+        points: everything measured so far, in the order of training.
+    """
+
+    def __init__(
+        self, measure: Measure, path: Path, due: Due, *, keep: Callable[[int], object] | None = None,
+        figure: str = DISTANCE, console: Console | None = None,
+    ) -> None:  # fmt: skip
+        self.measure, self.path, self.due, self.keep, self.figure = measure, path, due, keep, figure
+        self.console = console or Console(stderr=True)
+        self.points: list[Point] = []
+
+    def resume(self, step: int, seconds: float) -> None:
+        """Take up the points of an interrupted run until `step` finished steps; measures where one is missing.
+
+        Raises:
+            UserError: the file of the points is damaged.
+        """
+        found = read_points(self.path) if self.path.is_file() else []
+        self.points = [point for point in found if not (point.step > step or point.seconds > seconds)]
+        if step:
+            self(step, seconds)
+
+    def __call__(self, step: int, seconds: float) -> None:
+        """Measure after `step` finished steps and `seconds` of training, if it is due."""
+        if not self.is_due(step, seconds):
+            return
+        figures = dict(self.measure())
+        found, earlier = figures[self.figure], self.best
+        if self.keep is not None and found < earlier:
+            self.keep(step)
+        self.points.append(Point(step, seconds, figures))
+        with replaced_file(self.path) as aside:
+            aside.write_text(json.dumps([_row(point) for point in self.points], indent=1), encoding="utf-8")
+        told = f"{self.figure.replace('_', ' ')} {found:.3f}"
+        best = f"best so far {earlier:.3f}" if found >= earlier else "the best so far" + (", kept" if self.keep else "")
+        self.console.print(f"step {step}, {seconds / 60:.1f} min: {told}, {best}", highlight=False)
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether a call now would measure."""
+        return self.due(step, seconds, self.points[-1] if self.points else None)
+
+    @property
+    def best(self) -> float:
+        """The best value of the figure that decides, infinity before the first."""
+        return min((point.figures[self.figure] for point in self.points), default=float("inf"))
+
+
+def read_points(path: Path) -> list[Point]:
+    """Points of a `Watch`'s file, or of the curve.json ([minutes, distance] each) and best.json of earlier versions.
+
+    Raises:
+        UserError: damaged.
+    """
+    try:
+        return [_point(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to measure from here on") from None
+
+
+def _row(point: Point) -> dict[str, float]:
+    """As it is written: without what an earlier version did not note."""
+    when = {"step": point.step, "seconds": point.seconds}
+    return {**{name: value for name, value in when.items() if not math.isnan(value)}, **point.figures}
+
+
+def _point(row: Any) -> Point:
+    nan = float("nan")
+    if isinstance(row, list):
+        minutes, distance = row
+        return Point(nan, float(minutes) * 60, {DISTANCE: float(distance)})
+    figures = {name: float(value) for name, value in row.items() if name not in ("step", "seconds")}
+    return Point(row.get("step", nan), float(row.get("seconds", nan)), figures)
+
+
+def figures_of_samples(
+    job: GeneratorJob, network: FeatureNetwork, reference: FeatureStatistics, *, num_images: int, batch_size: int = 50
+) -> Measure:
+    """Frechet distance of `num_images` samples of the generator in training, in the features of `network`."""
+
+    def measure() -> Mapping[str, float]:
+        found = measure_sampler(
+            "generator", job.sample_images, network, reference, num_images=num_images,
+            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device,
+        )  # fmt: skip
+        return {DISTANCE: found.frechet_distance}
+
+    return measure
+
+
+def watch_for_best(job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None) -> Watch:
+    """Measures at every checkpoint by the settings of `best.*` and keeps the best generator in `best/`.
 
     Raises:
         UserError: features or reference are missing, or do not belong together.
     """
-
-    def __init__(
-        self, job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None
-    ) -> None:
-        best = settings.best
-        if not best.features or not best.reference:
-            raise UserError(
-                "best.metric='frechet_distance' needs best.features (a folder of `fewstep prepare features` or an Inception "
-                "file) and best.reference (an .npz of `fewstep prepare statistics`)"
-            )
-        self.job, self.settings, self.folder, self.console = job, settings, folder, console or Console(stderr=True)
-        self.network = load_features(best.features, job.device)
-        self.reference = FeatureStatistics.load(best.reference)
-        self.measured: list[dict[str, float]] = []
-
-    def resume(self, step: int) -> None:
-        """Take up the measurements of an interrupted run up to `step`."""
-        path = self.folder / "best.json"
-        if path.is_file():
-            self.measured = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["step"] <= step]
-
-    def __call__(self, step: int, seconds: float) -> None:
-        """Measure when a checkpoint is due; `seconds` is training time."""
-        if step % self.settings.run.checkpoint_every:
-            return
-        if not self.measured:
-            self.resume(step - 1)
-        found = measure_sampler(
-            "generator", self.job.sample_images, self.network, self.reference, num_images=self.settings.best.num_images,
-            evaluations_per_image=len(self.job.steps), seed=1, batch_size=50, device=self.job.device,
-        ).frechet_distance  # fmt: skip
-        earlier = min((row["frechet_distance"] for row in self.measured), default=float("inf"))
-        self.measured.append({"step": step, "frechet_distance": found})
-        if found < earlier:
-            self.job.save_result(self.folder / BEST, step)
-        with replaced_file(self.folder / "best.json") as aside:
-            aside.write_text(json.dumps(self.measured, indent=1), encoding="utf-8")
-        kept = "kept as the best" if found < earlier else f"best so far {earlier:.3f}"
-        self.console.print(
-            f"step {step}: Frechet distance {found:.3f} ({self.settings.best.num_images} images), {kept}"
+    best = settings.best
+    if not best.features or not best.reference:
+        raise UserError(
+            "best.metric='frechet_distance' needs best.features (a folder of `fewstep prepare features` or an Inception "
+            "file) and best.reference (an .npz of `fewstep prepare statistics`)"
         )
+    network, reference = load_features(best.features, job.device), FeatureStatistics.load(best.reference)
+    measure = figures_of_samples(job, network, reference, num_images=best.num_images)
+    due = every_steps(settings.run.checkpoint_every)
+    return Watch(
+        measure, folder / "best.json", due, keep=lambda step: job.save_result(folder / BEST, step), console=console
+    )
