@@ -161,11 +161,11 @@ def test_what_is_refused(sd: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
+    def full(path: Path, tensors: Any, metadata: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.export.single_file.save_file", full)
+    monkeypatch.setattr("fewstep.export.single_file.write_tensor_file", full)
     with pytest.raises(UserError, match="No space left"):
         export_single_file(load_generator(sd, 999), tmp_path / "model.safetensors", torch.float32)
     assert not list(tmp_path.iterdir())

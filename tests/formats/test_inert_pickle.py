@@ -79,7 +79,7 @@ def test_functions_are_refused_and_not_called(tmp_path: Path, function: Any) -> 
         (b"", "empty file"), (b"PK\x03\x04", "this is a zip archive"), (b"a red cat\n", "does not start like a pickle"),
         (pickle.dumps(["a"], 0), "protocol 2, 3, 4 or 5"), (pickle.dumps(["a"], 1), "protocol 2, 3, 4 or 5"),
         (b"\x80\x06].", "protocol 2, 3, 4 or 5"), (pickle.dumps(["a"] * 9)[:-3], ""), (b"\x80\x04.", "damaged"),
-        (b"\x80\x04ios\nsystem\n.", "INST"), (b"\x80\x04U\x01a.", "SHORT_BINSTRING"),
+        (b"\x80\x04ios\nsystem\n.", "INST"), (b"\x80\x04P1\n.", "PERSID"),
         (pickle.dumps(["a"]) + pickle.dumps(["b"]), "it goes on after its first list"),
         (b"\x80\x04]\x94h\x00a.", "item 0 of its list is a list"),  # a list that holds itself
     ],

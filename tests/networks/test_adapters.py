@@ -357,9 +357,7 @@ def with_one_more(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_another_adapters_state_is_refused(spoil: Callable[..., Any]) -> None:
     role = SharedBase(tiny_text_denoiser("sd"), SHAPE).add_role("generator")
     before = {name: value.clone() for name, value in role.adapter_state().items()}
-    with pytest.raises(
-        UserError, match=r"the LoRA does not fit this base, rank and targets: \d+ of its tensors differ"
-    ):
+    with pytest.raises(UserError, match=r"the LoRA does not fit this base, rank and targets: of its tensors, "):
         role.load_adapter_state(spoil(before))
     assert all(torch.equal(value, before[name]) for name, value in role.adapter_state().items())
 

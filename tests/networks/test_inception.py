@@ -314,7 +314,7 @@ def test_missing_file_says_what_to_download(tmp_path: Path) -> None:
 def test_torchvisions_inception_is_refused(weights: Weights, tmp_path: Path) -> None:
     path = tmp_path / "inception_v3_google.pth"
     torch.save(weights | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path)
-    with pytest.raises(ValueError, match=r"inception_v3_google.*fc\.weight \(1000, 2048\) instead of \(1008, 2048\)"):
+    with pytest.raises(ValueError, match=r"inception_v3_google.*fc\.weight \(1000, 2048\) for \(1008, 2048\)"):
         load_inception(path)
 
 
@@ -323,9 +323,9 @@ def test_another_model_is_refused_with_its_first_keys(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1008)}, path)
     with pytest.raises(ValueError, match=r"resnet\.pth does not hold FID's Inception") as caught:
         load_inception(path)
-    assert "missing: Conv2d_1a_3x3.conv.weight, " in str(caught.value)
-    assert "and 468 more" in str(caught.value)
-    assert "unexpected: conv1.weight" in str(caught.value)
+    assert "missing (e.g. Conv2d_1a_3x3.conv.weight, " in str(caught.value)
+    assert "and 469 more)" in str(caught.value)
+    assert "1 unexpected (conv1.weight)" in str(caught.value)
 
 
 class Harmful:
@@ -340,7 +340,7 @@ def test_unreadable_files_are_refused_and_run_no_code(
 ) -> None:
     path = (tmp_path / "weights").with_suffix(suffix)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is not a state dict of tensors"):
+    with pytest.raises(ValueError, match=r"not a readable|cannot be read|file is empty"):
         load_inception(path)
     assert capsys.readouterr().out == ""
 
@@ -348,7 +348,9 @@ def test_unreadable_files_are_refused_and_run_no_code(
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"fc.bias": torch.zeros(1008)}}])
 def test_nested_content_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "nested.pth")
-    with pytest.raises(ValueError, match=r"nested\.pth is not a flat state dict"):
+    with pytest.raises(
+        ValueError, match=r"nested\.pth: not a readable torch weights file: it holds a list|does not hold"
+    ):
         load_inception(tmp_path / "nested.pth")
 
 

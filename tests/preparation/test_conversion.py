@@ -233,7 +233,7 @@ def test_refuses_sources_with_nothing_to_convert(tmp_path: Path, bases: dict[str
     refused(teacher_folder, out, "is a fewstep model already")
     refused(bases["sd"], out, "is a diffusers folder: use it as a teacher directly")
     (tmp_path / "notes.txt").write_text("hello")
-    refused(tmp_path / "notes.txt", out, "does not start like a zip archive")
+    refused(tmp_path / "notes.txt", out, "starts neither like a zip archive")
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04]\x94.")
     refused(tmp_path / "x.pkl", out, "no 'ema' network")
 
@@ -297,9 +297,9 @@ def test_a_teacher_has_no_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (lambda s: {k: v for k, v in s.items() if "out_conv" not in k}, ("2 tensors are missing ['model.out_conv",)),
-        (lambda s: {**s, "model.surprise.weight": torch.ones(1)}, ("1 unexpected ['model.surprise.weight']",)),
-        (lambda s: {**s, "model.out_norm.weight": torch.ones(3)}, ("1 of another shape ['model.out_norm.weight (3,) for (16,)",)),
+        (lambda s: {k: v for k, v in s.items() if "out_conv" not in k}, ("2 missing (e.g. model.out_conv",)),
+        (lambda s: {**s, "model.surprise.weight": torch.ones(1)}, ("1 unexpected (model.surprise.weight)",)),
+        (lambda s: {**s, "model.out_norm.weight": torch.ones(3)}, ("1 of another shape (model.out_norm.weight (3,) for (16,))",)),
         (lambda s: {**s, "model.enc.16x16_conv.weight": torch.ones(2**20, 0, 3, 3)}, ("are empty", "--base")),
         (lambda s: {**s, "model.map_layer0.weight": torch.ones(0, 2**35)}, ("--base",)),
         (lambda s: {k: v for k, v in s.items() if ".enc." not in k}, ("no EDM network this library knows", "--base")),
@@ -326,10 +326,10 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(roles_folder, "save_file", full)
+        patch.setattr(roles_folder, "write_tensor_file", full)
         refused(source, tmp_path / "out", f"cannot write {tmp_path / 'out'}: [Errno 28] No space left", "half-written")
     with monkeypatch.context() as patch:
-        patch.setattr("fewstep.formats.model_folder.save_file", full)
+        patch.setattr("fewstep.formats.model_folder.write_tensor_file", full)
         refused(source, tmp_path / "out", f"cannot write {tmp_path / 'out'}: [Errno 28] No space left", "half-written")
     convert(source, tmp_path / "out")
 

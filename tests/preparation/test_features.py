@@ -125,7 +125,7 @@ def test_a_failing_save_leaves_the_network_before(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.evaluation.features.save_file", full)
+    monkeypatch.setattr("fewstep.evaluation.features.write_tensor_file", full)
     with pytest.raises(UserError, match=r"cannot write .*net: .*No space left"):
         model.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -327,7 +327,7 @@ def test_full_disk_at_the_result(train: Any, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fewstep.formats.model_folder.save_file", full)
+        patch.setattr("fewstep.formats.model_folder.write_tensor_file", full)
         answer = train("training.num_steps=4")
     assert answer.code == 2
     assert "fewstep: cannot write runs/student/generator: " in answer.err

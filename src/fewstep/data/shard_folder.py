@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.tensor_files import write_tensor_file
 
 MANIFEST = "manifest.json"
 
@@ -64,7 +64,7 @@ def write_tensors(folder: Path, number: int, tensors: dict[str, Tensor], rows: i
     """Write one shard and return its manifest entry (file, rows, sha256)."""
     path = folder / f"{kind.short}_{number:05d}.safetensors"
     with replaced_file(path) as aside:
-        save_file(tensors, aside)
+        write_tensor_file(aside, tensors)
     return {"file": path.name, "rows": rows, "sha256": _sha256(path)}
 
 

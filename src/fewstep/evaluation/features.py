@@ -8,12 +8,13 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import BUNDLED, bundled_path
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.inception import load_inception
 
 
@@ -72,7 +73,7 @@ class SmallClassifier(nn.Module):
             weights = {
                 name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
             }
-            save_file(weights, aside / "model.safetensors")
+            write_tensor_file(aside / "model.safetensors", weights)
             (aside / "config.json").write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
 
     @classmethod

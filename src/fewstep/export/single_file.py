@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import __version__
@@ -17,6 +16,7 @@ from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
 from fewstep.formats.ldm_keys import to_ldm
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.models.text_model import TextGenerator
 
 _ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -53,7 +53,7 @@ def export_single_file(generator: TextGenerator, out: Path, dtype: torch.dtype) 
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}; choose another folder") from error
     with replaced_file(out) as aside:
-        save_file(tensors, aside, metadata=header)
+        write_tensor_file(aside, tensors, header)
         flush_to_disk(aside)
     return out
 

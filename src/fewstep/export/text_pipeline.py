@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fewstep.errors import UserError
 from fewstep.export.few_step_scheduler import build_few_step_scheduler
@@ -18,6 +18,7 @@ from fewstep.export.lora import base_denoiser, component_name, fused_weights
 from fewstep.export.shareable import copy_shareable
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
 from fewstep.models.text_model import TextGenerator
 from fewstep.networks.components import published_names
@@ -60,7 +61,7 @@ def export_network(
     """`unet/` (or `transformer/`) as diffusers reads it, and `fewstep.json`, so that `load_generator` reads it too."""
     base, part = base_denoiser(generator), component_name(generator)
     (folder / part).mkdir()
-    save_file(cast_weights(fused_weights(generator), dtype, part), folder / part / NETWORK, metadata=dict(header))
+    write_tensor_file(folder / part / NETWORK, cast_weights(fused_weights(generator), dtype, part), header)
     description = base.describe()
     kind = type(base.network).__name__
     # the side of a picture, where a pipeline is not told one, is the one the generator was trained for
@@ -81,7 +82,7 @@ def _copy_component(source: Path, target: Path, dtype: torch.dtype, architecture
         raise UserError(f"{source} holds no weights as safetensors; download the model again with them")
     for path in weights:
         tensors = published_names(load_file(path), architecture) if len(weights) == 1 else load_file(path)
-        save_file(cast_weights(tensors, dtype, source.name), target / path.name, metadata={"format": "pt"})
+        write_tensor_file(target / path.name, cast_weights(tensors, dtype, source.name), {"format": "pt"})
 
 
 def absent_components(folder: Path) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ removed: whatever moment a process dies at, one of the two lies there whole. `st
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,21 +48,32 @@ def written_aside(target: Path) -> Iterator[Path]:
 def replaced_file(target: Path) -> Iterator[Path]:
     """A path to write to that becomes `target` when the block ends well: readers see the old file or the new.
 
+    Only nothing or a regular file is replaced. A link stays, and the file it leads to is replaced; what is written for
+    a device or a pipe (/dev/null, /dev/stdout) goes into it.
+
     Raises:
-        UserError: writing failed; `target` is as it was before.
+        UserError: writing failed, or `target` is a folder; `target` is as it was before.
     """
-    aside = _aside(target)
+    if target.is_dir():
+        raise UserError(f"cannot write {target}: it is a folder; give the name of a file")
+    place = Path(os.path.realpath(target))
+    into = place.exists() and not place.is_file()  # a device, a pipe or a socket
+    folder = Path(tempfile.mkdtemp()) if into else place.parent
+    aside = folder / f".{target.name}.writing"
     try:
         yield aside
-        os.replace(aside, target)
+        if into:
+            with aside.open("rb") as source, place.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        else:
+            os.replace(aside, place)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            aside.unlink()
         raise UserError(f"cannot write {target}: {error}; free some space or choose another folder") from error
-    except BaseException:
-        with suppress(OSError):
-            aside.unlink()
-        raise
+    finally:
+        with suppress(OSError):  # a read-only or full disk refuses even this
+            aside.unlink(missing_ok=True)
+        if into:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def standing(target: Path) -> Path:

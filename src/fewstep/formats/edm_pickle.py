@@ -101,9 +101,9 @@ class _EDMMachine(InertMachine):
                 return tensor
         return super().record(name, args)
 
-    def set_state(self, target: object, state: dict[str, object]) -> None:
+    def set_state(self, target: object, state: object) -> None:
         if isinstance(target, _Module):
-            target.state = state
+            target.state = expect(dict, state)
         else:
             super().set_state(target, state)
 

@@ -13,7 +13,12 @@ from fewstep.errors import UserError
 
 _MAX_NAME = 256
 _NUMBERS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"})
-_TEXTS = frozenset({"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"})
+_TEXTS = frozenset(
+    {
+        "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINSTRING",
+        "BINSTRING",
+    }
+)  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 T = TypeVar("T")
@@ -133,9 +138,10 @@ class InertMachine:
         """What the call of an allowed global would have built, as data; raises ValueError where it is not expected."""
         raise ValueError(f"it calls {name} with unexpected arguments")
 
-    def set_state(self, target: object, state: dict[str, object]) -> None:
+    def set_state(self, target: object, state: object) -> None:
         """What setting an object's state would have done; attributes on a dict carry nothing we need: dropped."""
         expect(dict, target)
+        expect(dict, state)
 
     def run(self, stream: IO[bytes] | mmap.mmap) -> object:
         """The object of the stream's first pickle, made of plain values and records."""
@@ -204,7 +210,7 @@ class InertMachine:
                 args, called = stack.pop(), stack.pop()
                 stack.append(self.record(expect(Global, called).name, expect(tuple, args)))
             case "BUILD":
-                state = expect(dict, stack.pop())
+                state = stack.pop()
                 self.set_state(stack[-1], state)
             case "BINPERSID":
                 stack.append(PersistentId(stack.pop()))

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.ldm_keys import ldm_layers
-from fewstep.formats.tensor_files import first_line, read_safetensors
+from fewstep.formats.tensor_files import first_line, read_safetensors, write_tensor_file
 
 KOHYA = "lora_unet_"
 _KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
@@ -61,7 +60,7 @@ def write_kohya_lora(
         tensors[f"{name}.lora_up.weight"] = weights[f"{target}.lora_B.weight"]
         tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))
     numbers = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.alpha)}
-    save_file(tensors, path, metadata={**metadata, "ss_network_module": "networks.lora", **numbers})
+    write_tensor_file(path, tensors, {**metadata, "ss_network_module": "networks.lora", **numbers})
 
 
 def write_peft_lora(
@@ -79,7 +78,7 @@ def write_peft_lora(
     """
     scaled = _scaled(lora, lora.rank)
     named = {f"{component}.{name.removeprefix(_NETWORK)}": value for name, value in scaled.state.items()}
-    save_file(cast_weights(named, dtype), path, metadata=dict(metadata))
+    write_tensor_file(path, cast_weights(named, dtype), metadata)
 
 
 def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str, Any] | None = None) -> LoraWeights:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.formats.compare import state_difference
 
 # family -> component -> what its keys begin with
 PREFIXES: dict[str, dict[str, str]] = {
@@ -99,18 +100,8 @@ def from_ldm(
         found = {key: _as_matrix(value) if _is_vae_projection(key) else value for key, value in found.items()}
     if component == "text_encoder_2":
         found = _split_projections(found)
-    missing = [key for key in table if key not in found]
-    unexpected = [key for key in found if key not in table]
-    other = [
-        f"{key} {tuple(found[key].shape)} for {tuple(shapes[name])}"
-        for key, name in table.items()
-        if key in found and found[key].shape != shapes[name]
-    ]
-    if missing or unexpected or other:
-        raise UserError(
-            f"its {component} is another network than its config says: missing {missing[:2]}, "
-            f"unexpected {unexpected[:2]}, of another shape {other[:2]}"
-        )
+    if fault := state_difference(found, {key: tuple(shapes[name]) for key, name in table.items()}):
+        raise UserError(f"its {component} is another network than the config of the base says: {fault}")
     return {name: found[key] for key, name in table.items()}
 
 

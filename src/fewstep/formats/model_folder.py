@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.tensor_files import write_tensor_file
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
@@ -58,7 +59,7 @@ def write_model_folder(
         (aside / "unet").mkdir()
         tensors = {name: value.detach().to(dtype).cpu().contiguous() for name, value in weights.items()}
         header = {"format": "pt", "role": card.role, "step_indices": json.dumps(list(card.step_indices))}
-        save_file(tensors, aside / WEIGHTS, metadata=header)
+        write_tensor_file(aside / WEIGHTS, tensors, header)
         config = {"_class_name": "EDMUNetModel", "description": description}
         (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         if card.step_indices:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.tensor_files import write_tensor_file
 
 ROLES = "roles"
 _NAMES = ("fake_score", "discriminator")
@@ -38,7 +39,7 @@ def write_with_roles(folder: Path, write: Callable[[Path], None], roles: Mapping
             if tensors:
                 (aside / ROLES).mkdir(exist_ok=True)
                 copies = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-                save_file(copies, aside / ROLES / f"{role}.safetensors", metadata={"format": "pt", "role": role})
+                write_tensor_file(aside / ROLES / f"{role}.safetensors", copies, {"format": "pt", "role": role})
 
 
 def read_roles(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """Named tensors in a file, whichever of the two usual formats it has: safetensors, or torch.save's."""
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -24,7 +27,7 @@ def tensor_names(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return torch_archive_names(path)
     with _opened(path) as file:
         return list(file.keys())
@@ -36,7 +39,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
     Raises:
         UserError: the file cannot be read.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return read_torch_archive(path, wanted)
     return read_safetensors(path, wanted)[0]
 
@@ -52,6 +55,40 @@ def read_safetensors(
     with _opened(path) as file:
         names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file: the same bytes for the same content, and readable as the umask says.
+
+    The library writes the header's entries in an order of its own for each run, and files that only their owner reads.
+
+    Raises:
+        OSError, SafetensorError: the disk is full.
+    """
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=dict(metadata or {}))
+    path.chmod(mode)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same header takes the same space"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a `.safetensors` file from its header alone.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.tensor_files import write_tensor_file
 
 ADAPTER = "adapter.safetensors"  # alpha / rank is not multiplied in: not for diffusers to load as it is
 LORA = "pytorch_lora_weights.safetensors"  # an exported LoRA, with alpha multiplied in
@@ -38,10 +39,10 @@ def write_generator_folder(
         if "lora" in description:
             prefix = "transformer" if part == "transformer" else "unet"
             named = {f"{prefix}.{name.removeprefix('network.')}": value for name, value in tensors.items()}
-            save_file(named, aside / ADAPTER, metadata={**header, "lora": json.dumps(description["lora"])})
+            write_tensor_file(aside / ADAPTER, named, {**header, "lora": json.dumps(description["lora"])})
         else:
             (aside / part).mkdir()
-            save_file(tensors, aside / part / NETWORK, metadata=header)
+            write_tensor_file(aside / part / NETWORK, tensors, header)
             kind = "SD3Transformer2DModel" if part == "transformer" else "UNet2DConditionModel"
             config = {"_class_name": kind, **description["network"]}
             (aside / part / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reads state dicts from torch.save's zip archives as inert data, because torch.load believes what a file claims.
+"""Reads state dicts that torch.save wrote as inert data, because torch.load believes what a file claims.
 
 torch.load(weights_only=True) runs nothing, but a file of a kilobyte makes it allocate any amount of memory (it lets
 files call `bytearray`). Here the pickle is only described, and tensors are copied out of the mapped file once their
@@ -16,22 +16,14 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.inert_pickle import Budget, Global, InertMachine, PersistentId, expect, type_name
-from fewstep.formats.pickled_tensors import (
-    STORAGE_DTYPES,
-    PickledStorage,
-    PickledTensor,
-    build_tensor,
-    checked_tensor,
-)
+from fewstep.formats.inert_pickle import Global
+from fewstep.formats.legacy_archive import read_legacy_records
+from fewstep.formats.pickled_tensors import STORAGE_DTYPES, PickledStorage, PickledTensor, build_tensor
+from fewstep.formats.state_dict_pickle import MAX_NAME, StateDictMachine, state_dict_records
 
-_KIND = "state dict"
-_CALLS = frozenset({"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"})
-# Ten times what the fake score and teacher of SDXL take together; more is built to keep us busy.
-_MAX_STEPS = 1_000_000
+_PICKLE = b"\x80"
 _MAX_INDEX_BYTES = 8 * 2**20
 _MAX_PICKLE_BYTES = 64 * 2**20
-_MAX_NAME = 512
 
 
 def read_torch_archive(path: str | Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
@@ -42,7 +34,7 @@ def read_torch_archive(path: str | Path, wanted: Callable[[str], bool] | None = 
         wanted: which names to build; the others cost nothing. None builds all.
 
     Raises:
-        UserError: missing, cut short, damaged, saved by torch before 1.6, or holding or calling anything that no
+        UserError: missing, cut short, damaged, or holding or calling anything that no
             state dict needs. The message names the file; nothing in it was executed.
     """
 
@@ -75,6 +67,8 @@ def _read(path: Path, make: Callable[[dict[str, PickledTensor], int], Any]) -> A
         with _BoundedReads(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             _check_start(stream[:4])
             with memoryview(stream) as data:
+                if stream[:1] == _PICKLE:
+                    return _make_legacy(make, data)
                 archive = _Archive(file, data)
                 try:
                     return make(archive.read_records(), len(data))
@@ -88,10 +82,21 @@ def _read(path: Path, make: Callable[[dict[str, PickledTensor], int], Any]) -> A
 
 
 def _check_start(start: bytes) -> None:
-    if start.startswith(b"\x80"):
-        raise ValueError("it is a bare pickle, as torch.save wrote before 1.6; load it with torch and save it again")
-    if not start.startswith(b"PK\x03\x04"):
-        raise ValueError("it does not start like a zip archive, which torch.save writes")
+    if not start.startswith((b"PK\x03\x04", _PICKLE)):
+        raise ValueError("it starts neither like a zip archive, which torch.save writes, nor like a pickle")
+
+
+def _make_legacy(make: Callable[[dict[str, PickledTensor], int], Any], data: memoryview) -> Any:
+    """What `make` makes of a file from before the zip archives, its views of the mapped file let go."""
+    try:
+        records = read_legacy_records(data)
+    except Exception as error:
+        raise error.with_traceback(None)  # noqa: B904  # its frames hold views of the file, which could not be closed
+    try:
+        return make(records, len(data))
+    finally:
+        for record in records.values():
+            record.storage.data.release()
 
 
 class _BoundedReads(io.FileIO):
@@ -132,17 +137,7 @@ class _Archive:
         pickled = self._entry("data.pkl")
         if len(pickled) > _MAX_PICKLE_BYTES:
             raise ValueError("its list of tensors is longer than any state dict's")
-        content = _StateDictMachine(self).run(io.BytesIO(pickled))
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]  # a training framework's wrapping
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type_name(type(content))}, not a state dict")
-        for name, value in content.items():
-            if not isinstance(value, PickledTensor):
-                raise ValueError(f"its entry {name[:_MAX_NAME]!r} is a {type_name(type(value))}, not a tensor")
-            if len(name) > _MAX_NAME:
-                raise ValueError("one of its tensors has an endless name")
-        return content
+        return state_dict_records(StateDictMachine(self.storage).run(io.BytesIO(pickled)))
 
     def storage(self, reference: object) -> PickledStorage:
         """The elements that a persistent id stands for."""
@@ -152,47 +147,26 @@ class _Archive:
                     self._storages[name, key] = PickledStorage(STORAGE_DTYPES[name], self._entry(f"data/{key}"))
                 storage = self._storages[name, key]
                 if len(storage.data) != numel * storage.dtype.itemsize:
-                    raise ValueError(f"its storage {key[:_MAX_NAME]} has another size than its tensors say")
+                    raise ValueError(f"its storage {key[:MAX_NAME]} has another size than its tensors say")
                 return storage
         raise ValueError("it has a damaged reference to a tensor storage")
 
     def _entry(self, name: str) -> memoryview:
         info = self._entries.get(self._root + name)
         if info is None:
-            raise ValueError(f"its zip archive has no entry {name[:_MAX_NAME]!r}")
+            raise ValueError(f"its zip archive has no entry {name[:MAX_NAME]!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is compressed or encrypted; torch.save stores it plainly")
+            raise ValueError(f"its entry {name[:MAX_NAME]!r} is compressed or encrypted; torch.save stores it plainly")
         header = self._data[info.header_offset : info.header_offset + 30]
         self._views.append(header)
         if len(header) != 30 or bytes(header[:4]) != b"PK\x03\x04":
-            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is not where the index of its zip archive says")
+            raise ValueError(f"its entry {name[:MAX_NAME]!r} is not where the index of its zip archive says")
         start = info.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         view = self._data[start : start + info.file_size]
         self._views.append(view)
         if len(view) != info.file_size:
-            raise ValueError(f"its entry {name[:_MAX_NAME]!r} is cut short")
+            raise ValueError(f"its entry {name[:MAX_NAME]!r} is cut short")
         return view
-
-
-class _StateDictMachine(InertMachine):
-    """The machine with the three calls that a state dict consists of."""
-
-    def __init__(self, archive: _Archive) -> None:
-        super().__init__(_CALLS | frozenset(STORAGE_DTYPES), Budget(_MAX_STEPS, _KIND))
-        self._archive = archive
-
-    def record(self, name: str, args: tuple[object, ...]) -> object:
-        match name, args:
-            case "collections.OrderedDict", ():
-                return {}
-            case "torch._utils._rebuild_tensor_v2", (PersistentId(value=reference), offset, size, stride, _, _, *_):
-                return checked_tensor(self._archive.storage(reference), offset, size, stride)
-            case "torch._utils._rebuild_parameter", (PickledTensor() as tensor, _, _):
-                return tensor
-        return super().record(name, args)
-
-    def set_state(self, target: object, state: dict[str, object]) -> None:
-        expect(dict, target)  # `_metadata` of a state dict: versions of its modules
 
 
 def _build(records: dict[str, PickledTensor], max_bytes: int) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
 from fewstep.errors import UserError
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_checkpoint
+from fewstep.formats.compare import state_difference
 
 # Published for SDXL; the same names exist in SD 1.x and 2.x
 UNET_TARGETS = (
@@ -180,13 +181,8 @@ class AdapterRole(Denoiser):
         Raises:
             UserError: the tensors are another adapter's; names some.
         """
-        own = self.adapter_state()
-        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        wrong += [name for name in state if name not in own]
-        if wrong:
-            raise UserError(
-                f"the LoRA does not fit this base, rank and targets: {len(wrong)} of its tensors differ, e.g. {wrong[:2]}"
-            )
+        if fault := state_difference(state, self.adapter_state()):
+            raise UserError(f"the LoRA does not fit this base, rank and targets: {fault}")
         with torch.no_grad():
             for name, part in self.adapter.items():
                 part.copy_(state[f"{name.replace('/', '.')}.weight"])

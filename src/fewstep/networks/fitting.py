@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser
-from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.formats.compare import compare_state
+from fewstep.networks.adapters import AdapterRole
 
 _NETWORK = "network."  # where a Denoiser keeps its diffusers network
 _CONSTANT = ".resample_filter"
@@ -25,23 +25,14 @@ def fit_network(tensors: Mapping[str, Tensor], network: Denoiser, what: str, whe
     Raises:
         UserError: tensors are missing, unexpected or of another shape (names some), or `network` is a LoRA.
     """
-    if not isinstance(network, DiffusersDenoiser | EDMDenoiser):
+    if isinstance(network, AdapterRole):
         raise UserError(f"{where}: its {what} is a full network, and no LoRA can start as one; set memory.mode=full")
     own = network.state_dict()
-    prefix = _NETWORK if isinstance(network, DiffusersDenoiser) else ""
+    prefix = _NETWORK if all(name.startswith(_NETWORK) for name in own) else ""
     found = {prefix + name.removeprefix(prefix): value for name, value in tensors.items()}
-    missing = [name for name in own if name not in found and not name.endswith(_CONSTANT)]
-    unexpected = [name for name in found if name not in own and not name.endswith(_CONSTANT)]
-    shapes = [
-        f"{name} {tuple(found[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in found and own[name].shape != found[name].shape
-    ]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{where}: its {what} is another network than expected: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
-        )
+    constants = {name: value for name, value in own.items() if name.endswith(_CONSTANT)}
+    needed = {name: value for name, value in found.items() if name in own or not name.endswith(_CONSTANT)}
+    compare_state({**constants, **needed}, own, what, where)
     return _unshared({name: found.get(name, own[name]) for name in own})
 
 

@@ -4,18 +4,16 @@
 its authors publish; `pixel_distance` is the plain stand-in for when those files are not at hand.
 """
 
-import pickle
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.formats.compare import state_difference
+from fewstep.formats.tensor_files import read_tensors
 
 # VGG16's five stages as (convolutions, channels); LPIPS reads the last ReLU of each.
 _VGG16_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -194,7 +192,7 @@ def read_published_weights(
     """Read a flat state dict from a .safetensors or torch file, and check that it is the expected model's.
 
     Args:
-        path: local file; torch files are read with `weights_only=True`.
+        path: local file; those that torch saved are read as inert data.
         shapes: every expected key with its tensor's shape.
         model, download: for messages: what the file should hold, and the file to download if it is missing.
         ignored: entries whose key contains one of these are dropped.
@@ -203,50 +201,18 @@ def read_published_weights(
         Key -> float32 CPU tensor, exactly the keys of `shapes`.
 
     Raises:
-        ValueError: no such file, not a flat state dict, or keys or shapes other than expected.
+        UserError: no such file, not a flat state dict, or keys or shapes other than expected.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {model} is read from {download}")
-    read: Callable[[Path], object] = load_file if path.suffix == ".safetensors" else _load_torch
     try:
-        found = read(path)
-    except (
-        pickle.UnpicklingError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        struct.error,
-    ) as error:
-        raise UserError(f"{path} is not a state dict of tensors; {model} is read from {download}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} is not a flat state dict of tensors; {model} is read from {download}")
-    kept = {key: value for key, value in found.items() if not any(part in key for part in ignored)}
-    faults = {
-        "missing": [key for key in shapes if key not in kept],
-        "unexpected": [key for key in kept if key not in shapes],
-        "wrong shape": [
-            f"{key} {tuple(kept[key].shape)} instead of {shape}"
-            for key, shape in shapes.items()
-            if key in kept and tuple(kept[key].shape) != shape
-        ],
-    }
-    told = [f"{kind}: {_first(items)}" for kind, items in faults.items() if items]
-    if told:
-        raise UserError(f"{path} does not hold {model} ({'; '.join(told)}); expected {download}")
-    return {key: value.detach().float() for key, value in kept.items()}
-
-
-def _load_torch(path: Path) -> object:
-    found: object = torch.load(path, map_location="cpu", weights_only=True)
-    return found
-
-
-def _first(items: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
+        kept = read_tensors(path, lambda name: not any(part in name for part in ignored))
+    except UserError as error:
+        raise UserError(f"{error}; {model} is read from {download}") from error
+    if fault := state_difference(kept, shapes):
+        raise UserError(f"{path} does not hold {model} ({fault}); it is read from {download}")
+    return {key: value.float() for key, value in kept.items()}
 
 
 def _unit_channels(features: Tensor) -> Tensor:

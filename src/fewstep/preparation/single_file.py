@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import model_family, read_json
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.single_file import SingleFile, read_single_file
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.components import published_names
 from fewstep.networks.text_encoders import read_model_index
 
@@ -64,7 +64,7 @@ def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> P
         for name, state in states.items():
             (aside / name).mkdir()
             (aside / name / "config.json").write_text(json.dumps(configs[name], indent=1), encoding="utf-8")
-            save_file(state, aside / name / _WEIGHTS.get(name, "model.safetensors"), metadata={"format": "pt"})
+            write_tensor_file(aside / name / _WEIGHTS.get(name, "model.safetensors"), state, {"format": "pt"})
         (aside / "model_index.json").write_text(json.dumps(_own_index(index), indent=1), encoding="utf-8")
     return out
 

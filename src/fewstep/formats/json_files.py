@@ -1,0 +1,62 @@
+"""JSON objects from disk, whoever wrote them: read whole, or refused in one sentence that names the file and the key."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+
+_MAX_BYTES = 32 * 2**20  # of a config or card; published ones are a few kilobytes
+_KINDS: dict[type, str] = {
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
+    type(None): "null",
+}  # fmt: skip
+
+
+def read_json_object(path: Path, remedy: str = "download the model again") -> dict[str, Any]:
+    """The object a JSON file holds.
+
+    Args:
+        path: the file.
+        remedy: what the user can do, as the end of a sentence.
+
+    Raises:
+        UserError: missing, unreadable, no JSON, nested without end, larger than any config, or no object.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size // 2**20} MiB, more than any such file; {remedy}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} is damaged: it is nested without end; {remedy}") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds {kind_name(found)}, not an object; {remedy}")
+    return found
+
+
+def entry(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], path: Path, remedy: str) -> Any:
+    """One entry of such an object, of the right kind; true and false are no numbers.
+
+    Raises:
+        UserError: it is missing or of another kind; names file and key.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(_KINDS[one] for one in kinds)
+    if key not in values:
+        raise UserError(f"{path} is damaged: {key} is missing; {remedy}")
+    value = values[key]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{path} is damaged: {key} is {kind_name(value)}, not {wanted}; {remedy}")
+    return value
+
+
+def kind_name(value: object) -> str:
+    """What JSON calls the kind of a value, with its article."""
+    return next((name for kind, name in _KINDS.items() if type(value) is kind), type(value).__name__)

@@ -1,0 +1,38 @@
+"""Safetensors files of ours: the same bytes each time, for whoever the umask allows, and shapes without weights."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from fewstep.formats.tensor_files import read_safetensors, tensor_shapes, write_tensor_file
+
+TENSORS = {"b": torch.ones(3), "a": torch.zeros(2, 2).half(), "none": torch.tensor([])}
+HEADER = {f"key{number}": f'{number} "é" \n \x01 \\' for number in range(20)}
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
+    files = set()
+    for number in range(5):
+        path = tmp_path / f"{number}.safetensors"
+        write_tensor_file(path, TENSORS, dict(sorted(HEADER.items(), key=lambda item: hash((number, item)))))
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    tensors, header = read_safetensors(path)
+    assert header == HEADER
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == HEADER
+    assert tensor_shapes(path) == {"a": (2, 2), "b": (3,), "none": (0,)}
+
+
+def test_other_users_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            write_tensor_file(path, TENSORS)
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
