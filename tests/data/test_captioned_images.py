@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from fewstep.data.captioned_images import check_tar, open_captioned_images
+from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.pictures import decode_picture
+from fewstep.data.tars import check_tar
 from fewstep.errors import UserError
 from tests.cli.test_main import fewstep
 from tests.tiny_models import tiny_sd_folder
@@ -158,9 +159,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         folder, caption_column="txet"
     )
     (folder / "metadata.jsonl").unlink()
-    assert "(captions of a folder belong into its metadata.jsonl) has no column --caption-column='text'" in refused(
-        folder
-    )
+    assert "or into NAME.txt beside NAME.png) has no column --caption-column='text'" in refused(folder)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
     assert "no column of pictures among ['text']" in refused(tmp_path / "a.parquet")
 
@@ -169,3 +168,43 @@ def test_captions_that_are_no_text(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pictures", ["a"])
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": 3}\n')
     assert "captions are int, not text; name another column with --caption-column" in refused(folder)
+
+
+def test_captions_beside_pictures(tmp_path: Path) -> None:
+    """kohya's layout; a picture without its text file is left out and counted."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+        (tmp_path / f"{number}.TXT").write_text(f"\ufeffa cat number {number}\n", encoding="utf-8")
+    (tmp_path / "3.png").write_bytes(png(3))
+    source = open_captioned_images(str(tmp_path))
+    assert [row.caption for row in source.rows(0)] == [f"a cat number {number}" for number in range(3)]
+    (tmp_path / "1.TXT").write_bytes(b"\xff\xfe")
+    assert "cannot be read as UTF-8 text" in refused(tmp_path)
+
+
+def test_tars_of_mixed_formats_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "tars [2024]"
+    folder.mkdir()
+    for name, kind in (("a", "JPEG"), ("b", "WEBP")):
+        with tarfile.open(folder / f"{name}.TAR", "w") as tar:
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), "red").save(buffer, kind)
+            caption = json.dumps({"caption": f"of {name}"}).encode()
+            for suffix, content in ((kind.lower(), buffer.getvalue()), ("txt", name.encode()), ("json", caption)):
+                member = tarfile.TarInfo(f"dir/{name}0.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert [row.caption for row in open_captioned_images(str(folder)).rows(0)] == ["a", "b"]
+    by_field = open_captioned_images(str(folder), caption_column="caption")
+    assert [row.caption for row in by_field.rows(0)] == ["of a", "of b"]
+    assert "row dir/a0 has no caption --caption-column='words' among its members (jpeg, json, txt)" in refused(
+        folder, caption_column="words"
+    )
+
+
+def test_a_tar_of_negative_size_is_refused_at_once(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ["one"])
+    content = bytearray(path.read_bytes())
+    content[124:136] = b"-0000001000\0"
+    path.write_bytes(content)
+    assert "is no tar file, or damaged at byte 0" in refused(path)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fewstep.data.images import ImageDataset, load_images
+from fewstep.data.images import ImageDataset, load_images, parquet_files
+from fewstep.data.listing import has_split
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
@@ -104,7 +105,8 @@ def make_features(
         dataset, folder, num_classes=num_classes, num_passes=num_passes, flip=flip, seed=seed, device=device, name=name,
         report=lambda step, steps, loss: console.print(f"step {step} of {steps}: loss {loss:.3f}"),
     )  # fmt: skip
-    if Path(images).expanduser().is_dir() and not list(Path(images).expanduser().glob("test*")):
+    place = Path(images).expanduser()
+    if place.is_dir() and not (parquet_files(place) or has_split(place, "test")):
         console.print("no split `test`: accuracy on unseen pictures is not known")
     else:
         test = _open(images, "test", fit, resolution, channels, num_classes)

@@ -1,13 +1,15 @@
-"""Pictures with captions in a fixed order: folders, parquet files, WebDataset tars and hub sets, through `datasets`."""
+"""Pictures with captions in a fixed order: folders, WebDataset tars, and (through `datasets`) parquet files and hub sets."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fewstep.data.images import load_parquet, parquet_files, split_files, tell, unreadable
+from fewstep.data.listing import Listing, list_pictures_below
 from fewstep.data.prompts import check_column
+from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
 
-_BLOCK = 512  # bytes of a tar's header, and what its members are padded to
 _CHUNK = 64
 
 
@@ -49,7 +51,7 @@ class CaptionedImages:
         except UserError:
             raise
         except Exception as error:  # tarfile, pyarrow, the hub: each becomes one sentence with its own words
-            raise _unreadable(self.source, error) from error
+            raise unreadable(self.source, error) from error
 
     def _raw(self, first: int) -> Iterator[dict[str, Any]]:
         if self.num_rows is None:
@@ -59,83 +61,115 @@ class CaptionedImages:
             yield from self._rows.select(range(start, min(start + _CHUNK, self.num_rows)))
 
 
+class FolderOfCaptions:
+    """Pictures of a folder with the captions of its metadata, or of text files of the same name beside them.
+
+    The second is kohya's layout: NAME.png and NAME.txt.
+    """
+
+    def __init__(self, listing: Listing, captions: list[str | None]) -> None:
+        self._listing, self._captions = listing, captions
+
+    def __len__(self) -> int:
+        return len(self._listing.names)
+
+    def select(self, numbers: range) -> Iterator[dict[str, Any]]:
+        """Rows by number."""
+        for number in numbers:
+            path = str(self._listing.paths[number])
+            yield {"image": {"path": path, "bytes": None}, "text": self._captions[number]}
+
+    def skip(self, first: int) -> Iterator[dict[str, Any]]:
+        """Rows from one on."""
+        return self.select(range(first, len(self)))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.skip(0)
+
+
 def open_captioned_images(
     source: str, *, split: str = "train", caption_column: str = "", streaming: bool = False
 ) -> CaptionedImages:
     """Open pictures with captions.
 
     Args:
-        source: a folder of pictures with a metadata.jsonl (file_name, text), a parquet file or folder of them, a
-            WebDataset .tar or folder of them, or a hub data set.
+        source: a folder of pictures with a metadata.jsonl (file_name, text) or with text files beside them, a parquet
+            file or folder of them, a WebDataset .tar or folder of them, or a hub data set.
         caption_column: where the captions are; "" is "txt" for tars and "text" for all others.
         streaming: read a hub set while it is downloaded, keeping nothing on disk. Local tars are always read so.
 
     Raises:
         UserError: nothing there, no pictures, no captions, a tar that is cut short.
     """
+    path = Path(source).expanduser()
+    tars = [path] if path.suffix.lower() == ".tar" else []
+    if path.is_dir():
+        tars = sorted(file for file in path.iterdir() if file.suffix.lower() == ".tar")
+    if tars:
+        for tar in tars:
+            check_tar(tar)
+        column = caption_column or "txt"
+        return CaptionedImages(source, split, TarRows(tars, column), "image", column, None)
+    if path.is_dir() and not parquet_files(path):
+        return _open_folder(source, path, split, caption_column, streaming)
+    return _open_table(source, path, split, caption_column, streaming)
+
+
+def _open_folder(source: str, path: Path, split: str, caption_column: str, streaming: bool) -> CaptionedImages:
+    listing = list_pictures_below(path, split, source)
+    column = caption_column or "text"
+    if column in listing.columns:
+        missing = {name for name in listing.names if name not in listing.metadata}
+        listing = listing.without(missing, "without a row in the metadata")
+        captions = [listing.metadata[name].get(column) for name in listing.names]
+    else:
+        beside = {file.with_suffix(""): file for file in listing.root.rglob("*") if file.suffix.lower() == ".txt"}
+        listing_names = {name for name in listing.names if (listing.root / name).with_suffix("") not in beside}
+        if caption_column or len(listing_names) == len(listing.names):
+            hint = " (captions of a folder belong into its metadata.jsonl, or into NAME.txt beside NAME.png)"
+            check_column([*listing.columns, "image"], column, f"{source}{hint}", "--caption-column")
+        listing = listing.without(listing_names, "without a text file beside it")
+        captions = [_read_caption(beside[(listing.root / name).with_suffix("")]) for name in listing.names]
+    tell(f"{source}: {listing.sentence()}")
+    rows = FolderOfCaptions(listing, captions)
+    return CaptionedImages(source, split, rows, "image", "text", None if streaming else len(rows))
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"caption {path} cannot be read as UTF-8 text ({error}); save it again") from None
+
+
+def _open_table(source: str, path: Path, split: str, caption_column: str, streaming: bool) -> CaptionedImages:
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(source).expanduser()
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []
-    for tar in tars:
-        check_tar(tar)
     try:
-        rows = _open(source, path, tars, split, streaming)
+        rows = _load_table(source, path, split, streaming)
         if rows.features is None:
             rows = rows._resolve_features()
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     image_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
     if image_column is None:
         raise UserError(f"{source}: no column of pictures among {sorted(rows.features)}")
-    column = caption_column or ("txt" if tars else "text")
-    hint = "" if tars or not path.is_dir() else " (captions of a folder belong into its metadata.jsonl)"
-    check_column(list(rows.features), column, f"{source}{hint}", "--caption-column")
+    column = caption_column or "text"
+    check_column(list(rows.features), column, source, "--caption-column")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    num_rows = None if tars or streaming else len(rows)
-    return CaptionedImages(source, split, rows, image_column, column, num_rows)
+    return CaptionedImages(source, split, rows, image_column, column, None if streaming else len(rows))
 
 
-def check_tar(path: Path) -> None:
-    """Walk the headers of a tar up to its end mark, which readers that stop at the end of the file do not miss.
-
-    Raises:
-        UserError: the file is missing, damaged or cut short.
-    """
-    remedy = "download or write it again"
-    try:
-        with path.open("rb") as file:
-            size, place = path.stat().st_size, 0
-            while place + _BLOCK <= size:
-                file.seek(place)
-                header = file.read(_BLOCK)
-                if header == bytes(_BLOCK):
-                    return
-                field = header[124:136]
-                large = field[0] & 0x80  # the way of members above 8 GiB
-                content = int.from_bytes(field[1:], "big") if large else int(field.split(b"\0")[0].strip() or b"0", 8)
-                place += _BLOCK + -(-content // _BLOCK) * _BLOCK
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
-    except ValueError:
-        raise UserError(f"{path} is no tar file, or damaged at byte {place}; {remedy}") from None
-    raise UserError(f"{path} is cut short: it ends at byte {size} without the end mark of a tar; {remedy}")
-
-
-def _open(source: str, path: Path, tars: list[Path], split: str, streaming: bool) -> Any:
+def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
     from datasets import load_dataset
 
-    if tars:
-        files = {split: [str(tar) for tar in tars]}
-        return load_dataset("webdataset", data_files=files, split=split, streaming=True)
-    if path.is_file() and path.suffix == ".parquet":
-        return load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return load_parquet([path], streaming=streaming)
     if path.is_dir():
-        kind = "parquet" if any(path.glob("*.parquet")) and not (path / "metadata.parquet").exists() else "imagefolder"
-        return load_dataset(kind, data_dir=str(path), split=split, streaming=streaming)
+        return load_parquet(split_files(path, split, source), streaming=streaming)
     if path.exists() or path.is_absolute() or source.count("/") > 1 or source.startswith("."):
         raise UserError(f"{source}: no such folder, parquet file or tar")
     return load_dataset(source, split=split, streaming=streaming)
@@ -148,8 +182,3 @@ def _text(caption: Any) -> str:
     if caption is not None and not isinstance(caption, str):
         raise UserError(f"captions are {type(caption).__name__}, not text; name another column with --caption-column")
     return caption or ""
-
-
-def _unreadable(source: str, error: Exception) -> UserError:
-    words = str(error).splitlines()[0] if str(error) else ""
-    return UserError(f"{source} cannot be read: {type(error).__name__}: {words}")

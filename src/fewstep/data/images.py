@@ -1,14 +1,18 @@
 """Folders, parquet files, hub sets (through `datasets`) and LMDBs of pictures as uint8 tensors of one size."""
 
-from collections.abc import Sequence
+import glob
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.listing import SPLITS, Listing, list_pictures_below
 from fewstep.data.pictures import decode_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
@@ -18,7 +22,48 @@ if TYPE_CHECKING:
     from fewstep.settings import DataSettings
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30  # sets that decode to less are held decoded
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+Report = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """One line for people, where nothing else was asked for."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class PictureRows(Protocol):
+    """Encoded pictures by row."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Each as {"bytes": ...} or {"path": ...}."""
+
+
+class FolderRows:
+    """Pictures in files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"path": str(self._paths[index])} for index in indices]
+
+
+class TableRows:
+    """Pictures in a column of a `datasets` table."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [row or {} for row in self._table[list(indices)][self._column]]
 
 
 class ImageDataset:
@@ -30,19 +75,20 @@ class ImageDataset:
     """
 
     def __init__(
-        self, rows: Any, image_column: str, labels: Tensor | None, class_names: list[str] | None,
-        resolution: int, channels: int, fit: Literal["crop", "pad", "exact"],
+        self, rows: PictureRows | None, labels: Tensor | None, class_names: list[str] | None, resolution: int, channels: int,
+        fit: Literal["crop", "pad", "exact"], background: str = "white", report: Report = tell, length: int = 0,
     ) -> None:  # fmt: skip
-        self._rows, self._column = rows, image_column
+        self._rows, self._length = rows, length if rows is None else len(rows)
         self.labels, self.class_names = labels, class_names
-        self.resolution, self.channels, self.fit = resolution, channels, fit
+        self.resolution, self.channels, self.fit, self.background = resolution, channels, fit, background
+        self._report, self._told, self._lock = report, False, threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
         self._decoded: Tensor | None = None
         if len(self) * channels * resolution**2 <= _MEMORY_LIMIT_BYTES:
             self._decoded = self._decode(range(len(self)))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._length
 
     @property
     def in_memory(self) -> bool:
@@ -65,10 +111,17 @@ class ImageDataset:
         return torch.from_numpy(np.concatenate(parts))
 
     def _decode_chunk(self, indices: Sequence[int]) -> np.ndarray:
-        rows = self._rows[list(indices)][self._column]
+        assert self._rows is not None
+        options = self.resolution, self.channels, self.fit, self.background, self._tell_of_animation
+        rows = self._rows.encoded(indices)
         names = [row.get("path") or f"row {index}" for row, index in zip(rows, indices, strict=True)]
-        options = self.resolution, self.channels, self.fit
         return np.stack([decode_picture(row, name, *options) for row, name in zip(rows, names, strict=True)])
+
+    def _tell_of_animation(self, name: str) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            self._report(f"{name} is an animation: of it, and of any others, the first frame is taken")
 
 
 class LmdbImageDataset(ImageDataset):
@@ -77,7 +130,7 @@ class LmdbImageDataset(ImageDataset):
     def __init__(self, arrays: LmdbArrays, labels: Tensor | None) -> None:
         self._arrays = arrays
         count, channels, resolution, _ = arrays.shapes["images"]
-        super().__init__(range(count), "images", labels, None, resolution, channels, "exact")
+        super().__init__(None, labels, None, resolution, channels, "exact", length=count)
         if self.in_memory:
             arrays.close()
 
@@ -85,13 +138,18 @@ class LmdbImageDataset(ImageDataset):
         return self._arrays.rows("images", indices).numpy()
 
 
-def load_images(settings: "DataSettings", *, resolution: int, channels: int, num_classes: int) -> ImageDataset:
-    """Open a folder (imagefolder layout), a parquet file or folder of them, a folder with data.mdb, or a hub data set.
+def load_images(
+    settings: "DataSettings", *, resolution: int, channels: int, num_classes: int, report: Report = tell
+) -> ImageDataset:
+    """Open a folder of pictures, a parquet file or folder of them, a folder with data.mdb, or a hub data set.
+
+    Every picture below a folder is taken, and what was taken and left out is reported (data/listing.py).
 
     Args:
         settings: where the pictures are and how they are fitted.
         resolution, channels: of the model, in pixels and 1 (grey) or 3.
         num_classes: of the model; labels are read only where it is above 0.
+        report: called with a line for people.
 
     Raises:
         UserError: nothing there, no pictures, no labels where the model needs them, labels outside the model's
@@ -99,13 +157,90 @@ def load_images(settings: "DataSettings", *, resolution: int, channels: int, num
     """
     if settings.images and (Path(settings.images).expanduser() / "data.mdb").is_file():
         return _load_lmdb(settings, resolution, channels, num_classes)
-    rows = _open_rows(settings)
-    column = _image_column(rows, settings)
-    labels, names = _labels(rows, settings, num_classes) if num_classes else (None, None)
+    size = (resolution, channels, settings.fit, settings.background, report)
+    path = Path(settings.images).expanduser()
+    if settings.images and path.is_dir() and not parquet_files(path):
+        where = f"data.images={settings.images}"
+        listing, labels, names = _folder_labels(list_pictures_below(path, settings.split, where), settings, num_classes)
+        report(f"{settings.images}: {listing.sentence()}")
+        return ImageDataset(FolderRows(listing.paths), labels, names, *size)
+    table = _open_table(settings)
+    column = _image_column(table, settings)
+    labels, names = _labels(table, settings, num_classes) if num_classes else (None, None)
     import datasets
 
-    rows = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-    return ImageDataset(rows, column, labels, names, resolution, channels, settings.fit)
+    table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    report(f"{settings.images}: {len(table):,} picture{'s' * (len(table) != 1)}")
+    return ImageDataset(TableRows(table, column), labels, names, *size)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Parquet files below a folder, sorted, but those that are metadata of pictures."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() == ".parquet" and path.is_file()]
+    return sorted(path for path in found if path.name.lower() != "metadata.parquet")
+
+
+def split_files(folder: Path, split: str, where: str) -> list[Path]:
+    """The parquet files of one split: all, unless each is named like a split ("train-00000-of-00002.parquet").
+
+    Raises:
+        UserError: there is no such split.
+    """
+    files = parquet_files(folder)
+    named = {path: _split_of(path, folder) for path in files}
+    if not all(named.values()):
+        if split != "train":
+            raise UserError(f"{where} is not divided into splits: it has no split {split!r}; name the files themselves")
+        return files
+    chosen = [path for path, name in named.items() if name == split]
+    if not chosen:
+        raise UserError(f"{where} has the splits {', '.join(sorted(set(named.values())))} and no split {split!r}")
+    return chosen
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    """The split that a file's name ("test-00000-of-00002", "test") or its folder says it is of, "" for none."""
+    word = path.stem.lower().partition("-")[0]
+    if word in SPLITS:
+        return word
+    parent = path.parent.name.lower() if path.parent != folder else ""
+    return parent if parent in SPLITS else ""
+
+
+def _folder_labels(
+    listing: Listing, settings: "DataSettings", num_classes: int
+) -> tuple[Listing, Tensor | None, list[str] | None]:
+    """The pictures that have a label, their labels and the names of the classes; all of them without classes."""
+    if not num_classes:
+        return listing, None, None
+    column, where = settings.label_column, f"data.images={settings.images}"
+    if column in listing.columns:
+        listing = listing.without(
+            {name for name in listing.names if name not in listing.metadata}, "without a row in the metadata"
+        )
+        values = [listing.metadata[name].get(column) for name in listing.names]
+        whole = [int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value for value in values]
+        wrong = next((place for place, value in enumerate(whole) if type(value) is not int), None)
+        if wrong is not None:
+            raise UserError(
+                f"{where}: column {column!r} holds {values[wrong]!r} for {listing.names[wrong]}, not integer class labels; "
+                "number the classes from 0, or sort the pictures into one folder a class"
+            )
+        labels = np.asarray(whole, np.int64)
+        _check_labels(labels, where, num_classes)
+        return listing, torch.from_numpy(labels), None
+    names = listing.class_names
+    if not names:
+        raise UserError(
+            f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
+            f"among {sorted([*listing.columns, 'image'])}; sort the pictures into one folder a class, or add a metadata.jsonl"
+        )
+    loose = {name for name, top in zip(listing.names, listing.folders, strict=True) if not top}
+    listing = listing.without(loose, "in no class folder")
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.asarray([numbers[top] for top in listing.folders], np.int64)
+    _check_labels(labels, where, num_classes)
+    return listing, torch.from_numpy(labels), names
 
 
 def _load_lmdb(settings: "DataSettings", resolution: int, channels: int, num_classes: int) -> LmdbImageDataset:
@@ -126,61 +261,71 @@ def _load_lmdb(settings: "DataSettings", resolution: int, channels: int, num_cla
     return LmdbImageDataset(arrays, labels)
 
 
-def _open_rows(settings: "DataSettings") -> Any:
-    import datasets
-
+def _open_table(settings: "DataSettings") -> Any:
+    """Parquet files or a hub set as a `datasets` table."""
     if not settings.images:
         raise UserError("data.images is not set: name a folder of pictures, a parquet file or a hub data set")
-    path = Path(settings.images).expanduser()
+    path, where = Path(settings.images).expanduser(), f"data.images={settings.images}"
+    import datasets
+
     datasets.disable_progress_bars()
     try:
-        if path.is_file() and path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.is_file() and path.suffix.lower() == ".parquet":
+            return load_parquet([path])
         if path.is_dir():
-            if any(path.glob("*.parquet")):
-                return datasets.load_dataset("parquet", data_dir=str(path), split=settings.split)
-            if not any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*")):
-                raise UserError(
-                    f"data.images={settings.images}: no picture in this folder ({', '.join(sorted(_SUFFIXES))})"
-                )
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=settings.split)
+            return load_parquet(split_files(path, settings.split, where))
         if path.exists() or path.is_absolute() or settings.images.count("/") > 1 or settings.images.startswith("."):
-            raise UserError(f"data.images={settings.images}: no such folder or parquet file")
+            raise UserError(f"{where}: no such folder or parquet file")
         return datasets.load_dataset(settings.images, split=settings.split)
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; each becomes one sentence with its own words
-        raise UserError(
-            f"data.images={settings.images} (split {settings.split!r}) cannot be read: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise unreadable(f"{where} (split {settings.split!r})", error) from error
 
 
-def _image_column(rows: Any, settings: "DataSettings") -> str:
+def load_parquet(files: Sequence[Path], **options: Any) -> Any:
+    """Parquet files as one table; characters that mean something in patterns are names here."""
     import datasets
 
-    for name, feature in rows.features.items():
+    names = [glob.escape(str(file)) for file in files]
+    return datasets.load_dataset("parquet", data_files={"train": names}, split="train", **options)
+
+
+def unreadable(what: str, error: Exception) -> UserError:
+    """What a library said of a source, as one sentence; a cache that cannot be written is told apart from the pictures."""
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == 30):
+        return UserError(
+            f"the cache of data sets cannot be written ({error}); set HF_HOME (or HF_DATASETS_CACHE) to a folder that can"
+        )
+    words = str(error).splitlines()[0] if str(error) else ""
+    return UserError(f"{what} cannot be read: {type(error).__name__}: {words}")
+
+
+def _image_column(table: Any, settings: "DataSettings") -> str:
+    import datasets
+
+    for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             return str(name)
-    if "image" in rows.features:
+    if "image" in table.features:
         return "image"
-    raise UserError(f"data.images={settings.images}: no column of pictures among {sorted(rows.features)}")
+    raise UserError(f"data.images={settings.images}: no column of pictures among {sorted(table.features)}")
 
 
-def _labels(rows: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:
+def _labels(table: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:
     column = settings.label_column
     where = f"data.images={settings.images}"
-    if column not in rows.features:
+    if column not in table.features:
         raise UserError(
             f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
-            f"among {sorted(rows.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
+            f"among {sorted(table.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
         )
-    values = np.asarray(rows[column])
+    values = np.asarray(table[column])
     if not np.issubdtype(values.dtype, np.integer):
         raise UserError(f"{where}: column {column!r} holds {values.dtype}, not integer class labels")
     values = values.reshape(len(values), -1)[:, 0]
     _check_labels(values, where, num_classes)
-    names = getattr(rows.features[column], "names", None)
+    names = getattr(table.features[column], "names", None)
     return torch.from_numpy(values.astype(np.int64)), names
 
 

@@ -1,36 +1,122 @@
-"""One picture at a time: bytes to pixels of the model's size."""
+"""One picture at a time: bytes to the pixels that a viewer shows, then to the model's size."""
 
 import io
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 from fewstep.errors import UserError
 
+Fit = Literal["crop", "pad", "exact"]
+
 
 def decode_picture(
-    row: dict[str, Any], name: str, resolution: int, channels: int, fit: Literal["crop", "pad", "exact"]
-) -> np.ndarray:
-    """One picture of a `datasets.Image(decode=False)` column, (C, resolution, resolution), uint8.
+    row: dict[str, Any], name: str, resolution: int, channels: int, fit: Fit, background: str = "white",
+    on_animation: Callable[[str], None] = lambda name: None,
+) -> np.ndarray:  # fmt: skip
+    """One picture, given as {"bytes": ...} or {"path": ...}, (C, resolution, resolution), uint8.
+
+    Args:
+        background: the colour under transparent pixels, as CSS names it ("white", "#102030").
+        on_animation: called with the name of a picture of several frames; the first one is taken.
 
     Raises:
-        UserError: it does not decode or fit; the message has its name.
+        UserError: it does not decode or fit, or its pixels have no known range; the message has its name.
     """
+    if not row.get("bytes") and not row.get("path"):
+        raise UserError(f"picture {name} is missing: its row has neither bytes nor a path")
     try:
         with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as file:
-            whole: Image.Image = file
-            if file.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
-                whole = Image.fromarray((np.asarray(file) // 256).clip(0, 255).astype(np.uint8))
-            picture = whole.convert("L" if channels == 1 else "RGB")
+            if getattr(file, "is_animated", False):
+                on_animation(name)
+            picture = shown_picture(file, name, "L" if channels == 1 else "RGB", background)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
         raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
     array = np.asarray(fit_picture(picture, resolution, fit, name))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def fit_picture(picture: Image.Image, resolution: int, fit: Literal["crop", "pad", "exact"], name: str) -> Image.Image:
+def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], background: str = "white") -> Image.Image:
+    """What a viewer shows of an opened picture, as 8-bit grey or sRGB: turned upright, in sRGB, on a background.
+
+    The first frame of an animation is taken. 16-bit grey and floats between 0 and 1 are scaled to 0..255.
+
+    Raises:
+        UserError: pixels whose range is not known (32-bit integers, floats outside 0..1).
+    """
+    picture: Image.Image = _eight_bit(file, name)
+    picture = ImageOps.exif_transpose(picture) or picture
+    profile = file.info.get("icc_profile")
+    alpha = _alpha(picture)
+    if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
+        picture = picture.convert("RGBA").convert("RGB") if picture.mode != "LA" else picture.convert("L")
+    if profile and (transform := _to_srgb(profile, picture.mode)) is not None:
+        picture = ImageCms.applyTransform(picture, transform)
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("RGB" if picture.mode not in ("1",) else "L")
+    if alpha is not None:
+        picture = picture.convert("RGB")
+        picture = Image.composite(picture, Image.new("RGB", picture.size, ImageColor.getrgb(background)), alpha)
+    return picture.convert(mode)
+
+
+def _eight_bit(file: Image.Image, name: str) -> Image.Image:
+    """The picture with at most 8 bits a channel; its orientation tag comes along."""
+    if not (file.mode.startswith("I") or file.mode == "F"):
+        return file
+    values = np.asarray(file)
+    if file.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UserError(
+                f"picture {name} has floating-point pixels from {values.min():g} to {values.max():g}, whose meaning is "
+                "not known; save it with values between 0 and 1, or with 8 bits"
+            )
+        pixels = (values * 255).round()
+    elif file.mode.startswith("I;16") or (file.format == "PNG" and values.min() >= 0 and values.max() <= 65535):
+        pixels = values // 256
+    else:
+        raise UserError(
+            f"picture {name} has 32-bit integer pixels, whose range is not known; save it with 8 or 16 bits a channel"
+        )
+    made = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    made.getexif().update(dict(file.getexif()))
+    made.info.update({key: value for key, value in file.info.items() if key in ("exif", "icc_profile")})
+    return made
+
+
+def _alpha(picture: Image.Image) -> Image.Image | None:
+    """How opaque each pixel is, (W, H) of mode L; None where all are."""
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        alpha = picture.convert("RGBA").getchannel("A")
+        return None if alpha.getextrema() == (255, 255) else alpha
+    return None
+
+
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an embedded profile to sRGB; None where it is sRGB already, or not for pixels of this mode, as viewers do."""
+    if mode not in ("L", "RGB", "CMYK"):
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode == "RGB":
+        colours = Image.fromarray(
+            np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(6, 36, 3).astype(np.uint8)
+        )
+        changed = np.asarray(ImageCms.applyTransform(colours, transform)).astype(int) - np.asarray(colours)
+        if np.abs(changed).max() <= 2:  # sRGB under one of its many names: rounding alone would be applied
+            return None
+    return transform
+
+
+def fit_picture(picture: Image.Image, resolution: int, fit: Fit, name: str) -> Image.Image:
     """Bring one picture to resolution x resolution pixels.
 
     crop: Lanczos-resize the shorter side, centre crop. pad: centre on black, no resizing. exact: only check.

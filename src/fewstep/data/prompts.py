@@ -49,7 +49,7 @@ def _tables(folder: Path) -> list[Path]:
         for name in _METADATA:
             if (place / name).is_file():
                 return [place / name]
-    if files := sorted(folder.glob("*.parquet")):
+    if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == ".parquet"):
         return files
     raise UserError(
         f"{folder} holds no prompts: neither {', '.join(_METADATA)} nor parquet files; name the file itself"
@@ -60,10 +60,11 @@ def _read(path: Path, column: str) -> list[str]:
     readers = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    if path.suffix == ".pkl":
+    suffix = path.suffix.lower()
+    if suffix == ".pkl":
         rows: Iterator[tuple[str, Any]] = ((f"item {n}", s) for n, s in enumerate(read_pickled_strings(path)))
-    elif path.suffix in readers:
-        rows = readers[path.suffix](path, column)
+    elif suffix in readers:
+        rows = readers[suffix](path, column)
     else:
         raise UserError(f"{path}: prompts are read from {', '.join(_SUFFIXES)} files and folders, not {path.suffix!r}")
     return [_checked(prompt, path, place) for place, prompt in rows]

@@ -33,6 +33,7 @@ class DataSettings(Tree):
     fit: Literal["crop", "pad", "exact"] = Field(
         "crop", description="crop: resize the shorter side, centre crop; pad: centre on black; exact: refuse others"
     )
+    background: str = Field("white", description="colour under transparent pixels, as CSS names it")
     flip: bool = Field(False, description="mirror half of the pictures, chosen per sample and step")
     pairs: str = Field("", description="folder written by `fewstep prepare pairs`, for the regression loss")
     prompts: str = Field(

@@ -1,0 +1,134 @@
+"""Which files belong to a data set."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fewstep.data.images import split_files
+from fewstep.data.listing import list_pictures_below
+from fewstep.errors import UserError
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".png", ".jpg", ".jfif", ".avif", ".tiff"):
+            Image.new("L", (4, 4)).save(path, format="PNG")
+        else:
+            path.write_text("{}" if path.suffix == ".json" else "words")
+    return folder
+
+
+def refused(folder: Path, split: str = "train") -> str:
+    with pytest.raises(UserError) as error:
+        list_pictures_below(folder, split)
+    return str(error.value)
+
+
+def test_words_in_names_mean_nothing(tmp_path: Path) -> None:
+    """A library's guess of splits by the words train and test in names left out the rest."""
+    names = ["cat.png", "test-tube.png", "train-station.png", "train_tracks.PNG", "sub/testing.jfif", "sub/boat.avif"]
+    listing = list_pictures_below(write(tmp_path, *names))
+    assert listing.names == sorted(names)
+    assert listing.sentence() == "6 pictures"
+
+
+@pytest.mark.parametrize("name", ["photos [2024]", "photos {a,b}", "what?", "star*", "ünïcode ☃"])
+def test_any_folder_name(tmp_path: Path, name: str) -> None:
+    assert list_pictures_below(write(tmp_path / name, "[1].png", "sub [x]/2.png")).names == ["[1].png", "sub [x]/2.png"]
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "notes.txt", "more.TXT", "x.json", ".hidden.png", "Thumbs.db", ".git/b.png", "no_suffix")
+    assert list_pictures_below(tmp_path).sentence() == (
+        "1 picture; 6 files left out: 2 hidden, 4 not pictures (.txt, .json, no suffix)"
+    )
+
+
+def test_splits_only_where_everything_is_divided(tmp_path: Path) -> None:
+    write(tmp_path / "divided", "train/a/1.png", "train/b/2.png", "Test/a/3.png", "readme.txt")
+    train = list_pictures_below(tmp_path / "divided")
+    assert (train.names, train.class_names) == (["a/1.png", "b/2.png"], ["a", "b"])
+    assert "2 pictures in 2 folders (split train of Test, train)" in train.sentence()
+    assert list_pictures_below(tmp_path / "divided", "test").names == ["a/3.png"]
+    assert refused(tmp_path / "divided", "validation").endswith("has the splits Test, train and no split 'validation'")
+    write(tmp_path / "classes", "train/1.png", "bus/2.png", "boat/3.png")
+    vehicles = list_pictures_below(tmp_path / "classes")
+    assert vehicles.class_names == ["boat", "bus", "train"]
+    assert "train taken as ordinary folders, because boat, bus lie beside" in vehicles.sentence()
+    assert "is not divided into splits" in refused(tmp_path / "classes", "test")
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "1.png")
+    write(tmp_path / "set", "0.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set/linked")
+    os.symlink(tmp_path / "set", tmp_path / "set/circle")
+    assert list_pictures_below(tmp_path / "set").names == ["0.png", "linked/1.png"]
+
+
+def test_metadata_of_several_folders(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "b/2.png", "b/3.png")
+    (tmp_path / "a/metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "one"}) + "\n\n")
+    (tmp_path / "b/metadata.csv").write_text("file_name,text,label\n./2.png,two,5\n")
+    listing = list_pictures_below(tmp_path)
+    assert listing.metadata == {"a/1.png": {"text": "one"}, "b/2.png": {"text": "two", "label": "5"}}
+    assert listing.columns == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"file_name": "2.png"}', "line 1 names 2.png, which is not there"),
+        ('{"text": "x"}', "line 1 has no file_name"),
+        ('{"file_name": "1.png", "a": 1}\n{"file_name": "1.png", "a": 2}', "line 2 names 1.png a second time"),
+        ("[1, 2]", "line 1 is not a JSON object"),
+        ("{broken", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_metadata_that_cannot_be_used(tmp_path: Path, content: str | bytes, told: str) -> None:
+    write(tmp_path, "1.png")
+    (tmp_path / "metadata.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert told in refused(tmp_path)
+    assert "metadata.jsonl" in refused(tmp_path)
+
+
+def test_the_fingerprint_is_of_the_data(tmp_path: Path) -> None:
+    first = list_pictures_below(write(tmp_path / "one", "a/1.png", "2.png")).fingerprint()
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert list_pictures_below(tmp_path / "two").fingerprint() == first
+    (tmp_path / "two/a/1.png").write_bytes(b"more bytes than before" * 20)
+    other = list_pictures_below(tmp_path / "two").fingerprint()
+    assert other != first
+    write(tmp_path / "two", "3.png")
+    assert list_pictures_below(tmp_path / "two").fingerprint() not in (first, other)
+
+
+def test_parquet_files_of_a_split(tmp_path: Path) -> None:
+    files = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"]
+    write(tmp_path / "hub", *files)
+    assert [path.name for path in split_files(tmp_path / "hub", "train", "x")] == sorted(files[:2])
+    assert [path.name for path in split_files(tmp_path / "hub", "test", "x")] == [files[2]]
+    write(tmp_path / "own", "training_set.parquet", "test tubes.PARQUET", "metadata.parquet")
+    assert len(split_files(tmp_path / "own", "train", "x")) == 2
+    for place, split in (("hub", "validation"), ("own", "test")):
+        with pytest.raises(UserError, match=f"no split '{split}'"):
+            split_files(tmp_path / place, split, "x")
+
+
+def test_ten_thousand_pictures_are_listed_in_a_moment(tmp_path: Path) -> None:
+    import time
+
+    for folder in range(10):
+        (tmp_path / str(folder)).mkdir()
+        for number in range(1000):
+            (tmp_path / f"{folder}/{number}.png").touch()
+    started = time.perf_counter()
+    assert len(list_pictures_below(tmp_path).names) == 10_000
+    assert time.perf_counter() - started < 2  # 0.1 s on a quiet machine; 15 s by pattern

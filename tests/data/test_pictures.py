@@ -1,0 +1,118 @@
+"""Decoded pixels are what a viewer shows."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from fewstep.data.pictures import decode_picture
+from fewstep.errors import UserError
+
+
+def decoded(picture: Image.Image, kind: str = "PNG", channels: int = 3, **options: Any) -> np.ndarray:
+    """A picture after a file of this kind, (H, W, C)."""
+    background = options.pop("background", "white")
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    row = {"bytes": buffer.getvalue()}
+    return decode_picture(row, "p", picture.size[0], channels, "pad", background).transpose(1, 2, 0)
+
+
+def corners(size: int = 8) -> Image.Image:
+    """Red at the top left, blue at the top right, else grey."""
+    pixels = np.full((size, size, 3), 128, np.uint8)
+    pixels[: size // 2, : size // 2], pixels[: size // 2, size // 2 :] = [255, 0, 0], [0, 0, 255]
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_tags_are_applied(orientation: int) -> None:
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    upright = corners()
+    stored = upright.transpose(back[orientation]) if orientation in back else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decoded(stored, exif=exif), np.asarray(upright))
+
+
+@pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#0a0a0a", 10)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparent_pixels_show_the_background(mode: str, background: str, colour: int) -> None:
+    """What lies under them, left over by an editor, is shown by no viewer."""
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[..., :3], pixels[:2, :, 3] = 77, 255
+    whole = Image.fromarray(pixels)
+    options: dict[str, Any] = {}
+    if mode in ("RGB", "L"):  # a colour that counts as transparent
+        pixels[2:, :, :3] = 30
+        whole = Image.fromarray(pixels[..., :3]).convert(mode)
+        options["transparency"] = (30, 30, 30) if mode == "RGB" else 30
+    elif mode == "P":
+        whole = Image.fromarray(np.repeat([[0], [0], [1], [1]], 4, 1).astype(np.uint8), "P")
+        whole.putpalette([77, 77, 77, 0, 255, 0])
+        options["transparency"] = 1
+    elif mode == "PA":
+        whole = whole.convert("PA") if hasattr(Image, "never") else whole.convert("LA")
+    elif mode == "LA":
+        whole = whole.convert("LA")
+    found = decoded(whole, background=background, **options)
+    assert (found[:2] == 77).all()
+    assert (found[2:] == colour).all()
+    grey = decoded(whole, channels=1, background=background, **options)
+    assert (grey[2:] == colour).all()
+
+
+def test_half_transparent_pixels_are_mixed() -> None:
+    pixels = np.full((2, 2, 4), [100, 100, 100, 128], np.uint8)
+    assert abs(int(decoded(Image.fromarray(pixels))[0, 0, 0]) - (100 * 128 + 255 * 127) / 255) <= 1
+
+
+def test_other_colour_spaces_become_srgb() -> None:
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red = decoded(cmyk, "JPEG", quality=100)[4, 4]
+    assert red[0] > 200
+    assert red[1:].max() < 60
+    plain = Image.new("RGB", (4, 4), (100, 150, 200))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(decoded(plain, icc_profile=srgb), np.asarray(plain))
+    assert (decoded(plain, icc_profile=b"no profile") == np.asarray(plain)).all()  # as viewers do
+    swapped = srgb.replace(b"rXYZ", b"????", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"????", b"bXYZ", 1)
+    assert np.abs(decoded(plain, icc_profile=swapped)[0, 0].astype(int) - [200, 150, 100]).max() <= 2
+
+
+def test_more_than_eight_bits(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for pixels, kind in (((values * 65535).astype(np.uint16), "PNG"), ((values * 65535).astype(np.uint16), "TIFF"), (values, "TIFF")):  # fmt: skip
+        found = decoded(Image.fromarray(pixels), kind, channels=1)[..., 0]
+        assert np.abs(found.astype(float) - values * 255).max() <= 1, (pixels.dtype, kind)
+    for pixels, told in ((values * 300, "floating-point pixels from 0 to 300"), ((values * 9e5).astype(np.int32), "32-bit integer")):  # fmt: skip
+        with pytest.raises(UserError, match=f"picture p has {told}"):
+            decoded(Image.fromarray(pixels), "TIFF", channels=1)
+
+
+def test_the_first_frame_of_an_animation_and_a_word(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
+    told: list[str] = []
+    for kind in ("GIF", "WEBP", "PNG"):
+        frames[0].save(
+            tmp_path / f"x.{kind}",
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "WEBP" else {}),
+        )
+        found = decode_picture({"path": str(tmp_path / f"x.{kind}")}, kind, 4, 3, "pad", on_animation=told.append)
+        np.testing.assert_array_equal(found[:, 0, 0], [255, 0, 0])
+    assert told == ["GIF", "WEBP", "PNG"]
+
+
+def test_a_row_without_a_picture() -> None:
+    for row in ({}, {"bytes": None, "path": None}):
+        with pytest.raises(UserError, match="picture p is missing"):
+            decode_picture(row, "p", 4, 3, "pad")
