@@ -49,7 +49,8 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
         UserError: pixels whose range is not known (32-bit integers, floats outside 0..1).
     """
     picture: Image.Image = _eight_bit(file, name)
-    picture = ImageOps.exif_transpose(picture) or picture
+    turned = ImageOps.exif_transpose(picture)
+    picture = picture if turned is None else turned
     profile = file.info.get("icc_profile")
     alpha = _alpha(picture)
     if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
