@@ -9,7 +9,9 @@ No GPU, no weights and no data are needed: every figure is a run rehearsed on sh
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.estimate.memory import (
     FAKE_SCORE_TURN,
     FROZEN,
@@ -19,7 +21,7 @@ from fewstep.estimate.memory import (
     TRAINED,
     estimate_memory,
 )
-from fewstep.families.shapes import VAE_NETWORK, build_released_denoiser
+from fewstep.families.registry import build_released, family_of
 from fewstep.settings import TrainSettings, load_settings, parse_settings
 
 GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
@@ -42,6 +44,11 @@ def settings_of(model: str, mode: str, frozen: str, checkpoint: bool, gan: bool)
     return parse_settings(TrainSettings, values, "table")
 
 
+def vae_of(denoiser: Denoiser) -> dict[str, Any]:
+    """The released models' VAE."""
+    return dict(family_of(denoiser.describe()).autoencoder_config)
+
+
 def gib(size: int) -> str:
     """Bytes as GiB."""
     return f"{size / 2**30:.1f}"
@@ -53,13 +60,13 @@ def print_table(model: str) -> None:
     columns = ["without GAN", "without GAN, recomputed", "with GAN", "with GAN, recomputed"]
     print(f"| `memory.mode` | `frozen_precision` | weights and states | {' | '.join(columns)} |")
     print("| --- | --- | --- |" + " --- |" * len(columns), flush=True)
-    denoiser = build_released_denoiser(model)
+    denoiser = build_released(model)
     for mode, frozen in STORAGE:
         peaks, kept = [], 0
         for gan in (False, True):
             for checkpoint in (False, True):
                 settings = settings_of(model, mode, frozen, checkpoint, gan)
-                estimate = estimate_memory(settings, denoiser, autoencoder=VAE_NETWORK, pictures=False)
+                estimate = estimate_memory(settings, denoiser, autoencoder=vae_of(denoiser), pictures=False)
                 peaks.append(gib(estimate.step))
                 kept = sum(estimate.kinds[estimate.phase][kind] for kind in (FROZEN, TRAINED, STATES))
         print(f"| `{mode}` | {frozen} | {gib(kept)} | {' | '.join(peaks)} |", flush=True)
@@ -73,8 +80,8 @@ def print_recipe(recipe: Path) -> None:
     no_gan = ["losses.gan_generator_weight=0", "losses.gan_discriminator_weight=0"]
     for name, overrides in (("without GAN", no_gan), ("with GAN", [])):
         settings = load_settings(TrainSettings, recipe, overrides)
-        denoiser = build_released_denoiser(settings.teacher.network, settings.teacher.resolution)
-        estimate = estimate_memory(settings, denoiser, autoencoder=VAE_NETWORK)
+        denoiser = build_released(settings.teacher.network, settings.teacher.resolution)
+        estimate = estimate_memory(settings, denoiser, autoencoder=vae_of(denoiser))
         kept = sum(estimate.kinds[PICTURES][kind] for kind in (FROZEN, TRAINED, STATES))
         peaks = [estimate.peaks[phase] for phase in PHASES]
         print(f"| {name} | {' | '.join(gib(size) for size in (kept, *peaks, max(peaks)))} |", flush=True)

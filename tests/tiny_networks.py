@@ -4,14 +4,14 @@ import copy
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
-from fewstep.families.diffusers_folder import load_diffusers_denoiser
+from fewstep.families.registry import recognise
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FAMILIES = ("sd", "sdxl", "sd3")
@@ -23,7 +23,8 @@ _WIDTHS = {"sd": (32, 0), "sdxl": (64, 24), "sd3": (64, 48)}  # of text and pool
 def _loaded(family: str, prediction_type: str, resolution: int) -> DiffusersDenoiser:
     options = {"prediction_type": prediction_type} if prediction_type else {}
     with tempfile.TemporaryDirectory() as place:
-        return load_diffusers_denoiser(_MAKERS[family](Path(place) / family, **options), resolution).eval()
+        folder = _MAKERS[family](Path(place) / family, **options)
+        return cast(DiffusersDenoiser, recognise(folder).load(folder, resolution).eval())
 
 
 def tiny_text_denoiser(family: str, prediction_type: str = "", *, resolution: int = 0) -> DiffusersDenoiser:

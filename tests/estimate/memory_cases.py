@@ -16,7 +16,7 @@ from fewstep.devices import prepare_denoiser
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
-from fewstep.families.shapes import build_text_denoiser
+from fewstep.families.registry import build_on_meta
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.text_model import PromptTable, TextEmbeddings, TextTeacher
 from fewstep.settings import TrainSettings, parse_settings
@@ -88,7 +88,7 @@ def measured_peak(settings: TrainSettings, size: str) -> int:
     """Peak of live bytes while a network of this size is built and trained."""
     gc.collect()  # what an earlier case left in reference cycles must not be freed, and counted, here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
-        network = build_text_denoiser(description(size)).to_empty(device="cpu")
+        network = build_on_meta(description(size)).to_empty(device="cpu")
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         train_two_steps(settings, network)

@@ -26,9 +26,9 @@ from fewstep.estimate.memory import (
 )
 from fewstep.estimate.memory_meter import ACTIVATIONS
 from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.edm.shapes import build_network_config, released_network_config
+from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
-from fewstep.families.shapes import TEXT_NETWORKS
+from fewstep.families.registry import all_families, build_released
 from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import TrainSettings, load_settings, parse_settings
 from tests.cli.test_main import PRETRAIN_RECIPE, fewstep
@@ -102,7 +102,10 @@ def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSetting
         assert "estimated peak: " in answer.out
         return
     settings = load_settings(TrainSettings, RECIPES / name)
-    is_text = settings.teacher.network in TEXT_NETWORKS or "emoji" in name
+    is_text = (
+        any(settings.teacher.network in family.shapes for family in all_families() if family.takes == "prompts")
+        or "emoji" in name
+    )
     is_known = bool(settings.teacher.network) or settings.teacher.path.startswith("bundled:")
     every_mode = is_text and settings.losses.distribution_matching_weight > 0
     assert ("memory: unknown" in answer.out) == (not is_known)
@@ -215,8 +218,7 @@ def test_meta_count_equals_the_real_parameters() -> None:
 
 
 def test_released_imagenet_network_has_its_published_size() -> None:
-    with torch.device("meta"):
-        denoiser = EDMDenoiser(released_network_config("imagenet64-adm"))
+    denoiser = build_released("imagenet64-adm")
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == pytest.approx(295.9e6, abs=0.05e6)
 
 

@@ -29,7 +29,7 @@ from fewstep.estimate.memory import (
     estimate_memory,
 )  # fmt: skip
 from fewstep.estimate.memory_meter import ACTIVATIONS, FakeMachine, to_fake
-from fewstep.families.shapes import TEXT_NETWORKS, VAE_NETWORK, build_released_denoiser, build_text_denoiser
+from fewstep.families.registry import build_on_meta, build_released, family_named, released_shapes
 from fewstep.networks.adapters import AdapterRole, LoraShape
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import check_network
@@ -44,7 +44,7 @@ STORAGE: dict[str, dict[str, Any]] = {  # each size in another storage, so that 
 
 @cache
 def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False, **memory: Any) -> MemoryEstimate:
-    network = build_text_denoiser(description(size))
+    network = build_on_meta(description(size))
     return estimate_memory(case_settings(mode, batch_size, **memory), network, gpu=False, pictures=pictures)
 
 
@@ -64,7 +64,7 @@ def test_what_lies_between_steps_is_counted_exactly() -> None:
     settings = settings.model_copy(
         update={"generator": settings.generator.model_copy(update={"ema_half_life_images": 10.0})}
     )
-    network = build_text_denoiser(description("small"))
+    network = build_on_meta(description("small"))
     estimate = estimate_memory(settings, network, gpu=False)
     weights = sum(parameter.numel() for parameter in network.parameters())
     head, tensors = estimate.parameters["discriminator"], 2 * len(list(network.parameters())) + 10
@@ -87,7 +87,7 @@ def test_modes_and_recomputing_save_what_they_promise() -> None:
 
 def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
     """On a bf16 base, too: the float32 weights that the optimiser trains are those that the layers run."""
-    network = build_text_denoiser(description("small"))
+    network = build_on_meta(description("small"))
     with FakeMachine(gpu=True):
         to_fake(network)
         roles = build_shared_base_roles(network, LoraShape(rank=4), False, torch.bfloat16, False)
@@ -106,7 +106,7 @@ def test_nothing_stays_behind_after_a_step() -> None:
     """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
     settings = case_settings("shared_base", 1, precision="bf16", frozen_precision="bf16", checkpoint_activations=True)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
-    found = estimate_memory(settings, build_text_denoiser(description("small")), gpu=True)
+    found = estimate_memory(settings, build_on_meta(description("small")), gpu=True)
     kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]
     assert kinds[GRADIENTS] == 0
     assert kinds[STATES] == pytest.approx(2 * trained, rel=0.01)
@@ -116,19 +116,22 @@ def test_nothing_stays_behind_after_a_step() -> None:
 
 def test_large_sample_pictures_are_decoded_one_by_one() -> None:
     """Eight at 1024x1024 need what one needs: the decoder's 3 GiB, which eight at once would need each."""
-    network = build_text_denoiser(description("small") | {"latent_size": 128})
+    network = build_on_meta(description("small") | {"latent_size": 128})
     peaks = []
     for count in (1, 8):
         settings = case_settings("shared_base", 1)
         settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": count})})
-        peaks.append(estimate_memory(settings, network, autoencoder=VAE_NETWORK).peaks[PICTURES] / 2**30)
+        peaks.append(
+            estimate_memory(settings, network, autoencoder=dict(family_named("sd").autoencoder_config)).peaks[PICTURES]
+            / 2**30
+        )
     assert 3 < peaks[0] < 4
     assert peaks[1] - peaks[0] < 0.05  # eight latents
 
 
 def test_a_gpu_normalises_in_float32() -> None:
     settings = case_settings("full", 2, precision="bf16")
-    gpu = estimate_memory(settings, build_text_denoiser(description("middle")), gpu=True, pictures=False)
+    gpu = estimate_memory(settings, build_on_meta(description("middle")), gpu=True, pictures=False)
     assert predicted("full", "middle", precision="bf16").step < gpu.step
     assert F.group_norm.__name__ == "group_norm"  # as it was
 
@@ -164,7 +167,7 @@ def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
 def test_released_networks_have_their_published_size(
     name: str, millions: float, image_shape: tuple[int, int, int]
 ) -> None:
-    network = build_released_denoiser(name)
+    network = build_released(name)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
     assert network.image_shape == image_shape
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
@@ -172,17 +175,17 @@ def test_released_networks_have_their_published_size(
 
 
 def test_resolution_is_the_settings_own() -> None:
-    assert build_released_denoiser("sdxl", 512).image_shape == (4, 64, 64)
-    with pytest.raises(ValueError, match=r"teacher\.resolution=100 is no multiple of the VAE's factor 8"):
-        build_released_denoiser("sd15", 100)
+    assert build_released("sdxl", 512).image_shape == (4, 64, 64)
+    with pytest.raises(ValueError, match=r"teacher\.resolution=100 is not a multiple of the VAE's factor 8"):
+        build_released("sd15", 100)
 
 
 def test_unknown_networks_are_answered_with_all_names() -> None:
     with pytest.raises(
-        ValueError, match=r"'sd2' is no released network; choose one of .*imagenet64-adm.*sd15"
+        ValueError, match=r"'sd2' is not a released network; choose one of .*imagenet64-adm.*sd15"
     ) as error:
-        build_released_denoiser("sd2")
-    assert all(name in str(error.value) for name in TEXT_NETWORKS)
+        build_released("sd2")
+    assert all(name in str(error.value) for name in released_shapes())
 
 
 def test_a_text_teacher_of_another_shape_is_refused() -> None:
@@ -190,7 +193,7 @@ def test_a_text_teacher_of_another_shape_is_refused() -> None:
 
     values = {"teacher": {"path": "x", "network": "sd15"}}
     settings = parse_settings(TrainSettings, values, "test")
-    right, wrong = build_released_denoiser("sd15", 256), build_released_denoiser("sdxl")
+    right, wrong = build_released("sd15", 256), build_released("sdxl")
     check_network(SimpleNamespace(denoiser=right), settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is no sd15"):
         check_network(SimpleNamespace(denoiser=wrong), settings)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def test_without_a_network_it_is_one_sentence() -> None:
     with pytest.raises(UserError) as error:
         resolve_model_folder("nobody/no-such-model-of-fewstep-tests")
     assert str(error.value).startswith(
-        "nobody/no-such-model-of-fewstep-tests is no local folder and cannot be fetched from the hub ("
+        "nobody/no-such-model-of-fewstep-tests is not a local folder and cannot be fetched from the hub ("
     )
     assert str(error.value).endswith("check the name and the network, or download it and give the folder")
     assert "\n" not in str(error.value)
@@ -89,6 +89,6 @@ def test_an_error_without_words_is_named(hub: SimpleNamespace, monkeypatch: pyte
 
 @pytest.mark.parametrize("source", ["./me/model", "/me/model", "~/model", "a/b/c", "model"])
 def test_a_path_is_never_looked_for_on_the_hub(hub: SimpleNamespace, source: str) -> None:
-    with pytest.raises(UserError, match=r"does not exist and is no hub id \(org/name\)"):
+    with pytest.raises(UserError, match=r"does not exist and is not a hub id \(org/name\)"):
         resolve_model_folder(source)
     assert hub.asked is None

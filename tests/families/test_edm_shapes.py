@@ -7,7 +7,7 @@ import torch
 
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shape_from_weights import edm_config_from_weights
-from fewstep.families.edm.shapes import released_network_config
+from fewstep.families.registry import build_released
 from tests.conftest import golden_denoiser
 
 RELEASED = ("imagenet64-adm", "cifar10-ddpmpp", "cifar10-ncsnpp", "ffhq64-ddpmpp", "ffhq64-ncsnpp")
@@ -16,8 +16,8 @@ RELEASED = ("imagenet64-adm", "cifar10-ddpmpp", "cifar10-ncsnpp", "ffhq64-ddpmpp
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_networks(name: str) -> None:
     """Dropout leaves no trace, and distillation has none. Filters are constants that a file may leave out."""
-    with torch.device("meta"):
-        denoiser = EDMDenoiser(released_network_config(name))
+    denoiser = build_released(name)
+    assert isinstance(denoiser, EDMDenoiser)
     weights = {key: value for key, value in denoiser.state_dict().items() if not key.endswith("resample_filter")}
     assert edm_config_from_weights(weights) == replace(denoiser.config, dropout=0.0)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import UserError
-from fewstep.families.shapes import TEXT_NETWORKS, VAE_NETWORK
+from fewstep.families.registry import family_named, released_shapes
 from fewstep.formats.ldm_keys import PREFIXES, check_unet_config, from_ldm, to_ldm
 
 # the published text encoders of SD 1.5 and SDXL (both its own)
@@ -95,7 +95,7 @@ def tiny_text(kind: Any) -> Any:
 
 def released_unet(name: str) -> Any:
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(TEXT_NETWORKS[name]["network"])
+        return UNet2DConditionModel.from_config(released_shapes()[name]["network"])
 
 
 def released_text(kind: Any, config: dict[str, Any]) -> Any:
@@ -148,7 +148,7 @@ def test_vaes_return_through_diffusers() -> None:
         up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     with torch.device("meta"):
-        released: Any = AutoencoderKL(**VAE_NETWORK)
+        released: Any = AutoencoderKL(**family_named("sd").autoencoder_config)
     for vae in (tiny, released):
         written = round_trip("sd", "vae", vae)
         same(convert_ldm_vae_checkpoint(dict(written), vae.config), vae.state_dict())

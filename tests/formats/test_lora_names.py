@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.families.shapes import build_released_denoiser
+from fewstep.families.registry import build_released
 from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
 from fewstep.formats.ldm_keys import ldm_layers, ldm_name
 from fewstep.networks.adapters import UNET_TARGETS, LoraShape, SharedBase
@@ -146,7 +146,7 @@ def assert_factors_fit(state: dict[str, Tensor], unet: nn.Module, rank: int) -> 
 @pytest.mark.parametrize(("name", "layers"), RELEASED)
 def test_real_models_have_one_layer_a_key_with_its_shapes(tmp_path: Path, name: str, layers: int) -> None:
     """What our training makes for SD 1.5 and SDXL in full (published targets): both layouts, our reader and diffusers'."""
-    denoiser = build_released_denoiser(name)
+    denoiser = build_released(name)
     role = SharedBase(denoiser, LoraShape(rank=2, alpha=1.0)).add_role("generator")
     made = {key: torch.ones(value.shape) for key, value in role.adapter_state().items()}
     unet = unet_of(name)

@@ -1,6 +1,7 @@
 """Text-to-image models from diffusers folders: the same embeddings and pictures as diffusers' own pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 import fewstep
 from fewstep.diffusion.samplers import sample_ddim, sample_noise, trailing_indices
 from fewstep.errors import UserError
-from fewstep.families.diffusers_folder import load_diffusers_denoiser, model_family
+from fewstep.families.registry import recognise
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.text_model import LiveEmbeddings, TextGenerator, TextTeacher
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
@@ -32,7 +33,7 @@ def load(folder: Path) -> TextTeacher:
 
 def test_family_is_read_from_the_folder(folder: Path) -> None:
     family = "sd" if folder.name == "sd2" else folder.name
-    assert model_family(folder) == family
+    assert recognise(folder).name == family
     assert load(folder).family == family
 
 
@@ -90,7 +91,7 @@ def test_prediction_type_comes_from_the_scheduler(tmp_path: Path) -> None:
     pictures: list[Tensor] = []
     for kind in ("epsilon", "v_prediction"):
         folder = tiny_sd_folder(tmp_path / kind, prediction_type=kind)
-        denoiser = load_diffusers_denoiser(folder)
+        denoiser: Any = recognise(folder).load(folder)
         assert denoiser.prediction == kind
         pictures.append(load(folder).sample(["cat"], num_steps=4, guidance_scale=1.0))
         scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing")
@@ -120,7 +121,7 @@ def test_resolution_can_be_chosen(tmp_path: Path) -> None:
     assert teacher.denoiser.image_shape == (4, 12, 12)
     assert teacher.denoiser.bottleneck_shape == (32, 6, 6)
     assert teacher.sample(["cat"], num_steps=1).shape == (1, 3, 24, 24)
-    with pytest.raises(UserError, match=r"teacher\.resolution=25 is no multiple of the VAE's factor 2"):
+    with pytest.raises(UserError, match=r"teacher\.resolution=25 is not a multiple of the VAE's factor 2"):
         fewstep.load_teacher(folder, resolution=25)
 
 

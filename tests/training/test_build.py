@@ -19,7 +19,8 @@ from fewstep.distillation.terms import (
 )
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.edm.shapes import build_network_config, released_network_config
+from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.registry import build_released
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models.model import Teacher, load_generator, load_teacher
 from fewstep.networks.perceptual import pixel_distance
@@ -298,15 +299,15 @@ def test_teacher_of_another_shape_than_the_recipe(teacher_folder: Path) -> None:
 def test_unknown_teacher_network(teacher_folder: Path) -> None:
     settings = settings_of(teacher={"path": str(teacher_folder), "network": "imagenet-adm"}, compute={"device": "cpu"})
     with pytest.raises(
-        UserError, match=r"teacher\.network='imagenet-adm' is no released network; choose one of .*imagenet64-adm"
+        UserError, match=r"teacher\.network='imagenet-adm' is not a released network; choose one of .*imagenet64-adm"
     ):
         open_teacher(settings)
 
 
 def test_the_right_teacher_is_accepted_whatever_its_dropout() -> None:
     """Released teachers carry the dropout they were trained with; distillation has none."""
+    denoiser = build_released("cifar10-ddpmpp")
     with torch.device("meta"):
-        denoiser = EDMDenoiser(released_network_config("cifar10-ddpmpp"))
         wider = EDMDenoiser(build_network_config("ffhq64-ddpmpp", img_resolution=64, img_channels=3, label_dim=10))
     settings = settings_of(teacher={"path": "x", "network": "cifar10-ddpmpp"})
     check_network(Teacher(denoiser, ModelCard("teacher")), settings)

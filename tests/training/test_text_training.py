@@ -21,7 +21,7 @@ from fewstep.estimate.describe import describe_distillation
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.families.diffusers_folder import load_text_encoders
+from fewstep.families.registry import recognise
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 from fewstep.models.text_model import TextGenerator
 from fewstep.networks.autoencoder import load_autoencoder
@@ -55,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family, make in FOLDERS.items():
         make(folder / family)
         prepare_latents(
-            load_autoencoder(folder / family), load_text_encoders(folder / family), open_captioned_images(str(pictures)),
+            load_autoencoder(folder / family), recognise(folder / family).text_encoders(folder / family), open_captioned_images(str(pictures)),
             folder / f"latents-{family}", resolution=16, vae_fingerprint=vae_fingerprint(folder / family),
         )  # fmt: skip
     return folder

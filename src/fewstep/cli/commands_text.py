@@ -27,11 +27,13 @@ def make_embeddings(
     device: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare embeddings`."""
-    from fewstep.families.diffusers_folder import load_text_encoders, resolve_model_folder
+    from fewstep.families.diffusers_folder import resolve_model_folder
+    from fewstep.families.registry import recognise
     from fewstep.preparation.embeddings import prepare_embeddings
 
     place, texts = choose_device(device), load_prompts(prompts, column)
-    encoders = load_text_encoders(resolve_model_folder(teacher)).to(place)
+    model = resolve_model_folder(teacher)
+    encoders = recognise(model).text_encoders(model).to(place)
     prepare_embeddings(
         encoders, texts, folder, truncate=truncate, shard_size=shard_size, batch_size=batch_size,
         cut_with="--truncate-prompts", report=_progress("prompts"),
@@ -46,7 +48,8 @@ def make_latents(
     batch_size: int, device: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare latents --images`."""
-    from fewstep.families.diffusers_folder import load_text_encoders, read_json, resolve_model_folder
+    from fewstep.families.diffusers_folder import resolve_model_folder
+    from fewstep.families.registry import recognise
     from fewstep.networks.autoencoder import load_autoencoder
     from fewstep.preparation.latents import prepare_latents
 
@@ -54,10 +57,9 @@ def make_latents(
         raise UserError(f"--fit {fit}: choose crop, pad or exact")
     place, model = choose_device(device), resolve_model_folder(teacher)
     source = open_captioned_images(images, split=split, caption_column=caption_column, streaming=streaming)
-    autoencoder, encoders = load_autoencoder(model).to(place), load_text_encoders(model).to(place)
-    if not resolution:
-        name = "transformer" if encoders.family == "sd3" else "unet"
-        resolution = int(read_json(model / name / "config.json", model, name)["sample_size"]) * autoencoder.factor
+    family = recognise(model)
+    autoencoder, encoders = load_autoencoder(model).to(place), family.text_encoders(model).to(place)
+    resolution = resolution or family.resolution(model)
     prepare_latents(
         autoencoder, encoders, source, folder, resolution=resolution, vae_fingerprint=vae_fingerprint(model),
         fit=cast(Fit, fit), noise_seed=noise_seed, num_images=num_images, skip_bad=skip_bad, truncate=truncate,
@@ -71,11 +73,12 @@ def import_latents(
     device: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare latents --from-lmdb`."""
-    from fewstep.families.diffusers_folder import load_text_encoders, resolve_model_folder
+    from fewstep.families.diffusers_folder import resolve_model_folder
+    from fewstep.families.registry import recognise
     from fewstep.preparation.latents import import_lmdb_latents
 
     place, model = choose_device(device), resolve_model_folder(teacher)
-    encoders = load_text_encoders(model).to(place)
+    encoders = recognise(model).text_encoders(model).to(place)
     import_lmdb_latents(
         encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=truncate,
         shard_size=shard_size, batch_size=batch_size, report=_progress("latents"),
@@ -87,12 +90,13 @@ def import_pairs(
     teacher: str, lmdb: Path, folder: Path, num_pairs: int | None, scale: float | None, device: str
 ) -> None:
     """`fewstep prepare pairs --from-lmdb`."""
-    from fewstep.families.diffusers_folder import load_text_encoders, resolve_model_folder
+    from fewstep.families.diffusers_folder import resolve_model_folder
+    from fewstep.families.registry import recognise
     from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
 
     place, model = choose_device(device), resolve_model_folder(teacher)
     print(import_lmdb_pairs(
-        load_text_encoders(model).to(place), lmdb, folder, teacher=teacher, network_fingerprint=network_fingerprint(model),
+        recognise(model).text_encoders(model).to(place), lmdb, folder, teacher=teacher, network_fingerprint=network_fingerprint(model),
         num_pairs=num_pairs, scale=scale, report=_progress("pairs"),
     ))  # fmt: skip
 

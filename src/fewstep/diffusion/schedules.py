@@ -102,7 +102,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     @cached_property
     def _grid(self) -> Tensor:
-        return torch.arange(self.num_levels)
+        return torch.arange(self.num_levels, device="cpu")
 
     @property
     def grid(self) -> Tensor:
@@ -149,7 +149,7 @@ class FlowSchedule(NoiseSchedule):
 
     @cached_property
     def _grid(self) -> Tensor:
-        u = torch.arange(1, self.num_levels + 1, dtype=torch.float64) / self.num_levels
+        u = torch.arange(1, self.num_levels + 1, dtype=torch.float64, device="cpu") / self.num_levels
         return (self.shift * u / (1 + (self.shift - 1) * u)).float()
 
     @property
@@ -168,7 +168,8 @@ class FlowSchedule(NoiseSchedule):
 
 def karras_sigmas(num_levels: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """sigma_i = (sigma_min^(1/rho) + i/(N-1) (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, (N,), float64, ascending; N = 1 is sigma_max."""
-    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64) if num_levels > 1 else torch.ones(1).double()
+    with torch.device("cpu"):  # numbers, also where networks are built on the meta device
+        ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64) if num_levels > 1 else torch.ones(1).double()
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + ramp * (high - low)) ** rho
 

@@ -14,10 +14,8 @@ from fewstep.estimate.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, 
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
-from fewstep.families.registry import build_denoiser
-from fewstep.families.shapes import VAE_NETWORK, build_released_denoiser, build_text_denoiser
+from fewstep.families.registry import build_on_meta, build_released, family_of, recognise
 from fewstep.formats.bundled import resolve_path
-from fewstep.formats.model_folder import read_model_folder
 from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
@@ -173,11 +171,10 @@ def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] 
     teacher = settings.teacher
     if teacher.network:
         try:
-            denoiser = build_released_denoiser(teacher.network, teacher.resolution)
+            denoiser = build_released(teacher.network, teacher.resolution)
         except ValueError as error:
             raise UserError(str(error)) from None
-        latents = {"latent_channels": denoiser.image_shape[0]}
-        return denoiser, None if isinstance(denoiser, EDMDenoiser) else VAE_NETWORK | latents
+        return denoiser, dict(family_of(denoiser.describe()).autoencoder_config) or None
     path = teacher.path
     if not path:
         return None
@@ -186,11 +183,6 @@ def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] 
         folder = folder / "teacher"
     if not folder.is_dir():
         return None
-    if (folder / "model_index.json").is_file():
-        from fewstep.families.diffusers_folder import describe_diffusers_folder, read_json
-
-        vae = read_json(folder / "vae/config.json", folder, "vae")
-        return build_text_denoiser(describe_diffusers_folder(folder, teacher.resolution)), vae
-    description, _, _ = read_model_folder(folder)
-    with torch.device("meta"):
-        return build_denoiser(description), None
+    family = recognise(folder)
+    description = family.describe_folder(folder, teacher.resolution)
+    return build_on_meta(description), family.read_autoencoder_config(folder) or None

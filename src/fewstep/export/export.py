@@ -15,6 +15,7 @@ from fewstep.export.card_usage import CardFacts
 from fewstep.export.hub import check_repo_name
 from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
 from fewstep.export.shareable import without_local_paths
+from fewstep.families.registry import family_of
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.casting import DTYPES
@@ -171,11 +172,11 @@ def _write_scheduler(folder: Path, generator: AnyGenerator, kind: str) -> bool:
     """Beside a network or a LoRA, the scheduler that knows the steps; False where no stock scheduler can."""
     if isinstance(generator, Generator) or kind == "single-file":
         return False
-    from fewstep.export.few_step_scheduler import build_few_step_scheduler
     from fewstep.export.lora import base_denoiser
 
+    base = base_denoiser(generator)
     try:
-        scheduler = build_few_step_scheduler(base_denoiser(generator), generator.step_schedule)
+        scheduler = family_of(base.describe()).few_step_scheduler(base, generator.step_schedule)
     except UserError:
         if _is_sd3(generator):
             raise

@@ -13,16 +13,16 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from fewstep.errors import UserError
-from fewstep.export.few_step_scheduler import build_few_step_scheduler
 from fewstep.export.lora import base_denoiser, component_name, fused_weights
 from fewstep.export.shareable import copy_shareable
+from fewstep.families.registry import family_of
 from fewstep.formats.casting import cast_weights
+from fewstep.formats.diffusers_index import read_model_index
 from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
 from fewstep.models.text_model import TextGenerator
 from fewstep.networks.components import published_names
-from fewstep.networks.text_encoders import read_model_index
 
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
 _OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".ckpt", ".xml", ".safetensors")
@@ -37,7 +37,8 @@ def export_text_pipeline(
         UserError: steps that no stock scheduler expresses, values that do not fit `dtype`, a component without
             safetensors.
     """
-    scheduler = build_few_step_scheduler(base_denoiser(generator), generator.step_schedule)
+    base = base_denoiser(generator)
+    scheduler = family_of(base.describe()).few_step_scheduler(base, generator.step_schedule)
     network = component_name(generator)
     index = json.loads((generator.folder / "model_index.json").read_text(encoding="utf-8"))
     for part, (_, kind) in read_model_index(generator.folder).items():

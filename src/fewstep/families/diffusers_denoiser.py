@@ -121,3 +121,8 @@ class DiffusersDenoiser(Denoiser):
 def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
     """torch's non-reentrant activation checkpoint; no random state is kept, since distillation has no dropout."""
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A diffusers config without its private entries."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}

@@ -1,17 +1,24 @@
 """The contract of a family: everything that is special about one kind of teacher, said by one object.
 
-A new family is one folder below `families/` and one line in `registry.py`; its name stands nowhere else in src.
+A new family is one folder below `families/` and one line in `registry.py`; its name stands nowhere else in src. The
+module that defines the object imports diffusers and transformers inside its methods only, so that asking costs little.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.formats.model_folder import ModelCard
+
+if TYPE_CHECKING:
+    from fewstep.networks.autoencoder import Autoencoder
+    from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 Description = dict[str, Any]
 
@@ -20,43 +27,58 @@ class Family(ABC):
     """One kind of teacher.
 
     Attributes:
-        name: what cards and folders call it, e.g. "sdxl".
+        name: what cards and folders call it.
         title: what people call it.
         takes: "labels" (class numbers, or nothing for unconditional models) or "prompts".
         component: the network's folder in a diffusers folder, "unet" or "transformer"; empty where there is none.
+        network_class: the network's class in diffusers; empty where there is none.
+        scheduler_class: of the stock scheduler that carries a few-step schedule; empty where there is none.
         sampler_name: what people call the many-step sampler, e.g. "Heun".
         default_num_steps: of the many-step sampler.
         default_guidance_scale: of the many-step sampler; 1 is off.
         default_batch_size: pictures made at once unless told otherwise.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         shapes: released networks by name (as `teacher.network` has them), as descriptions that `build` takes.
+        autoencoder_config: the released models' VAE, for estimates; empty where x0 are the pictures themselves.
     """
 
     name: str
     title: str
-    takes: str
+    takes: Literal["labels", "prompts"]
     component: str = ""
+    network_class: str = ""
+    scheduler_class: str = ""
     sampler_name: str
     default_num_steps: int
     default_guidance_scale: float = 1.0
     default_batch_size: int
     lora_targets: tuple[str, ...] = ()
     shapes: Mapping[str, Description] = {}
+    autoencoder_config: Mapping[str, Any] = {}
+
+    # --- which models are of this family
 
     @abstractmethod
     def recognise(self, folder: Path) -> bool:
-        """Whether a folder or file holds a teacher of this family; reads names and configs, never weights."""
+        """Whether a folder or file holds a model of this family; reads names and configs, never weights.
+
+        Raises:
+            UserError: a config that has to be read is missing or damaged.
+        """
 
     @abstractmethod
     def describes(self, description: Description) -> bool:
         """Whether a description (see `Denoiser.describe`) is of this family; older spellings included."""
 
+    # --- the network
+
     @abstractmethod
     def build(self, description: Description) -> Denoiser:
-        """The untrained network of a description, on torch's current default device.
+        """The untrained network of a description, on torch's current default device ("meta": shapes alone).
 
         Raises:
             ValueError: the description is wrong.
+            UserError: a library that the family needs is not installed.
         """
 
     @abstractmethod
@@ -74,6 +96,24 @@ class Family(ABC):
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         """The description of the network in a folder, without reading its weights."""
 
+    def describe_released(self, name: str, resolution: int = 0) -> Description:
+        """The description of a released network, one of `shapes`, for pictures of this side; 0 takes its own.
+
+        Raises:
+            ValueError: no x0 of this model has this resolution.
+        """
+        return dict(self.shapes[name])
+
+    @abstractmethod
+    def resolution(self, folder: Path) -> int:
+        """Side of the pictures that a folder's model makes, in pixels, read from configs."""
+
+    @abstractmethod
+    def read_card(self, folder: Path) -> ModelCard:
+        """What a folder says of its model beside the weights: class names, licence, whether it can be guided."""
+
+    # --- sampling in many steps
+
     @abstractmethod
     def evaluations(self, num_steps: int) -> int:
         """Network evaluations a picture of the many-step sampler."""
@@ -83,3 +123,61 @@ class Family(ABC):
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
     ) -> Tensor:
         """x0 (B, ...) by the family's default many-step sampler, from unit noise, as its users' pipeline does it."""
+
+    @abstractmethod
+    def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
+        """Raise UserError where a teacher cannot be guided at this scale, as far as its card says."""
+
+    # --- what it is conditioned on, and what becomes pictures
+
+    def text_encoders(self, folder: Path) -> "TextEncoders":
+        """The text encoders of a folder (families that take prompts), float32, on the CPU.
+
+        Raises:
+            UserError: a component is missing or damaged.
+        """
+        raise NotImplementedError(f"{self.title} does not take prompts")
+
+    def condition(self, embeddings: "TextEmbeddings", empty: "TextEmbeddings", size: tuple[int, int]) -> Condition:
+        """The condition of N embedded prompts (families that take prompts).
+
+        Args:
+            embeddings: of the prompts, N rows.
+            empty: the one row of the unconditional branch.
+            size: height and width of the pictures in pixels.
+        """
+        raise NotImplementedError(f"{self.title} does not take prompts")
+
+    @abstractmethod
+    def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
+        """B = `size` conditions of the right shapes and no meaning, for estimates, on the CPU."""
+
+    def autoencoder(self, folder: Path) -> "Autoencoder | None":
+        """The VAE of a folder, float32, on the CPU; None where x0 are the pictures themselves.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return None
+
+    def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
+        """The VAE's config in a folder; empty where x0 are the pictures themselves.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return {}
+
+    def pixels_per_latent(self, folder: Path) -> int:
+        """Pixels a side of x0 stands for, read from configs; 1 where x0 are the pictures themselves."""
+        return 1
+
+    # --- a generator on its way to other programs
+
+    def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
+        """The stock diffusers scheduler whose `set_timesteps(len(steps))` gives exactly these steps.
+
+        Raises:
+            UserError: no stock scheduler can express them.
+        """
+        raise NotImplementedError(f"{self.title} has no stock scheduler")

@@ -1,30 +1,108 @@
-"""Every model family by name: the one place a new family is entered."""
+"""Every family by name: the one place where a new family is entered."""
 
-import importlib
-from typing import Any
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import UserError
 
-# family -> (module below families, class)
+if TYPE_CHECKING:
+    from fewstep.diffusion.denoiser import Denoiser
+    from fewstep.families.family import Family
+
+# name -> "module below families: class"; imported when first asked for
 FAMILIES = {
-    "edm": ("edm.denoiser", "EDMDenoiser"),
-    "diffusers-unet": ("stable_diffusion.denoiser", "DiffusersUNetDenoiser"),
-    "sd3": ("sd3.denoiser", "SD3Denoiser"),
+    "edm": "edm.family:EDMFamily",
+    "sd": "stable_diffusion.family:StableDiffusion",
+    "sdxl": "stable_diffusion.family:StableDiffusionXL",
+    "sd3": "sd3.family:StableDiffusion3",
 }
 
 
-def build_denoiser(description: dict[str, Any]) -> Denoiser:
-    """An untrained model from its JSON description (`family` and what that family needs).
+@cache
+def family_named(name: str) -> "Family":
+    """The family of this name.
+
+    Raises:
+        ValueError: none has it.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"model family {name!r} is unknown; this version knows {sorted(FAMILIES)}")
+    module, kind = FAMILIES[name].split(":")
+    family: Family = getattr(import_module(f"fewstep.families.{module}"), kind)()
+    return family
+
+
+def all_families() -> "list[Family]":
+    """Every family, in the order of the table."""
+    return [family_named(name) for name in FAMILIES]
+
+
+def family_of(description: dict[str, Any]) -> "Family":
+    """The family of a network's description (see `Denoiser.describe`).
+
+    Raises:
+        ValueError: none knows it.
+    """
+    for family in all_families():
+        if family.describes(description):
+            return family
+    raise ValueError(f"model family {description.get('family')!r} is unknown; this version knows {sorted(FAMILIES)}")
+
+
+def recognise(folder: Path) -> "Family":
+    """The family of the model in a folder or file.
+
+    Raises:
+        UserError: none of this version, or its configs are missing or damaged.
+    """
+    for family in all_families():
+        if family.recognise(folder):
+            return family
+    from fewstep.families.diffusers_folder import refuse_unknown_network
+
+    if (folder / "model_index.json").is_file():
+        refuse_unknown_network(folder, all_families())
+    titles = ", ".join(family.title for family in all_families())
+    raise UserError(f"{folder} is not a model this version knows; it knows {titles}")
+
+
+def build_denoiser(description: dict[str, Any]) -> "Denoiser":
+    """An untrained model from its JSON description, on torch's current default device.
 
     Raises:
         ValueError: the family is unknown or its description is wrong.
+        UserError: a library that the family needs is not installed.
     """
-    family = description.get("family")
-    if family not in FAMILIES:
-        raise ValueError(f"model family {family!r} is unknown; this version knows {sorted(FAMILIES)}")
-    module, name = FAMILIES[family]
-    kind = getattr(
-        importlib.import_module(f"fewstep.families.{module}"), name
-    )  # diffusers is imported only when needed
-    built: Denoiser = kind.from_description(description)
-    return built
+    return family_of(description).build(description)
+
+
+def build_on_meta(description: dict[str, Any]) -> "Denoiser":
+    """As `build_denoiser`, on the meta device: shapes without memory."""
+    import torch
+
+    with torch.device("meta"):
+        return build_denoiser(description)
+
+
+def released_shapes() -> dict[str, dict[str, Any]]:
+    """The description of every released network by its name, as `teacher.network` has it."""
+    return {name: dict(shape) for family in all_families() for name, shape in family.shapes.items()}
+
+
+def build_released(name: str, resolution: int = 0) -> "Denoiser":
+    """The untrained network of a released model, on the meta device: shapes without memory.
+
+    Args:
+        name: one of `released_shapes`.
+        resolution: side of the pictures in pixels, of models that work on latents; 0 takes the model's own.
+
+    Raises:
+        ValueError: the name is unknown, or no latent has this resolution.
+        UserError: a library that the family needs is not installed.
+    """
+    for family in all_families():
+        if name in family.shapes:
+            return build_on_meta(family.describe_released(name, resolution))
+    raise ValueError(f"teacher.network={name!r} is not a released network; choose one of {sorted(released_shapes())}")

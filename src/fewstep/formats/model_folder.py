@@ -87,6 +87,20 @@ def read_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     Raises:
         UserError: not a folder of ours, or a damaged file; names it.
     """
+    description, card = read_card(folder)
+    try:
+        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the model again") from error
+    return description, weights, card
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], ModelCard]:
+    """(description, card) of a folder of ours, without reading its weights.
+
+    Raises:
+        UserError: not a folder of ours, or a damaged file; names it.
+    """
     for name in (CONFIG, CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a fewstep model: {name} is missing")
@@ -101,8 +115,4 @@ def read_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
             raise ValueError(f"step indices {card.step_indices} outside the grid")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {CONFIG} or {CARD} is damaged ({error}); export the model again") from error
-    try:
-        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the model again") from error
-    return description, weights, card
+    return description, card

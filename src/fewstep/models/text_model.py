@@ -16,14 +16,8 @@ from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sampl
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
-from fewstep.families.diffusers_folder import (
-    has_guidance_built_in,
-    latent_factor,
-    load_diffusers_denoiser,
-    model_family,
-    resolve_model_folder,
-)
-from fewstep.families.registry import build_denoiser
+from fewstep.families.diffusers_folder import resolve_model_folder
+from fewstep.families.registry import build_denoiser, recognise
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.text_generator_folder import read_generator_folder, write_generator_folder
 from fewstep.models.prompt_table import EmbeddingSource, LiveEmbeddings, PromptTable
@@ -86,7 +80,9 @@ class TextModel:
             UserError: no TAESD, or one for other latents.
         """
         tiny = load_tiny_autoencoder(source)
-        check_tiny_autoencoder(tiny, source, self.denoiser.image_shape[0], latent_factor(self.folder))
+        check_tiny_autoencoder(
+            tiny, source, self.denoiser.image_shape[0], recognise(self.folder).pixels_per_latent(self.folder)
+        )
         self.__dict__["autoencoder"] = tiny.to(self.device)
 
     def release_encoders(self) -> None:
@@ -246,11 +242,11 @@ def load_text_teacher(
         UserError: no such model, a missing component, an unsupported family.
     """
     folder = resolve_model_folder(source)
-    denoiser = load_diffusers_denoiser(folder, resolution)
-    levels, guided = denoiser.noise_schedule.num_levels, not has_guidance_built_in(folder)
-    card = ModelCard(role="teacher", num_levels=levels, can_be_guided=guided)
+    family = recognise(folder)
+    denoiser = family.load(folder, resolution)
+    card = family.read_card(folder)
     base = str(folder.resolve()) if Path(source).expanduser().exists() else str(source)
-    return TextTeacher(prepare_denoiser(denoiser, device, precision), card, folder, base, model_family(folder))
+    return TextTeacher(prepare_denoiser(denoiser, device, precision), card, folder, base, family.name)
 
 
 def load_text_generator(path: Path, *, device: str = "auto", precision: str = "fp32", base: str = "") -> TextGenerator:
@@ -272,7 +268,7 @@ def load_text_generator(path: Path, *, device: str = "auto", precision: str = "f
     if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
         denoiser = cast(DiffusersDenoiser, build_denoiser(description))
     else:
-        denoiser = load_diffusers_denoiser(folder, int(description["latent_size"]) * latent_factor(folder))
+        denoiser = cast(DiffusersDenoiser, _base_network(folder, int(description["latent_size"])))
     network: Denoiser = denoiser
     if "lora" in description:
         lora = description["lora"]
@@ -287,7 +283,12 @@ def load_text_generator(path: Path, *, device: str = "auto", precision: str = "f
     else:
         _load_network(denoiser, weights, path)
         prepare_denoiser(denoiser, device, precision)
-    return TextGenerator(network.eval(), card, folder, source, model_family(folder))
+    return TextGenerator(network.eval(), card, folder, source, recognise(folder).name)
+
+
+def _base_network(folder: Path, latent_size: int) -> Denoiser:
+    family = recognise(folder)
+    return family.load(folder, latent_size * family.pixels_per_latent(folder))
 
 
 def _load_network(denoiser: DiffusersDenoiser, weights: dict[str, Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.errors import UserError
+from fewstep.formats.diffusers_index import read_model_index
 from fewstep.networks.components import load_component, quiet_loading
 
 _PIPELINES = {
@@ -160,19 +161,3 @@ def text_condition(
         size, text=embeddings.text, pooled=embeddings.pooled, time_ids=time_ids, empty_text=empty.text,
         empty_pooled=empty.pooled,
     )  # fmt: skip
-
-
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """The components {name: [library, class]} of a diffusers folder that are present.
-
-    Raises:
-        UserError: no diffusers folder.
-    """
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no diffusers model: model_index.json is missing")
-    try:
-        index = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); download the model again") from error
-    return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}

@@ -19,7 +19,8 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shape_from_weights import edm_config_from_weights
-from fewstep.families.registry import build_denoiser
+from fewstep.families.registry import build_denoiser, build_on_meta
+from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
@@ -149,8 +150,7 @@ def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str
 def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
     """(description, network on the meta device, what the user calls it) of a text-to-image base."""
     need_text_libraries()
-    from fewstep.families.diffusers_folder import describe_diffusers_folder, resolve_model_folder
-    from fewstep.families.shapes import build_text_denoiser
+    from fewstep.families.diffusers_folder import resolve_model_folder
 
     if not base:
         raise UserError(
@@ -158,9 +158,9 @@ def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
             "id) as --base, which brings text encoders and VAE"
         )
     folder = resolve_model_folder(base)
-    description = describe_diffusers_folder(folder)
+    description = recognise_family(folder).describe_folder(folder)
     name = str(folder.resolve()) if Path(base).expanduser().exists() else base
-    return description, build_text_denoiser(description), name
+    return description, build_on_meta(description), name
 
 
 def _fitted_roles(checkpoint: DMD2Checkpoint, denoiser: Denoiser, where: str) -> dict[str, dict[str, Tensor]]:

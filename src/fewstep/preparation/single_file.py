@@ -11,12 +11,12 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import UserError
-from fewstep.families.diffusers_folder import model_family, read_json
+from fewstep.families.registry import recognise
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.diffusers_index import read_json, read_model_index
 from fewstep.formats.single_file import SingleFile, read_single_file
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.components import published_names
-from fewstep.networks.text_encoders import read_model_index
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in single files, not needed by a teacher
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")
@@ -46,7 +46,7 @@ def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> P
         raise UserError(f"{out} exists already; choose another folder")
     single = read_single_file(Path(path))
     base = _config_folder(config_folder)
-    if (family := model_family(base)) != single.family:
+    if (family := recognise(base).name) != single.family:
         raise UserError(f"{path} is {_NAMES[single.family]}, but the configs of {config_folder} are {_NAMES[family]}'s")
     configs = {name: read_json(base / name / "config.json", base, name) for name in single.parts}
     states = {}

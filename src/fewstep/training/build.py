@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
-from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.shapes import build_released_denoiser
+from fewstep.families.registry import build_released, family_of
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.models.model import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
 from fewstep.networks.perceptual import load_lpips, pixel_distance
@@ -57,13 +55,11 @@ def schedule_warning(settings: TrainSettings, teacher: Denoiser) -> list[str]:
 
     Class-conditional generators bring a scheduler of their own, which carries any steps.
     """
-    if isinstance(teacher, EDMDenoiser):
+    family = family_of(teacher.describe())
+    if not family.scheduler_class:
         return []
-    from fewstep.export.few_step_scheduler import build_few_step_scheduler
-    from fewstep.families.diffusers_denoiser import DiffusersDenoiser
-
     try:
-        build_few_step_scheduler(cast(DiffusersDenoiser, teacher), build_step_schedule(settings, teacher))
+        family.few_step_scheduler(teacher, build_step_schedule(settings, teacher))
     except UserError as error:
         return [f"warning: {error}"]
     return []
@@ -190,7 +186,7 @@ def open_teacher(settings: TrainSettings) -> AnyTeacher:
 def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
     """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
     try:
-        expected = build_released_denoiser(settings.teacher.network).state_dict()
+        expected = build_released(settings.teacher.network).state_dict()
     except ValueError as error:
         raise UserError(str(error)) from None
     found = teacher.denoiser.state_dict()

@@ -58,16 +58,13 @@ _RELEASED_PICTURES = {
 }
 
 
-def released_network_config(name: str) -> EDMUNetConfig:
-    """Shape of a released class-conditional (FFHQ: unconditional) network, pictures included.
-
-    Raises:
-        ValueError: no released network has this name.
-    """
-    if name not in _RELEASED_PICTURES:
-        raise ValueError(f"teacher.network={name!r} is no released network; choose one of {sorted(_RELEASED_PICTURES)}")
-    resolution, channels, classes = _RELEASED_PICTURES[name]
-    return build_network_config(name, img_resolution=resolution, img_channels=channels, label_dim=classes)
+def released_descriptions() -> dict[str, dict[str, Any]]:
+    """The released class-conditional (FFHQ: unconditional) networks, pictures included, by name."""
+    descriptions = {}
+    for name, (resolution, channels, classes) in _RELEASED_PICTURES.items():
+        config = build_network_config(name, img_resolution=resolution, img_channels=channels, label_dim=classes)
+        descriptions[name] = {"family": "edm", "sigma_data": 0.5, "network": config.to_dict()}
+    return descriptions
 
 
 def network_names() -> list[str]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import FlowSchedule
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser
-from fewstep.families.stable_diffusion.denoiser import plain_config
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 
 
 class SD3Denoiser(DiffusersDenoiser):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import DiscreteSchedule
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.preconditioning import Prediction
 
 
@@ -141,10 +141,6 @@ def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
         "trained_betas",
         "rescale_betas_zero_snr",
     )
-    scheduler: Any = DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config})
+    with torch.device("cpu"):  # numbers, also where the network is built on the meta device
+        scheduler: Any = DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config})
     return scheduler.alphas_cumprod
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A diffusers config without its private entries."""
-    return {name: value for name, value in dict(config).items() if not name.startswith("_")}

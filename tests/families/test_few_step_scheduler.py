@@ -8,11 +8,18 @@ import torch
 
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
-from fewstep.export.few_step_scheduler import build_few_step_scheduler
-from fewstep.families.diffusers_folder import load_diffusers_denoiser
+from fewstep.families.registry import family_of, recognise
 from fewstep.families.sd3.denoiser import SD3Denoiser
 from tests.export.text_generators import FOLDERS
 from tests.tiny_models import tiny_sd_folder
+
+
+def load_diffusers_denoiser(folder: Path) -> Any:
+    return recognise(folder).load(folder)
+
+
+def build_few_step_scheduler(denoiser: Any, steps: StepSchedule) -> Any:
+    return family_of(denoiser.describe()).few_step_scheduler(denoiser, steps)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,164 @@
+"""What all families in diffusers' format share: components read by their configs, a VAE, text encoders, DDIM."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.samplers import sample_ddim
+from fewstep.errors import UserError
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
+from fewstep.families.diffusers_folder import has_guidance_built_in
+from fewstep.families.family import Description, Family
+from fewstep.formats.diffusers_index import (
+    INDEX,
+    read_json,
+    read_model_index,
+    read_scheduler,
+    read_vae_config,
+    vae_factor,
+)
+from fewstep.formats.model_folder import ModelCard
+
+if TYPE_CHECKING:
+    from fewstep.networks.autoencoder import Autoencoder
+    from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
+
+_RELEASED_FACTOR = 8
+
+
+class DiffusersFamily(Family):
+    """A text-to-image network, its scheduler, VAE and text encoders in a diffusers folder.
+
+    Attributes:
+        description_name: what the family's descriptions call it on disk ("family").
+    """
+
+    description_name: str
+    takes = "prompts"
+    sampler_name = "DDIM"
+    default_num_steps = 50
+    default_guidance_scale = 7.5
+    default_batch_size = 4
+
+    @abstractmethod
+    def has_network(self, config: dict[str, Any]) -> bool:
+        """Whether a network's config, of class `network_class`, is of this family."""
+
+    @abstractmethod
+    def build_around(self, network: Any, scheduler: dict[str, Any], latent_size: int) -> DiffusersDenoiser:
+        """The family's denoiser around a diffusers network; raises ValueError for configs it does not understand."""
+
+    def recognise(self, folder: Path) -> bool:
+        if not (folder / INDEX).is_file() or self.component not in read_model_index(folder):
+            return False
+        config = self._network_config(folder)
+        return config.get("_class_name") == self.network_class and self.has_network(config)
+
+    def describes(self, description: Description) -> bool:
+        return description.get("family") == self.description_name and self.has_network(description["network"])
+
+    def build(self, description: Description) -> Denoiser:
+        network = _need_libraries(self.network_class).from_config(description["network"])
+        return self.build_around(network, description["scheduler"], int(description["latent_size"]))
+
+    def load(self, folder: Path, resolution: int = 0) -> Denoiser:
+        kind = _need_libraries(self.network_class)
+        from fewstep.networks.components import load_component
+
+        scheduler, size = read_scheduler(folder), self._latent_size(folder, resolution)
+        weights = load_component(kind, folder / self.component)
+        try:
+            return self.build_around(weights.float(), plain_config(scheduler), size)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
+        import torch
+
+        kind, size = _need_libraries(self.network_class), self._latent_size(folder, resolution)
+        with torch.device("meta"):
+            untrained = kind.from_config(self._network_config(folder))
+        try:
+            return self.build_around(untrained, plain_config(read_scheduler(folder)), size).describe()
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    def describe_released(self, name: str, resolution: int = 0) -> Description:
+        if resolution % _RELEASED_FACTOR:
+            raise ValueError(
+                f"teacher.resolution={resolution} is not a multiple of the VAE's factor {_RELEASED_FACTOR}"
+            )
+        size = {"latent_size": resolution // _RELEASED_FACTOR} if resolution else {}
+        return {**self.shapes[name], **size}
+
+    def read_card(self, folder: Path) -> ModelCard:
+        levels = int(read_scheduler(folder).get("num_train_timesteps", 1000))
+        return ModelCard(role="teacher", num_levels=levels, can_be_guided=not has_guidance_built_in(folder))
+
+    def evaluations(self, num_steps: int) -> int:
+        return num_steps
+
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
+    ) -> Tensor:
+        return sample_ddim(denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
+
+    def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
+        if guidance_scale != 1 and not card.can_be_guided:
+            raise UserError(
+                f"guidance_scale={guidance_scale}: the scheduler of this model is one for few steps, its guidance is built in; "
+                "use 1, or give the model it was distilled from"
+            )
+
+    def text_encoders(self, folder: Path) -> "TextEncoders":
+        from fewstep.networks.text_encoders import TextEncoders
+
+        return TextEncoders(folder, self.name)
+
+    def condition(self, embeddings: "TextEmbeddings", empty: "TextEmbeddings", size: tuple[int, int]) -> Condition:
+        from fewstep.networks.text_encoders import text_condition
+
+        return text_condition(embeddings, empty, self.name, *size)
+
+    def autoencoder(self, folder: Path) -> "Autoencoder | None":
+        from fewstep.networks.autoencoder import load_autoencoder
+
+        return load_autoencoder(folder)
+
+    def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
+        return read_vae_config(folder)
+
+    def pixels_per_latent(self, folder: Path) -> int:
+        return vae_factor(read_vae_config(folder))
+
+    def resolution(self, folder: Path) -> int:
+        return int(self._network_config(folder)["sample_size"]) * self.pixels_per_latent(folder)
+
+    def _network_config(self, folder: Path) -> dict[str, Any]:
+        return read_json(folder / self.component / "config.json", folder, self.component)
+
+    def _latent_size(self, folder: Path, resolution: int) -> int:
+        """Side of the latents for pictures of a side; 0: the network's own."""
+        if not resolution:
+            return 0
+        factor = self.pixels_per_latent(folder)
+        if resolution % factor:
+            raise UserError(f"teacher.resolution={resolution} is not a multiple of the VAE's factor {factor}")
+        return resolution // factor
+
+
+def _need_libraries(name: str) -> Any:
+    """A class of diffusers.
+
+    Raises:
+        UserError: diffusers is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"text-to-image models need {error.name}: pip install 'fewstep[text]'") from error
+    return getattr(diffusers, name)

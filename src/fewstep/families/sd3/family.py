@@ -1,0 +1,51 @@
+"""Stable Diffusion 3: a transformer that predicts the flow on straight paths, with up to three text encoders."""
+
+from typing import Any
+
+import torch
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.sd3.shapes import SHAPES, VAE
+
+_TOKENS = 77 + 256  # of CLIP and of T5
+
+
+class StableDiffusion3(DiffusersFamily):
+    """Stable Diffusion 3, with or without its T5 text encoder."""
+
+    name = "sd3"
+    title = "Stable Diffusion 3"
+    description_name = "sd3"
+    component = "transformer"
+    network_class = "SD3Transformer2DModel"
+    scheduler_class = "FlowMatchLCMScheduler"
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
+        "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+    shapes = SHAPES
+    autoencoder_config = VAE
+
+    def has_network(self, config: dict[str, Any]) -> bool:
+        return True
+
+    def build_around(self, network: Any, scheduler: dict[str, Any], latent_size: int) -> DiffusersDenoiser:
+        from fewstep.families.sd3.denoiser import SD3Denoiser
+
+        return SD3Denoiser(network, scheduler, latent_size)
+
+    def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
+        network: Any = denoiser.network
+        config = network.config
+        text = torch.zeros(size, _TOKENS, config.joint_attention_dim)
+        pooled = torch.zeros(size, config.pooled_projection_dim)
+        return Condition(size, text=text, pooled=pooled, empty_text=text[:1], empty_pooled=pooled[:1])
+
+    def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
+        from fewstep.families.sd3.few_step_scheduler import build_few_step_scheduler
+
+        return build_few_step_scheduler(denoiser, steps)

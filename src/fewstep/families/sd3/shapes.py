@@ -1,0 +1,19 @@
+"""The released network and VAE of Stable Diffusion 3 medium, as published in their configs."""
+
+from typing import Any
+
+# 2028.3 M parameters
+SD3_MEDIUM: dict[str, Any] = {
+    "family": "sd3", "latent_size": 128, "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
+    "network": {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+    },
+}  # fmt: skip
+SHAPES = {"sd3-medium": SD3_MEDIUM}
+# 84 M parameters, 8 pixels a latent side
+VAE: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip

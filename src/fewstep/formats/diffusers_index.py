@@ -1,0 +1,58 @@
+"""The configs of a diffusers folder, read as JSON: what components there are and how each is described."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The components {name: [library, class]} of a diffusers folder that are present.
+
+    Raises:
+        UserError: not a diffusers folder, or a damaged index.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(f"{folder} is not a diffusers model: {INDEX} is missing")
+    try:
+        index = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); download the model again") from error
+    return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+
+
+def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
+    """A component's config.
+
+    Raises:
+        UserError: it is missing or damaged; names the component.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is incomplete: its component {component} is missing ({path.name}); download it again"
+        )
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); download the model again") from error
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's config; errors as `read_json`."""
+    return read_json(folder / SCHEDULER, folder, "scheduler")
+
+
+def read_vae_config(folder: Path) -> dict[str, Any]:
+    """The VAE's config; errors as `read_json`."""
+    return read_json(folder / "vae/config.json", folder, "vae")
+
+
+def vae_factor(config: dict[str, Any]) -> int:
+    """Pixels a latent side stands for, from the VAE's config."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
+    return int(2 ** (len(blocks) - 1))
