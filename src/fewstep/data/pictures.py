@@ -56,7 +56,7 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
     if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
         picture = picture.convert("RGBA").convert("RGB") if picture.mode != "LA" else picture.convert("L")
     if profile and (transform := _to_srgb(profile, picture.mode)) is not None:
-        picture = ImageCms.applyTransform(picture, transform)
+        picture = transform.apply(picture)
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB" if picture.mode not in ("1",) else "L")
     if alpha is not None:
@@ -111,7 +111,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         colours = Image.fromarray(
             np.stack(np.meshgrid(*[np.arange(0, 256, 51)] * 3), -1).reshape(6, 36, 3).astype(np.uint8)
         )
-        changed = np.asarray(ImageCms.applyTransform(colours, transform)).astype(int) - np.asarray(colours)
+        changed = np.asarray(transform.apply(colours)).astype(int) - np.asarray(colours)
         if np.abs(changed).max() <= 2:  # sRGB under one of its many names: rounding alone would be applied
             return None
     return transform
