@@ -4,12 +4,14 @@ import functools
 import html
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from fewstep.app.guard import listening
 from fewstep.app.notes import about_model, comparison_of, facts_of, notes_of
 from fewstep.app.settings import AppSettings
 from fewstep.app.studio import ALL_CLASSES, Request, Result, Role, Studio
@@ -18,6 +20,7 @@ from fewstep.errors import UserError
 log = logging.getLogger("fewstep.app")
 SMALL = 160  # pictures with a shorter side are shown as pixels, not smoothed
 THUMBNAIL = 256
+LISTENS_WITHIN_SECONDS = 5.0
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1240px !important; margin: 0 auto}
 main.app {width: 100%; max-width: none !important}
@@ -47,13 +50,16 @@ class PageFunctions:
 
     def generate(
         self, prompt: str, label: int | None, seed: str, num_images: float, steps: int | None, tiny_vae: bool,
-        compare: bool, history: list[Entry],
+        compare: bool, history: list[Entry], visitor: gr.Request | None = None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """The model's pictures, then the teacher's where they are to be compared.
 
         Yields:
             pictures with captions, facts, the teacher's pictures, its facts, the history strip, the history.
         """
+        if visitor is not None and not _is_listening(visitor.session_hash):
+            log.info("nobody waits for a request of session %s any more", visitor.session_hash)
+            raise _message("Nobody waits for this request any more.")
         with_teacher = compare and "teacher" in self.studio.models
         request = Request(
             prompt or "", ALL_CLASSES if label is None else label, str(seed), _whole(num_images),
@@ -80,6 +86,16 @@ class PageFunctions:
         for note in result.notes:
             gr.Warning(html.escape(note, quote=False))
         return result
+
+
+def _is_listening(session: str | None) -> bool:
+    """Whether a browser waits for the answer; one that has just asked may begin to within a moment."""
+    ends = time.monotonic() + LISTENS_WITHIN_SECONDS
+    while session is not None and session not in listening:
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def build_page(studio: Studio) -> gr.Blocks:

@@ -3,8 +3,11 @@
 import errno
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from fewstep.app.guard import LOOPBACK, Guard
 from fewstep.app.settings import AppSettings
 from fewstep.app.studio import load_studio
 from fewstep.errors import UserError
@@ -39,7 +42,13 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     host = settings.host.strip("[]")
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page once, which no proxy could answer
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
+    from starlette.middleware import Middleware
+
+    root = settings.root_path or os.environ.get("GRADIO_ROOT_PATH", "")
+    hosts = [name for name in (host, urlsplit(root).hostname) if name and name not in _EVERYWHERE]
+    guard = Middleware(Guard, hosts=hosts if host in LOOPBACK else ["*"], gone=_leaves_queue(page))  # type: ignore[arg-type]
     options: dict[str, Any] = {
+        "root_path": root, "app_kwargs": {"middleware": [guard]},
         "theme": gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"]), "css": CSS,
         "footer_links": [], "share": False, "ssr_mode": False, "enable_monitoring": False, "show_error": False,
         "max_file_size": "1kb", "state_session_capacity": 100,
@@ -62,6 +71,18 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     if wait:
         page.block_thread()
     return page
+
+
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+def _leaves_queue(page: "gradio.Blocks") -> Callable[[str], Awaitable[None]]:
+    """Requests of a session that nobody listens to leave the queue before they run."""
+
+    async def gone(session: str) -> None:
+        await page._queue.clean_events(session_hash=session)
+
+    return gone
 
 
 def _check_address(host: str, port: int) -> None:

@@ -16,6 +16,7 @@ class AppSettings:
         model: generator or teacher, as `fewstep sample` takes it.
         teacher: shown beside the generator; empty: none.
         host: address to listen on; the default is reachable from this machine only.
+        root_path: where the page is behind a proxy, "/demo" or "https://example.org/demo"; empty: at the root.
         port: 0 takes a free one from 7860 on.
         max_images: most pictures a request.
         max_queue: most requests waiting; further ones are turned away with a message.
@@ -42,6 +43,7 @@ class AppSettings:
     safety_checker: bool = True
     device: str = "auto"
     precision: str = "fp32"
+    root_path: str = ""
 
     def __post_init__(self) -> None:
         limits = {
@@ -56,5 +58,7 @@ class AppSettings:
             raise UserError(f"--teacher-steps {self.teacher_steps}: must be 1 or more")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance-scale {self.guidance_scale}: give a finite number, e.g. 7.5")
+        if self.root_path and not self.root_path.startswith(("/", "http://", "https://")):
+            raise UserError(f"--root-path {self.root_path}: give /PATH, or https://HOST/PATH")
         if not self.host:
             raise UserError("--host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network it is in")

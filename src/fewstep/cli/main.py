@@ -414,6 +414,7 @@ def web_app(
     teacher: Annotated[str, typer.Option(help="shown beside the generator, from the same noise: as `sample` takes one")] = "",
     host: Annotated[str, typer.Option(help="address to listen on; the default is reachable from this machine only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one from 7860 on")] = 7860,
+    root_path: Annotated[str, typer.Option("--root-path", help="behind a proxy: /PATH or https://HOST/PATH that leads here")] = "",
     max_images: Annotated[int, typer.Option(help="most pictures a request")] = 8,
     max_queue: Annotated[int, typer.Option(help="most requests waiting; further ones are turned away")] = 16,
     max_prompt: Annotated[int, typer.Option(help="most characters of a prompt")] = 1000,
@@ -432,7 +433,7 @@ def web_app(
     launch_app(AppSettings(
         model, teacher=teacher, host=host, port=port, max_images=max_images, max_queue=max_queue, max_prompt=max_prompt,
         history=history, teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae,
-        safety_checker=safety_checker, device=device, precision=precision,
+        safety_checker=safety_checker, device=device, precision=precision, root_path=root_path,
     ))  # fmt: skip
 
 
