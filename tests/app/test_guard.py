@@ -55,14 +55,18 @@ def test_names_of_this_machine(port: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "[broken"])
 def test_foreign_names(port: int, name: str) -> None:
-    status, headers = ask(port, Host=name)
+    status, headers = ask(port, Host=name, Origin=f"http://{name}")
     assert status == 403
     assert "access-control-allow-origin" not in headers
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "https://evil.example:1", "null", "file://"])
 def test_foreign_origins(port: int, origin: str) -> None:
-    assert ask(port, Origin=origin)[0] == 403
+    status, headers = ask(port, Origin=origin)
+    assert (status, "access-control-allow-origin" in headers) == (403, False)
+    preflight = {"access_control_request_method": "POST"}
+    status, headers = ask(port, "OPTIONS", "/gradio_api/queue/join", Origin=origin, **preflight)
+    assert (status, "access-control-allow-origin" in headers) == (403, False)
     assert ask(port, "POST", "/gradio_api/queue/join", Origin=origin)[0] == 403
 
 

@@ -46,9 +46,9 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
 
     root = settings.root_path or os.environ.get("GRADIO_ROOT_PATH", "")
     hosts = [name for name in (host, urlsplit(root).hostname) if name and name not in _EVERYWHERE]
-    guard = Middleware(Guard, hosts=hosts if host in LOOPBACK else ["*"], gone=_leaves_queue(page))  # type: ignore[arg-type]
+    rules: dict[str, Any] = {"hosts": hosts if host in LOOPBACK else ["*"], "gone": _leaves_queue(page)}
     options: dict[str, Any] = {
-        "root_path": root, "app_kwargs": {"middleware": [guard]},
+        "root_path": root, "app_kwargs": {"middleware": [Middleware(Guard, **rules)]},
         "theme": gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"]), "css": CSS,
         "footer_links": [], "share": False, "ssr_mode": False, "enable_monitoring": False, "show_error": False,
         "max_file_size": "1kb", "state_session_capacity": 100,
@@ -62,6 +62,8 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
         raise UserError(_taken(settings.host, settings.port, _first_line(error))) from error
     except Exception as error:  # gradio's own check of the page raises a bare one
         raise UserError(f"the page at {host} does not answer ({_first_line(error)}); try another --host") from error
+    # gradio puts its own answers to foreign origins outside of that one
+    page.app.middleware_stack = Guard(page.app.middleware_stack, **rules)
     print(f"fewstep app: {page.local_url} (Ctrl-C ends it)", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(
