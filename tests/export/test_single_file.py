@@ -90,6 +90,8 @@ def test_v_prediction_is_said_and_rendered(tmp_path: Path, monkeypatch: pytest.M
     assert (ours - rendered_by_diffusers(path, generator, 3, monkeypatch)).abs().max() < 1e-3
     with safe_open(path, "pt") as file:
         assert file.metadata()["modelspec.prediction_type"] == "v"
+        assert "v_pred" in file.keys()  # noqa: SIM118  # by which ComfyUI and stable-diffusion.cpp know it
+        assert "ztsnr" not in file.keys()  # noqa: SIM118
         assert file.metadata()["fewstep.prediction_type"] == "v_prediction"
 
 

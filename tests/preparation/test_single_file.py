@@ -13,7 +13,9 @@ from torch import Tensor
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.single_file import single_file_tensors
+from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
 from fewstep.formats.single_file import read_single_file
+from fewstep.preparation.convert import convert_weights
 from fewstep.preparation.single_file import single_file_to_folder
 from tests.export.single_file_models import FOLDERS, load_generator
 
@@ -75,6 +77,67 @@ def test_the_headers_prediction_goes_before_the_configs(folders: dict[str, Path]
     assert config["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.parametrize("markers", [("v_pred",), ("v_pred", "ztsnr")])
+def test_marker_tensors_go_before_the_configs(
+    folders: dict[str, Path], tensors: Any, tmp_path: Path, markers: tuple[str, ...]
+) -> None:
+    """As v-prediction fine-tunes of SDXL say what they are."""
+    save_file({**tensors["sdxl"], **{name: torch.empty(0) for name in markers}}, tmp_path / "v.safetensors")
+    made = single_file_to_folder(tmp_path / "v.safetensors", folders["sdxl"], tmp_path / "out")
+    config = json.loads((made / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    assert config["prediction_type"] == "v_prediction"
+    assert config.get("rescale_betas_zero_snr", False) == ("ztsnr" in markers)
+    assert fewstep.load_teacher(made, device="cpu").denoiser.prediction == "v_prediction"  # type: ignore[union-attr]
+
+
+def test_contradictions_and_strange_predictions_are_refused(tensors: Any, tmp_path: Path) -> None:
+    path, marked = tmp_path / "v.safetensors", {**tensors["sd"], "v_pred": torch.empty(0)}
+    save_file(marked, path, metadata={"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(UserError, match=r"contradicts itself: its tensor v_pred"):
+        read_single_file(path)
+    save_file(tensors["sd"], path, metadata={"modelspec.prediction_type": "edm"})
+    with pytest.raises(UserError, match=r"modelspec\.prediction_type='edm'"):
+        read_single_file(path)
+
+
+def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    own = discrete_alphas_cumprod(json.loads((folders["sd"] / "scheduler/scheduler_config.json").read_text()))
+    save_file({**tensors["sd"], "alphas_cumprod": own.half()}, path)
+    single_file_to_folder(path, folders["sd"], tmp_path / "same")
+    save_file({**tensors["sd"], "alphas_cumprod": own - own[-1]}, path)
+    with pytest.raises(UserError, match=r"its noise schedule .alphas_cumprod. is another than that of the base's"):
+        single_file_to_folder(path, folders["sd"], tmp_path / "other")
+
+
+def test_what_the_file_lacks_comes_from_the_base_and_is_said(
+    folders: dict[str, Path], tensors: Any, tmp_path: Path
+) -> None:
+    """Without VAE, as many fine-tunes are published; and the U-Net alone."""
+    path, notes = tmp_path / "m.safetensors", list[str]()
+    for number, prefixes in enumerate((("first_stage_model.",), ("first_stage_model.", "cond", "conditioner."))):
+        for family in ("sd", "sdxl"):
+            save_file({key: v for key, v in tensors[family].items() if not key.startswith(prefixes)}, path)
+            made = single_file_to_folder(path, folders[family], tmp_path / f"{family}{number}", notes.append)
+            found, base = weights_of(made), weights_of(folders[family])
+            assert {key.split(".")[0] for key in found} == {key.split(".")[0] for key in base}
+            assert all(torch.equal(value, base[key]) for key, value in found.items() if key.startswith("vae."))
+    assert notes[0] == f"vae of {folders['sd']}, because m.safetensors has none"
+    assert notes[3].startswith("vae and text_encoder and text_encoder_2 of")
+    said = convert_weights(path, tmp_path / "said", base=str(folders["sdxl"]))
+    assert "vae" in said
+
+
+def test_a_base_without_the_weights_that_the_file_lacks(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    base = FOLDERS["sd"](tmp_path / "base")
+    save_file({k: v for k, v in tensors["sd"].items() if not k.startswith("first_stage")}, tmp_path / "m.safetensors")
+    (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/diffusion_pytorch_model.fp16.safetensors")
+    single_file_to_folder(tmp_path / "m.safetensors", base, tmp_path / "half")
+    (base / "vae/diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(UserError, match=r"m\.safetensors has no vae, and .*vae no weights .* --base"):
+        single_file_to_folder(tmp_path / "m.safetensors", base, tmp_path / "out")
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_ckpt_of_tensors_is_read(folders: dict[str, Path], tensors: Any, tmp_path: Path, nested: bool) -> None:
     state: Any = OrderedDict(tensors["sd"])
@@ -116,7 +179,10 @@ def test_a_ckpt_with_more_than_tensors_is_refused_and_nothing_runs(tensors: Any,
         (["model.diffusion_model.joint_blocks.0.x"], "is Stable Diffusion 3"),
         (["lora_unet_conv_in.lora_down.weight"], "is a LoRA"),
         (["down_blocks.0.resnets.0.conv1.weight"], "U-Net in diffusers' own keys"),
-        (["model.diffusion_model.out.2.bias"], "has no tensors of vae, text_encoder"),
+        (["first_stage_model.conv"], "none that begins with model.diffusion_model."),
+        (["model.diffusion_model.out.2.bias", "edm_mean"], "holds edm_mean: its U-Net takes EDM's noise levels"),
+        (["model.diffusion_model.out.2.bias", "edm_vpred.sigma_max"], "holds edm_vpred.sigma_max"),
+        (["model.diffusion_model.out.2.bias", "adapter.x"], r"1 of its tensors belong to no part .* adapter\.x"),
         ([], "has 0 tensors"),
     ],
 )
@@ -164,7 +230,7 @@ def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensor
     refused(r"out.2.bias \(9,\) for \(4,\)", model__diffusion_model__out__2__bias=torch.zeros(9))
     refused("conv_out.bias has numbers", model__diffusion_model__out__2__bias=torch.full((4,), torch.inf))
     refused("conv_out.bias holds torch.int64", model__diffusion_model__out__2__bias=torch.zeros(4, dtype=torch.int64))
-    refused("no diffusers model", source=tmp_path)
+    refused("not a diffusers model", source=tmp_path)
     refused("no hub id", source=tmp_path / "none")
     refused("cannot be fetched from the hub", source="nobody/nothing")
     out.mkdir()

@@ -16,6 +16,7 @@ from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
 from fewstep.formats.ldm_keys import to_ldm
+from fewstep.formats.single_file import V_MARKER, ZERO_SNR_MARKER
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.models.text_model import TextGenerator
 
@@ -46,7 +47,7 @@ def export_single_file(generator: TextGenerator, out: Path, dtype: torch.dtype) 
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors: that is what programs know these files by")
     refuse_other_layouts(generator)
-    tensors = cast_weights(single_file_tensors(generator), dtype)
+    tensors = cast_weights(single_file_tensors(generator), dtype) | marker_tensors(generator)
     header = single_file_metadata(generator)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +85,16 @@ def single_file_tensors(generator: TextGenerator) -> dict[str, Tensor]:
     for name, encoder in zip(("text_encoder", "text_encoder_2"), generator.encoders.modules, strict=False):
         tensors |= to_ldm(family, name, encoder.state_dict(), {})
     return tensors
+
+
+def marker_tensors(generator: TextGenerator) -> dict[str, Tensor]:
+    """Empty tensors by whose names ComfyUI and stable-diffusion.cpp know v-prediction and a schedule without signal."""
+    base = base_denoiser(generator)
+    if base.prediction != "v_prediction":
+        return {}
+    zero_snr = isinstance(base.noise_schedule, DiscreteSchedule) and not base.noise_schedule.has_signal_everywhere
+    names = (V_MARKER, ZERO_SNR_MARKER) if zero_snr else (V_MARKER,)
+    return {name: torch.empty(0) for name in names}
 
 
 def generator_sigmas(generator: TextGenerator) -> list[float]:

@@ -1,12 +1,13 @@
 """The configs of a diffusers folder, read as JSON: what components there are and how each is described."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.formats.json_files import read_json_object
 
 INDEX = "model_index.json"
+_MAX_HALVINGS = 10
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -19,10 +20,14 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{folder} is not a diffusers model: {INDEX} is missing")
-    try:
-        index = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); download the model again") from error
+    index = read_json_object(path)
+    wrong = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and (len(value) != 2 or not all(isinstance(part, str | None) for part in value))
+    ]
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong[0]} is not [library, class]; download the model again")
     return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
 
 
@@ -36,10 +41,7 @@ def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} is incomplete: its component {component} is missing ({path.name}); download it again"
         )
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); download the model again") from error
+    return read_json_object(path)
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
@@ -55,4 +57,6 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
 def vae_factor(config: dict[str, Any]) -> int:
     """Pixels a latent side stands for, from the VAE's config."""
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
+    if not isinstance(blocks, list | tuple) or len(blocks) > _MAX_HALVINGS:
+        raise UserError("the config of the VAE is damaged: block_out_channels is not a list; download the model again")
     return int(2 ** (len(blocks) - 1))

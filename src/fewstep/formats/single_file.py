@@ -1,5 +1,6 @@
 """A whole Stable Diffusion 1.x or SDXL model in one file, with LDM keys: read without executing anything in it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,19 @@ _OTHERS = {
 }
 
 
+# Empty tensors by which ComfyUI, stable-diffusion.cpp and others know how a model predicts
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+_EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.")
+_ALPHAS = "alphas_cumprod"
+# What training leaves in a file beside the model: schedules, averages and losses, which no component has
+_LEFT_BEHIND = re.compile(
+    r"model_ema\..*|loss\..*|denoiser\..*|conditioner\.embedders\.\d+\.logit_scale|cond_stage_model\.logit_scale|"
+    r"betas|alphas_cumprod(_prev)?|(sqrt|log|sqrt_recip|sqrt_recipm1|sqrt_one_minus|log_one_minus)_\w*alphas_cumprod|"
+    r"posterior_\w+|lvlb_weights|logvar|scale_factor|global_step"
+)
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+
 @dataclass(frozen=True)
 class SingleFile:
     """The components of a single-file checkpoint.
@@ -37,20 +51,25 @@ class SingleFile:
     Attributes:
         path: the file.
         family: "sd" or "sdxl".
-        parts: component -> its tensors by their LDM keys without the component's prefix.
+        parts: component -> its tensors by their LDM keys without the component's prefix; those it has, the U-Net always.
+        prediction_type: "epsilon" or "v_prediction" where a marker tensor or the header says so, else "".
+        zero_snr: whether a marker says that the noise schedule ends without signal.
+        alphas_cumprod: the noise schedule, where the file has it.
         metadata: the file's header entries.
     """
 
     path: Path
     family: str
     parts: dict[str, dict[str, Tensor]]
+    prediction_type: str = ""
+    zero_snr: bool = False
+    alphas_cumprod: Tensor | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
-    def prediction_type(self) -> str:
-        """ "epsilon" or "v_prediction" where the header says so, else ""."""
-        stated = self.metadata.get("modelspec.prediction_type", "")
-        return {"epsilon": "epsilon", "v": "v_prediction"}.get(stated, "")
+    def absent(self) -> tuple[str, ...]:
+        """Components of the family that the file has nothing of."""
+        return tuple(name for name in PREFIXES[self.family] if name not in self.parts)
 
     def diffusers_state(
         self, component: str, config: Mapping[str, Any], shapes: Mapping[str, torch.Size]
@@ -94,15 +113,56 @@ def read_single_file(path: Path) -> SingleFile:
                 short = key.removeprefix(stem)
                 optional = _OPTIONAL_PREFIX if prefix != stem else ""
                 parts[component][short.removeprefix(optional)] = value
-    if absent := [component for component, part in parts.items() if not part]:
-        raise UserError(f"{path} is no whole model: it has no tensors of {', '.join(absent)}")
-    return SingleFile(path, family, parts, metadata)
+    stems = tuple(prefix.removesuffix(_OPTIONAL_PREFIX) for prefix in prefixes.values())
+    others = {key: value for key, value in tensors.items() if not key.startswith(stems)}
+    _refuse_unknown(path, others)
+    return SingleFile(
+        path, family, {component: part for component, part in parts.items() if part}, _prediction(path, others, metadata),
+        ZERO_SNR_MARKER in others, others.get(_ALPHAS), metadata,
+    )  # fmt: skip
+
+
+def _refuse_unknown(path: Path, others: Mapping[str, Tensor]) -> None:
+    """Raise UserError for tensors that belong to no component and that might change what the model computes."""
+    if edm := [key for key in others if key.startswith(_EDM_MARKERS)]:
+        raise UserError(
+            f"{path} holds {edm[0]}: its U-Net takes EDM's noise levels, which Stable Diffusion 1.x and SDXL here do not; "
+            "give a model that predicts epsilon or v"
+        )
+    known = (V_MARKER, ZERO_SNR_MARKER)
+    if unknown := [key for key in others if key not in known and not _LEFT_BEHIND.fullmatch(key)]:
+        raise UserError(
+            f"{path}: {len(unknown)} of its tensors belong to no part of such a model, e.g. {unknown[0][:100]}; what they "
+            "change is not known here: save the model again without them"
+        )
+
+
+def _prediction(path: Path, others: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """What marker and header say of the prediction."""
+    stated = metadata.get("modelspec.prediction_type", "")
+    if stated and stated not in _PREDICTIONS:
+        raise UserError(
+            f"{path}: its header says modelspec.prediction_type={stated[:40]!r}; epsilon and v are known here"
+        )
+    found = _PREDICTIONS.get(stated, "")
+    if V_MARKER not in others:
+        return found
+    if found == "epsilon":
+        raise UserError(
+            f"{path} contradicts itself: its tensor {V_MARKER} says v-prediction, modelspec.prediction_type in its header "
+            "says epsilon; remove the wrong one"
+        )
+    return "v_prediction"
 
 
 def _family(keys: Iterable[str], path: Path) -> str:
     keys = list(keys)
-    if any(key.startswith(PREFIXES["sdxl"]["text_encoder_2"]) for key in keys):
-        return "sdxl"
+    if any(
+        key.startswith((PREFIXES["sdxl"]["text_encoder_2"], f"{PREFIXES['sdxl']['unet']}label_emb.")) for key in keys
+    ):
+        refiner = "conditioner.embedders.0.model."
+        if not any(key.startswith(refiner) for key in keys):
+            return "sdxl"
     for prefix, name in _OTHERS.items():
         if any(key.startswith(prefix) for key in keys):
             raise UserError(f"{path} is {name}; single files of Stable Diffusion 1.x and SDXL are read")

@@ -45,5 +45,6 @@ def _convert_single_file(source: Path, out: Path, base: str) -> str:
             f"{source} is a single-file checkpoint in the LDM layout: give a diffusers folder of the same model family "
             "as --base, which brings configs, tokenizers and scheduler"
         )
-    single_file_to_folder(source, base, out)
-    return f"{out}: diffusers folder"
+    notes: list[str] = []
+    single_file_to_folder(source, base, out, notes.append)
+    return "; ".join([f"{out}: diffusers folder", *notes])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,36 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fewstep.errors import UserError
 from fewstep.families.registry import recognise
+from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.diffusers_index import read_json, read_model_index
 from fewstep.formats.single_file import SingleFile, read_single_file
-from fewstep.formats.tensor_files import write_tensor_file
+from fewstep.formats.tensor_files import first_line, write_tensor_file
 from fewstep.networks.components import published_names
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in single files, not needed by a teacher
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")
 _CONFIGS = ["*.json", "*.txt", "*.model"]
+_SAME_SCHEDULE = 2e-3  # alphas_cumprod in a half-precision file against the scheduler's
 _WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
+_TEXT_WEIGHTS = "model.safetensors"
 _TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _NAMES = {"sd": "Stable Diffusion 1.x", "sdxl": "SDXL", "sd3": "Stable Diffusion 3"}
 
 
-def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> Path:
+def single_file_to_folder(
+    path: Path, config_folder: str | Path, out: Path, note: Callable[[str], None] = lambda line: None
+) -> Path:
     """Write a diffusers folder with the weights of a single file.
 
     Args:
         path: a .safetensors with LDM keys (a .ckpt where it holds nothing but tensors).
         config_folder: a diffusers folder of the same family (its configs, tokenizers and scheduler are taken; it
-            needs no weights), or a hub id, of which only those are downloaded.
+            needs no weights), or a hub id, of which only those are downloaded. Components that the file lacks are
+            taken from it whole.
         out: the new folder. It takes the place of nothing.
+        note: is told what was taken from elsewhere, in words.
 
     Returns:
         `out`.
@@ -45,7 +54,7 @@ def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> P
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
     single = read_single_file(Path(path))
-    base = _config_folder(config_folder)
+    base = _config_folder(config_folder, single.absent)
     if (family := recognise(base).name) != single.family:
         raise UserError(f"{path} is {_NAMES[single.family]}, but the configs of {config_folder} are {_NAMES[family]}'s")
     configs = {name: read_json(base / name / "config.json", base, name) for name in single.parts}
@@ -55,29 +64,70 @@ def single_file_to_folder(path: Path, config_folder: str | Path, out: Path) -> P
         tensors = published_names(network.state_dict(), type(network).__name__)
         shapes = {key: value.shape for key, value in tensors.items()}
         states[name] = single.diffusers_state(name, dict(network.config) if name in _WEIGHTS else {}, shapes)
+    scheduler = _own_scheduler(single, read_json(base / "scheduler/scheduler_config.json", base, "scheduler"))
+    _check_schedule(single, scheduler, base)
+    borrowed = {name: _weights_file(base, name, single) for name in single.absent}
     index = read_json(base / "model_index.json", base, "model_index")
     with written_aside(out) as aside:
         for name in _COPIED:
             if (base / name).is_dir():
                 shutil.copytree(base / name, aside / name)
-        _say_prediction(single, aside / "scheduler/scheduler_config.json")
+        (aside / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=1), encoding="utf-8")
         for name, state in states.items():
             (aside / name).mkdir()
             (aside / name / "config.json").write_text(json.dumps(configs[name], indent=1), encoding="utf-8")
-            write_tensor_file(aside / name / _WEIGHTS.get(name, "model.safetensors"), state, {"format": "pt"})
+            write_tensor_file(aside / name / _WEIGHTS.get(name, _TEXT_WEIGHTS), state, {"format": "pt"})
+        for name, source in borrowed.items():
+            (aside / name).mkdir()
+            shutil.copyfile(base / name / "config.json", aside / name / "config.json")
+            shutil.copyfile(source, aside / name / _WEIGHTS.get(name, _TEXT_WEIGHTS))
         (aside / "model_index.json").write_text(json.dumps(_own_index(index), indent=1), encoding="utf-8")
+    if borrowed:
+        note(f"{' and '.join(borrowed)} of {config_folder}, because {single.path.name} has none")
     return out
 
 
-def _config_folder(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
+def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
+    """A component's weights in the base, in full or half precision."""
+    stem = _WEIGHTS.get(name, _TEXT_WEIGHTS).removesuffix(".safetensors")
+    files = [base / name / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
+    found = next((path for path in files if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{single.path} has no {name}, and {base / name} no weights to take in its place ({files[0].name}); give a "
+            "--base that has them"
+        )
+    return found
+
+
+def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -> None:
+    """Refuse a file whose own noise schedule is another than its folder's scheduler will say."""
+    try:
+        expected = discrete_alphas_cumprod(scheduler)
+    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"{base / 'scheduler/scheduler_config.json'} describes no schedule: {first_line(error)}"
+        ) from error
+    found = single.alphas_cumprod
+    if found is None or found.shape != expected.shape:
+        return
+    if not bool(((found.float() - expected.float()).abs() < _SAME_SCHEDULE).all()):
+        raise UserError(
+            f"{single.path}: its noise schedule (alphas_cumprod) is another than that of the base's scheduler; give a "
+            "--base whose scheduler has it (beta_start, beta_end, beta_schedule, rescale_betas_zero_snr)"
+        )
+
+
+def _config_folder(source: str | Path, absent: Sequence[str]) -> Path:
+    folder = resolve_path(source)
     if folder.exists():
         read_model_index(folder)
         return folder
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise UserError(f"{source} does not exist and is no hub id (org/name); give a diffusers folder or a hub id")
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_CONFIGS))
+        weights = [f"{name}/*.safetensors" for name in absent]
+        return Path(snapshot_download(str(source), allow_patterns=[*_CONFIGS, *weights]))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         raise UserError(
             f"{source} is no local folder and its configs cannot be fetched from the hub "
@@ -96,12 +146,14 @@ def _network(name: str, config: dict[str, Any], base: Path) -> Any:
         raise UserError(f"{base / name / 'config.json'} describes no network ({str(error).splitlines()[0]})") from error
 
 
-def _say_prediction(single: SingleFile, path: Path) -> None:
-    """What the file's header says of its prediction goes before the base's config."""
-    if not single.prediction_type or not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "prediction_type": single.prediction_type}, indent=1), encoding="utf-8")
+def _own_scheduler(single: SingleFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The base's scheduler config with what the file says of its prediction and its noise schedule."""
+    own = dict(config)
+    if single.prediction_type:
+        own["prediction_type"] = single.prediction_type
+    if single.zero_snr:  # its last step has no signal, so sampling must begin there
+        own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return own
 
 
 def _own_index(index: dict[str, Any]) -> dict[str, Any]:
