@@ -211,6 +211,49 @@ def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
 # --- Bad input: one sentence, nothing written
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("sdxl_lightning_4step_unet.safetensors", "lightning"), ("Hyper-SDXL-1step-Unet.safetensors", "hyper"),
+        ("sdxl_turbo_1step.safetensors", "turbo"), ("lcm_4step_lora.safetensors", "lcm"), ("tcd-4steps.safetensors", "tcd"),
+        ("my_own_4step.safetensors", ""),
+    ],
+)  # fmt: skip
+def test_files_of_other_methods_ask_for_their_steps(
+    bases: dict[str, Path], tmp_path: Path, name: str, word: str
+) -> None:
+    save_file(unet_of(bases["sdxl"], 1).network.state_dict(), tmp_path / name)
+    said = f"by its name it is a {word} file" if word else "does not say which steps it was trained for: give"
+    refused(tmp_path / name, tmp_path / "out", "give --step-indices", said, base=bases["sdxl"])
+    convert(tmp_path / name, tmp_path / "out", bases["sdxl"], step_indices="999")
+    assert json.loads((tmp_path / "out/fewstep.json").read_text())["step_indices"] == [999]
+
+
+def test_a_network_that_predicts_x0_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "sdxl_lightning_1step_unet_x0.safetensors"
+    save_file(unet_of(bases["sdxl"], 1).network.state_dict(), path)
+    refused(path, tmp_path / "out", "predicts x0 itself", base=bases["sdxl"], step_indices="999")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_read_by_casting(bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    state = unet_of(bases["sdxl"], 1).network.state_dict()
+    small = {key: value.to(dtype) if value.ndim > 1 else value.half() for key, value in state.items()}
+    save_file(small, tmp_path / "dmd2_4step_fp8.safetensors")
+    convert(tmp_path / "dmd2_4step_fp8.safetensors", tmp_path / "out", bases["sdxl"])
+    found = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.float16}
+    assert all(torch.equal(found[key].float(), value.float()) for key, value in small.items())
+
+
+def test_quantised_files_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    state = unet_of(bases["sdxl"], 1).network.state_dict()
+    save_file(
+        {k: (v * 9).to(torch.int8) if v.ndim > 1 else v for k, v in state.items()}, tmp_path / "dmd2_4step.safetensors"
+    )
+    refused(tmp_path / "dmd2_4step.safetensors", tmp_path / "out", "is stored as int8", base=bases["sdxl"])
+
+
 def refused(source: Path, out: Path, *messages: str, base: str | Path = "", step_indices: str = "") -> None:
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError) as caught:
@@ -258,7 +301,7 @@ def test_refuses_weights_without_their_base(tmp_path: Path, bases: dict[str, Pat
     )
     path.rename(tmp_path / "unet.bin")
     refused(
-        tmp_path / "unet.bin", tmp_path / "out", "give --step-indices, 999,749,499,249 for four steps, 399 for one",
+        tmp_path / "unet.bin", tmp_path / "out", "give --step-indices, 999,749,499,249 for DMD2's four steps, 399",
         base=bases["sdxl"],
     )  # fmt: skip
 

@@ -15,6 +15,11 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
 
+_QUANTISED = (torch.int8, torch.uint8)
+_EIGHT_BITS = {
+    torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16, torch.float8_e4m3fnuz: torch.float16,
+    torch.float8_e5m2fnuz: torch.float32,
+}  # fmt: skip
 # What a damaged .safetensors ends in: a header of the wrong kind, or an element type that torch does not have
 _UNREADABLE = (
     SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
@@ -54,7 +59,12 @@ def read_safetensors(
     """
     with _opened(path) as file:
         names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
-        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+        return {name: _computable(file.get_tensor(name)) for name in names}, dict(file.metadata() or {})
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """Eight-bit floats in a precision that arithmetic knows and that holds each of their values."""
+    return tensor if tensor.dtype not in _EIGHT_BITS else tensor.to(_EIGHT_BITS[tensor.dtype])
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -92,8 +102,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError naming the first tensor with an infinity or a NaN: such a network makes no picture."""
+    """Raise UserError naming the first tensor that no network can use: infinities, NaN, whole numbers of quantised files."""
     for name, value in tensors.items():
+        if value.dtype in _QUANTISED and value.numel() > 1:
+            raise UserError(
+                f"{where}: {name} is stored as {str(value.dtype).removeprefix('torch.')}, as quantised files have it; give "
+                "the file in float16, bfloat16 or float32"
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             raise UserError(

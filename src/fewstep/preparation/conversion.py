@@ -35,6 +35,48 @@ if TYPE_CHECKING:
 Kind = Literal["edm-pickle", "dmd2", "lora", "single-file"]
 LDM_UNET = "model.diffusion_model."
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+# Words of the names DMD2's files are published under, and of what tools add to them
+_OWN_WORDS = frozenset(
+    [
+        "dmd",
+        "sd",
+        "sdxl",
+        "xl",
+        "step",
+        "steps",
+        "unet",
+        "lora",
+        "fp",
+        "bf",
+        "peft",
+        "model",
+        "generator",
+        "pytorch",
+        "weights",
+        "checkpoint",
+        "safetensors",
+        "bin",
+        "pt",
+        "pth",
+        "ckpt",
+    ]
+)
+_OTHER_METHODS = frozenset(
+    [
+        "lightning",
+        "hyper",
+        "turbo",
+        "lcm",
+        "tcd",
+        "pcm",
+        "flash",
+        "swiftbrush",
+        "instaflow",
+        "perflow",
+        "tdd",
+        "lightspeed",
+    ]
+)
 _FOUR_STEPS, _ONE_STEP, _ONE_STEP_SDXL = (999, 749, 499, 249), (999,), (399,)
 
 
@@ -198,23 +240,41 @@ def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Pa
 
 
 def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSchedule:
-    """Given indices; or those of the published file of this name."""
+    """Given indices; or those of the published file of this name.
+
+    Raises:
+        UserError: none are given, and the name is not one of DMD2's; or a file that predicts x0 itself.
+    """
+    name = source.name.lower()
+    if re.search(r"(?<![a-z0-9])x0(?![a-z0-9])", name):
+        raise UserError(
+            f"{source} predicts x0 itself, as its name says; networks that predict epsilon or v are read: give the file "
+            "of more steps, or another method's"
+        )
     if not indices:
-        name = source.name.lower()
         one_step = _ONE_STEP_SDXL if getattr(denoiser, "has_time_ids", False) else _ONE_STEP
-        if re.search(r"(?<!\d)4.?step", name):
-            indices = _FOUR_STEPS
-        elif re.search(r"(?<!\d)1.?step", name):
-            indices = one_step
-        else:
+        indices = _published_steps(name, one_step)
+        if not indices:
+            other = next((word for word in re.findall("[a-z]+", name) if word in _OTHER_METHODS), "")
+            of = f"; by its name it is a {other} file, trained for steps and a sampler of its own" if other else ""
             raise UserError(
-                f"{source} does not say which steps it was trained for: give --step-indices, {_listed(_FOUR_STEPS)} "
-                f"for four steps, {_listed(one_step)} for one step of this model"
+                f"{source} does not say which steps it was trained for{of}: give --step-indices, {_listed(_FOUR_STEPS)} "
+                f"for DMD2's four steps, {_listed(one_step)} for its one step of this model"
             )
     try:
         return StepSchedule(indices, denoiser.noise_schedule.num_levels)
     except ValueError as error:
         raise UserError(f"--step-indices {_listed(indices)}: {error}") from None
+
+
+def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
+    """The steps of DMD2's file of this name; none where any word of it is not one of theirs, for other methods count too."""
+    words = set(re.findall("[a-z]{2,}", name))
+    if not words <= _OWN_WORDS:
+        return ()
+    if re.search(r"(?<!\d)4.?step", name):
+        return _FOUR_STEPS
+    return one_step if re.search(r"(?<!\d)1.?step", name) else ()
 
 
 def _generator_card(source: Path, what: str, steps: StepSchedule, base: str = "") -> ModelCard:
