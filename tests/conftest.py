@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fewstep import devices
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
@@ -76,6 +77,13 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = ModelCard(role="teacher", class_names=tuple(f"class{i}" for i in range(4)), can_be_guided=True)
     write_model_folder(folder, denoiser.describe(), denoiser.state_dict(), card)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _the_same_precision_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is fp32 in tests, whatever the processor likes: never slow, and the same numbers on every machine."""
+    if not request.node.get_closest_marker("real_precision"):
+        monkeypatch.setattr(devices, "_fast_precision", lambda device: ("fp32", ""))
 
 
 @pytest.fixture(autouse=True)

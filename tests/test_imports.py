@@ -22,7 +22,7 @@ LAYERS = [  # top to bottom
     {"networks"},
     {"formats", "data"},
     {"diffusion", "losses", "devices"},
-    {"settings", "parallel"},
+    {"settings", "parallel", "progress"},
     {"errors"},
 ]
 LEVEL = {room: -number for number, layer in enumerate(LAYERS) for room in layer}
@@ -193,7 +193,9 @@ def f():
 HEAVY = ["torch", "datasets", "diffusers", "transformers", "numpy", "PIL", "gradio", "tensorboard"]
 
 
-@pytest.mark.parametrize("module", ["fewstep", "fewstep.settings", "fewstep.errors", "fewstep.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["fewstep", "fewstep.settings", "fewstep.errors", "fewstep.progress", "fewstep.cli.main"]
+)
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)

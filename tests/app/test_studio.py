@@ -155,7 +155,7 @@ def test_what_an_operator_is_told(text: Text, classes: Classes, tmp_path: Path) 
         (run, {"tiny_vae": str(tiny_taesd_folder(tmp_path / "taesd3", latent_channels=16))}, "--tiny-vae: .*channels"),
         (run, {"tiny_vae": str(tmp_path)}, "--tiny-vae: .*config.json is missing"),
         (teacher, {"teacher_steps": 1001}, "has 1000 noise levels"),
-        (run, {"precision": "fp8"}, "--precision fp8: choose fp32, bf16 or fp16"),
+        (run, {"precision": "fp8"}, "--precision fp8: choose auto, fp32, bf16 or fp16"),
         (tmp_path / "nothing", {}, "does not exist"),
     ]
     for model, options, sentence in cases:

@@ -335,7 +335,7 @@ def test_half_precision_is_near(text: Path, classes: Path, tmp_path: Path, preci
 
 def test_an_unknown_precision(classes: Path, tmp_path: Path) -> None:
     words = refused(classes, "--precision", "fp8", "--out", tmp_path / "out")
-    assert words == "--precision fp8: choose fp32, bf16 or fp16"
+    assert words == "--precision fp8: choose auto, fp32, bf16 or fp16"
 
 
 def test_pictures_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "run.tensorboard", 1, BOOLEAN),
         (TrainSettings, "run.sample_images", 2000, f"{AT_MOST} 1024"),
         (TrainSettings, "data.fit", "squash", "Input should be 'crop', 'pad' or 'exact'"),
-        (TrainSettings, "compute.precision", "fp16", "Input should be 'fp32' or 'bf16'"),
+        (TrainSettings, "compute.precision", "fp16", "Input should be 'auto', 'fp32' or 'bf16'"),
         (TrainSettings, "optimizer.decay", "linear", "Input should be 'constant' or 'cosine'"),
         (TrainSettings, "optimizer.generator_lr", 0, f"{ABOVE} 0"),
         (TrainSettings, "optimizer.generator_lr", "2e-6", "Input should be a valid number"),

@@ -593,7 +593,7 @@ def test_outputs_that_cannot_be_written(teacher_folder: Path) -> None:
 def test_unknown_precision(teacher_folder: Path) -> None:
     with nothing_written():
         answer = fewstep("sample", teacher_folder, "--grid", "grid.png", "--precision", "fp8")
-        assert_refused(answer, "--precision fp8: choose fp32, bf16 or fp16")
+        assert_refused(answer, "--precision fp8: choose auto, fp32, bf16 or fp16")
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class AppSettings:
     tiny_vae: str = ""
     safety_checker: bool = True
     device: str = "auto"
-    precision: str = "fp32"
+    precision: str = "auto"
     root_path: str = ""
 
     def __post_init__(self) -> None:

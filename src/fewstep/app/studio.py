@@ -3,14 +3,17 @@
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.app.safety import SafetyChecker, load_safety_checker
 from fewstep.app.settings import MAX_SEED, AppSettings
+from fewstep.devices import DTYPES, choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
 from fewstep.models.model import (
@@ -23,6 +26,7 @@ from fewstep.models.model import (
     load_teacher,
 )
 from fewstep.models.picture_list import Picture, list_pictures
+from fewstep.progress import say
 
 if TYPE_CHECKING:
     from fewstep.networks.autoencoder import Autoencoder
@@ -297,9 +301,11 @@ def load_studio(settings: AppSettings) -> Studio:
     Raises:
         UserError: a model, TAESD or safety checker that is not there, is damaged or does not fit.
     """
-    if settings.precision not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {settings.precision}: choose fp32, bf16 or fp16")
-    place: dict[str, Any] = {"device": settings.device, "precision": settings.precision}
+    if settings.precision not in ("auto", *DTYPES):
+        raise UserError(f"--precision {settings.precision}: choose auto, fp32, bf16 or fp16")
+    tell = partial(say, Console(stderr=True))
+    precision = choose_precision(settings.precision, choose_device(settings.device), tell)
+    place: dict[str, Any] = {"device": settings.device, "precision": precision}
     model = load_model(settings.model, **place)
     teacher = load_teacher(settings.teacher, **place) if settings.teacher else None
     checker = None

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from fewstep.data.images import ImageDataset, load_images, parquet_files
 from fewstep.data.listing import has_split
-from fewstep.devices import choose_device
+from fewstep.devices import choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features, measure_model
@@ -18,6 +19,7 @@ from fewstep.formats.atomic import replaced_file
 from fewstep.models.model import Generator, Teacher, default_guidance, load_model, load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
+from fewstep.progress import say
 from fewstep.settings import DataSettings, parse_settings
 
 console = Console(stderr=True)
@@ -31,7 +33,7 @@ def evaluate_model(
     """`fewstep evaluate`: one figure with everything beside it."""
     if reference is None and not images:
         raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
-    model = load_model(source, device=device, precision=_precision(precision))
+    model = load_model(source, device=device, precision=_precision(precision, device))
     text = not isinstance(model, Generator | Teacher)
     if text != bool(prompts):
         raise UserError(f"{source}: text-to-image models are measured with --prompts FILE, all others without")
@@ -75,7 +77,7 @@ def make_pairs(
     batch_size: int | None, device: str, precision: str, prompts: str, truncate: bool = False,
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
-    model = load_teacher(teacher, device=device, precision=_precision(precision))
+    model = load_teacher(teacher, device=device, precision=_precision(precision, device))
     conditions = None
     if not isinstance(model, Teacher):
         from fewstep.cli.commands_text import pair_prompts
@@ -134,7 +136,7 @@ def _open(images: str, split: str, fit: str, resolution: int, channels: int, num
     return load_images(settings, resolution=resolution, channels=channels, num_classes=num_classes)
 
 
-def _precision(name: str) -> str:
-    if name not in ("fp32", "bf16"):
-        raise UserError(f"--precision {name}: choose fp32 or bf16")
-    return name
+def _precision(name: str, device: str) -> str:
+    if name not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision {name}: choose auto, fp32 or bf16")
+    return choose_precision(name, choose_device(device), partial(say, console))

@@ -41,7 +41,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Precision = Annotated[str, typer.Option(help="fp32 or bf16 inside the network")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
 
 
 def main() -> None:
@@ -112,6 +112,7 @@ def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = Fals
     if dry_run:
         from fewstep.estimate.describe import describe_pretraining
 
+        settings = _settled(settings)
         _print_dry_run(settings, describe_pretraining(settings))
         return
     from fewstep.training.run import pretrain as run
@@ -132,6 +133,7 @@ def train(
     if dry_run:
         from fewstep.estimate.describe import describe_distillation
 
+        settings = _settled(settings)
         _print_dry_run(settings, describe_distillation(settings, lambda text: print(text, file=sys.stderr, flush=True)))
         return
     if suggest_gan_weight:
@@ -186,7 +188,7 @@ def sample(
     tiny_vae: Annotated[str, typer.Option("--tiny-vae", help="decode with a TAESD: diffusers folder or hub id, e.g. madebyollin/taesdxl")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slow first batch, then faster ones")] = False,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 inside the network; the VAE stays in fp32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 inside the network (auto: what is fast on the device); the VAE stays in fp32")] = "auto",
 ) -> None:  # fmt: skip
     """Make pictures with a generator (in its own few steps) or a teacher."""
     from fewstep.cli.sample import SampleOptions, sample_pictures
@@ -224,7 +226,7 @@ def evaluate(
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 (off), text-to-image 7.5, unless set")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
 ) -> None:  # fmt: skip
     """Frechet distance (and precision and recall) between generated and real pictures in a named feature network."""
     from fewstep.cli.commands import evaluate_model
@@ -424,7 +426,7 @@ def web_app(
     tiny_vae: Annotated[str, typer.Option("--tiny-vae", help="text-to-image: offer a TAESD beside the VAE; diffusers folder or hub id")] = "",
     safety_checker: Annotated[bool, typer.Option("--safety-checker/--no-safety-checker", help="text-to-image: withhold what the checker in the model's folder flags, where it has one")] = True,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 inside the network; the VAE stays in fp32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 inside the network (auto: what is fast on the device); the VAE stays in fp32")] = "auto",
 ) -> None:  # fmt: skip
     """A web page on this machine: prompt or class in, pictures out, the teacher's beside them."""
     from fewstep.app.serve import launch_app
@@ -442,6 +444,19 @@ def _with_folder(settings: Any, recipe: Path) -> Any:
     if settings.run.folder:
         return settings
     return settings.model_copy(update={"run": settings.run.model_copy(update={"folder": f"runs/{recipe.stem}"})})
+
+
+def _settled(settings: Any) -> Any:
+    """The settings with the precision that this machine would take."""
+    from functools import partial
+
+    from rich.console import Console
+
+    from fewstep.progress import say
+    from fewstep.training.precision import settle_precision
+    from fewstep.training.run import run_folder
+
+    return settle_precision(settings, run_folder(settings), partial(say, Console(stderr=True)))
 
 
 def _print_dry_run(settings: Any, lines: Iterable[str]) -> None:

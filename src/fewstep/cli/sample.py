@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.cli.picture_writer import PictureWriter, Speed
-from fewstep.devices import check_compiler
+from fewstep.devices import DTYPES, check_compiler, choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.models.model import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model
 from fewstep.models.picture_list import Picture, PictureList, list_pictures, parse_size, read_labels, read_seeds
+from fewstep.progress import say
 
 console = Console(stderr=True)
 
@@ -42,14 +44,13 @@ class SampleOptions:
     tiny_vae: str = ""
     compile: bool = False
     device: str = "auto"
-    precision: str = "fp32"
+    precision: str = "auto"
 
 
 def sample_pictures(source: str, options: SampleOptions) -> None:
     """`fewstep sample`: PNG files with their origin in the metadata, a grid, or both; nothing is written on bad input."""
     _check_output(options)
-    if options.precision not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {options.precision}: choose fp32, bf16 or fp16")
+    options = replace(options, precision=read_precision(options.precision, options.device))
     size, seeds, labels = parse_size(options.size), read_seeds(options.seeds), read_labels(options.labels)
     model = load_model(source, device=options.device, precision=options.precision)
     text = not isinstance(model, Teacher | Generator)
@@ -83,6 +84,13 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
         f"{count} picture{'s' * (count != 1)}, {each} evaluation{'s' * (each != 1)} each, {height}x{width}: {speed.sentence()}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def read_precision(name: str, device: str) -> str:
+    """The name of --precision, "auto" resolved for the device and said."""
+    if name not in ("auto", *DTYPES):
+        raise UserError(f"--precision {name}: choose auto, fp32, bf16 or fp16")
+    return choose_precision(name, choose_device(device), partial(say, console))
 
 
 def _check_output(options: SampleOptions) -> None:

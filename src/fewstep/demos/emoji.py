@@ -27,7 +27,7 @@ from fewstep.models.text_model import TextGenerator, TextTeacher
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
-from fewstep.training.run import prepare_process
+from fewstep.training.run import prepare_run
 from fewstep.training.trainer import claim_run_folder, run_job
 from fewstep.training.watch import DISTANCE, Watch, every_seconds, figures_of_samples
 
@@ -82,7 +82,7 @@ def run_text_quickstart(
     started = time.perf_counter()
     settings = text_quickstart_settings(minutes, folder, seed)
     bench, shipped = load_text_bench(bundled_path(NAME)), shipped_measurement()
-    prepare_process(settings.compute)
+    settings = prepare_run(settings, folder, console)
     teacher = open_teacher(settings)
     assert isinstance(teacher, TextTeacher)
     bench.classifier.to(teacher.device)

@@ -23,7 +23,7 @@ from fewstep.formats.pixels import save_grid, save_side_by_side
 from fewstep.models.model import Generator, Teacher, load_class_generator, load_class_teacher
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.distill import DistillationJob
-from fewstep.training.run import prepare_process
+from fewstep.training.run import prepare_run
 from fewstep.training.trainer import claim_run_folder, run_job
 from fewstep.training.watch import DISTANCE, Watch, every_seconds, figures_of_samples
 
@@ -60,7 +60,7 @@ def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console
     settings = quickstart_settings(minutes, folder, seed)
     network = load_features(BUNDLED + NAME)
     reference = FeatureStatistics.load(bundled_path(NAME) / "reference_train.npz")
-    prepare_process(settings.compute)
+    settings = prepare_run(settings, folder, console)
     teacher = load_class_teacher(
         settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision
     )

@@ -164,7 +164,10 @@ class ComputeSettings(Tree):
     """Where and in which precision."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="inside the networks; outside is fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="inside the networks; outside is fp32. auto: what is fast on the device, measured at the start",
+    )
     compile: bool = Field(False, description="torch.compile the networks")
     threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
 

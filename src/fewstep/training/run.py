@@ -2,16 +2,19 @@
 
 import ctypes
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from fewstep.progress import say
 from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import pairs_warning
+from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.trainer import Observer, claim_run_folder, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -31,8 +34,9 @@ def pretrain(
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    prepare_process(settings.compute)
+    console = console or Console(stderr=True)
     folder = run_folder(settings)
+    settings = prepare_run(settings, folder, console)
     job = Pretraining(settings)
     claim_run_folder(settings, folder)
     return run_job(job, settings, folder, observers=observers, console=console)
@@ -52,13 +56,13 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    prepare_process(settings.compute)
+    console = console or Console(stderr=True)
     folder = run_folder(settings)
+    settings = prepare_run(settings, folder, console)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
     teacher = open_teacher(settings)
-    console = console or Console(stderr=True)
     for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
     job: GeneratorJob = kind(settings, teacher)
     watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
     claim_run_folder(settings, folder)
@@ -69,13 +73,19 @@ def print_gan_weight(settings: TrainSettings) -> None:
     """`fewstep train --suggest-gan-weight`."""
     from fewstep.training.gan_weight import suggest_gan_weight
 
-    prepare_process(settings.compute)
+    settings = prepare_run(settings, run_folder(settings), Console(stderr=True))
     found = suggest_gan_weight(settings)
     print(
         f"losses.gan_generator_weight={found.equal_weight:.2g} makes the GAN's gradient at the generator's output as strong as "
         f"distribution matching's ({found.distribution_matching_norm:.3g} against {found.gan_norm:.3g} at weight 1; mean of "
         f"{found.num_updates} generator updates)."
     )
+
+
+def prepare_run(settings: SettingsT, folder: Path, console: Console) -> SettingsT:
+    """What comes before anything is built: the process as training needs it, and a precision that has a name."""
+    prepare_process(settings.compute)
+    return settle_precision(settings, folder, partial(say, console))
 
 
 def prepare_process(compute: ComputeSettings) -> None:
