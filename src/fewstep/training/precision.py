@@ -21,7 +21,8 @@ def settle_precision(settings: SettingsT, folder: Path, tell: Callable[[str], No
         folder: the run folder, which may not be there yet.
         tell: gets one line on what was chosen and why, or a warning where what is asked for is slow here.
     """
-    wanted, device = settings.compute.precision, choose_device(settings.compute.device)
+    wanted: str = settings.compute.precision
+    device = choose_device(settings.compute.device)
     if wanted == "auto" and (earlier := _stored_precision(folder)):
         tell(f"precision {earlier}: as this run began")
         wanted = earlier
