@@ -92,7 +92,7 @@ class PlainStep:
         weight = (sigma**-2 + 0.5**-2)[:, None, None, None]
         loss = (weight * (estimate - x) ** 2).mean()
         noisy, sigma = self.noised(real.images, draws, "disc_level_real", "disc_noise_real")
-        on_real = self.head(self.denoise(self.fake, noisy, sigma, real.condition.class_labels)[1])
+        on_real = self.head(self.denoise(self.fake, noisy, sigma, real.condition["class_labels"])[1])
         noisy, sigma = self.noised(x, draws, "disc_level_generated", "disc_noise_generated")
         on_generated = self.head(self.denoise(self.fake, noisy, sigma, labels)[1])
         return loss + 1e-2 * (F.softplus(-on_real).mean() + F.softplus(on_generated).mean())

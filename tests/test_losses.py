@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.losses import (
     denoising_loss,
     discriminator_adversarial_loss,
@@ -221,3 +222,17 @@ A, B = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 5)
 def test_different_shapes_are_refused_by_name(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"^shapes differ: .*" + re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (4, 3, 2), (4, 3, 2, 3)], ids=["2 axes", "3 axes", "4 axes", "5 axes"])
+def test_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    """Each sample of a batch is weighed alone: samples whose scales differ, one by one and together."""
+    torch.manual_seed(0)
+    scales = torch.tensor([0.01, 1.0, 300.0])
+    x0, real, fake = (per_sample(scales, part) * part for part in torch.randn(3, 3, *shape).unbind(0))
+    gradient, weight = distribution_matching_gradient(x0, real, fake), torch.tensor([3.0, 0.1, 7.0])
+    alone = [distribution_matching_gradient(x0[i : i + 1], real[i : i + 1], fake[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(gradient, torch.cat(alone))
+    torch.testing.assert_close(gradient[0], (fake[0] - real[0]) / (x0[0] - real[0]).abs().mean())
+    parts = [denoising_loss(fake[i : i + 1], x0[i : i + 1], weight[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(denoising_loss(fake, x0, weight), torch.stack(parts).mean())

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, Empty
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.registry import recognise
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
@@ -43,14 +43,16 @@ def tiny_condition(family: str, size: int = 2, *, seed: int = 0, dtype: torch.dt
     values: dict[str, Tensor] = {"text": random(size, 5, text_width)}
     if pooled_width:
         values["pooled"] = random(size, pooled_width)
-    for name, part in list(values.items()):
+    rows: dict[str, Empty] = {}
+    for name, part in values.items():
         row = random(1, *part.shape[1:])
-        values[f"empty_{name}"] = torch.zeros_like(row) if family == "sdxl" else row
+        rows[name] = torch.zeros_like(row) if family == "sdxl" else row
     if family == "sdxl":
         values["time_ids"] = (
             torch.tensor([[16, 16, 0, 0, 16, 16], [24, 16, 2, 1, 16, 24]]).repeat(size, 1)[:size].to(dtype)
         )
-    return Condition(size, **values)
+        rows["time_ids"] = "same"
+    return Condition(size, values, rows)
 
 
 def some_levels(denoiser: DiffusersDenoiser, *indices: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.diffusion.schedules import per_sample
+from fewstep.diffusion.per_sample import mean_per_sample, per_sample
 
 
 def require_same_shape(**tensors: Tensor) -> None:
@@ -17,24 +17,24 @@ def require_same_shape(**tensors: Tensor) -> None:
 
 
 def distribution_matching_gradient(x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
-    """(fake_x0 - real_x0) / mean_{C,H,W} |x0 - real_x0|, per sample.
+    """(fake_x0 - real_x0) / mean |x0 - real_x0|, per sample.
 
     Source: Yin et al. 2023, arXiv:2311.18828, eq. 7; normalised per sample as in its eq. 8.
     Differs: where x0 equals real_x0 everywhere the paper divides by zero; the gradient is 0 there.
 
     Args:
-        x0: generator output, (B, C, H, W).
+        x0: generator output, (B, ...).
         real_x0, fake_x0: the teacher's and the fake score's x0 estimates at one noise level, same shape.
 
     Returns:
-        (B, C, H, W), float32, no gradient attached. A descent step along it moves x0 toward real_x0.
+        (B, ...), float32, no gradient attached. A descent step along it moves x0 toward real_x0.
 
     Raises:
         ValueError: the shapes differ.
     """
     require_same_shape(x0=x0, real_x0=real_x0, fake_x0=fake_x0)
     with torch.no_grad():
-        scale = (x0 - real_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
+        scale = mean_per_sample((x0 - real_x0).abs())
         direction = (fake_x0 - real_x0) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         return torch.where(scale == 0, 0.0, direction)  # NaN stays NaN, so that a diverging network is noticed
 
@@ -45,7 +45,7 @@ def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     Source: Yin et al. 2023, arXiv:2311.18828, section 3.2.
 
     Args:
-        x0: generator output, (B, C, H, W); the only input that receives gradient.
+        x0: generator output, (B, ...); the only input that receives gradient.
         gradient: `distribution_matching_gradient`, same shape.
 
     Returns:
@@ -64,7 +64,7 @@ def denoising_loss(estimate: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
     Source: Karras et al. 2022, arXiv:2206.00364, eq. 2 with the weight of its table 1.
 
     Args:
-        estimate: x0 estimate of the model in training, (B, C, H, W); receives gradient.
+        estimate: x0 estimate of the model in training, (B, ...); receives gradient.
         x0: clean images, same shape.
         weight: `Denoiser.denoising_weight` at each sample's level, (B,).
 
@@ -107,7 +107,7 @@ def regression_loss(x0: Tensor, target: Tensor, distance: Callable[[Tensor, Tens
     Source: Yin et al. 2023, arXiv:2311.18828, eq. 9.
 
     Args:
-        x0: generator output, (B, C, H, W), in [-1, 1]; receives gradient.
+        x0: generator output, (B, ...), in [-1, 1]; receives gradient.
         target: the teacher's deterministic samples for the same noise and condition, same shape.
         distance: (images, images) -> (B,), e.g. LPIPS.
 

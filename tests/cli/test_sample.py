@@ -199,8 +199,8 @@ def test_a_size_of_its_own(text: Path, tmp_path: Path) -> None:
     assert (load(text).sample(["dog"], size=(24, 16), first=1) - images[1:]).abs().max() < 1e-4
     model = load(text)
     condition = model.table(commands_prompts(model, ["cat"]), size=(24, 16)).rows(torch.tensor([0]))
-    assert condition.time_ids is not None
-    assert condition.time_ids.tolist() == [[24, 16, 0, 0, 24, 16]]
+    assert condition["time_ids"] is not None
+    assert condition["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]]
 
 
 def commands_prompts(model: Any, prompts: list[str]) -> Any:

@@ -3,24 +3,25 @@ import dataclasses
 import pytest
 import torch
 
-from fewstep.diffusion.condition import ClassTable, Condition
+from fewstep.diffusion.condition import ClassTable, Condition, Empty
 
 
 def test_labels_become_one_hot_rows() -> None:
     condition = Condition.from_labels(torch.tensor([2, 0, 2]), 3)
-    assert condition.class_labels.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
-    assert condition.class_labels.dtype == torch.float32
+    assert condition["class_labels"].tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+    assert condition["class_labels"].dtype == torch.float32
     assert len(condition) == condition.batch_size == 3
 
 
 def test_floating_labels_are_accepted() -> None:
-    assert Condition.from_labels(torch.tensor([1.0, 0.0]), 2).class_labels.tolist() == [[0, 1], [1, 0]]
+    assert Condition.from_labels(torch.tensor([1.0, 0.0]), 2)["class_labels"].tolist() == [[0, 1], [1, 0]]
 
 
 def test_models_without_classes_get_the_empty_condition() -> None:
     condition = Condition.from_labels(torch.tensor([0, 0, 0, 0]), 0)
     assert condition == Condition(4)
-    assert condition.class_labels is None
+    assert "class_labels" not in condition
+    assert condition.get("class_labels") is None
     assert condition.unconditional() == condition
 
 
@@ -33,18 +34,18 @@ def test_labels_outside_the_classes_are_refused(label: int) -> None:
 def test_unconditional_twin_is_zeros_and_leaves_the_original() -> None:
     condition = Condition.from_labels(torch.tensor([1, 0]), 2)
     twin = condition.unconditional()
-    assert twin.class_labels.tolist() == [[0, 0], [0, 0]]
+    assert twin["class_labels"].tolist() == [[0, 0], [0, 0]]
     assert len(twin) == 2
-    assert twin.class_labels.dtype == condition.class_labels.dtype
-    assert condition.class_labels.tolist() == [[0, 1], [1, 0]]
+    assert twin["class_labels"].dtype == condition["class_labels"].dtype
+    assert condition["class_labels"].tolist() == [[0, 1], [1, 0]]
 
 
 @pytest.mark.parametrize("rows", [slice(2), slice(1, 4), slice(-2, None), slice(3, 3), slice(1, 99), slice(0, 5, 2)])
 def test_slices_keep_size_and_labels_together(rows: slice) -> None:
     labels = torch.tensor([0, 1, 2, 3, 1])
     part = Condition.from_labels(labels, 4)[rows]
-    assert len(part) == len(part.class_labels) == len(labels[rows])
-    assert part.class_labels.argmax(1).tolist() == labels[rows].tolist()
+    assert len(part) == len(part["class_labels"]) == len(labels[rows])
+    assert part["class_labels"].argmax(1).tolist() == labels[rows].tolist()
     assert Condition(5)[rows] == Condition(len(labels[rows]))
 
 
@@ -52,18 +53,18 @@ def test_concatenation_keeps_the_order() -> None:
     parts = [Condition.from_labels(torch.tensor(labels), 4) for labels in ([3, 1], [0], [2, 2, 1])]
     whole = Condition.cat(parts)
     assert len(whole) == 6
-    assert whole.class_labels.argmax(1).tolist() == [3, 1, 0, 2, 2, 1]
+    assert whole["class_labels"].argmax(1).tolist() == [3, 1, 0, 2, 2, 1]
 
 
 def test_concatenation_of_empty_conditions_adds_sizes() -> None:
     assert Condition.cat([Condition(2), Condition(0), Condition(3)]) == Condition(5)
     labelled = Condition.from_labels(torch.tensor([1]), 2)
-    assert Condition.cat([Condition(0), labelled]).class_labels.tolist() == [[0, 1]]
+    assert Condition.cat([Condition(0), labelled])["class_labels"].tolist() == [[0, 1]]
 
 
 def test_moves_between_devices() -> None:
     moved = Condition.from_labels(torch.tensor([1]), 2).to("meta")
-    assert moved.class_labels.device.type == "meta"
+    assert moved["class_labels"].device.type == "meta"
     assert Condition(3).to("meta") == Condition(3)
 
 
@@ -76,15 +77,20 @@ def test_is_immutable() -> None:
 # --- Text
 
 
-def text_condition(size: int, first: int = 0, **changes: torch.Tensor | None) -> Condition:
-    """SDXL's parts; row i of every part is filled with first + i, the empty rows with -1."""
+def text_condition(size: int, first: int = 0, *, without: tuple[str, ...] = (), unguided: str = "") -> Condition:
+    """SDXL's parts but some; row i of every part is filled with first + i, the empty rows with -1."""
     rows = torch.arange(first, first + size).float()
     parts = {
         "text": rows[:, None, None].expand(size, 3, 2), "pooled": rows[:, None].expand(size, 4),
-        "time_ids": rows[:, None].expand(size, 6), "empty_text": torch.full((1, 3, 2), -1.0),
-        "empty_pooled": torch.full((1, 4), -1.0),
+        "time_ids": rows[:, None].expand(size, 6),
     }  # fmt: skip
-    return Condition(size, **{**parts, **changes})
+    empty: dict[str, Empty] = {
+        "text": torch.full((1, 3, 2), -1.0), "pooled": torch.full((1, 4), -1.0), "time_ids": "same",
+    }  # fmt: skip
+    return Condition(
+        size, {name: part for name, part in parts.items() if name not in without},
+        {name: row for name, row in empty.items() if name not in (*without, unguided)},
+    )  # fmt: skip
 
 
 def numbers(part: torch.Tensor | None) -> list[float]:
@@ -99,25 +105,26 @@ def test_unconditional_text_is_the_empty_rows_with_the_same_time_ids() -> None:
     condition = text_condition(3)
     twin = condition.unconditional()
     assert len(twin) == 3
-    assert twin.text.shape == condition.text.shape
-    assert twin.pooled.shape == condition.pooled.shape
-    assert numbers(twin.text) == numbers(twin.pooled) == [-1, -1, -1]
-    assert numbers(twin.time_ids) == [0, 1, 2]
-    assert numbers(condition.text) == [0, 1, 2]
-    assert numbers(twin.unconditional().text) == [-1, -1, -1]
+    assert twin["text"].shape == condition["text"].shape
+    assert twin["pooled"].shape == condition["pooled"].shape
+    assert numbers(twin["text"]) == numbers(twin["pooled"]) == [-1, -1, -1]
+    assert numbers(twin["time_ids"]) == [0, 1, 2]
+    assert numbers(condition["text"]) == [0, 1, 2]
+    assert numbers(twin.unconditional()["text"]) == [-1, -1, -1]
 
 
 def test_text_alone_has_a_twin_without_pooled() -> None:
-    condition = text_condition(2, pooled=None, time_ids=None, empty_pooled=None)
+    condition = text_condition(2, without=("pooled", "time_ids"))
     twin = condition.unconditional()
-    assert numbers(twin.text) == [-1, -1]
-    assert twin.pooled is None
-    assert twin.time_ids is None
+    assert numbers(twin["text"]) == [-1, -1]
+    assert "pooled" not in twin
+    with pytest.raises(KeyError, match="this model needs 'time_ids'; the condition has text"):
+        twin["time_ids"]
 
 
 def test_text_without_an_empty_branch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no unconditional branch: empty_text is missing"):
-        text_condition(2, empty_text=None).unconditional()
+    with pytest.raises(ValueError, match=r"no unconditional branch: the row of text is missing"):
+        text_condition(2, unguided="text").unconditional()
 
 
 @pytest.mark.parametrize("rows", [slice(2), slice(1, 4), slice(-2, None), slice(3, 3), slice(0, 5, 2)])
@@ -125,35 +132,35 @@ def test_slices_keep_text_parts_together(rows: slice) -> None:
     part = text_condition(5)[rows]
     expected = list(range(5))[rows]
     assert len(part) == len(expected)
-    assert numbers(part.text) == numbers(part.pooled) == numbers(part.time_ids) == expected
-    assert part.empty_text.shape == (1, 3, 2)
-    assert part.empty_pooled.shape == (1, 4)
-    assert numbers(part.unconditional().text) == [-1] * len(expected)
+    assert numbers(part["text"]) == numbers(part["pooled"]) == numbers(part["time_ids"]) == expected
+    assert part.empty["text"].shape == (1, 3, 2)
+    assert part.empty["pooled"].shape == (1, 4)
+    assert numbers(part.unconditional()["text"]) == [-1] * len(expected)
 
 
 def test_concatenated_text_keeps_order_and_one_empty_row() -> None:
     whole = Condition.cat([text_condition(2), text_condition(1, 7), text_condition(2, 4)])
     assert len(whole) == 5
-    assert numbers(whole.text) == numbers(whole.pooled) == numbers(whole.time_ids) == [0, 1, 7, 4, 5]
-    assert whole.empty_text.shape == (1, 3, 2)
-    assert numbers(whole.unconditional().pooled) == [-1] * 5
+    assert numbers(whole["text"]) == numbers(whole["pooled"]) == numbers(whole["time_ids"]) == [0, 1, 7, 4, 5]
+    assert whole.empty["text"].shape == (1, 3, 2)
+    assert numbers(whole.unconditional()["pooled"]) == [-1] * 5
 
 
 def test_both_branches_of_guidance_in_one_batch() -> None:
     condition = text_condition(2, 3)
     both = Condition.cat([condition.unconditional(), condition])
-    assert numbers(both.text) == numbers(both.pooled) == [-1, -1, 3, 4]
-    assert numbers(both.time_ids) == [3, 4, 3, 4]
+    assert numbers(both["text"]) == numbers(both["pooled"]) == [-1, -1, 3, 4]
+    assert numbers(both["time_ids"]) == [3, 4, 3, 4]
 
 
 def test_a_part_without_samples_is_skipped() -> None:
-    assert numbers(Condition.cat([Condition(0), text_condition(2)]).text) == [0, 1]
-    assert numbers(Condition.cat([text_condition(2), Condition(0)]).text) == [0, 1]
+    assert numbers(Condition.cat([Condition(0), text_condition(2)])["text"]) == [0, 1]
+    assert numbers(Condition.cat([text_condition(2), Condition(0)])["text"]) == [0, 1]
     assert len(Condition.cat([Condition(0), Condition(0)])) == 0
 
 
 @pytest.mark.parametrize(
-    "other", [Condition(2), Condition.from_labels(torch.tensor([0, 1]), 2), text_condition(2, pooled=None)]
+    "other", [Condition(2), Condition.from_labels(torch.tensor([0, 1]), 2), text_condition(2, without=("pooled",))]
 )
 def test_conditions_on_different_things_do_not_mix(other: Condition) -> None:
     with pytest.raises(ValueError, match="conditions on different things cannot be concatenated"):
@@ -161,25 +168,33 @@ def test_conditions_on_different_things_do_not_mix(other: Condition) -> None:
 
 
 def test_a_pooled_part_without_its_empty_row_is_noticed_when_guided() -> None:
-    condition = text_condition(2, empty_pooled=None)
-    with pytest.raises(ValueError, match="no unconditional branch: empty_pooled is missing"):
+    condition = text_condition(2, unguided="pooled")
+    with pytest.raises(ValueError, match="no unconditional branch: the row of pooled is missing"):
         condition.unconditional()
 
 
 def test_every_text_part_moves() -> None:
     moved = text_condition(2).to("meta")
-    for name in ("text", "pooled", "time_ids", "empty_text", "empty_pooled"):
-        assert getattr(moved, name).device.type == "meta", name
-    assert moved.class_labels is None
+    for name in ("text", "pooled", "time_ids"):
+        assert moved[name].device.type == "meta", name
+        assert moved.unconditional()[name].device.type == "meta", name
     assert len(moved) == 2
 
 
 def test_class_table_row_i_is_class_i() -> None:
     table = ClassTable(3)
     assert table.num_rows == 3
-    assert table.rows(torch.tensor([2, 0])).class_labels.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert table.rows(torch.tensor([2, 0]))["class_labels"].tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_class_table_without_classes_has_one_row() -> None:
     assert ClassTable(0).num_rows == 1
     assert ClassTable(0).rows(torch.tensor([0, 0])) == Condition(2)
+
+
+def test_a_mask_is_a_part_with_the_mask_of_the_empty_prompt() -> None:
+    """Prompts of several lengths: each row reads its own tokens, the unconditional branch the empty prompt's."""
+    mask, empty = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 0, 0]])
+    condition = Condition(2, {"text_mask": mask}, {"text_mask": empty})
+    both = Condition.cat([condition.unconditional(), condition])
+    assert both["text_mask"].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]

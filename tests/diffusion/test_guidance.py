@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want, guided_denoise
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import KarrasSchedule
 from tests.conftest import tiny_denoiser
 
@@ -18,8 +19,8 @@ class RecordingDenoiser(Denoiser):
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         self.calls.append((noisy, level, condition, want))
-        bias = level if condition.class_labels is None else level + condition.class_labels @ torch.arange(1.0, 5)
-        return DenoiserOutput(noisy + bias[:, None, None, None], None)
+        bias = level if "class_labels" not in condition else level + condition["class_labels"] @ torch.arange(1.0, 5)
+        return DenoiserOutput(noisy + per_sample(bias, noisy), None)
 
 
 def inputs() -> tuple[Tensor, Tensor, Condition]:
@@ -48,10 +49,10 @@ def test_any_other_scale_is_one_forward_of_both_branches(scale: float) -> None:
     assert torch.equal(seen_noisy[:3], noisy)
     assert torch.equal(seen_noisy[3:], noisy)
     assert seen_level.tolist() == [0.5, 2, 8, 0.5, 2, 8]
-    labels = seen_condition.class_labels
+    labels = seen_condition["class_labels"]
     zero_rows = [row for row in range(6) if not labels[row].any()]
     assert len(zero_rows) == 3
-    assert torch.equal(labels[[row for row in range(6) if row not in zero_rows]], condition.class_labels)
+    assert torch.equal(labels[[row for row in range(6) if row not in zero_rows]], condition["class_labels"])
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.75, 8.0])
@@ -67,9 +68,9 @@ def test_a_real_network_follows_the_same_formula() -> None:
     denoiser = tiny_denoiser().double()
     noisy, level = torch.randn(4, 1, 16, 16, dtype=torch.float64), torch.tensor([0.1, 1, 5, 80]).double()
     with torch.no_grad():
-        zeros = denoiser.denoise(noisy, level, Condition(4, torch.zeros(4, 4).double()))
-        given = denoiser.denoise(noisy, level, Condition(4, torch.eye(4).double()))
-        guided = guided_denoise(denoiser, noisy, level, Condition(4, torch.eye(4).double()), 2.5)
+        zeros = denoiser.denoise(noisy, level, Condition.from_one_hot(torch.zeros(4, 4).double()))
+        given = denoiser.denoise(noisy, level, Condition.from_one_hot(torch.eye(4).double()))
+        guided = guided_denoise(denoiser, noisy, level, Condition.from_one_hot(torch.eye(4).double()), 2.5)
     assert (given - zeros).abs().max() > 1e-3
     torch.testing.assert_close(guided, 2.5 * given - 1.5 * zeros, rtol=1e-9, atol=1e-10)
 
@@ -79,3 +80,13 @@ def test_gradient_reaches_the_input_through_both_branches() -> None:
     noisy.requires_grad_(True)
     guided_denoise(RecordingDenoiser(), noisy, level, condition, 3.0).sum().backward()
     torch.testing.assert_close(noisy.grad, torch.ones_like(noisy))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 2), (2, 3, 2, 2)], ids=["2 axes", "3 axes", "4 axes", "5 axes"])
+def test_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    """Every sample has a level and a label of its own; none may reach a neighbour."""
+    _, level, condition = inputs()
+    noisy = torch.randn(3, *shape)
+    x0 = guided_denoise(RecordingDenoiser(), noisy, level, condition, 2.0)
+    for row, label in enumerate((1.0, 4.0, 2.0)):
+        torch.testing.assert_close(x0[row], noisy[row] + level[row] + 2 * label)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.samplers import (
     generate,
     heun_evaluations,
     sample_ddim,
     sample_few_steps,
+    sample_generator,
     sample_heun,
     sample_teacher,
     trailing_indices,
@@ -25,7 +27,6 @@ from fewstep.diffusion.schedules import (
     KarrasSchedule,
     NoiseSchedule,
     StepSchedule,
-    per_sample,
 )
 from fewstep.families.preconditioning import Prediction, predicted_x0
 from tests.conftest import tiny_denoiser
@@ -146,7 +147,7 @@ def test_heun_does_not_depend_on_the_batch_and_leaves_its_input() -> None:
 
 def test_generate_is_one_differentiable_forward_from_pure_noise() -> None:
     denoiser, noise = tiny_denoiser().double(), torch.randn(2, 1, 16, 16, dtype=torch.float64)
-    condition = Condition(2, torch.eye(4).double()[:2])
+    condition = Condition.from_one_hot(torch.eye(4).double()[:2])
     x0 = generate(denoiser, noise, condition, 999)
     sigma = denoiser.noise_schedule.grid[999]
     torch.testing.assert_close(x0, denoiser.denoise(sigma * noise, sigma.expand(2), condition))
@@ -359,3 +360,24 @@ def test_teachers_get_the_sampler_of_their_schedule() -> None:
             sample_teacher(denoiser, noise, Condition(3), num_steps=3),
             sample_ddim(denoiser, noise, Condition(3), num_steps=3),
         )
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 2), (2, 3, 2, 2)], ids=["2 axes", "3 axes", "4 axes", "5 axes"])
+@pytest.mark.parametrize("schedule", [KarrasSchedule(), FlowSchedule(3.0)], ids=["EDM", "flow"])
+def test_any_number_of_axes(schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
+    """Levels that differ by sample, noised and denoised: as each sample alone; the samplers keep the shape."""
+    denoiser, noise = GaussianVPDenoiser(schedule), torch.randn(3, *shape)
+    denoiser.image_shape = shape
+    denoiser.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    level = schedule.at(torch.tensor([10, 500, 990]))
+    noisy = denoiser.add_noise(noise.flip(0), noise, level)
+    x0 = denoiser.denoise(noisy, level, Condition(3))
+    for row in range(3):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(noisy[one], denoiser.add_noise(noise.flip(0)[one], noise[one], level[one]))
+        torch.testing.assert_close(x0[one], denoiser.denoise(noisy[one], level[one], Condition(1)))
+    sample = sample_heun if isinstance(schedule, KarrasSchedule) else sample_ddim
+    assert sample(denoiser, noise, Condition(3), num_steps=2).shape == noise.shape
+    steps = StepSchedule((999, 499))
+    made = sample_generator(denoiser, steps, Condition(3), seed=0)
+    torch.testing.assert_close(made[1:2], sample_generator(denoiser, steps, Condition(1), seed=0, first=1))

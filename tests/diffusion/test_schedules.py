@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import (
     DiscreteSchedule,
     FlowSchedule,
     KarrasSchedule,
     NoiseSchedule,
     karras_sigmas,
-    per_sample,
 )
 
 EDM = KarrasSchedule()

@@ -41,12 +41,12 @@ def networks(golden: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def batch(golden: dict[str, torch.Tensor]) -> GeneratorInput:
-    condition = Condition(4, golden["class_labels"])
+    condition = Condition.from_one_hot(golden["class_labels"])
     return GeneratorInput(80 * golden["noise"], torch.full((4,), 80.0), condition, num_fresh=4)
 
 
 def test_generated(golden, networks) -> None:  # type: ignore[no-untyped-def]
-    x0 = generate(networks[1], golden["noise"], Condition(4, golden["class_labels"]), 999)
+    x0 = generate(networks[1], golden["noise"], Condition.from_one_hot(golden["class_labels"]), 999)
     assert relative_error(x0, golden["generated"]) < 1e-5
 
 
@@ -77,7 +77,7 @@ def test_fake_score_and_discriminator(golden, networks, batch) -> None:  # type:
     fake_score, head = copy.deepcopy(fake_score), copy.deepcopy(head)
     x0 = golden["generated"]
     denoising = FakeScoreDenoising(fake_score).at(x0, batch.condition, golden["fake.level"], golden["fake.noise"])
-    real = RealBatch(golden["real_images"], Condition(4, golden["real_class_labels"]))
+    real = RealBatch(golden["real_images"], Condition.from_one_hot(golden["real_class_labels"]))
     adversarial = DiscriminatorAdversarial(fake_score, head, 0.01).at(
         x0, batch.condition, real,
         golden["gan_disc.level_real"], golden["gan_disc.noise_real"],

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.samplers import generate
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.terms import (
@@ -51,12 +51,14 @@ class Step:
 
     def condition(self, text: str, pooled: str) -> Condition:
         values = self.tensors
+        parts = {"text": values[text]}
         empty = values.get("uncond_embedding", torch.zeros_like(values[text][:1]))
-        empty_pooled = torch.zeros_like(values[pooled][:1]) if pooled in values else None
-        return Condition(
-            3, text=values[text], pooled=values.get(pooled), time_ids=values.get("time_ids"),
-            empty_text=empty.reshape(1, *values[text].shape[1:]) if empty.ndim == 2 else empty[:1], empty_pooled=empty_pooled,
-        )  # fmt: skip
+        rows: dict[str, Empty] = {"text": empty.reshape(1, *values[text].shape[1:]) if empty.ndim == 2 else empty[:1]}
+        if pooled in values:
+            parts["pooled"], rows["pooled"] = values[pooled], torch.zeros_like(values[pooled][:1])
+        if "time_ids" in values:
+            parts["time_ids"], rows["time_ids"] = values["time_ids"], "same"
+        return Condition(3, parts, rows)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -104,9 +106,9 @@ def test_fake_score_and_discriminator(step: Step) -> None:
 
 def test_network_is_called_as_diffusers_calls_it(step: Step) -> None:
     condition, level = step.batch.condition, step.batch.level
-    added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids} if condition.pooled is not None else None
+    added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]} if "pooled" in condition else None
     with torch.no_grad():
-        theirs = step.teacher.network(step["noise"], level, condition.text, added_cond_kwargs=added).sample
+        theirs = step.teacher.network(step["noise"], level, condition["text"], added_cond_kwargs=added).sample
         ours, feature = step.teacher.run_network(step["noise"], level, condition, "both")
         alone = step.teacher.bottleneck(step["noise"], level, condition)
     assert ours is not None

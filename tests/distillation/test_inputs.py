@@ -129,16 +129,16 @@ def test_simulation_carries_no_gradient_and_repeats_exactly(generator: EDMDenois
 
 def test_labels_are_uniform_and_independent_of_the_noise(generator: EDMDenoiser) -> None:
     condition = uniform_condition(ClassTable(generator.num_classes), Draws.of_batch(0, 0, 4000))
-    counts = condition.class_labels.sum(0)
+    counts = condition["class_labels"].sum(0)
     assert ((counts - 1000).abs() < 5 * (4000 * 3 / 16) ** 0.5).all()
-    assert (condition.class_labels.sum(1) == 1).all()
+    assert (condition["class_labels"].sum(1) == 1).all()
     assert uniform_condition(ClassTable(0), Draws.of_batch(0, 0, 3)) == Condition(3)
 
 
 def test_fresh_inputs_are_simulated_under_their_own_labels(generator: EDMDenoiser) -> None:
     draws = draws_at(2)
     batch = FreshInputs(FOUR, ClassTable(generator.num_classes))(generator, draws, NO_DATA)
-    assert torch.equal(batch.condition.class_labels, uniform_condition(ClassTable(4), draws).class_labels)
+    assert torch.equal(batch.condition["class_labels"], uniform_condition(ClassTable(4), draws)["class_labels"])
     noisy, level = simulated_input(generator, FOUR, batch.condition, draws)
     assert torch.equal(batch.noisy, noisy)
     assert torch.equal(batch.level, level)
@@ -160,10 +160,10 @@ def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: P
     assert batch.num_fresh == 4
     assert len(batch.noisy) == len(batch.level) == len(batch.condition) == 8
     assert torch.equal(batch.noisy[:4], alone.noisy)
-    assert torch.equal(batch.condition.class_labels[:4], alone.condition.class_labels)
+    assert torch.equal(batch.condition["class_labels"][:4], alone.condition["class_labels"])
     rows = draws.integers("pair_order", 0, 5)
     sigma = generator.noise_schedule.grid[999]
     assert torch.equal(batch.level, sigma.expand(8))
     torch.testing.assert_close(batch.noisy[4:], sigma * noise[rows].float())
     torch.testing.assert_close(batch.target, images[rows].float() / 127.5 - 1)
-    assert batch.condition.class_labels[4:].argmax(1).tolist() == [[3, 2, 1, 0, 3][row] for row in rows]
+    assert batch.condition["class_labels"][4:].argmax(1).tolist() == [[3, 2, 1, 0, 3][row] for row in rows]

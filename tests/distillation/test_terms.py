@@ -112,14 +112,14 @@ def test_distribution_matching_against_float64(
     result = term.at(x0, batch, INDEX, noise)
 
     fresh, sigma = x0[:FRESH].double().requires_grad_(True), sigmas(INDEX)
-    labels = batch.condition.class_labels[:FRESH].double()
+    labels = batch.condition["class_labels"][:FRESH].double()
     noisy = (fresh + column(sigma) * noise.double()).detach()
     score, real = copy.deepcopy(fake_score).double(), copy.deepcopy(teacher).double()
     with torch.no_grad():
-        given = real.denoise(noisy, sigma, Condition(FRESH, labels))
-        free = real.denoise(noisy, sigma, Condition(FRESH, torch.zeros_like(labels)))
+        given = real.denoise(noisy, sigma, Condition.from_one_hot(labels))
+        free = real.denoise(noisy, sigma, Condition.from_one_hot(torch.zeros_like(labels)))
         mu_real = free + guidance_scale * (given - free)
-        mu_fake = score.denoise(noisy, sigma, Condition(FRESH, labels))
+        mu_fake = score.denoise(noisy, sigma, Condition.from_one_hot(labels))
         scale = (fresh - mu_real).abs().mean(dim=(1, 2, 3), keepdim=True)
         wanted = fresh - (mu_fake - mu_real) / scale
     loss = 0.5 * (fresh - wanted).square().sum() / fresh.numel()
@@ -146,7 +146,7 @@ def test_generator_adversarial_against_float64(
     result = GeneratorAdversarial(fake_score, head, 1.0).at(x0, batch, INDEX, noise)
 
     fresh, sigma = x0[:FRESH].double().requires_grad_(True), sigmas(INDEX)
-    feature = bottleneck(fake_score, fresh + column(sigma) * noise, sigma, batch.condition.class_labels[:FRESH])
+    feature = bottleneck(fake_score, fresh + column(sigma) * noise, sigma, batch.condition["class_labels"][:FRESH])
     loss = softplus(-logits(head, feature)).sum() / FRESH
     loss.backward()
 
@@ -205,8 +205,8 @@ def test_fake_score_denoising_against_float64(fake_score: EDMDenoiser, batch: Ge
 
     exact, sigma = copy.deepcopy(fake_score).double(), sigmas(index)
     exact.zero_grad()
-    labels = batch.condition.class_labels.double()
-    estimate = exact.denoise(x0.double() + column(sigma) * noise, sigma, Condition(len(x0), labels))
+    labels = batch.condition["class_labels"].double()
+    estimate = exact.denoise(x0.double() + column(sigma) * noise, sigma, Condition.from_one_hot(labels))
     expected = ((column(sigma) ** -2 + 4) * (estimate - x0).square()).sum() / x0.numel()
     expected.backward()
 
@@ -251,8 +251,8 @@ def test_discriminator_adversarial_against_two_forwards_in_float64(
         feature = exact_score.model(scaled, sigma.log() / 4, labels.double(), "bottleneck")[1]
         return nn.Sequential.forward(exact_head, feature).flatten()
 
-    on_real = separate(real.images, real_noise, real_index, real.condition.class_labels)
-    on_generated = separate(generated, noise, index, condition.class_labels)
+    on_real = separate(real.images, real_noise, real_index, real.condition["class_labels"])
+    on_generated = separate(generated, noise, index, condition["class_labels"])
     expected = softplus(on_generated).mean() + softplus(-on_real).mean()
     expected.backward()
     assert relative_error(loss.detach(), expected.detach()) < 1e-5
@@ -401,7 +401,7 @@ def test_combined_gradient_sums_the_weighted_terms(batch: GeneratorInput, x0: Te
 def test_one_backward_of_the_combined_gradient_is_the_weighted_sum_of_losses(batch: GeneratorInput) -> None:
     """x0.backward(sum of weighted gradients) trains the generator as the sum of weighted losses would."""
     generator = tiny_denoiser(seed=9).double()
-    condition = Condition(FRESH + PAIRED, batch.condition.class_labels.double())
+    condition = Condition.from_one_hot(batch.condition["class_labels"].double())
     x0 = generator.denoise(batch.noisy.double(), batch.level.double(), condition)
     inputs = GeneratorInput(batch.noisy, batch.level, condition, FRESH, batch.target.double())
     terms: list[Any] = [Regression(weighted_distance, 0.25), Regression(lambda a, b: (a - b).abs().sum((1, 2, 3)), 3.0)]

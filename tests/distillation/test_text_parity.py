@@ -145,7 +145,7 @@ class Case:
 
     def parts(self, condition: Condition) -> Parts:
         """The guided branch in float64."""
-        values = (condition.text, condition.pooled, condition.time_ids)
+        values = (condition.get(name) for name in ("text", "pooled", "time_ids"))
         return tuple(None if value is None else value.double() for value in values)  # type: ignore[return-value]
 
     def unconditional(self) -> Parts:
@@ -154,8 +154,9 @@ class Case:
         if self.family == "sdxl":
             assert pooled is not None
             return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
-        empty_text, empty_pooled = tiny_condition(self.family, SIZE, seed=1).empty_text, self.condition.empty_pooled
-        assert empty_text is not None
+        empty_text, empty_pooled = self.condition.empty["text"], self.condition.empty.get("pooled")
+        assert isinstance(empty_text, Tensor)
+        assert not isinstance(empty_pooled, str)
         pooled = None if empty_pooled is None else empty_pooled.double().repeat(SIZE, 1)
         return empty_text.double().repeat(SIZE, 1, 1), pooled, None
 
@@ -170,7 +171,7 @@ def test_x0_conversion(case: Case) -> None:
     ours = copy.deepcopy(case.teacher).double()
     names = ("text", "pooled", "time_ids")
     parts = dict(zip(names, case.parts(case.condition), strict=True))
-    condition = dataclasses.replace(case.condition, **parts)
+    condition = Condition(SIZE, {name: part for name, part in parts.items() if part is not None})
     noisy = case.noise.double()
     with torch.no_grad():
         found = ours.denoise(noisy, ours.noise_schedule.at(ANY_INDEX), condition)
@@ -210,7 +211,7 @@ def test_sdxl_keeps_its_time_ids_without_a_prompt() -> None:
     _, _, time_ids = case.unconditional()
     assert time_ids is not None
     assert len(time_ids.unique(dim=0)) == 2
-    assert torch.equal(case.condition.unconditional().time_ids.double(), time_ids)  # type: ignore[union-attr]
+    assert torch.equal(case.condition.unconditional()["time_ids"].double(), time_ids)
 
 
 def test_fake_score_loss_in_its_native_form(case: Case) -> None:
@@ -322,12 +323,12 @@ def test_backward_simulated_input(case: Case, number: int) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda condition: {"empty_text": condition.empty_text + 1},
-        lambda condition: {"text": condition.text + 1},
+        lambda condition: {"empty": {**condition.empty, "text": condition.empty["text"] + 1}},
+        lambda condition: {"parts": {**condition.parts, "text": condition["text"] + 1}},
     ],
     ids=["empty prompt", "prompt"],
 )
-def test_guidance_reads_both_branches(case: Case, change: Callable[[Condition], dict[str, Tensor]]) -> None:
+def test_guidance_reads_both_branches(case: Case, change: Callable[[Condition], dict[str, Any]]) -> None:
     """Control: another prompt in either branch is another gradient."""
     term = DistributionMatching(case.teacher, case.fake_score, 1.75, 20, 980)
     other = dataclasses.replace(case.batch, condition=dataclasses.replace(case.condition, **change(case.condition)))

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
-from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
+from fewstep.diffusion.denoiser import plain_checkpoint
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig, UNetBlock
 from tests.conftest import golden_denoiser, relative_error, tiny_denoiser
 
 
@@ -11,8 +14,9 @@ from tests.conftest import golden_denoiser, relative_error, tiny_denoiser
 def test_golden_networks(family: str, dtype: torch.dtype, tolerance: float) -> None:
     denoiser, golden = golden_denoiser(family)
     denoiser = denoiser.to(dtype)
-    labels = golden["class_labels"].to(dtype) if "class_labels" in golden else None
-    condition = Condition(len(golden["noisy"]), labels)
+    condition = Condition(len(golden["noisy"]))
+    if "class_labels" in golden:
+        condition = Condition.from_one_hot(golden["class_labels"].to(dtype))
     with torch.no_grad():
         both = denoiser(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition, "both")
         alone = denoiser.bottleneck(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition)
@@ -24,7 +28,7 @@ def test_golden_networks(family: str, dtype: torch.dtype, tolerance: float) -> N
 
 def test_bf16_stays_inside_the_network() -> None:
     denoiser, golden = golden_denoiser("adm")
-    condition = Condition(3, golden["class_labels"])
+    condition = Condition.from_one_hot(golden["class_labels"])
     with torch.no_grad():
         exact = denoiser.denoise(golden["noisy"], golden["sigma"], condition)
         denoiser.compute_dtype = torch.bfloat16
@@ -69,3 +73,44 @@ def test_attention_matches_its_formula() -> None:
 def test_impossible_resolution_names_the_setting() -> None:
     with pytest.raises(ValueError, match=r"network.img_resolution=20 must be a multiple of 8"):
         EDMUNetConfig("adm", 20, 3, channel_mult=(1, 1, 1), fold=2)
+
+
+def gradients(denoiser: EDMDenoiser, seed: int = 0) -> list[Tensor]:
+    """Of every parameter, through x0 and bottleneck."""
+    torch.manual_seed(seed)
+    noisy, level = torch.randn(2, *denoiser.image_shape), torch.tensor([0.3, 20.0])
+    torch.manual_seed(seed + 1)  # of dropout
+    out = denoiser(noisy, level, Condition.from_labels(torch.tensor([1, 3]), denoiser.num_classes), "both")
+    (out.x0.square().sum() + out.bottleneck.sum()).backward()
+    return [parameter.grad.clone() for parameter in denoiser.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("mode", ["eval", "train with dropout"])
+def test_recomputed_activations_give_the_same_gradients(mode: str) -> None:
+    kept, recomputed = tiny_denoiser(), tiny_denoiser()
+    recomputed.checkpoint_activations()
+    for denoiser in (kept, recomputed):
+        if mode != "eval":
+            for block in denoiser.train().blocks():
+                block.dropout = 0.3
+    pairs = list(zip(gradients(kept), gradients(recomputed), strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    if mode != "eval":
+        plain = gradients(tiny_denoiser())
+        assert not all(torch.equal(ours, theirs[0]) for ours, theirs in zip(plain, pairs, strict=True))
+
+
+def test_every_block_is_recomputed_and_nothing_without_gradients() -> None:
+    denoiser, called = tiny_denoiser(), list[torch.nn.Module]()
+
+    def checkpoint(block: torch.nn.Module, *inputs: Tensor) -> Tensor:
+        called.append(block)
+        return plain_checkpoint(block, *inputs)
+
+    denoiser.checkpoint_activations(checkpoint)
+    with torch.no_grad():
+        denoiser.denoise(torch.randn(1, *denoiser.image_shape), torch.tensor([1.0]), Condition(1))
+    assert not called
+    denoiser.denoise(torch.randn(1, *denoiser.image_shape), torch.tensor([1.0]), Condition(1)).sum().backward()
+    assert called == denoiser.blocks()
+    assert len(called) == len(set(called)) == sum(isinstance(module, UNetBlock) for module in denoiser.modules())

@@ -85,7 +85,7 @@ def test_edm_denoiser_is_the_formula_around_its_raw_network(sigma_data: float) -
     network = tiny_denoiser().double()
     denoiser = EDMDenoiser(network.config, sigma_data).double()
     denoiser.load_state_dict(network.state_dict())
-    condition = Condition(4, torch.eye(4, dtype=torch.float64))
+    condition = Condition.from_one_hot(torch.eye(4, dtype=torch.float64))
     level = torch.tensor([0.002, 0.4, 3, 80], dtype=torch.float64)
     noisy = torch.randn(4, 1, 16, 16, dtype=torch.float64) * level[:, None, None, None]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_edm_denoiser_is_the_formula_around_its_raw_network(sigma_data: float) -
             root = math.hypot(sigma, sigma_data)
             c_noise = torch.tensor([math.log(sigma) / 4], dtype=torch.float64)
             one = slice(i, i + 1)
-            raw, feature = denoiser.model(noisy[one] / root, c_noise, condition[one].class_labels, "both")
+            raw, feature = denoiser.model(noisy[one] / root, c_noise, condition[one]["class_labels"], "both")
             expected = (sigma_data / root) ** 2 * noisy[one] + sigma * sigma_data / root * raw
             torch.testing.assert_close(out.x0[one], expected, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(out.bottleneck[one], feature.float())

@@ -45,7 +45,7 @@ def their_forward(denoiser: SD3Denoiser, noisy: Tensor, condition: Condition, mi
     block = denoiser.network.transformer_blocks[middle]
     hook = block.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     with torch.no_grad():
-        raw = denoiser.network(noisy, condition.text, condition.pooled, timestep=LEVEL * 1000).sample
+        raw = denoiser.network(noisy, condition["text"], condition["pooled"], timestep=LEVEL * 1000).sample
     hook.remove()
     side = noisy.shape[-1] // 2
     size, _, channels = seen[0].shape
@@ -125,9 +125,9 @@ def test_latent_sizes_the_transformer_cannot_take(size: int) -> None:
 @pytest.mark.parametrize("missing", ["text", "pooled"])
 def test_a_missing_part_of_the_condition_is_named(missing: str) -> None:
     whole = tiny_condition("sd3")
-    values = {name: getattr(whole, name) for name in ("text", "pooled") if name != missing}
-    with pytest.raises(ValueError, match="this transformer needs text embeddings and pooled embeddings"):
-        sd3().denoise(latents(), LEVEL, Condition(2, **values))
+    values = {name: whole[name] for name in ("text", "pooled") if name != missing}
+    with pytest.raises(KeyError, match=f"this model needs '{missing}'"):
+        sd3().denoise(latents(), LEVEL, Condition(2, values))
 
 
 def test_bf16_inside_stays_close() -> None:

@@ -45,9 +45,9 @@ def their_forward(denoiser: DiffusersUNetDenoiser, noisy: Tensor, condition: Con
     hook = denoiser.network.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     added = None
     if denoiser.has_time_ids:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+        added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
     with torch.no_grad():
-        raw = denoiser.network(noisy, LEVEL, condition.text, added_cond_kwargs=added).sample
+        raw = denoiser.network(noisy, LEVEL, condition["text"], added_cond_kwargs=added).sample
     hook.remove()
     return raw, seen[0]
 
@@ -200,13 +200,13 @@ def test_no_signal_at_the_end_goes_with_v_alone() -> None:
 def test_a_missing_part_of_the_condition_is_named(missing: str) -> None:
     denoiser = unet_denoiser("sdxl")
     whole = tiny_condition("sdxl")
-    values = {name: getattr(whole, name) for name in ("text", "pooled", "time_ids") if name != missing}
-    with pytest.raises(ValueError, match="this U-Net needs text embeddings, pooled embeddings and time ids"):
-        denoiser.denoise(latents(), LEVEL, Condition(2, **values))
+    values = {name: whole[name] for name in ("text", "pooled", "time_ids") if name != missing}
+    with pytest.raises(KeyError, match=f"this model needs '{missing}'; the condition has "):
+        denoiser.denoise(latents(), LEVEL, Condition(2, values))
 
 
 def test_missing_text_is_named() -> None:
-    with pytest.raises(ValueError, match=r"this U-Net needs text embeddings$"):
+    with pytest.raises(KeyError, match=r"this model needs 'text'; the condition has nothing"):
         unet_denoiser("sd").bottleneck(latents(), LEVEL, Condition(2))
 
 

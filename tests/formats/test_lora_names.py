@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.families.registry import build_released
+from fewstep.families.registry import build_released, family_named
 from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
 from fewstep.formats.ldm_keys import ldm_layers, ldm_name
-from fewstep.networks.adapters import UNET_TARGETS, LoraShape, SharedBase
+from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.formats.test_ldm_keys import TINY_UNET, TINY_UNETS, released_unet
 
 RELEASED = [("sd15", 278), ("sdxl", 788)]
@@ -131,7 +131,9 @@ def in_peft_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_targets(names: Iterable[str]) -> list[str]:
-    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in UNET_TARGETS)]
+    return [
+        name for name in names if any(f".{name}".endswith(f".{target}") for target in family_named("sdxl").lora_targets)
+    ]
 
 
 def assert_factors_fit(state: dict[str, Tensor], unet: nn.Module, rank: int) -> None:

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.denoiser import plain_checkpoint
 from fewstep.errors import UserError
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_checkpoint
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.registry import family_named
 from fewstep.networks.adapters import (
-    SD3_TARGETS,
-    UNET_TARGETS,
     AdapterRole,
     LoraShape,
     SharedBase,
     choose_targets,
-    frozen_copy_in,
 )
 from tests.conftest import relative_error, tiny_denoiser
 from tests.tiny_networks import FAMILIES, some_levels, tiny_condition, tiny_text_denoiser
@@ -365,8 +364,9 @@ def test_another_adapters_state_is_refused(spoil: Callable[..., Any]) -> None:
 # --- Targets
 
 
-@pytest.mark.parametrize(("family", "published"), [("sd", UNET_TARGETS), ("sdxl", UNET_TARGETS), ("sd3", SD3_TARGETS)])
-def test_published_targets_all_match(family: str, published: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_targets_all_match(family: str) -> None:
+    published = family_named(family).lora_targets
     shared = SharedBase(tiny_text_denoiser(family), LoraShape(2, 2.0))
     shared.add_role("generator")
     assert shared.targets == published
@@ -379,9 +379,10 @@ def test_sd3_adapts_the_projections_of_every_block() -> None:
     """METHOD section 8; the last block has no way back to the text."""
     shared = SharedBase(tiny_text_denoiser("sd3"), LoraShape(2, 2.0))
     shared.add_role("generator")
+    published = len(family_named("sd3").lora_targets)
     for number in range(3):
         names = [name for name in shared.layers if f"transformer_blocks.{number}." in name]
-        assert len(names) == (len(SD3_TARGETS) if number < 2 else len(SD3_TARGETS) - 3)
+        assert len(names) == (published if number < 2 else published - 3)
 
 
 def test_named_targets_are_the_only_ones() -> None:
@@ -418,11 +419,6 @@ def test_what_roles_on_one_base_cannot_do() -> None:
     role = SharedBase(tiny_text_denoiser("sd"), SHAPE).add_role("generator")
     with pytest.raises(UserError, match=r"compute\.compile=true does not go with LoRA"):
         role.compile_network()
-    edm: Any = tiny_denoiser()
-    edm.family = "diffusers-unet"
-    edm.network = nn.ModuleDict({"to_q": nn.Linear(2, 2)})
-    with pytest.raises(UserError, match=r"memory\.checkpoint_activations: this model family cannot"):
-        SharedBase(edm, SHAPE).checkpoint_activations()
 
 
 # --- Precision
@@ -455,17 +451,8 @@ def test_bf16_base_trains_a_float32_adapter(family: str, recomputed: bool) -> No
     assert not torch.equal(ours, theirs)
 
 
-def test_frozen_copy_in_bf16() -> None:
-    denoiser = tiny_text_denoiser("sd")
-    frozen = frozen_copy_in(denoiser, torch.bfloat16)
-    assert {part.dtype for part in frozen.parameters()} == {torch.bfloat16}
-    assert not any(part.requires_grad for part in frozen.parameters())
-    assert {part.dtype for part in denoiser.parameters()} == {torch.float32}
-    assert all(part.requires_grad for part in denoiser.parameters())
-
-
 def test_condition_of_another_size_is_not_silently_used() -> None:
     """The role passes its inputs on as they are."""
     role = SharedBase(tiny_text_denoiser("sd"), SHAPE).add_role("generator")
-    with pytest.raises(ValueError, match="text embeddings"):
+    with pytest.raises(KeyError, match="this model needs 'text'"):
         role.denoise(noisy_input(dtype=torch.float32), torch.tensor([1, 2]), Condition(2))

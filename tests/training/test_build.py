@@ -357,6 +357,23 @@ def test_regression_brings_the_generator_to_the_stored_images(
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_a_warmup_that_recomputes_activations_is_the_same_run(
+    teacher_folder: Path, pairs_folder: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for recompute in (False, True):
+        folder = tmp_path / f"run{recompute}"
+        train(tiny_train_settings(
+            teacher_folder, tmp_path, folder, data={"images": "", "pairs": str(pairs_folder)},
+            losses={**NO_GAN, "regression_weight": 1.0, "distribution_matching_weight": 0.0},
+            training={"num_steps": 3}, run={"sample_every": 1000, "checkpoint_every": 1000},
+            memory={"checkpoint_activations": recompute},
+        ))  # fmt: skip
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["regression_loss"] for line in lines if "regression_loss" in line])
+    assert losses[0] == losses[1]
+
+
 def test_regression_without_pairs(teacher: Teacher) -> None:
     with pytest.raises(UserError, match=r"losses\.regression_weight needs data\.pairs"):
         build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher, teacher.conditions)

@@ -455,8 +455,8 @@ def expected_fake_score_gradient(roles: Any, x0: Tensor, real: RealBatch, draws:
 
     sigma = sigma_at(draws.integers("disc_level_real", 0, 1000))
     noisy = real.images.double() + column(sigma) * draws.normal("disc_noise_real", SHAPE).double()
-    assert real.condition.class_labels is not None
-    real_logits = logits(roles, noisy, sigma, real.condition.class_labels.double())
+    assert real.condition["class_labels"] is not None
+    real_logits = logits(roles, noisy, sigma, real.condition["class_labels"].double())
     sigma = sigma_at(draws.integers("disc_level_generated", 0, 1000))
     noisy = x0 + column(sigma) * draws.normal("disc_noise_generated", SHAPE).double()
     adversarial = softplus(logits(roles, noisy, sigma, labels)).mean() + softplus(-real_logits).mean()

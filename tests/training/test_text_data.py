@@ -76,7 +76,7 @@ def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_pa
     cut = settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind, truncate_prompts=True)
     table = open_prompts(cut, teacher, tmp_path / "run")
     fitting = teacher.encoders.encode([" ".join("cat" for _ in range(MAX_TOKENS - 2))])
-    found = table.rows(torch.tensor([1])).text
+    found = table.rows(torch.tensor([1]))["text"]
     assert found is not None
     assert (found - fitting.text).abs().max() < 2e-3
 

@@ -1,97 +1,103 @@
-"""What a model is conditioned on, as one immutable object with its unconditional twin."""
+"""What a model is conditioned on: named tensors with one row a sample, each with what replaces it under guidance."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Empty: TypeAlias = Tensor | Literal["same"]  # one row (1, ...) for all samples; "same": the part stays as it is
+
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditions of a batch: class labels, or text with what its family adds. Absent parts are None.
+    """Conditions of a batch, an immutable set of named tensors: `condition["text"]`.
+
+    A mask is a part like any other, e.g. "text_mask" (B, T), whose unconditional row is the mask of the empty prompt.
 
     Attributes:
         batch_size: B, needed where there is no tensor to read it from.
-        class_labels: one-hot rows, (B, num_classes), float32; all zeros is unconditional.
-        text: token embeddings, (B, T, D).
-        pooled: pooled text embedding, (B, P).
-        time_ids: original size, crop and target size in pixels, (B, 6) (SDXL).
-        empty_text: what replaces `text` in the unconditional branch, (1, T, D).
-        empty_pooled: what replaces `pooled` there, (1, P).
+        parts: what the model reads, by name, (B, ...): "class_labels" (one-hot rows), "text", "pooled", ...
+        empty: the unconditional row of each part, (1, ...); or "same" for one that guidance leaves as it is.
     """
 
     batch_size: int
-    class_labels: Tensor | None = None
-    text: Tensor | None = None
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-    empty_text: Tensor | None = None
-    empty_pooled: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    empty: Mapping[str, Empty] = field(default_factory=dict)
 
     @classmethod
     def from_labels(cls, labels: Tensor, num_classes: int) -> "Condition":
         """One-hot conditions from integer labels (B,); num_classes 0 gives the empty condition."""
         if not num_classes:
             return cls(len(labels))
-        return cls(len(labels), F.one_hot(labels.long(), num_classes).float())
+        return cls.from_one_hot(F.one_hot(labels.long(), num_classes).float())
+
+    @classmethod
+    def from_one_hot(cls, rows: Tensor) -> "Condition":
+        """Conditions from one-hot rows (B, num_classes); all zeros is unconditional."""
+        return cls(len(rows), {"class_labels": rows}, {"class_labels": rows.new_zeros(1, rows.shape[1])})
 
     def unconditional(self) -> "Condition":
-        """The twin that carries no information, as classifier-free guidance needs it; time ids stay.
+        """The twin that carries no information, as classifier-free guidance needs it.
 
         Raises:
-            ValueError: there is text but no empty text to replace it.
+            ValueError: a part has no unconditional row.
         """
-        for part, empty in (("text", self.empty_text), ("pooled", self.empty_pooled)):
-            if getattr(self, part) is not None and empty is None:
-                raise ValueError(f"this condition has no unconditional branch: empty_{part} is missing")
-        return replace(
-            self,
-            class_labels=None if self.class_labels is None else torch.zeros_like(self.class_labels),
-            text=_expanded(self.empty_text, self.batch_size),
-            pooled=_expanded(self.empty_pooled, self.batch_size),
-        )
+        if missing := sorted(name for name in self.parts if name not in self.empty):
+            raise ValueError(f"this condition has no unconditional branch: the row of {', '.join(missing)} is missing")
+        twins = {name: _twin(part, self.empty[name]) for name, part in self.parts.items()}
+        return replace(self, parts=twins)
 
     def __len__(self) -> int:
         return self.batch_size
 
-    def __getitem__(self, rows: slice) -> "Condition":
-        size = len(range(*rows.indices(self.batch_size)))
-        return replace(self, batch_size=size, **{name: part[rows] for name, part in self._rows().items()})
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> "Condition": ...
+
+    def __getitem__(self, key: str | slice) -> "Tensor | Condition":
+        """A part by its name (KeyError says which there are), or some of the rows."""
+        if isinstance(key, slice):
+            size = len(range(*key.indices(self.batch_size)))
+            return replace(self, batch_size=size, parts={name: part[key] for name, part in self.parts.items()})
+        if key not in self.parts:
+            raise KeyError(f"this model needs {key!r}; the condition has {', '.join(self.parts) or 'nothing'}")
+        return self.parts[key]
+
+    def get(self, name: str) -> Tensor | None:
+        """A part by its name; None where there is none."""
+        return self.parts.get(name)
 
     def to(self, device: torch.device | str) -> "Condition":
         """The same conditions on another device."""
-        parts = {**self._rows(), **self._shared()}
-        moved: dict[str, Any] = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        return replace(self, **moved)
+        parts = {name: part.to(device, non_blocking=True) for name, part in self.parts.items()}
+        rows: dict[str, Empty] = {
+            name: row.to(device, non_blocking=True) if isinstance(row, Tensor) else row
+            for name, row in self.empty.items()
+        }
+        return replace(self, parts=parts, empty=rows)
 
     @staticmethod
     def cat(parts: "list[Condition]") -> "Condition":
-        """Concatenate along the batch; parts without samples are skipped, the unconditional branch is the first part's.
+        """Concatenate along the batch; parts without samples are skipped, the unconditional rows are the first part's.
 
         Raises:
             ValueError: the parts are conditioned on different things.
         """
         parts = [part for part in parts if len(part)] or parts[:1]
-        rows = [part._rows() for part in parts]
-        if any(row.keys() != rows[0].keys() for row in rows):
-            kinds = sorted({", ".join(row) or "nothing" for row in rows})
+        first = parts[0]
+        if any(part.parts.keys() != first.parts.keys() for part in parts):
+            kinds = sorted({", ".join(part.parts) or "nothing" for part in parts})
             raise ValueError(f"conditions on different things cannot be concatenated: {' / '.join(kinds)}")
-        size = sum(len(part) for part in parts)
-        return replace(parts[0], batch_size=size, **{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-
-    def _rows(self) -> dict[str, Tensor]:
-        """The parts with one row a sample."""
-        return {name: part for name, part in self._tensors().items() if not name.startswith("empty_")}
-
-    def _shared(self) -> dict[str, Tensor]:
-        """The parts with one row for all samples."""
-        return {name: part for name, part in self._tensors().items() if name.startswith("empty_")}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        whole = {name: torch.cat([part.parts[name] for part in parts]) for name in first.parts}
+        return replace(first, batch_size=sum(len(part) for part in parts), parts=whole)
 
 
 class ConditionTable(Protocol):
@@ -120,5 +126,5 @@ class ClassTable:
         return Condition.from_labels(index, self.num_classes)
 
 
-def _expanded(row: Tensor | None, size: int) -> Tensor | None:
-    return None if row is None else row.expand(size, *row.shape[1:])
+def _twin(part: Tensor, row: Empty) -> Tensor:
+    return row.expand(len(part), *row.shape[1:]) if isinstance(row, Tensor) else part

@@ -1,14 +1,17 @@
 """The one contract every diffusion model meets here: noisy images in, an x0 estimate out."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.per_sample import twice
 from fewstep.diffusion.schedules import NoiseSchedule
 
 Want = Literal["x0", "bottleneck", "both"]
+Checkpoint = Callable[..., Any]  # (block, *inputs) -> its output, recomputed in the backward pass
 
 
 class DenoiserOutput(NamedTuple):
@@ -21,29 +24,31 @@ class DenoiserOutput(NamedTuple):
 class Denoiser(nn.Module):
     """A network with its noise schedule and its parameterisation hidden.
 
-    Subclasses implement `forward` and `denoising_weight`. Both outputs leave the one `forward`, because wrappers
+    Subclasses implement `forward`, `denoising_weight` and `blocks`. Both outputs leave the one `forward`, because wrappers
     (sharding, compilation, checkpointing) only see that call. How a network is parameterised (EDM
     preconditioning, epsilon, v, flow) is known in its subclass and nowhere else.
 
     Attributes:
         noise_schedule: alpha(level), sigma(level) and the training grid, owned by the model.
-        image_shape: (C, H, W) of x0 in the model's own space.
+        image_shape: of one x0 in the model's own space.
         num_classes: number of class labels the model is conditioned on, 0 for none.
-        bottleneck_shape: (C, H, W) of the feature the discriminator reads.
+        bottleneck_shape: of one feature that the discriminator reads.
         compute_dtype: precision inside the network (float32 or bfloat16); everything outside is float32.
+        lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
     """
 
     noise_schedule: NoiseSchedule
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int
-    bottleneck_shape: tuple[int, int, int]
+    bottleneck_shape: tuple[int, ...]
     compute_dtype: torch.dtype
+    lora_targets: tuple[str, ...] = ()
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         """Estimate x0 and/or return the bottleneck feature.
 
         Args:
-            noisy: alpha(level) x0 + sigma(level) noise, (B, C, H, W), float32, in the model's own units.
+            noisy: alpha(level) x0 + sigma(level) noise, (B, ...), float32, in the model's own units.
             level: the schedule's own noise coordinate, (B,).
             condition: B conditions.
             want: "bottleneck" alone runs the encoder only.
@@ -55,16 +60,28 @@ class Denoiser(nn.Module):
         raise NotImplementedError("a Denoiser subclass implements denoising_weight")
 
     def denoise(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """The x0 estimate, (B, C, H, W), float32."""
+        """The x0 estimate, (B, ...), float32."""
         x0 = self(noisy, level, condition, "x0").x0
         assert x0 is not None
         return x0
 
     def bottleneck(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """The bottleneck feature, (B, C', H', W'); the decoder is not run."""
+        """The bottleneck feature, (B, ...); the decoder is not run."""
         feature = self(noisy, level, condition, "bottleneck").bottleneck
         assert feature is not None
         return feature
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of layers that `forward` calls one after the other: what is recomputed, compiled and sharded."""
+        raise NotImplementedError("a Denoiser subclass implements blocks")
+
+    def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
+        """Keep the inputs of `blocks` only and recompute the rest in the backward pass.
+
+        Args:
+            checkpoint: called as (block, *inputs) in every forward with gradients; the default is `plain_checkpoint`.
+        """
+        raise NotImplementedError("a Denoiser subclass implements checkpoint_activations")
 
     def compile_network(self) -> None:
         """Compile the network inside, in place (`torch.compile`), leaving names and state dict as they are."""
@@ -75,8 +92,14 @@ class Denoiser(nn.Module):
         raise NotImplementedError("a Denoiser subclass implements describe")
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """alpha(level) x0 + sigma(level) noise, per sample. x0, noise: (B, C, H, W); level: (B,)."""
+        """alpha(level) x0 + sigma(level) noise, per sample. x0, noise: (B, ...); level: (B,)."""
         return self.noise_schedule.add_noise(x0, noise, level)
+
+
+def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
+    """torch's non-reentrant activation checkpoint; random state is kept only where dropout needs it."""
+    random = isinstance(block, nn.Module) and block.training
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
 
 
 def guided_denoise(
@@ -93,11 +116,11 @@ def guided_denoise(
         guidance_scale: w. Source: Ho & Salimans 2022 (arXiv:2207.12598); some papers write w + 1 for it.
 
     Returns:
-        (B, C, H, W), float32.
+        (B, ...), float32.
     """
     if guidance_scale == 1:
         return denoiser.denoise(noisy, level, condition)
     both = Condition.cat([condition.unconditional(), condition])
-    x0 = denoiser.denoise(noisy.repeat(2, 1, 1, 1), level.repeat(2), both)
+    x0 = denoiser.denoise(twice(noisy), twice(level), both)
     unconditional, conditional = x0.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -10,7 +10,8 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule, karras_sigmas, per_sample
+from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule, karras_sigmas
 from fewstep.errors import UserError
 
 Seed: TypeAlias = int | tuple[int, ...]  # one for all images, or one an image
@@ -32,12 +33,12 @@ def sample_heun(
 
     Args:
         denoiser: an EDM model (alpha = 1).
-        noise: unit Gaussian, (B, C, H, W).
+        noise: unit Gaussian, (B, ...).
         condition: B conditions.
         num_steps: 18 steps are 35 evaluations.
 
     Returns:
-        x0, (B, C, H, W), float32, not clamped.
+        x0, (B, ...), float32, not clamped.
 
     Raises:
         ValueError: num_steps is below 1.
@@ -85,12 +86,12 @@ def sample_ddim(
 
     Args:
         denoiser: a model whose noisiest level is (nearly) pure noise.
-        noise: unit Gaussian, (B, C, H, W).
+        noise: unit Gaussian, (B, ...).
         condition: B conditions.
         num_steps: network evaluations (guidance doubles each one's batch).
 
     Returns:
-        x0, (B, C, H, W), float32, not clamped.
+        x0, (B, ...), float32, not clamped.
 
     Raises:
         ValueError: num_steps is below 1 or above the number of levels.
@@ -114,7 +115,7 @@ def sample_ddim(
 
 
 def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:
-    """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, C, H, W)."""
+    """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, ...)."""
     schedule = denoiser.noise_schedule
     level = schedule.expanded(index, len(noise), noise.device)
     return denoiser.denoise(schedule.initial(noise, level), level, condition)
@@ -131,13 +132,13 @@ def sample_few_steps(
 
     Args:
         denoiser: the generator.
-        noise: unit Gaussian for the first step, (B, C, H, W).
+        noise: unit Gaussian for the first step, (B, ...).
         condition: B conditions.
         steps: grid indices, noisiest first.
-        fresh_noise: number of the step (1, 2, ...) -> unit Gaussian (B, C, H, W) that enters it.
+        fresh_noise: number of the step (1, 2, ...) -> unit Gaussian (B, ...) that enters it.
 
     Returns:
-        x0, (B, C, H, W), float32, not clamped.
+        x0, (B, ...), float32, not clamped.
     """
     x0 = generate(denoiser, noise, condition, steps.indices[0])
     for number, index in enumerate(steps.indices[1:], start=1):
@@ -148,9 +149,9 @@ def sample_few_steps(
 
 def sample_generator(
     denoiser: Denoiser, steps: StepSchedule, condition: Condition, *, seed: Seed, first: int = 0,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x0 of B images from a generator network, (B, C, H, W), not clamped; `seed`, `first` and `shape` as `sample_noise` has them."""
+    """x0 of B images from a generator network, (B, ...), not clamped; `seed`, `first` and `shape` as `sample_noise` has them."""
     size, device = len(condition), next(denoiser.parameters()).device
 
     def fresh_noise(number: int) -> Tensor:
@@ -161,13 +162,13 @@ def sample_generator(
 
 def sample_noise(
     denoiser: Denoiser, seed: Seed, first: int, size: int, device: torch.device, step: int = 0,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Unit Gaussian (size, C, H, W) that images start from (or meet at a later step).
+    """Unit Gaussian (size, ...) that images start from (or meet at a later step).
 
     Args:
         seed: of images first..first + size - 1; or one seed an image, then each is image `first` of its own seed.
-        shape: (C, H, W) where it is not the model's own.
+        shape: of one x0 where it is not the model's own.
     """
     if isinstance(seed, int):
         draws = Draws.of_batch(seed, step, size, device, first)

@@ -7,10 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B,) so that it broadcasts over the trailing dimensions of `like`."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+from fewstep.diffusion.per_sample import per_sample
 
 
 class NoiseSchedule(ABC):
@@ -33,7 +30,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def initial(self, noise: Tensor, level: Tensor) -> Tensor:
-        """How unit noise (B, C, H, W) enters a generator conditioned at `level` (B,)."""
+        """How unit noise (B, ...) enters a generator conditioned at `level` (B,)."""
 
     def at(self, index: Tensor) -> Tensor:
         """Levels (B,) at integer grid indices (B,)."""

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.errors import UserError
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.networks.adapters import LoraShape, SharedBase
 from fewstep.networks.discriminator import Discriminator
 
@@ -58,8 +56,6 @@ def build_lora_generator_roles(
     head = _head(teacher, with_discriminator)
     fake_score = copy.deepcopy(teacher).eval().requires_grad_(True)
     if checkpoint:
-        if not isinstance(fake_score, DiffusersDenoiser):
-            raise UserError("memory.checkpoint_activations=true: this model family cannot recompute its activations")
         fake_score.checkpoint_activations()
     shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)
     return Roles(teacher, shared.add_role("generator"), fake_score, head)

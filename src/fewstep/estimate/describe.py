@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, Want
 from fewstep.errors import UserError
 from fewstep.estimate.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
@@ -71,10 +70,10 @@ def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
         return tensor
 
     size = 2  # two samples, so that nothing of batch size 1 is special
-    labels = torch.zeros(size, denoiser.num_classes, device="meta") if denoiser.num_classes else None
+    condition = family_of(denoiser.describe()).example_condition(denoiser, size).to("meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy = torch.zeros(size, *denoiser.image_shape, device="meta")
-        denoiser(noisy, torch.ones(size, device="meta"), Condition(size, labels), want)
+        denoiser(noisy, torch.ones(size, device="meta"), condition, want)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
 
 

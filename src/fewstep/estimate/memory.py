@@ -144,7 +144,7 @@ def _rehearse_warmup(
     denoiser.requires_grad_(False)
     generator = copy.deepcopy(denoiser).requires_grad_(True)
     if settings.memory.checkpoint_activations:
-        cast(Any, generator).checkpoint_activations()
+        generator.checkpoint_activations()
     average = _average(settings, generator)
     optimizer = build_adamw(generator.parameters(), 1e-5, settings.optimizer)
     _prepare(denoiser, average, {"generator": optimizer}, meter, estimate)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.families.registry import family_of
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import AnyTeacher, Teacher
 from fewstep.networks.perceptual import LPIPS, pixel_distance
@@ -19,25 +20,18 @@ from fewstep.settings import TrainSettings
 class Prompts:
     """Embeddings of any prompt, of one network's shapes."""
 
-    text: tuple[int, int]
-    pooled: int
-    has_time_ids: bool
+    denoiser: Denoiser
     num_rows: int = 1
 
     def rows(self, index: Tensor) -> Condition:
-        size = len(index)
-        pooled, empty = (torch.zeros(rows, self.pooled) if self.pooled else None for rows in (size, 1))
-        return Condition(
-            size, None, torch.zeros(size, *self.text), pooled, torch.zeros(size, 6) if self.has_time_ids else None,
-            torch.zeros(1, *self.text), empty,
-        )  # fmt: skip
+        return family_of(self.denoiser.describe()).example_condition(self.denoiser, len(index))
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Noise-image pairs of one shape."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     def __len__(self) -> int:
         return 1
@@ -48,23 +42,15 @@ class Pairs:
 
 def conditions_of(denoiser: Denoiser) -> ConditionTable:
     """Conditions of the shapes that a network reads."""
-    network = getattr(denoiser, "network", None)
-    if network is None:
+    if family_of(denoiser.describe()).takes == "labels":
         return ClassTable(denoiser.num_classes)
-    config: Any = network.config
-    if hasattr(config, "joint_attention_dim"):  # SD 3: 77 tokens of CLIP, 256 of T5
-        return Prompts((77 + 256, config.joint_attention_dim), config.pooled_projection_dim, False)
-    width = config.cross_attention_dim
-    if config.addition_embed_type is None:
-        return Prompts((77, width), 0, False)
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return Prompts((77, width), pooled, True)
+    return Prompts(denoiser)
 
 
 def teacher_of(network: Denoiser) -> AnyTeacher:
     """A teacher around a network, without a folder to read anything else from."""
     card = ModelCard(role="teacher", can_be_guided=True)
-    if getattr(network, "network", None) is None:
+    if family_of(network.describe()).takes == "labels":
         return Teacher(network, card)
     from fewstep.models.text_model import TextTeacher
 

@@ -49,7 +49,8 @@ class EDMUNetModel(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """x0 estimate (B, C, H, W) of noisy images at noise levels sigma (B,), with one-hot class labels."""
-        output: DenoiserOutput = self.denoiser(sample, sigma, Condition(len(sample), class_labels))
+        condition = Condition(len(sample)) if class_labels is None else Condition.from_one_hot(class_labels)
+        output: DenoiserOutput = self.denoiser(sample, sigma, condition)
         assert output.x0 is not None
         return output.x0
 

@@ -1,6 +1,5 @@
 """What all networks from diffusers share: precision inside, conversion to x0 outside, checkpointed activations."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
-from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule, per_sample
+from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
+from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.families.preconditioning import Prediction, native_denoising_weight, predicted_x0
-
-Checkpoint = Callable[..., Any]
 
 
 class DiffusersDenoiser(Denoiser):
@@ -80,10 +78,6 @@ class DiffusersDenoiser(Denoiser):
         for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
             block.compile()
 
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of layers that `run_network` calls one after the other."""
-        raise NotImplementedError("a DiffusersDenoiser subclass implements blocks")
-
     def check_latent_size(self, height: int, width: int, factor: int) -> None:
         """Refuse latents the network cannot take.
 
@@ -103,11 +97,6 @@ class DiffusersDenoiser(Denoiser):
             )
 
     def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
-        """Keep block inputs only and recompute the rest in the backward pass.
-
-        Args:
-            checkpoint: called as (block, *inputs); the default is torch's non-reentrant checkpoint.
-        """
         self.network.enable_gradient_checkpointing(checkpoint or plain_checkpoint)  # type: ignore[operator]
 
     def _alpha_sigma(self, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,11 +105,6 @@ class DiffusersDenoiser(Denoiser):
         if isinstance(schedule, DiscreteSchedule):
             return schedule.alpha64(level), schedule.sigma64(level)
         return schedule.alpha(level.double()), schedule.sigma(level.double())
-
-
-def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
-    """torch's non-reentrant activation checkpoint; no random state is kept, since distillation has no dropout."""
-    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Model:
         return ClassTable(self.denoiser.num_classes)
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
+    def picture_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the pictures."""
         return self.denoiser.image_shape
 

@@ -4,7 +4,6 @@ Outside of any forward no adapter is bound, so the base itself is the teacher. p
 them take part is set here, because peft's own `set_adapter` also switches off the other adapters' gradients.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,21 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
+from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
 from fewstep.errors import UserError
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_checkpoint
 from fewstep.formats.compare import state_difference
-
-# Published for SDXL; the same names exist in SD 1.x and 2.x
-UNET_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
-SD3_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
-    "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-)  # fmt: skip
-_DEFAULT_TARGETS = {"diffusers-unet": UNET_TARGETS, "sd3": SD3_TARGETS}
 
 
 @dataclass(frozen=True)
@@ -115,8 +102,6 @@ class SharedBase:
 
     def checkpoint_activations(self) -> None:
         """Keep block inputs only, in every role."""
-        if not isinstance(self.base, DiffusersDenoiser):
-            raise UserError("memory.checkpoint_activations: this model family cannot recompute its activations")
         self.base.checkpoint_activations(self.checkpoint)
 
     def _bind(self, role: str | None) -> None:
@@ -162,6 +147,15 @@ class AdapterRole(Denoiser):
     def denoising_weight(self, level: Tensor) -> Tensor:
         return self.shared.base.denoising_weight(level)
 
+    def blocks(self) -> list[nn.Module]:
+        """The base's."""
+        return self.shared.base.blocks()
+
+    def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
+        """In every role of the base."""
+        assert checkpoint is None, "roles on one base share its checkpoint, which binds their adapter"
+        self.shared.checkpoint_activations()
+
     def compile_network(self) -> None:
         raise UserError("compute.compile=true does not go with LoRA roles on one base; set it to false")
 
@@ -200,15 +194,10 @@ class AdapterRole(Denoiser):
 def choose_targets(base: Denoiser, lora: LoraShape) -> tuple[str, ...]:
     """Given targets, each of which must match a layer; or those of the family's published ones that do."""
     names = [name for name, _ in base.named_modules()]
-    wanted = lora.targets or _DEFAULT_TARGETS.get(getattr(base, "family", ""), ())
+    wanted = lora.targets or base.lora_targets
     if not wanted:
         raise UserError("memory.lora_targets is empty and this model family has no published targets: name the layers")
     missing = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
     if missing and (lora.targets or len(missing) == len(wanted)):
         raise UserError(f"memory.lora_targets {missing} match no layer of the teacher")
     return tuple(target for target in wanted if target not in missing)
-
-
-def frozen_copy_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """A deep copy with its weights stored in `dtype`, without gradients."""
-    return copy.deepcopy(denoiser).to(dtype).requires_grad_(False)

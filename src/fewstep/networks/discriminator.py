@@ -28,7 +28,7 @@ class Discriminator(nn.Sequential):
     Forward: (B, C, H, W) -> logits (B,), float32.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         channels, height, width = shape
         layers: list[nn.Module] = []
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, Empty
 from fewstep.errors import UserError
 from fewstep.formats.diffusers_index import read_model_index
 from fewstep.networks.components import load_component, quiet_loading
@@ -153,11 +153,11 @@ def text_condition(
 ) -> Condition:
     """The condition of N rows; SDXL's time ids are (height, width, 0, 0, height, width) in pixels."""
     size = len(embeddings.text)
-    time_ids = None
+    parts, rows = {"text": embeddings.text}, dict[str, Empty](text=empty.text)
+    if embeddings.pooled is not None:
+        assert empty.pooled is not None
+        parts["pooled"], rows["pooled"] = embeddings.pooled, empty.pooled
     if family == "sdxl":
         values = torch.tensor([height, width, 0, 0, height, width], device=embeddings.text.device)
-        time_ids = values.float().expand(size, 6)
-    return Condition(
-        size, text=embeddings.text, pooled=embeddings.pooled, time_ids=time_ids, empty_text=empty.text,
-        empty_pooled=empty.pooled,
-    )  # fmt: skip
+        parts["time_ids"], rows["time_ids"] = values.float().expand(size, 6), "same"
+    return Condition(size, parts, rows)

@@ -95,7 +95,7 @@ class MemorySettings(Tree):
     lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
     lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
     frozen_precision: Literal["fp32", "bf16"] = Field("fp32", description="storage of weights that are never trained")
-    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass (text models)")
+    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
 
 
 class LossSettings(Tree):

@@ -105,7 +105,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
         roles = build_roles(teacher, with_discriminator)
         if memory.checkpoint_activations:
             for network in (roles.generator, roles.fake_score):
-                _checkpointed(network)
+                network.checkpoint_activations()
         return roles
     from fewstep.distillation.roles import build_lora_generator_roles, build_shared_base_roles
     from fewstep.networks.adapters import LoraShape
@@ -114,15 +114,6 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     dtype = torch.bfloat16 if memory.frozen_precision == "bf16" else torch.float32
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
     return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations)
-
-
-def _checkpointed(network: Denoiser) -> None:
-    checkpoint = getattr(network, "checkpoint_activations", None)
-    if checkpoint is None:
-        raise UserError(
-            "memory.checkpoint_activations=true: this model family cannot recompute its activations; set it to false"
-        )
-    checkpoint()
 
 
 def start_roles(roles: Roles, source: Path) -> None:

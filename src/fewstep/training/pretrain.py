@@ -79,10 +79,11 @@ class Pretraining:
 
     def _condition(self, draws: Draws, labels: Tensor) -> Condition:
         condition = Condition.from_labels(labels, self.denoiser.num_classes)
-        if condition.class_labels is None or not self.settings.network.label_dropout:
+        rows = condition.get("class_labels")
+        if rows is None or not self.settings.network.label_dropout:
             return condition
         kept = draws.uniform("label_dropout") >= self.settings.network.label_dropout
-        return Condition(len(labels), condition.class_labels * kept[:, None])
+        return Condition.from_one_hot(rows * kept[:, None])
 
     def tensors(self) -> dict[str, Tensor]:
         """Network, average and optimiser."""

@@ -38,7 +38,7 @@ class WarmupJob(GeneratorJob):
         teacher.denoiser.eval().requires_grad_(False)
         generator = copy.deepcopy(teacher.denoiser).requires_grad_(True)
         if settings.memory.checkpoint_activations:
-            generator.checkpoint_activations()  # type: ignore[operator]
+            generator.checkpoint_activations()
         if settings.compute.compile:
             generator.compile_network()
         super().__init__(settings, teacher, steps, self.inputs.conditions, generator)

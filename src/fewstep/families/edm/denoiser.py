@@ -4,11 +4,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want
-from fewstep.diffusion.schedules import KarrasSchedule, per_sample
+from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
+from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.schedules import KarrasSchedule
 from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
 from fewstep.families.preconditioning import edm_denoising_weight, edm_preconditioning
 
@@ -38,7 +39,7 @@ class EDMDenoiser(Denoiser):
         exact = self.compute_dtype == torch.float32
         with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
             raw, feature = self.model(
-                per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.class_labels, network_want
+                per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.get("class_labels"), network_want
             )
         if raw is None:
             return DenoiserOutput(None, feature.float())
@@ -47,6 +48,12 @@ class EDMDenoiser(Denoiser):
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return edm_denoising_weight(level, self.sigma_data)
+
+    def blocks(self) -> list[nn.Module]:
+        return self.model.blocks()
+
+    def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
+        self.model.checkpoint = checkpoint or plain_checkpoint
 
     def compile_network(self) -> None:
         self.model.compile()

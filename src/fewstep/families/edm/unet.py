@@ -5,6 +5,7 @@ key names follow Karras et al. 2022 (arXiv:2206.00364), section 7 of the method 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -239,6 +240,7 @@ class EDMUNet(nn.Module):
             self.map_augment = nn.Linear(config.augment_dim, noise_channels, bias=False)
         self.map_layer0 = nn.Linear(noise_channels, emb)
         self.map_layer1 = nn.Linear(emb, emb)
+        self.checkpoint: Callable[..., Tensor] | None = None
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         width, skips = self._build_encoder(config)
@@ -311,12 +313,23 @@ class EDMUNet(nn.Module):
             if name.endswith("_aux_residual"):
                 x = skips[-1] = aux = (x + module(aux)) * math.sqrt(0.5)
                 continue
-            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            x = self._run(module, x, emb) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         bottleneck = x if want != "output" else None
         if want == "bottleneck":
             return None, bottleneck
         return self._decode(x, skips, emb), bottleneck
+
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks in the order they are called."""
+        return [module for part in (self.enc, self.dec) for module in part.values() if isinstance(module, UNetBlock)]
+
+    def _run(self, block: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
+        """One block; with `checkpoint` set its activations are recomputed in the backward pass."""
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            output: Tensor = block(x, emb)
+            return output
+        return self.checkpoint(block, x, emb)
 
     def _embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         song = self.config.family == "song"
@@ -336,7 +349,7 @@ class EDMUNet(nn.Module):
                 continue
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = module(x, emb)
+            x = self._run(module, x, emb)
         if self.config.family == "song":
             top = self.config.img_resolution // self.config.fold
             norm, conv = self.dec[f"{top}x{top}_aux_norm"], self.dec[f"{top}x{top}_aux_conv"]

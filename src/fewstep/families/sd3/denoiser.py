@@ -10,6 +10,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import FlowSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
+from fewstep.families.sd3.shapes import LORA_TARGETS
 
 
 class SD3Denoiser(DiffusersDenoiser):
@@ -27,6 +28,7 @@ class SD3Denoiser(DiffusersDenoiser):
     """
 
     family = "sd3"
+    lora_targets = LORA_TARGETS
     network: Any  # diffusers models carry no types
 
     def __init__(self, transformer: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
@@ -63,13 +65,11 @@ class SD3Denoiser(DiffusersDenoiser):
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
     ) -> tuple[Tensor | None, Tensor | None]:
-        if condition.text is None or condition.pooled is None:
-            raise ValueError("this transformer needs text embeddings and pooled embeddings")
         net = self.network
         height, width = (side // net.config.patch_size for side in noisy.shape[-2:])
         x = net.pos_embed(noisy)
-        embedding = net.time_text_embed(level * self.noise_schedule.num_levels, condition.pooled)
-        context = net.context_embedder(condition.text)
+        embedding = net.time_text_embed(level * self.noise_schedule.num_levels, condition["pooled"])
+        context = net.context_embedder(condition["text"])
         feature: Tensor | None = None
         for number, block in enumerate(net.transformer_blocks):
             if torch.is_grad_enabled() and net.gradient_checkpointing:

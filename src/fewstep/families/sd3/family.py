@@ -9,7 +9,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
-from fewstep.families.sd3.shapes import SHAPES, VAE
+from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, VAE
 
 _TOKENS = 77 + 256  # of CLIP and of T5
 
@@ -23,10 +23,7 @@ class StableDiffusion3(DiffusersFamily):
     component = "transformer"
     network_class = "SD3Transformer2DModel"
     scheduler_class = "FlowMatchLCMScheduler"
-    lora_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
-        "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-    )  # fmt: skip
+    lora_targets = LORA_TARGETS
     shapes = SHAPES
     autoencoder_config = VAE
 
@@ -43,7 +40,7 @@ class StableDiffusion3(DiffusersFamily):
         config = network.config
         text = torch.zeros(size, _TOKENS, config.joint_attention_dim)
         pooled = torch.zeros(size, config.pooled_projection_dim)
-        return Condition(size, text=text, pooled=pooled, empty_text=text[:1], empty_pooled=pooled[:1])
+        return Condition(size, {"text": text, "pooled": pooled}, {"text": text[:1], "pooled": pooled[:1]})
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         from fewstep.families.sd3.few_step_scheduler import build_few_step_scheduler

@@ -1,7 +1,11 @@
-"""The released network and VAE of Stable Diffusion 3 medium, as published in their configs."""
+"""LoRA targets, released network and VAE of Stable Diffusion 3 medium, as published in their configs."""
 
 from typing import Any
 
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
+    "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)  # fmt: skip
 # 2028.3 M parameters
 SD3_MEDIUM: dict[str, Any] = {
     "family": "sd3", "latent_size": 128, "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},

@@ -11,6 +11,7 @@ from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.preconditioning import Prediction
+from fewstep.families.stable_diffusion.shapes import LORA_TARGETS
 
 
 class DiffusersUNetDenoiser(DiffusersDenoiser):
@@ -26,6 +27,7 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
     """
 
     family = "diffusers-unet"
+    lora_targets = LORA_TARGETS
     network: Any  # diffusers models carry no types
 
     def __init__(self, unet: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
@@ -49,22 +51,18 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
     ) -> tuple[Tensor | None, Tensor | None]:
-        if condition.text is None or (self.has_time_ids and (condition.pooled is None or condition.time_ids is None)):
-            raise ValueError(
-                "this U-Net needs text embeddings" + (", pooled embeddings and time ids" * self.has_time_ids)
-            )
         feature, skips, embedding = self._encode(noisy, level, condition)
         if want == "bottleneck":
             return None, feature
-        raw = self._decode(feature, skips, embedding, condition.text, noisy.shape[-2:])
+        raw = self._decode(feature, skips, embedding, condition["text"], noisy.shape[-2:])
         return raw, feature if want == "both" else None
 
     def _encode(self, noisy: Tensor, level: Tensor, condition: Condition) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Mid-block output, skip tensors and time embedding, as the network's own forward makes them."""
-        unet, text = self.network, condition.text
+        unet, text = self.network, condition["text"]
         embedding = unet.time_embedding(unet.get_time_embed(noisy, level))
         if self.has_time_ids:
-            added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+            added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
             embedding = embedding + unet.get_aug_embed(embedding, text, added)
         x = unet.conv_in(noisy)
         skips: tuple[Tensor, ...] = (x,)

@@ -9,7 +9,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
-from fewstep.families.stable_diffusion.shapes import SHAPES, VAE, XL_SHAPES
+from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
 
 _TOKENS = 77  # of CLIP
 
@@ -23,11 +23,7 @@ class StableDiffusion(DiffusersFamily):
     component = "unet"
     network_class = "UNet2DConditionModel"
     scheduler_class = "LCMScheduler"
-    # published for SDXL; the same names exist in 1.x and 2.x
-    lora_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-        "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-    )  # fmt: skip
+    lora_targets = LORA_TARGETS
     shapes = SHAPES
     autoencoder_config = VAE
 
@@ -43,7 +39,7 @@ class StableDiffusion(DiffusersFamily):
         network: Any = denoiser.network
         config = network.config
         text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
-        return Condition(size, text=text, empty_text=text[:1])
+        return Condition(size, {"text": text}, {"text": text[:1]})
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         from fewstep.families.stable_diffusion.few_step_scheduler import build_few_step_scheduler
@@ -66,6 +62,5 @@ class StableDiffusionXL(StableDiffusion):
         config = network.config
         text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
         pooled = torch.zeros(size, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-        return Condition(
-            size, text=text, pooled=pooled, time_ids=torch.zeros(size, 6), empty_text=text[:1], empty_pooled=pooled[:1]
-        )
+        parts = {"text": text, "pooled": pooled, "time_ids": torch.zeros(size, 6)}
+        return Condition(size, parts, {"text": text[:1], "pooled": pooled[:1], "time_ids": "same"})

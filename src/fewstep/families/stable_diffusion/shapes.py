@@ -1,7 +1,12 @@
-"""Released networks and the VAE of Stable Diffusion 1.5 and SDXL, as published in their configs."""
+"""LoRA targets, released networks and the VAE of Stable Diffusion 1.5 and SDXL, as published in their configs."""
 
 from typing import Any
 
+# published for SDXL; the same names exist in 1.x and 2.x
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
