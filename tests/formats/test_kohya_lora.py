@@ -93,6 +93,126 @@ def test_alpha_of_peft_files(tmp_path: Path, source: str) -> None:
     assert_equal(read_lora(tmp_path / "lora.safetensors", MODULES), lora)
 
 
+def plain_updates(lora: LoraWeights) -> dict[str, torch.Tensor]:
+    return {name: update * lora.rank / lora.alpha for name, update in updates(lora).items()}
+
+
+def peft_folder(folder: Path, **config: object) -> Path:
+    """PEFT's adapter of `some_lora`'s matrices."""
+    tensors = {f"base_model.model.{name.removeprefix('network.')}": value for name, value in some_lora().state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("config", "linear", "conv"),
+    [
+        ({}, 2, 2),
+        ({"use_rslora": True}, 6 / 3**0.5, 6 / 3**0.5),
+        ({"alpha_pattern": {"conv1": 3}, "rank_pattern": {"conv1": 3}}, 2, 1),
+        ({"alpha_pattern": {"attentions.0.to_out.0": 12}, "use_rslora": True}, 12 / 3**0.5, 6 / 3**0.5),
+        ({"alpha_pattern": {"v1": 3}}, 2, 2),
+        ({"use_dora": False, "lora_bias": False, "modules_to_save": None, "loftq_config": {}}, 2, 2),
+    ],
+)
+def test_the_scale_is_pefts_own(tmp_path: Path, config: dict[str, object], linear: float, conv: float) -> None:
+    found, plain = updates(read_lora(peft_folder(tmp_path, **config), MODULES)), plain_updates(some_lora())
+    torch.testing.assert_close(found[LINEAR], plain[LINEAR] * linear)
+    torch.testing.assert_close(found[CONV], plain[CONV] * conv)
+
+
+def test_peft_itself_scales_so(tmp_path: Path) -> None:
+    """The same facts through PEFT's own layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    facts = {"use_rslora": True, "alpha_pattern": {"first": 5}, "rank_pattern": {"first": 4}}
+    network = torch.nn.ModuleDict({"first": torch.nn.Linear(5, 6), "second": torch.nn.Linear(6, 5)})
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["first", "second"], **facts)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, network)
+    state = {
+        name.replace(".default", ""): torch.randn_like(value)
+        for name, value in network.state_dict().items()
+        if "lora_" in name
+    }
+    save_file(
+        {f"base_model.model.{name}": value for name, value in state.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    values = {"r": 2, "lora_alpha": 6, **facts}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    found = updates(read_lora(tmp_path / "adapter_model.safetensors", ["first", "second"]))
+    for name in ("first", "second"):
+        layer: Any = network[name]
+        theirs = layer.scaling["default"] * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(found[name], theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, r"adapter_config\.json: use_dora=true changes what the LoRA computes"),
+        ({"lora_bias": True}, "lora_bias=true"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=true"),
+        ({"some_new_scale": 3}, "some_new_scale=3"),
+        ({"init_lora_weights": "pissa_niter_16"}, "changed the base's own weights"),
+        ({"peft_type": "LOHA"}, "kind 'LOHA'"),
+        ({"alpha_pattern": {"(a+)+b": 3}}, "more than the end of a layer's name"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is not an object"),
+        ({"lora_alpha": "six"}, "about alpha is damaged"),
+    ],
+)
+def test_facts_that_are_not_honoured_are_refused_by_name(
+    tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_lora(peft_folder(tmp_path, **config), MODULES)
+
+
+def test_diffusers_header_has_the_same_facts(tmp_path: Path) -> None:
+    tensors = {f"unet.{name.removeprefix('network.')}": value for name, value in some_lora().state.items()}
+    facts = {"unet.r": 3, "unet.lora_alpha": 6, "unet.use_rslora": True, "text_encoder.lora_alpha": 99}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
+    found = updates(read_lora(tmp_path / "lora.safetensors", MODULES))
+    torch.testing.assert_close(found[LINEAR], plain_updates(some_lora())[LINEAR] * 6 / 3**0.5)
+    facts["unet.use_dora"] = True
+    save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
+    with pytest.raises(UserError, match="use_dora=true"):
+        read_lora(tmp_path / "lora.safetensors", MODULES)
+
+
+def processor(name: str, part: str) -> str:
+    """As diffusers' training scripts of early 2023 wrote attention layers."""
+    block, _, layer = name.removesuffix(".0").rpartition(".")
+    return f"{block}.processor.{layer}_lora.{part}.weight"
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "base_model.model."])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "processor",
+        "{}.lora.{}.weight",
+        "{}.lora_linear_layer.{}.weight",
+        "{}.lora_{}.weight",
+        "{}.lora_{}.default.weight",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_older_spellings_are_read(tmp_path: Path, spelling: str, prefix: str, suffix: str) -> None:
+    lora, tensors = some_lora(3, 3.0), {}
+    lora = LoraWeights(3, 3.0, {name: value for name, value in lora.state.items() if LINEAR in name})
+    for name, value in lora.state.items():
+        layer, matrix = name.removeprefix("network.").removesuffix(".weight").rsplit(".lora_", 1)
+        part = matrix if "default" in spelling else {"A": "down", "B": "up"}[matrix]
+        key = processor(layer, part) if spelling == "processor" else spelling.format(layer, part)
+        tensors[prefix + key] = value
+    path = tmp_path / f"lora{suffix}"
+    torch.save(tensors, path) if suffix == ".bin" else save_file(tensors, path)
+    assert_equal(read_lora(path, MODULES), lora)
+
+
 def test_layers_of_other_rank_and_alpha_keep_their_updates(tmp_path: Path) -> None:
     big, small = some_lora(4, 4.0), some_lora(2, 1.0)
     write_kohya_lora(tmp_path / "a.safetensors", big, {})

@@ -1,6 +1,5 @@
-"""LoRA files in the two layouts tools exchange: kohya's keys, and PEFT's as diffusers writes them."""
+"""LoRA files in the layouts tools exchange: kohya's keys, PEFT's as diffusers writes them, and older spellings of both."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,16 +12,20 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.casting import cast_weights
-from fewstep.formats.ldm_keys import ldm_layers
-from fewstep.formats.tensor_files import first_line, read_safetensors, write_tensor_file
+from fewstep.formats.lora_scale import LoraScale, read_lora_scale
+from fewstep.formats.lora_spellings import (
+    KOHYA,
+    NETWORK,
+    dotted_part,
+    is_kohya,
+    kohya_part,
+    layer_table,
+    modern_spelling,
+)
+from fewstep.formats.tensor_files import read_safetensors, read_tensors, write_tensor_file
 
-KOHYA = "lora_unet_"
-_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
-_PEFT_PARTS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"}
-_PEFT_PREFIXES = ("base_model.model.", "unet.", "transformer.")
 _MAX_SHOWN = 200  # characters of a key in a message
 _MAX_GROWTH = 64  # of a file whose layers are padded to one rank; honest files stay far below
-_NETWORK = "network."  # where a Denoiser keeps its diffusers network
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def write_kohya_lora(
     weights = cast_weights(lora.state, dtype)
     tensors: dict[str, Tensor] = {}
     for target in lora.targets:
-        name = KOHYA + target.removeprefix(_NETWORK).replace(".", "_")
+        name = KOHYA + target.removeprefix(NETWORK).replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = weights[f"{target}.lora_A.weight"]
         tensors[f"{name}.lora_up.weight"] = weights[f"{target}.lora_B.weight"]
         tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))
@@ -77,12 +80,12 @@ def write_peft_lora(
         UserError: a value becomes infinite in `dtype`.
     """
     scaled = _scaled(lora, lora.rank)
-    named = {f"{component}.{name.removeprefix(_NETWORK)}": value for name, value in scaled.state.items()}
+    named = {f"{component}.{name.removeprefix(NETWORK)}": value for name, value in scaled.state.items()}
     write_tensor_file(path, cast_weights(named, dtype), metadata)
 
 
 def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str, Any] | None = None) -> LoraWeights:
-    """Read a LoRA in kohya's or PEFT's layout for a network with these modules.
+    """Read a LoRA in kohya's, PEFT's or one of diffusers' older layouts for a network with these modules.
 
     kohya's trainer names the blocks of SDXL as the original code does (`lora_unet_input_blocks_4_1_...`) and those of
     Stable Diffusion 1.x and 2.x as diffusers does (`lora_unet_down_blocks_...`); both are read for every U-Net.
@@ -91,7 +94,7 @@ def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str
     alpha hold for all while every layer's update stays the same.
 
     Args:
-        path: a .safetensors file.
+        path: a .safetensors file, or one that torch saved.
         modules: names of the network's modules (`named_modules`), with or without "network." before them; kohya's
             underscored names are ambiguous without them.
         unet_config: the U-Net's diffusers config; without it, only diffusers' block names are known.
@@ -104,18 +107,19 @@ def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str
             keys for one matrix; shapes or an alpha that no LoRA has.
     """
     path = Path(path).expanduser()
-    tensors, header = read_safetensors(path)
-    kohya = any(key.startswith("lora_") for key in tensors)
-    table = _kohya_table(modules, unet_config) if kohya else {name.removeprefix(_NETWORK): [name] for name in modules}
+    tensors, header = read_safetensors(path) if path.suffix.lower() == ".safetensors" else (read_tensors(path), {})
+    kohya = is_kohya(tensors)
+    table = layer_table(modules, unet_config, "_" if kohya else ".")
+    spelled = {key: [(key, value)] for key, value in tensors.items()} if kohya else modern_spelling(tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     strange, foreign, twice = [], [], []
-    for key, value in tensors.items():
-        found = _kohya_part(key) if kohya else _peft_part(key)
+    for name, ((key, value), *more) in spelled.items():
+        found = kohya_part(name) if kohya else dotted_part(name)
         if found is None:
             strange.append(key)
         elif len(names := table.get(found[0], [])) != 1:
             foreign.append(key)
-        elif found[1] in layers.setdefault(names[0], {}):
+        elif more or found[1] in layers.setdefault(names[0], {}):
             twice.append(key)
         else:
             layers[names[0]][found[1]] = value
@@ -137,7 +141,7 @@ def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str
     if misshapen := [name for name, parts in layers.items() if not _is_lora_layer(parts)]:
         raise UserError(f"{path} is damaged: what it has of the layer {misshapen[0]} is no LoRA's")
     try:
-        return _uniform(layers, _header_alpha(path, header))
+        return _uniform(layers, read_lora_scale(path, header))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
@@ -158,31 +162,6 @@ def _scaled(lora: LoraWeights, alpha: float) -> LoraWeights:
     return LoraWeights(lora.rank, alpha, state)
 
 
-def _kohya_table(modules: Iterable[str], unet_config: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    """{a layer's name with underscores, in diffusers' and in LDM's words: the modules it can mean}."""
-    full = {name.removeprefix(_NETWORK): name for name in modules}
-    aliases = ldm_layers(full, unet_config) if unet_config else {}
-    table: dict[str, list[str]] = {}
-    for words, name in [*((name, name) for name in full), *aliases.items()]:
-        table.setdefault(words.replace(".", "_"), []).append(full[name])
-    return table
-
-
-def _kohya_part(key: str) -> tuple[str, str] | None:
-    layer, _, part = key.partition(".")
-    known = layer.startswith(KOHYA) and part in _KOHYA_PARTS
-    return (layer.removeprefix(KOHYA), _KOHYA_PARTS[part]) if known else None
-
-
-def _peft_part(key: str) -> tuple[str, str] | None:
-    for prefix in _PEFT_PREFIXES:
-        key = key.removeprefix(prefix)
-    for suffix, part in _PEFT_PARTS.items():
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), part
-    return None
-
-
 def _shown(keys: list[str]) -> list[str]:
     """Two keys as messages show them: a damaged file's may be endless."""
     return [key[:_MAX_SHOWN] for key in keys[:2]]
@@ -197,27 +176,11 @@ def _is_lora_layer(parts: dict[str, Tensor]) -> bool:
     return bool(fits) and up.shape[2:].numel() == 1 and alpha.numel() == 1
 
 
-def _header_alpha(path: Path, header: dict[str, str]) -> float | None:
-    """Alpha of PEFT files: in our own header, in diffusers', or in PEFT's config beside the file; None: rank."""
-    try:
-        if "lora" in header:
-            return float(json.loads(header["lora"])["alpha"])
-        if "lora_adapter_metadata" in header:
-            values: dict[str, Any] = json.loads(header["lora_adapter_metadata"])
-            return next((float(value) for name, value in values.items() if name.endswith("lora_alpha")), None)
-        config = path.parent / "adapter_config.json"
-        if config.is_file():
-            return float(json.loads(config.read_text(encoding="utf-8"))["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: what it says about alpha is damaged ({first_line(error)})") from error
-    return None
-
-
-def _uniform(layers: dict[str, dict[str, Tensor]], header_alpha: float | None) -> LoraWeights:
+def _uniform(layers: dict[str, dict[str, Tensor]], scale: LoraScale) -> LoraWeights:
     """One rank and alpha for all layers, float32; raises ValueError where no number serves as alpha."""
     ranks = {name: len(parts["down"]) for name, parts in layers.items()}
     alphas = {
-        name: float(parts["alpha"]) if "alpha" in parts else header_alpha or float(ranks[name])
+        name: float(parts["alpha"]) if "alpha" in parts else scale.alpha_of(name.removeprefix(NETWORK), ranks[name])
         for name, parts in layers.items()
     }
     if wrong := [name for name, value in alphas.items() if not value or not math.isfinite(value)]:

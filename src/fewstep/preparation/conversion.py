@@ -22,6 +22,7 @@ from fewstep.families.edm.shape_from_weights import edm_config_from_weights
 from fewstep.families.registry import build_denoiser, build_on_meta
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
+from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.tensor_files import common_half_precision, refuse_infinities, tensor_names
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["edm-pickle", "dmd2", "lora", "single-file"]
 LDM_UNET = "model.diffusion_model."
-_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_LORA_FILES = (
+    "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin",
+)  # fmt: skip
 # Words of the names DMD2's files are published under, and of what tools add to them
 _OWN_WORDS = frozenset(
     [
@@ -103,7 +106,7 @@ def recognise(source: Path) -> Kind:
     names = tensor_names(source)
     if any(name.startswith(LDM_UNET) for name in names):
         return "single-file"
-    return "lora" if any("lora_" in name for name in names) else "dmd2"
+    return "lora" if any(map(is_lora_key, names)) else "dmd2"
 
 
 def convert_edm_pickle(source: Path, out: Path) -> str:

@@ -1,0 +1,142 @@
+"""What a LoRA's files say about its scale, as PEFT reads it: alpha, per-layer patterns, rank-stabilised scaling.
+
+PEFT scales layer l by alpha_l / rank_l, or alpha_l / sqrt(rank_l) with `use_rslora`; alpha_l is that of the first pattern
+that the layer's name ends with. Whatever else its config can change about the arithmetic is refused by name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+from fewstep.formats.json_files import read_json_object
+from fewstep.formats.tensor_files import first_line
+
+CONFIG = "adapter_config.json"
+_REMEDY = "save the LoRA again with PEFT"
+# Entries of PEFT's config that are honoured here, or change nothing about what a finished LoRA computes
+_UNDERSTOOD = frozenset(
+    {
+        "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "init_lora_weights", "peft_type", "peft_version",
+        "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
+        "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "eva_config", "megatron_core",
+        "qalora_group_size", "runtime_config",
+    }
+)  # fmt: skip
+# Ways to start training that change the base's own weights: the saved matrices alone do not give the trained network
+_CHANGES_THE_BASE = re.compile(r"(pissa|olora|loftq|corda|lora_ga|lora-ga)", re.IGNORECASE)
+_PLAIN_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\]+\$?")  # a stranger's expression may take for ever
+
+
+@dataclass(frozen=True)
+class LoraScale:
+    """Scale facts of one LoRA.
+
+    Attributes:
+        alpha: of every layer that no pattern names; None: the layer's rank.
+        patterns: alpha by the end of a layer's name, first match first.
+        stabilised: divide by the root of the rank.
+    """
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    stabilised: bool = False
+
+    def alpha_of(self, layer: str, rank: int) -> float:
+        """The alpha under which alpha / rank is the layer's scale.
+
+        Args:
+            layer: its name in the network, without the network's own.
+        """
+        named = (value for pattern, value in self.patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        alpha = next(named, self.alpha if self.alpha is not None else float(rank))
+        return alpha * math.sqrt(rank) if self.stabilised else alpha
+
+
+def read_lora_scale(path: Path, header: Mapping[str, str]) -> LoraScale:
+    """From our own header, from diffusers', or from PEFT's config beside the file.
+
+    Raises:
+        UserError: damaged, or something that changes a LoRA's arithmetic and is not known here; names it.
+    """
+    if "lora" in header:
+        return _scale({"lora_alpha": _object(path, header["lora"]).get("alpha")}, path)
+    if "lora_adapter_metadata" in header:
+        values = _object(path, header["lora_adapter_metadata"])
+        own = {
+            name.split(".", 1)[1]: value for name, value in values.items() if name.startswith(("unet.", "transformer."))
+        }
+        return _scale(own, path)
+    config = path.parent / CONFIG
+    return _scale(read_json_object(config, _REMEDY), config) if config.is_file() else LoraScale()
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: what it says about alpha is damaged ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: what it says about alpha is damaged (not an object)")
+    return found
+
+
+def _scale(config: Mapping[str, Any], path: Path) -> LoraScale:
+    _refuse_unknown(config, path)
+    alpha = config.get("lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path}: what it says about alpha is damaged (alpha_pattern is not an object)")
+    for pattern in patterns:
+        if not _PLAIN_PATTERN.fullmatch(pattern):
+            raise UserError(
+                f"{path}: alpha_pattern {pattern[:100]!r} is more than the end of a layer's name; name the layers in full"
+            )
+    return LoraScale(
+        None if alpha is None else _number(alpha, path), {name: _number(value, path) for name, value in patterns.items()},
+        config.get("use_rslora") is True,
+    )  # fmt: skip
+
+
+def _number(value: object, path: Path) -> float:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise UserError(
+        f"{path}: what it says about alpha is damaged (it is {str(value)[:40]!r}, not a number)".replace("\n", " ")
+    )
+
+
+def _refuse_unknown(config: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError for entries that are not understood and not at PEFT's default."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{path}: an adapter of PEFT's kind {str(config['peft_type'])[:40]!r}; plain LoRAs are read")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_THE_BASE.search(start):
+        raise UserError(
+            f"{path}: init_lora_weights={start[:40]!r} changed the base's own weights; convert it to a plain LoRA with "
+            "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    defaults = _peft_defaults()
+    for name, value in config.items():
+        default = defaults.get(name)
+        plain = value == default or (not value and not default)
+        if name not in _UNDERSTOOD and not plain:
+            raise UserError(
+                f"{path}: {name[:60]}={json.dumps(value)[:60]} changes what the LoRA computes in a way that is not known "
+                "here; merge it into its base with PEFT and convert the network"
+            )
+
+
+@cache
+def _peft_defaults() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    return LoraConfig().to_dict()

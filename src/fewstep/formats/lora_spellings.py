@@ -1,0 +1,80 @@
+"""The ways published LoRAs spell a layer and its two matrices, to (layer, "down", "up" or "alpha").
+
+diffusers' own converters know its older spellings. kohya's underscores are looked up among the network's layers instead:
+exact for any number of blocks, where diffusers replaces parts of names, each version other ones.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.formats.ldm_keys import ldm_layers
+
+KOHYA = "lora_unet_"
+NETWORK = "network."  # where a Denoiser keeps its diffusers network
+_PARTS = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
+}  # fmt: skip
+_PREFIXES = ("base_model.model.", "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.")
+_ADAPTER_NAME = re.compile(
+    r"\.lora_([AB])\.(?!weight$|bias$)\w+\.weight$"
+)  # of PEFT's own state dict: lora_A.default.weight
+_LORA_KEY = re.compile(r"(^|[._])lora([._]|$)")
+
+
+def is_lora_key(name: str) -> bool:
+    """Whether a tensor of this name belongs to a LoRA, in any spelling."""
+    return _LORA_KEY.search(name) is not None or name.startswith("lora_")
+
+
+def is_kohya(keys: Iterable[str]) -> bool:
+    """Whether the layers' names are written with underscores."""
+    return any(key.startswith("lora_") for key in keys)
+
+
+def modern_spelling(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor]]]:
+    """{key as PEFT spells it: [(the key of the file, its tensor)]}; two entries where the file has one matrix twice."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    renamed: dict[str, list[tuple[str, Tensor]]] = {}
+    for key, value in tensors.items():
+        (name,) = convert_unet_state_dict_to_peft({key: value})
+        if "lora_linear_layer" in name:
+            (name,) = convert_state_dict_to_peft({name: value})
+        name = _ADAPTER_NAME.sub(r".lora_\1.weight", name)
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        renamed.setdefault(name, []).append((key, value))
+    return renamed
+
+
+def dotted_part(name: str) -> tuple[str, str] | None:
+    """(layer, part) of a key with dots; None where it is no plain LoRA's."""
+    return next(((name.removesuffix(end), part) for end, part in _PARTS.items() if name.endswith(end)), None)
+
+
+def kohya_part(key: str) -> tuple[str, str] | None:
+    """(layer with underscores, part) of one of kohya's keys; None where it is no plain LoRA's."""
+    layer, _, part = key.partition(".")
+    known = layer.startswith(KOHYA) and f".{part}" in _PARTS and not part.startswith(("lora_A", "lora_B"))
+    return (layer.removeprefix(KOHYA), _PARTS[f".{part}"]) if known else None
+
+
+def layer_table(modules: Iterable[str], unet_config: Mapping[str, Any] | None, separator: str) -> dict[str, list[str]]:
+    """{a layer's name, in diffusers' and in LDM's words: the modules it can mean}.
+
+    Args:
+        modules: names of the network's modules.
+        unet_config: the U-Net's config; without it only diffusers' words are known.
+        separator: what stands between the words: "_" for kohya's keys, "." otherwise.
+    """
+    full = {name.removeprefix(NETWORK): name for name in modules}
+    aliases = ldm_layers(full, unet_config) if unet_config else {}
+    table: dict[str, list[str]] = {}
+    for words, name in [*((name, name) for name in full), *aliases.items()]:
+        means = table.setdefault(words.replace(".", separator), [])
+        if full[name] not in means or separator == "_":
+            means.append(full[name])
+    return table
