@@ -25,11 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.demos.emoji import CURVE_IMAGES, NUM_IMAGES
+from fewstep.demos.emoji import FACTS
 from fewstep.errors import UserError
+from fewstep.evaluation.bench import HELD_OUT, TRAIN_PROMPTS, load_bench
 from fewstep.evaluation.features import SmallClassifier, extract_features
+from fewstep.evaluation.measure import Measurement, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
-from fewstep.evaluation.text_bench import HELD_OUT, TRAIN_PROMPTS, load_text_bench
 from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.models.model import load_teacher
 from fewstep.networks.components import published_names
@@ -120,7 +121,11 @@ def bundle_features(pictures: Pictures, split: Split, num_passes: int) -> None:
     for part in ("train", "held_out"):
         texts = shuffled(list(split[part]))
         images = pictures.batch(torch.tensor(rows_of(pictures, texts, 1)))
-        found[part] = measure_text_following(network, images, [group_of(text) for text in texts]).to_dict()
+        following = measure_text_following(network, images, [group_of(text) for text in texts])
+        found[part] = {
+            **{name: share.value for name, share in following.items()}, "num_images": len(texts),
+            "classifier": network.name,
+        }  # fmt: skip
         statistics[part] = FeatureStatistics.of(extract_features(network, images.split(250)))
         statistics[part].save(ASSETS / f"reference_{part}.npz")
         print(f"features: {part} accuracy {found[part]['agreement']:.3f}, balanced {found[part]['balanced']:.3f}")
@@ -145,22 +150,20 @@ def bundle_teachers(run: Path, num_images: int, seed: int) -> None:
         shutil.copytree(run / name, ASSETS / name)
         write_published_names(ASSETS / name)
     check_size()
-    bench, figures = load_text_bench(ASSETS), {}
+    bench, figures = load_bench(ASSETS), {}
     for name in TEACHERS:
         teacher = load_teacher(ASSETS / name, device="cpu", precision="bf16")
         found = bench.measure(
             teacher, f"emoji-{name}", num_images=num_images, seed=seed, num_steps=50, guidance_scale=guidance
         )
-        on_curve = bench.measure_trained(
-            teacher, name, num_images=min(CURVE_IMAGES, num_images), seed=seed, num_steps=50, guidance_scale=guidance
-        )
+        on_curve = measure_model(
+            teacher, name, bench.classifier, bench.reference, num_images=min(FACTS.curve_images, num_images), seed=seed,
+            num_steps=50, guidance_scale=guidance, batch_size=32, prompts=bench.prompts,
+        )  # fmt: skip
         figures[name] = {
             **found.to_dict(), "num_steps": 50, "guidance_scale": guidance, "on_curve": on_curve.to_dict(),
         }  # fmt: skip
-        assert found.trained is not None
-        print(
-            f"{found.trained.sentence()}; held-out texts {found.held_out_distance:.3f}, {found.following}", flush=True
-        )
+        print(found.sentence(), flush=True)
     (ASSETS / "teacher_measurement.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
@@ -173,17 +176,18 @@ def write_provenance(command: str, split: Split) -> None:
         f"picture for each of the {features[part]['num_images']} {words} texts"
         for part, words in (("train", "training"), ("held_out", "held-out"))
     )
+    measured = {name: Measurement.from_dict(found) for name, found in figures.items()}
     lines = [
-        f"| {name} | {found['trained']['frechet_distance']:.3f} ({found['trained']['num_images']}) "
-        f"| {found['held_out_distance']:.3f} | {found['following']['agreement']:.3f} | {found['following']['shuffled']:.3f} |"
-        for name, found in figures.items()
+        f"| {name} | {found.frechet_distance:.3f} ({found.num_images}) | {found['held_out_distance']:.3f} "
+        f"| {found['agreement']:.3f} | {found['shuffled']:.3f} |"
+        for name, found in measured.items()
     ]
     real = features["held_out"]
     lines.append(f"| real | - | {features['floor']:.3f} | {real['agreement']:.3f} | {real['shuffled']:.3f} |")
     example = next(iter(figures.values()))
     text = PROVENANCE.format(
         command=command, accuracy=accuracy, train=len(split["train"]), held_out=len(split["held_out"]),
-        rows="\n".join(lines), guidance=example["guidance_scale"], seed=example["trained"]["seed"],
+        rows="\n".join(lines), guidance=example["guidance_scale"], seed=next(iter(measured.values())).seed,
     )  # fmt: skip
     (ASSETS / "PROVENANCE.md").write_text(text, encoding="utf-8")
 
@@ -217,7 +221,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", choices=PARTS, action="append", help="make this part alone; may be given several times"
     )
     parser.add_argument("--passes", type=int, default=60, help="of the feature network over its pictures")
-    parser.add_argument("--teacher-images", type=int, default=NUM_IMAGES, help="pictures of training texts a teacher")
+    parser.add_argument(
+        "--teacher-images", type=int, default=FACTS.measured, help="pictures of training texts a teacher"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the teachers' pictures")
     options = parser.parse_args(arguments)
     parts = options.only or PARTS

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.text_bench import TextBench, TextMeasurement, load_text_bench
+from fewstep.evaluation.bench import Bench, load_bench
+from fewstep.evaluation.measure import Measurement
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.pixels import to_uint8
@@ -25,6 +26,7 @@ from fewstep.models.model import load_model
 from fewstep.models.text_model import TextGenerator, TextTeacher
 
 TextModel = TextTeacher | TextGenerator
+COLUMNS = ("images_per_second", "frechet_distance", "held_out_distance", "agreement", "shuffled", "retrieval")
 TEXT_WIDTH, LINE, GAP = 190, 13, 4
 HEAD = (
     "| model | evaluations | images/s | Frechet distance, training texts | held-out texts | right category | shuffled "
@@ -57,11 +59,11 @@ def make(model: TextModel, prompts: list[str], options: argparse.Namespace) -> T
     )
 
 
-def measure(bench: TextBench, source: str, model: TextModel, options: argparse.Namespace) -> TextMeasurement:
+def measure(bench: Bench, source: str, model: TextModel, options: argparse.Namespace) -> Measurement:
     """Figures of one model: shipped ones of a bundled teacher, else measured."""
     if isinstance(model, TextTeacher) and source.startswith(f"{BUNDLED}emoji-") and not options.measure_teachers:
         shipped = json.loads(bundled_path("emoji/teacher_measurement.json").read_text(encoding="utf-8"))
-        return TextMeasurement.from_dict(shipped[source.removeprefix(f"{BUNDLED}emoji-")])
+        return Measurement.from_dict(shipped[source.removeprefix(f"{BUNDLED}emoji-")])
     return bench.measure(
         model, Path(source).name, num_images=options.num_images, seed=options.seed, num_steps=options.teacher_steps,
         guidance_scale=options.guidance_scale,
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.names or [Path(source).name.removeprefix(BUNDLED) for source in options.models]
     if len(names) != len(options.models) or len(set(names)) != len(names):
         raise UserError(f"--names: {len(options.models)} different names are needed, one a model; got {names}")
-    bench = load_text_bench(bundled_path("emoji"))
+    bench = load_bench(bundled_path("emoji"))
     known, unseen = bench.first_of_each_group(bench.prompts), bench.first_of_each_group(bench.held_out)
     real = bench.held_out_images[[bench.held_out.index(text) for text in unseen]]
     columns: dict[str, Tensor | None] = {"real": real}
@@ -145,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         draw(known + unseen, columns, len(known)).save(aside, format="PNG")
     with replaced_file(options.out.with_suffix(".json")) as aside:
         aside.write_text(json.dumps({name: row.to_dict() for name, row in found.items()}, indent=1), encoding="utf-8")
-    print("\n".join([HEAD, *(f"| {name} | {' | '.join(row.cells())} |" for name, row in found.items())]))
+    print("\n".join([HEAD, *(f"| {name} | {' | '.join(row.cells(COLUMNS))} |" for name, row in found.items())]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from emoji_teacher_data import read_pictures
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.measure import prompt_sampler
+from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of
 from fewstep.formats.bundled import bundled_path
 from fewstep.models.model import load_model
@@ -164,7 +164,9 @@ def made_pictures(source: str, texts: list[str], options: argparse.Namespace) ->
     model = load_model(source, precision="bf16")
     if not isinstance(model, TextTeacher | TextGenerator):
         raise UserError(f"{source} is no text-to-image model")
-    sample = prompt_sampler(model, texts, options.seed, options.teacher_steps, options.guidance_scale)
+    sample, _ = model_sampler(
+        model, options.seed, prompts=texts, num_steps=options.teacher_steps, guidance_scale=options.guidance_scale
+    )
     starts = range(0, len(texts), 32)
     return torch.cat([sample(start, min(32, len(texts) - start)) for start in starts])
 

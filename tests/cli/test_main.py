@@ -304,7 +304,7 @@ def test_evaluate_against_statistics(
     assert (found["num_images"], found["num_reference_images"], found["seed"]) == (10, 24, 5)
     assert (found["features"], found["evaluations_per_image"], found["precision"]) == ("four classes", 2, None)
     assert f"Frechet distance {found['frechet_distance']:.3f} (10 images against 24 real ones" in answer.out
-    assert "features four classes, 2 evaluations an image, seed 5" in answer.out
+    assert "features four classes, 2 evaluations per image, seed 5" in answer.out
     evaluate(
         generator_folder, "--features", features_folder, "--reference", reference, "--num-images", 10, "--seed", 6,
         "--json", figure,

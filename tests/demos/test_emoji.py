@@ -1,6 +1,7 @@
 """The text quick start for a few seconds: on a stand-in for what ships, and on what ships."""
 
 import ast
+import dataclasses
 import json
 import re
 import socket
@@ -11,9 +12,11 @@ import torch
 from rich.console import Console
 
 import fewstep
+from fewstep.demos import emoji
 from fewstep.demos.emoji import run_text_quickstart
 from fewstep.errors import UserError
-from fewstep.evaluation.text_bench import TextMeasurement, load_text_bench
+from fewstep.evaluation.bench import load_bench
+from fewstep.evaluation.measure import Measurement
 from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.formats import bundled
 from fewstep.formats.bundled import bundled_models, bundled_path
@@ -23,6 +26,10 @@ from tests.cli.test_main import fewstep as run
 from tests.emoji_assets import HELD_OUT, TRAIN, bundle
 
 ASSETS = bundled.ASSETS
+FEW = dataclasses.replace(emoji.FACTS, measured=8, curve_images=8, fewest=8, batch_size=8, sampled=4)
+
+
+MINUTES = 0.02
 
 
 def refuse(*args: object) -> None:
@@ -43,14 +50,13 @@ def shipped(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text quick start of three seconds with networking off."""
+    """A text quick start of one second with networking off."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundled, "ASSETS", assets)
         patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr("fewstep.demos.emoji.NUM_IMAGES", 8)
-        patch.setattr("fewstep.demos.emoji.CURVE_IMAGES", 8)
-        run_text_quickstart(folder, minutes=0.05, console=Console(quiet=True))
+        patch.setattr(emoji, "FACTS", FEW)
+        run_text_quickstart(folder, minutes=MINUTES, console=Console(quiet=True))
     return folder
 
 
@@ -70,20 +76,20 @@ def test_report_is_one_self_contained_page(finished: Path) -> None:
 def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
     page, figures = (finished / "report.html").read_text(), json.loads((finished / "report.json").read_text())
     for role in ("teacher", "generator"):
-        found = TextMeasurement.from_dict(figures[role])
-        assert found.trained is not None
-        assert f"{found.trained.frechet_distance:.3f} ({found.trained.num_images})" in page
-        assert f"{found.held_out_distance:.3f} (4)" in page
-    assert figures["teacher"]["trained"]["evaluations_per_image"] == 50
-    assert figures["generator"]["trained"]["evaluations_per_image"] == 4
-    assert figures["real"]["trained"] is None
+        found = Measurement.from_dict(figures[role])
+        assert f"{found.values['frechet_distance']} ({found.num_images})" in page
+        assert f"{found['held_out_distance']:.3f} (4)" in page
+    assert figures["teacher"]["evaluations_per_image"] == 50
+    assert figures["generator"]["evaluations_per_image"] == 4
+    assert "frechet_distance" not in figures["real"]
     assert f"{figures['real']['held_out_distance']:.3f} (4)" in page
     assert len(figures["curve"]) >= 2
-    assert all(distance > 0 for _, distance in figures["curve"])
-    assert "images a point" in page
+    assert all(distance > 0 and count == 8 for _, distance, count in figures["curve"])
+    assert "8 pictures behind each point, 8 behind the last, 6 behind the teacher&#39;s line" in page
+    assert page.count("fewer than a Frechet distance") == 4  # 8, 6 and 4 pictures for 128 features
     on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["sd"]["on_curve"]
-    assert f"teacher {on_curve['frechet_distance']:.2f}" in page
-    speeds = [figures[role]["trained"]["images_per_second"] for role in ("generator", "teacher")]
+    assert re.search(rf"teacher {on_curve['frechet_distance']:.2f}|teacher {on_curve['frechet_distance']:.3g}", page)
+    speeds = [figures[role]["images_per_second"] for role in ("generator", "teacher")]
     assert figures["speedup"] == pytest.approx(speeds[0] / speeds[1])
 
 
@@ -98,14 +104,14 @@ def test_the_result_is_a_lora_that_finds_its_base(finished: Path, shipped: Path)
 
 def test_the_same_command_goes_on(finished: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is spent: nothing is trained, the report is written again; another seed is another run."""
-    monkeypatch.setattr("fewstep.demos.emoji.NUM_IMAGES", 8)
+    monkeypatch.setattr(emoji, "FACTS", FEW)
     before = (finished / "metrics.jsonl").read_text()
     (finished / "report.html").unlink()
-    run_text_quickstart(finished, minutes=0.05, console=Console(quiet=True))
+    run_text_quickstart(finished, minutes=MINUTES, console=Console(quiet=True))
     assert (finished / "report.html").is_file()
     assert (finished / "metrics.jsonl").read_text() == before
     with pytest.raises(UserError, match=r"training\.seed was 0, is 1"):
-        run_text_quickstart(finished, minutes=0.05, seed=1, console=Console(quiet=True))
+        run_text_quickstart(finished, minutes=MINUTES, seed=1, console=Console(quiet=True))
 
 
 def test_no_time_is_refused(tmp_path: Path) -> None:
@@ -216,12 +222,12 @@ def test_making_the_set_again_takes_what_ships_took() -> None:
 @pytest.mark.slow
 def test_on_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("fewstep.demos.emoji.NUM_IMAGES", 64)
-    monkeypatch.setattr("fewstep.demos.emoji.CURVE_IMAGES", 64)
+    few = dataclasses.replace(emoji.FACTS, measured=140, curve_images=130, fewest=130, shown=6, sampled=4)
+    monkeypatch.setattr(emoji, "FACTS", few)
     run_text_quickstart(tmp_path / "run", minutes=0.1, console=Console(quiet=True))
     figures = json.loads((tmp_path / "run/report.json").read_text())
     assert figures["speedup"] > 3
-    assert figures["real"]["following"]["agreement"] > 2 * figures["real"]["following"]["shuffled"]
+    assert figures["real"]["agreement"] > 2 * figures["real"]["shuffled"]
     generator = fewstep.load_generator(tmp_path / "run", device="cpu")
     assert isinstance(generator, TextGenerator)
     assert generator.sample(["red apple, food & drink"]).shape == (1, 3, 64, 64)
@@ -233,16 +239,17 @@ def test_shipped_files_stay_small() -> None:
 
 @pytest.mark.slow
 def test_shipped_figures_can_be_repeated() -> None:
-    bench = load_text_bench(ASSETS / "emoji")
+    bench = load_bench(ASSETS / "emoji")
     features = json.loads((ASSETS / "emoji/feature_measurement.json").read_text())
-    assert bench.real().following.agreement == pytest.approx(features["held_out"]["agreement"], abs=0.02)
-    assert bench.real().held_out_distance == pytest.approx(features["floor"], rel=0.02)
+    real = bench.real()
+    assert real["agreement"] == pytest.approx(features["held_out"]["agreement"], abs=0.02)
+    assert real["held_out_distance"] == pytest.approx(features["floor"], rel=0.02)
     shipped = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())["sd"]
-    teacher = fewstep.load_teacher("bundled:emoji-sd", device="cpu", precision="bf16")
+    teacher = fewstep.load_teacher("bundled:emoji-sd", device="cpu", precision="fp32")
     assert isinstance(teacher, TextTeacher)
     part = bench.held_out[:48]  # all 153 would take minutes
     images = teacher.sample(part, num_steps=50, guidance_scale=shipped["guidance_scale"], batch_size=16)
     found = measure_text_following(bench.classifier, images, [group_of(text) for text in part])
-    assert found.agreement == pytest.approx(shipped["following"]["agreement"], abs=0.15)
-    assert found.agreement > 2 * found.shuffled
+    assert found["agreement"].value == pytest.approx(shipped["following"]["agreement"], abs=0.15)
+    assert found["agreement"].value > 2 * found["shuffled"].value
     assert torch.isfinite(images).all()

@@ -1,5 +1,6 @@
 """The quick start for a few seconds, on the files that ship."""
 
+import dataclasses
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import fewstep
 from fewstep.data.images import load_images
+from fewstep.demos import fashion_mnist
 from fewstep.demos.fashion_mnist import run_quickstart
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
@@ -24,7 +26,7 @@ ASSETS = bundled_path("fashion-mnist")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick start of six seconds with networking off."""
+    """A quick start of two seconds on few pictures with networking off."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
 
     def refuse(*args: object) -> None:
@@ -32,9 +34,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr("fewstep.demos.fashion_mnist.NUM_IMAGES", 300)
-        patch.setattr("fewstep.demos.fashion_mnist.CURVE_IMAGES", 200)
-        run_quickstart(folder, minutes=0.1, console=Console(quiet=True))
+        facts = dataclasses.replace(fashion_mnist.FACTS, measured=140, curve_images=130, fewest=130, shown=4, sampled=4)
+        patch.setattr(fashion_mnist, "FACTS", facts)
+        run_quickstart(folder, minutes=0.03, console=Console(quiet=True))
     return folder
 
 
@@ -44,9 +46,12 @@ def test_report_is_one_self_contained_page(finished: Path) -> None:
     assert page.count('src="data:image/png;base64,') == 2
     assert not re.search(r'(src|href)="(?!data:)', page)
     figures = json.loads((finished / "report.json").read_text())
-    for role in ("teacher", "generator"):
+    for role in ("teacher", "generator", "real"):
         assert f"{figures[role]['frechet_distance']:.3f}" in page
-    assert f"{figures['floor']:.3f}" in page
+    assert "(5000)" in page
+    assert "(140)" in page
+    assert "130 pictures behind each point, 140 behind the last" in page
+    assert [row[2] for row in figures["curve"]] == [130] * (len(figures["curve"]) - 1) + [140]
     assert figures["teacher"]["evaluations_per_image"] == 35
     assert figures["generator"]["evaluations_per_image"] == 1
     assert len(figures["curve"]) >= 2
@@ -94,7 +99,7 @@ def test_shipped_teacher_measurement_can_be_repeated() -> None:
     from fewstep.evaluation.measure import measure_model
 
     shipped = json.loads((ASSETS / "teacher_measurement.json").read_text())
-    teacher = fewstep.load_teacher("bundled:fashion-mnist", device="cpu", precision="bf16")
+    teacher = fewstep.load_teacher("bundled:fashion-mnist", device="cpu", precision="fp32")
     reference = FeatureStatistics.load(ASSETS / "reference_train.npz")
     found = measure_model(teacher, "teacher", load_features("bundled:fashion-mnist"), reference, num_images=500, seed=0)
     assert found.evaluations_per_image == shipped["evaluations_per_image"] == 35

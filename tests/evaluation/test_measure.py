@@ -1,6 +1,6 @@
 """A figure says how it was measured, and measuring in other batches gives the same figure."""
 
-import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import (
-    Measurement,
-    dataset_features,
-    generator_sampler,
-    measure_model,
-    measure_sampler,
-    teacher_sampler,
-)
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from fewstep.evaluation.measure import Measurement, Value, dataset_features, measure_model, measure_sampler
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from fewstep.evaluation.protocol import model_sampler
+from fewstep.formats.bundled import bundled_path
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import Generator, Teacher
 from fewstep.settings import DataSettings
@@ -120,9 +115,12 @@ def test_figure_is_that_of_the_models_images(generator: Generator, reference: Fe
     distance = frechet_distance(FeatureStatistics.of(features), reference)
     assert figures_of(found) == {
         "model": "mine", "frechet_distance": pytest.approx(distance, rel=1e-5), "num_images": 12,
-        "num_reference_images": 40, "features": "block means", "evaluations_per_image": 2, "seed": 5,
-        "precision": precision, "recall": recall,
+        "num_reference_images": 40, "features": "block means", "num_features": 4, "evaluations_per_image": 2, "seed": 5,
+        "kid": pytest.approx(kernel_distance(real, features)[0], rel=1e-3, abs=1e-6), "precision": precision,
+        "recall": recall, "num_images_of": {}, "intervals": found.to_dict()["intervals"],
     }  # fmt: skip
+    low, high = found.values["frechet_distance"].interval or (0, 0)
+    assert low < found.frechet_distance < high
     assert found.images_per_second > 0
 
 
@@ -132,7 +130,7 @@ def test_teacher_is_measured_in_its_own_steps(teacher: Teacher, reference: Featu
         teacher, "t", network, reference, num_images=4, seed=2, num_steps=3, guidance_scale=2.0, batch_size=4
     )
     assert found.evaluations_per_image == 5
-    assert (found.precision, found.recall) == (None, None)
+    assert (found.get("kid"), found.get("precision"), found.get("recall")) == (None, None, None)
     expected = teacher.sample(4, seed=2, num_steps=3, guidance_scale=2.0)
     assert (network.seen[0] - expected).abs().max() < 1 / 255
 
@@ -146,11 +144,19 @@ def test_seeds_give_other_images(generator: Generator, reference: FeatureStatist
 
 
 def test_samplers_continue_where_the_last_batch_ended(generator: Generator, teacher: Teacher) -> None:
-    sample = generator_sampler(generator, seed=4)
-    torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), generator.sample(5, seed=4), atol=1e-3, rtol=0)
-    sample = teacher_sampler(teacher, seed=4, num_steps=2)
-    expected = teacher.sample(5, seed=4, num_steps=2)
-    torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), expected, atol=1e-3, rtol=0)
+    for model, how in ((generator, {}), (teacher, {"num_steps": 2})):
+        sample, evaluations = model_sampler(model, 4, num_steps=2)
+        assert evaluations == model.evaluations(**how)
+        expected = model.sample(5, seed=4, **how)
+        torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), expected, atol=1e-3, rtol=0)
+
+
+def test_progress_is_told_before_the_first_batch(generator: Generator, reference: FeatureStatistics) -> None:
+    told: list[tuple[int, int]] = []
+    measure_model(
+        generator, "g", Pooled(), reference, num_images=7, seed=0, batch_size=3, report=lambda *at: told.append(at)
+    )
+    assert told == [(0, 7), (3, 7), (6, 7), (7, 7)]
 
 
 def test_only_sampling_is_on_the_clock(monkeypatch: pytest.MonkeyPatch, reference: FeatureStatistics) -> None:
@@ -178,16 +184,72 @@ def test_only_sampling_is_on_the_clock(monkeypatch: pytest.MonkeyPatch, referenc
     assert found.images_per_second == pytest.approx(10 / 6)
 
 
+def figure(**values: Value) -> Measurement:
+    values = {"frechet_distance": Value(12.3456, 5000), "images_per_second": Value(81.25, 5000), **values}
+    return Measurement("mine", values, 5000, "four classes", 128, 60000, 1, 7)
+
+
 def test_sentence() -> None:
-    figure = Measurement("mine", 12.3456, 5000, 60000, "four classes", 1, 7, 81.25)
-    assert figure.sentence() == (
+    assert figure().sentence() == (
         "mine: Frechet distance 12.346 (5000 images against 60000 real ones, features four classes, "
-        "1 evaluations an image, seed 7; 81.2 images/s)"
+        "1 evaluation per image, seed 7; 81.2 images/s)"
     )
-    unknown = dataclasses.replace(figure, num_reference_images=0, precision=0.5, recall=0.25)
-    assert "Frechet distance 12.346, precision 0.500, recall 0.250 (5000 images" in unknown.sentence()
-    assert "against an unrecorded number of real ones" in unknown.sentence()
-    assert Measurement(**unknown.to_dict()) == unknown
+    more = figure(
+        frechet_distance=Value(12.3456, 5000, (12.1, 12.6)), kid=Value(0.0012, 5000, (0.0011, 0.0013)), precision=Value(0.5, 5000)
+    )  # fmt: skip
+    assert "Frechet distance 12.346 ± 0.250, KID 0.001200 ± 0.000100, precision 0.500 (5000 images" in more.sentence()
+    unknown = Measurement("mine", more.values, 5000, "x", 0, 0, 2, 7)
+    assert "against an unrecorded number of real ones, features x, 2 evaluations per image" in unknown.sentence()
+
+
+def test_cells() -> None:
+    found = figure(held_out_distance=Value(3.0, 153))
+    names = ("images_per_second", "frechet_distance", "held_out_distance", "agreement")
+    assert found.cells(names) == ["1", "81.2", "12.346 (5000)", "3.000 (153)", "-"]
+    assert Measurement("real", {"agreement": Value(0.75, 8)}, 8).cells(("agreement", "retrieval")) == [
+        "-",
+        "0.750 (8)",
+        "-",
+    ]
+
+
+def test_what_is_written_is_read_again() -> None:
+    """Flat, as scripts read it: each value is a plain number under its name."""
+    found = figure(held_out_distance=Value(3.0, 153), kid=Value(0.0012, 5000, (0.001, 0.0014)))
+    written = json.loads(json.dumps(found.to_dict()))
+    assert written["frechet_distance"] == 12.3456
+    assert written["num_images_of"] == {"held_out_distance": 153}
+    assert Measurement.from_dict(written) == found
+    assert found.without("kid").get("kid") is None
+
+
+def test_measurements_of_earlier_versions_are_read() -> None:
+    shipped = json.loads(bundled_path("fashion-mnist/teacher_measurement.json").read_text())
+    found = Measurement.from_dict(shipped)
+    assert (found.frechet_distance, found.num_images, found.seed) == (shipped["frechet_distance"], 5000, 0)
+    assert "precision" not in found.values  # null in the file: not measured
+    text = json.loads(bundled_path("emoji/teacher_measurement.json").read_text())["sd"]
+    found = Measurement.from_dict(text)
+    assert found.frechet_distance == text["trained"]["frechet_distance"]
+    assert found.cells(("frechet_distance", "held_out_distance", "agreement", "shuffled", "retrieval")) == [
+        "50", "2.109 (1000)", "2.739 (153)", "0.503 (153)", "0.123 (153)", "0.353 (153)",
+    ]  # fmt: skip
+    real = {"trained": None, "held_out_distance": 1.1, "following": text["following"], "retrieval": None}
+    assert Measurement.from_dict(real).cells(("frechet_distance", "held_out_distance", "retrieval")) == [
+        "-",
+        "-",
+        "1.100 (153)",
+        "-",
+    ]
+
+
+def test_few_images_are_warned_of() -> None:
+    """With no more pictures than features the covariance cannot have full rank."""
+    few = Measurement("m", {"frechet_distance": Value(9.0, 128)}, 128, "f", 128)
+    assert [line[:60] for line in few.cautions()] == ["warning: m: 128 images are fewer than a Frechet distance in "]
+    assert "take at least 1280 images, or KID" in few.cautions()[0]
+    assert Measurement("m", {"frechet_distance": Value(9.0, 129)}, 129, "f", 128).cautions() == []
+    assert len(figure(held_out_distance=Value(3.0, 100)).cautions()) == 1
 
 
 # --- Features of real pictures

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,13 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
+from fewstep.evaluation.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_error,
+    kernel_distance,
+    precision_recall,
+)
 
 
 def gaussian(mean: Any, covariance: Any) -> FeatureStatistics:
@@ -303,3 +311,62 @@ def test_too_few_images(real: int, generated: int) -> None:
         return
     with pytest.raises(UserError, match=f"need more than 3 images, there are {real if real <= 3 else generated}"):
         precision_recall(*sets, neighbours=3)
+
+
+# --- KID
+
+
+def kid_by_definition(real: np.ndarray, made: np.ndarray) -> float:
+    """Unbiased squared MMD, pair by pair."""
+    width = real.shape[1]
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / width + 1) ** 3)
+
+    def within(rows: np.ndarray) -> float:
+        pairs = [kernel(rows[i], rows[j]) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = sum(kernel(a, b) for a in real for b in made) / (len(real) * len(made))
+    return within(real) + within(made) - 2 * across
+
+
+def test_kid_is_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, made = (torch.randn(12, 5, generator=generator, dtype=torch.float64) + shift for shift in (0.0, 0.5))
+    found, spread = kernel_distance(real, made)
+    assert found == pytest.approx(kid_by_definition(real.numpy(), made.numpy()), rel=1e-10)
+    assert spread is None  # too few for subsets
+
+
+def test_kid_is_unbiased_and_sees_a_shift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, same = (torch.randn(400, 8, generator=generator) for _ in range(2))
+    kid, spread = kernel_distance(real, same)
+    assert spread is not None
+    assert abs(kid) < 3 * spread
+    shifted, _ = kernel_distance(real, same + 0.5)
+    assert shifted > 10 * abs(kid)
+    assert kernel_distance(real, same) == (kid, spread)  # repeats itself
+    few, _ = kernel_distance(real[:60], same[:60] + 0.5, num_subsets=200)
+    assert few == pytest.approx(shifted, rel=0.3)  # as a Frechet distance of 60 would not be
+    with pytest.raises(UserError, match="KID needs at least 2 images, there are 1"):
+        kernel_distance(real[:1], same)
+
+
+def test_kid_needs_no_torchvision() -> None:
+    code = (
+        "import sys, torch; from fewstep.evaluation.metrics import kernel_distance; "
+        "kernel_distance(torch.zeros(3, 2), torch.ones(3, 2)); print('torchvision' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.split() == ["False"]
+
+
+def test_the_error_of_the_distance_is_that_of_other_samples() -> None:
+    """Against the spread over fresh samples of the same distribution."""
+    reference = FeatureStatistics(torch.zeros(4).double(), torch.eye(4).double(), 0)
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(300, 4, generator=generator) * 1.3 + 0.4 for _ in range(60)]
+    spread = float(torch.tensor([frechet_distance(FeatureStatistics.of(rows), reference) for rows in samples]).std())
+    assert frechet_error(samples[0], reference, 60) == pytest.approx(spread, rel=0.4)

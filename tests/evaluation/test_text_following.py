@@ -7,8 +7,8 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
+from fewstep.evaluation.measure import Value
 from fewstep.evaluation.text_following import (
-    TextFollowing,
     group_numbers,
     group_of,
     measure_text_following,
@@ -24,33 +24,32 @@ def groups(*numbers: int) -> torch.Tensor:
 
 def test_all_right() -> None:
     """Two groups of equal size: perfect agreement, half of it by chance."""
-    found = text_following(groups(0, 0, 1, 1), groups(0, 0, 1, 1), "judge")
-    assert found == TextFollowing(1.0, 1.0, 0.5, 4, 2, "judge")
-    assert found.to_dict()["shuffled"] == 0.5
+    found = text_following(groups(0, 0, 1, 1), groups(0, 0, 1, 1))
+    assert found == {"agreement": Value(1.0, 4), "balanced": Value(1.0, 4), "shuffled": Value(0.5, 4)}
 
 
 def test_all_wrong() -> None:
-    assert text_following(groups(1, 1, 0, 0), groups(0, 0, 1, 1)) == TextFollowing(0.0, 0.0, 0.5, 4, 2)
+    found = text_following(groups(1, 1, 0, 0), groups(0, 0, 1, 1))
+    assert [value.value for value in found.values()] == [0.0, 0.0, 0.5]
 
 
 def test_a_model_that_ignores_its_prompts_is_as_good_as_shuffled() -> None:
     """It always shows the largest group: right as often as that group is asked for, and no better than the control."""
     found = text_following(groups(2, 2, 2, 2, 2), groups(2, 2, 2, 0, 1))
-    assert found.agreement == found.shuffled == pytest.approx(3 / 5)
-    assert found.balanced == pytest.approx(1 / 3)
-    assert found.num_groups == 3
+    assert found["agreement"].value == found["shuffled"].value == pytest.approx(3 / 5)
+    assert found["balanced"].value == pytest.approx(1 / 3)
 
 
 def test_large_groups_count_more_in_agreement_only() -> None:
     found = text_following(groups(0, 0, 0, 0), groups(0, 0, 0, 5))
-    assert (found.agreement, found.balanced) == (pytest.approx(3 / 4), pytest.approx(1 / 2))
+    assert (found["agreement"].value, found["balanced"].value) == (pytest.approx(3 / 4), pytest.approx(1 / 2))
 
 
 def test_shuffled_is_the_mean_over_all_orders() -> None:
     predicted, wanted = groups(0, 1, 1, 3, 2), groups(0, 1, 2, 3, 1)
     orders = [torch.tensor(order) for order in itertools.permutations(range(5))]
     mean = torch.stack([(predicted == wanted[order]).double().mean() for order in orders]).mean()
-    assert text_following(predicted, wanted).shuffled == pytest.approx(float(mean))
+    assert text_following(predicted, wanted)["shuffled"].value == pytest.approx(float(mean))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_pictures_are_judged_batch_by_batch() -> None:
     images = (written / 127.5 - 1)[:, None, None, None].expand(-1, 3, 8, 8)
     assert torch.equal(predict_groups(classifier, images, batch_size=2), written)
     found = measure_text_following(classifier, images, ["a", "b", "c", "a", "b"])
-    assert (found.agreement, found.classifier) == (pytest.approx(4 / 5), "reader")
+    assert found["agreement"] == Value(pytest.approx(4 / 5), 5)
 
 
 def test_retrieval() -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
-from fewstep.evaluation.text_bench import TextMeasurement, load_text_bench
+from fewstep.evaluation.bench import load_bench
+from fewstep.evaluation.measure import Measurement
 from tests.emoji_assets import HELD_OUT, TRAIN, bundle, script
 
 
@@ -23,7 +24,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prompts_and_held_out_pictures(work: Path) -> None:
-    bench = load_text_bench(work / "assets/emoji")
+    bench = load_bench(work / "assets/emoji")
     assert bench.prompts != list(TRAIN)  # shuffled
     assert sorted(bench.prompts) == sorted(TRAIN)
     assert sorted(bench.held_out) == sorted(HELD_OUT)
@@ -37,14 +38,17 @@ def test_prompts_and_held_out_pictures(work: Path) -> None:
 
 def test_the_classifier_learned_from_training_pictures(work: Path) -> None:
     """Brightness tells the two groups apart, on pictures it has not seen too; chance is a half."""
-    bench = load_text_bench(work / "assets/emoji")
+    bench = load_bench(work / "assets/emoji")
     assert bench.classifier.class_names == ("flags", "food")
     assert bench.reference.num_images == len(TRAIN)
     found = json.loads((work / "assets/emoji/feature_measurement.json").read_text())
     assert found["held_out"]["num_images"] == len(HELD_OUT)
-    assert bench.real().following.to_dict() == pytest.approx(found["held_out"])
-    assert bench.real().held_out_distance == pytest.approx(found["floor"], rel=1e-4)
-    assert bench.real().retrieval is None
+    real = bench.real()
+    assert {name: real[name] for name in ("agreement", "balanced", "shuffled")} == pytest.approx(
+        {name: found["held_out"][name] for name in ("agreement", "balanced", "shuffled")}
+    )
+    assert real["held_out_distance"] == pytest.approx(found["floor"], rel=1e-4)
+    assert real.get("retrieval") is None
 
 
 def test_teachers_are_copied_and_measured(work: Path) -> None:
@@ -53,19 +57,17 @@ def test_teachers_are_copied_and_measured(work: Path) -> None:
         path = "unet/diffusion_pytorch_model.safetensors"
         copy, original = load_file(work / "assets/emoji" / name / path), load_file(work / "run" / name / path)
         assert all(torch.equal(copy[key], original[key]) for key in copy | original)
-        found = TextMeasurement.from_dict(
-            {k: figures[name][k] for k in ("trained", "held_out_distance", "following", "retrieval")}
-        )
-        assert found.trained is not None
-        assert (found.trained.num_images, found.evaluations_per_image, found.following.num_images) == (6, 50, 4)
+        found = Measurement.from_dict(figures[name])
+        assert (found.num_images, found.evaluations_per_image, found.values["agreement"].num_images) == (6, 50, 4)
         assert figures[name]["guidance_scale"] == 4.0
         assert found.to_dict() == {key: figures[name][key] for key in found.to_dict()}
+        assert Measurement.from_dict(figures[name]["on_curve"]).num_images == 6
 
 
 def test_provenance_says_what_was_found(work: Path) -> None:
     text = (work / "assets/emoji/PROVENANCE.md").read_text()
     figures = json.loads((work / "assets/emoji/teacher_measurement.json").read_text())
-    assert f"{figures['sdxl']['trained']['frechet_distance']:.3f} (6)" in text
+    assert f"{figures['sdxl']['frechet_distance']:.3f} (6)" in text
     assert "python examples/bundle_emoji.py" in text
     assert "Apache License 2.0" in text
     assert "{" not in text

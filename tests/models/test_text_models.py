@@ -189,7 +189,8 @@ def test_evaluate_on_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         arguments = ["evaluate", str(model), *common, "--prompts", str(tmp_path / "prompts.txt"), *extra]
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert (
-            f"8 images against 30 real ones, features tiny, {evaluations} evaluations an image, seed 0" in result.output
+            f"8 images against 30 real ones, features tiny, {evaluations} evaluations per image, seed 0"
+            in result.output
         )
     with pytest.raises(UserError, match="text-to-image models are measured with --prompts FILE"):
         CliRunner().invoke(app, ["evaluate", str(folder), *common], catch_exceptions=False)

@@ -62,11 +62,13 @@ def evaluate_model(
             console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     figure = measure_model(
         model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
-        num_steps=teacher_steps or (50 if text else 18),
+        num_steps=teacher_steps,
         guidance_scale=scale, real_features=None if real is None else real[:num_images],
         batch_size=batch_size or (4 if text else 250),
     )  # fmt: skip
     print(figure.sentence())
+    for line in figure.cautions():
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if json_out is not None:
         with replaced_file(json_out) as aside:
             aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")

@@ -1,132 +1,258 @@
-"""How a figure is measured: number of images, features, reference, seed; and the figure with all of that beside it."""
+"""The one form every figure has: named values with the pictures behind each, and everything needed to repeat them."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.data.images import ImageDataset
-from fewstep.diffusion.samplers import heun_evaluations
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, extract_features
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
-from fewstep.models.model import AnyModel, Generator, Teacher
+from fewstep.evaluation.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_error,
+    kernel_distance,
+    precision_recall,
+)
+from fewstep.evaluation.protocol import Sampler, model_sampler
+from fewstep.models.model import AnyModel
 
-if TYPE_CHECKING:
-    from fewstep.models.text_model import TextGenerator, TextTeacher
+Report = Callable[[int, int], None]  # (pictures measured, pictures in all)
 
-Sampler = Callable[[int, int], Tensor]  # (first image, number) -> images (B, C, H, W) in [-1, 1]
+NAMES = {  # every value a measurement may have, with what people call it
+    "frechet_distance": "Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
+    "held_out_distance": "Frechet distance on held-out texts", "agreement": "right category",
+    "balanced": "right category, each counting the same", "shuffled": "right category with shuffled prompts",
+    "retrieval": "own picture among the nearest 10", "images_per_second": "images/s",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number.
+
+    Attributes:
+        num_images: pictures behind it.
+        interval: (low, high) that it is known to; None where nobody computed one.
+    """
+
+    value: float
+    num_images: int
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:.3f}"
+        half = (self.interval[1] - self.interval[0]) / 2
+        digits = 3 if half >= 5e-4 or half == 0 else 6
+        return f"{self.value:.{digits}f} ± {half:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure of quality with everything needed to repeat it.
+    """What is known of one model, or of real pictures.
 
     Attributes:
-        frechet_distance: against the reference, in the named features.
-        num_images: generated images behind it, labels evenly spread.
-        num_reference_images: real images behind the reference (0: not recorded).
-        evaluations_per_image: network evaluations.
-        images_per_second: of sampling alone, on this machine.
-        precision, recall: None without the reference's own features.
+        values: by the names of `NAMES`; what was not measured is absent.
+        num_images: pictures behind the distance; values of other pictures know their own number.
+        features, num_features: the network that distances are computed in, and its width (0: not recorded).
+        num_reference_images: real pictures behind the reference (0: not recorded).
+        evaluations_per_image: network evaluations (0: real pictures).
     """
 
     model: str
-    frechet_distance: float
+    values: Mapping[str, Value]
     num_images: int
-    num_reference_images: int
-    features: str
-    evaluations_per_image: int
-    seed: int
-    images_per_second: float
-    precision: float | None = None
-    recall: float | None = None
+    features: str = ""
+    num_features: int = 0
+    num_reference_images: int = 0
+    evaluations_per_image: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.values.keys() <= NAMES.keys(), f"{self.values.keys() - NAMES.keys()} have no name in NAMES"
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name].value
+
+    def get(self, name: str) -> float | None:
+        """A value, or None where it was not measured."""
+        return self[name] if name in self.values else None
+
+    @property
+    def frechet_distance(self) -> float:
+        """Against the reference, in the named features."""
+        return self["frechet_distance"]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of sampling alone, on the machine it was measured on."""
+        return self["images_per_second"]
+
+    def having(self, **values: Value) -> "Measurement":
+        """The same with further, or other, values."""
+        return replace(self, values={**self.values, **values})
+
+    def without(self, *names: str) -> "Measurement":
+        """The same with some values left out."""
+        return replace(self, values={name: value for name, value in self.values.items() if name not in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return asdict(self)
+        """JSON-able and flat: every value under its name; intervals and other numbers of pictures beside them."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        intervals = {name: list(value.interval) for name, value in self.values.items() if value.interval is not None}
+        counts = {name: value.num_images for name, value in self.values.items() if value.num_images != self.num_images}
+        numbers = {name: value.value for name, value in self.values.items()}
+        return {"model": self.model, **numbers, **facts, "intervals": intervals, "num_images_of": counts}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Measurement":
+        """Inverse of `to_dict`; also reads what versions before 0.2 wrote, of text-to-image models too."""
+        if "held_out_distance" in values and "following" in values:
+            return _from_text_form(values)
+        facts = {name: values[name] for name in _FACTS if name in values}
+        intervals, counts = values.get("intervals", {}), values.get("num_images_of", {})
+        numbers = {
+            name: Value(
+                float(values[name]), int(counts.get(name, facts["num_images"])),
+                tuple(intervals[name]) if name in intervals else None,
+            )
+            for name in NAMES if values.get(name) is not None
+        }  # fmt: skip
+        return cls(values["model"], numbers, **facts)
+
+    def cells(self, names: tuple[str, ...]) -> list[str]:
+        """For tables: evaluations, then these values with the pictures behind each; "-" where there is none."""
+        return [str(self.evaluations_per_image or "-"), *(self._cell(name) for name in names)]
+
+    def _cell(self, name: str) -> str:
+        if name not in self.values:
+            return "-"
+        value = self.values[name]
+        return f"{value.value:.1f}" if name == "images_per_second" else f"{value} ({value.num_images})"
 
     def sentence(self) -> str:
         """The figure as one line for people."""
-        extra = "" if self.precision is None else f", precision {self.precision:.3f}, recall {self.recall:.3f}"
+        known = {name: value for name, value in self.values.items() if name != "images_per_second"}
+        figures = ", ".join(f"{NAMES[name]} {value}" for name, value in known.items())
+        evaluations = f"{self.evaluations_per_image} evaluation{'s' * (self.evaluations_per_image != 1)} per image"
         return (
-            f"{self.model}: Frechet distance {self.frechet_distance:.3f}{extra} ({self.num_images} images against "
+            f"{self.model}: {figures} ({self.num_images} images against "
             f"{self.num_reference_images or 'an unrecorded number of'} real ones, features {self.features}, "
-            f"{self.evaluations_per_image} evaluations an image, seed {self.seed}; {self.images_per_second:.1f} images/s)"
+            f"{evaluations}, seed {self.seed}; {self.images_per_second:.1f} images/s)"
         )
+
+    def cautions(self) -> list[str]:
+        """One line for each distance that rests on too few pictures to mean anything."""
+        lines = []
+        for name in ("frechet_distance", "held_out_distance"):
+            count = self.values[name].num_images if name in self.values else 0
+            if 0 < count <= self.num_features:
+                lines.append(
+                    f"warning: {self.model}: {count} images are fewer than a {NAMES[name]} in {self.num_features} features "
+                    f"needs: it is mostly the error of so few; take at least {10 * self.num_features} images, or KID"
+                )
+        return lines
+
+
+_FACTS = (
+    "num_images", "features", "num_features", "num_reference_images", "evaluations_per_image", "seed",
+)  # fmt: skip
+
+
+def _from_text_form(values: Mapping[str, Any]) -> Measurement:
+    """The nested form that text-to-image models' figures had: on trained texts, and on held-out ones."""
+    trained, following = values["trained"], values["following"]
+    count = following["num_images"]
+    base = Measurement("real", {}, count, following["classifier"])
+    if trained is not None:
+        base = Measurement.from_dict(trained)
+    numbers = {name: following[name] for name in ("agreement", "balanced", "shuffled")}
+    numbers |= {"held_out_distance": values["held_out_distance"], "retrieval": values["retrieval"]}
+    return base.having(**{name: Value(number, count) for name, number in numbers.items() if number is not None})
+
+
+@dataclass
+class Clocked:
+    """Batches of pictures from a sampler, with the seconds that sampling alone took.
+
+    Attributes:
+        report: told after every batch, and once before the first.
+    """
+
+    sample: Sampler
+    num_images: int
+    batch_size: int
+    report: Report | None = None
+    seconds: float = field(default=0.0, init=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, self.num_images, self.batch_size):
+            if self.report is not None:
+                self.report(first, self.num_images)
+            started = time.perf_counter()
+            images = self.sample(first, min(self.batch_size, self.num_images - first))
+            self.seconds += time.perf_counter() - started
+            yield images
+        if self.report is not None:
+            self.report(self.num_images, self.num_images)
+
+    @property
+    def images_per_second(self) -> Value:
+        """Pictures per second of sampling, once all were made."""
+        return Value(self.num_images / max(self.seconds, 1e-9), self.num_images)
 
 
 def measure_sampler(
     name: str, sample: Sampler, network: FeatureNetwork, reference: FeatureStatistics, *, num_images: int,
     evaluations_per_image: int, seed: int, real_features: Tensor | None = None, batch_size: int = 250,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", report: Report | None = None, resamples: int = 0,
 ) -> Measurement:  # fmt: skip
-    """Sample `num_images` pictures batch by batch and measure them; only features are kept in memory."""
-    spent = 0.0
+    """Sample `num_images` pictures batch by batch and measure them; only features are kept in memory.
 
-    def batches() -> Iterator[Tensor]:
-        nonlocal spent
-        for first in range(0, num_images, batch_size):
-            started = time.perf_counter()
-            images = sample(first, min(batch_size, num_images - first))
-            spent += time.perf_counter() - started
-            yield images
-
-    features = extract_features(network, batches(), device)
-    precision, recall = precision_recall(real_features, features) if real_features is not None else (None, None)
+    Args:
+        real_features: of real pictures, for KID, precision and recall.
+        report: told how far it is.
+        resamples: behind the interval of the Frechet distance; 0 for none.
+    """
+    batches = Clocked(sample, num_images, batch_size, report)
+    features = extract_features(network, batches, device)
+    values = {"frechet_distance": distance_of(features, reference, resamples)}
+    if real_features is not None:
+        kid, spread = kernel_distance(real_features, features)
+        values["kid"] = Value(kid, num_images, None if spread is None else (kid - spread, kid + spread))
+        found = precision_recall(real_features, features)
+        values |= {name: Value(share, num_images) for name, share in zip(("precision", "recall"), found, strict=True)}
+    values["images_per_second"] = batches.images_per_second
     return Measurement(
-        name, frechet_distance(FeatureStatistics.of(features), reference), num_images, reference.num_images,
-        network.name, evaluations_per_image, seed, num_images / spent, precision, recall,
-    )  # fmt: skip
-
-
-def generator_sampler(generator: Generator, seed: int) -> Sampler:
-    """Images of a seed from a generator, classes in turn."""
-    return lambda first, count: generator.sample(count, seed=seed, batch_size=count, first=first)
-
-
-def teacher_sampler(teacher: Teacher, seed: int, num_steps: int, guidance_scale: float = 1.0) -> Sampler:
-    """Images of a seed from a teacher by the Heun sampler, classes in turn."""
-    return lambda first, count: teacher.sample(
-        count, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, batch_size=count, first=first
+        name, values, num_images, network.name, features.shape[1], reference.num_images, evaluations_per_image, seed
     )
 
 
-def prompt_sampler(
-    model: "TextTeacher | TextGenerator", prompts: list[str], seed: int, num_steps: int, guidance_scale: float
-) -> Sampler:
-    """Pictures of a seed from a text-to-image model, prompts in turn."""
-
-    def sample(first: int, count: int) -> Tensor:
-        texts = [prompts[number % len(prompts)] for number in range(first, first + count)]
-        if model.card.step_indices:
-            return model.sample(texts, seed=seed, batch_size=count, first=first)
-        return model.sample(  # type: ignore[call-arg]
-            texts, seed=seed, batch_size=count, first=first, num_steps=num_steps, guidance_scale=guidance_scale
-        )
-
-    return sample
+def distance_of(features: Tensor, reference: FeatureStatistics, resamples: int = 0) -> Value:
+    """Frechet distance of features (N, F) to the reference, with an interval of two standard errors where it costs little."""
+    found = frechet_distance(FeatureStatistics.of(features), reference)
+    error = frechet_error(features, reference, resamples) if resamples and features.shape[1] <= 256 else None
+    return Value(found, len(features), None if error is None else (found - 2 * error, found + 2 * error))
 
 
 def measure_model(
     model: AnyModel, name: str, network: FeatureNetwork, reference: FeatureStatistics, *,
-    num_images: int, seed: int, num_steps: int = 18, guidance_scale: float = 1.0,
+    num_images: int, seed: int, num_steps: int | None = None, guidance_scale: float = 1.0,
     real_features: Tensor | None = None, batch_size: int = 250, prompts: list[str] | None = None,
+    report: Report | None = None, resamples: int = 20,
 ) -> Measurement:  # fmt: skip
-    """Measure a generator in its own steps, or a teacher in `num_steps` steps; text-to-image models on `prompts` in turn."""
-    if not isinstance(model, Generator | Teacher):
-        sampler = prompt_sampler(model, prompts or [], seed, num_steps, guidance_scale)
-        evaluations = len(model.card.step_indices) or num_steps
-    elif isinstance(model, Generator):
-        sampler, evaluations = generator_sampler(model, seed), model.evaluations()
-    else:
-        sampler, evaluations = teacher_sampler(model, seed, num_steps, guidance_scale), heun_evaluations(num_steps)
+    """Measure a generator in its own steps, or a teacher in `num_steps` (None: its default) steps, on labels or `prompts` in turn."""
+    sample, evaluations = model_sampler(
+        model, seed, prompts=prompts, num_steps=num_steps, guidance_scale=guidance_scale
+    )
     return measure_sampler(
-        name, sampler, network, reference, num_images=num_images, evaluations_per_image=evaluations, seed=seed,
-        real_features=real_features, batch_size=batch_size, device=model.device,
+        name, sample, network, reference, num_images=num_images, evaluations_per_image=evaluations, seed=seed,
+        real_features=real_features, batch_size=batch_size, device=model.device, report=report, resamples=resamples,
     )  # fmt: skip
 
 

@@ -1,51 +1,27 @@
 """Whether pictures show what their prompts ask for, judged by a classifier of the data set."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
+from fewstep.evaluation.measure import Value
 
 
-@dataclass(frozen=True)
-class TextFollowing:
-    """How well pictures follow their prompts.
-
-    Attributes:
-        agreement: share of pictures whose predicted group is their prompt's, 0..1.
-        balanced: the same within each group, averaged over the groups that were asked for: large groups count no more.
-        shuffled: what `agreement` becomes when the prompts change places, on average over all orders. A model that
-            ignores its prompts has agreement = shuffled.
-        num_images: pictures judged.
-        num_groups: groups that were asked for.
-        classifier: which one judged.
-    """
-
-    agreement: float
-    balanced: float
-    shuffled: float
-    num_images: int
-    num_groups: int
-    classifier: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return asdict(self)
-
-
-def text_following(predicted: Tensor, wanted: Tensor, classifier: str = "") -> TextFollowing:
+def text_following(predicted: Tensor, wanted: Tensor) -> dict[str, Value]:
     """Compare the groups that a classifier saw with those that were asked for.
+
+    `agreement` is the share of pictures whose predicted group is their prompt's, 0..1. `balanced` is the same within each
+    group, averaged over the groups that were asked for: large groups count no more. `shuffled` is what `agreement` becomes
+    when the prompts change places, on average over all orders: a model that ignores its prompts has both alike.
 
     The control needs no random permutations: over all orders of the prompts, picture i meets each prompt equally often,
     so the mean agreement is sum over groups g of (share of pictures seen as g) x (share of prompts of g).
 
     Args:
         predicted, wanted: group numbers, (N,), integers from 0.
-        classifier: its name.
 
     Raises:
         UserError: no pictures, or not one prompt a picture.
@@ -61,14 +37,11 @@ def text_following(predicted: Tensor, wanted: Tensor, classifier: str = "") -> T
     asked, seen = (torch.bincount(groups, minlength=size).double() for groups in (wanted, predicted))
     within = torch.zeros(size, dtype=torch.float64).index_add_(0, wanted.cpu(), right.cpu())
     present = asked > 0
-    return TextFollowing(
-        agreement=float(right.mean()),
-        balanced=float((within[present] / asked[present]).mean()),
-        shuffled=float((asked / count * (seen / count)).sum()),
-        num_images=count,
-        num_groups=int(present.sum()),
-        classifier=classifier,
-    )
+    found = {
+        "agreement": right.mean(), "balanced": (within[present] / asked[present]).mean(),
+        "shuffled": (asked / count * (seen / count)).sum(),
+    }  # fmt: skip
+    return {name: Value(float(value), count) for name, value in found.items()}
 
 
 def group_of(text: str) -> str:
@@ -102,9 +75,9 @@ def predict_groups(classifier: SmallClassifier, images: Tensor, batch_size: int 
     return torch.cat(parts)
 
 
-def measure_text_following(classifier: SmallClassifier, images: Tensor, groups: Sequence[str]) -> TextFollowing:
+def measure_text_following(classifier: SmallClassifier, images: Tensor, groups: Sequence[str]) -> dict[str, Value]:
     """`text_following` of pictures (N, C, H, W) in [-1, 1] made for prompts of these groups (N)."""
-    return text_following(predict_groups(classifier, images), group_numbers(classifier, groups), classifier.name)
+    return text_following(predict_groups(classifier, images), group_numbers(classifier, groups))
 
 
 def retrieval_recall(made: Tensor, real: Tensor, neighbours: int = 10) -> float:

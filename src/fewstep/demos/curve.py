@@ -1,0 +1,44 @@
+"""Quality against training time: a `Watch` that says what it measures, and on how many pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from fewstep.demos.progress import lines
+from fewstep.evaluation.bench import Bench
+from fewstep.evaluation.measure import measure_sampler
+from fewstep.training.generator_job import GeneratorJob
+from fewstep.training.watch import DISTANCE, Due, Watch, read_points
+
+NUM_IMAGES = "num_images"  # beside each point's distance
+
+
+def watch_quality(
+    job: GeneratorJob, bench: Bench, path: Path, due: Due, console: Console, *, num_images: int, earlier_images: int,
+    batch_size: int,
+) -> Watch:  # fmt: skip
+    """Measures the generator in training on `num_images` pictures; an interrupted run goes on with as many as it had.
+
+    Args:
+        path: of the points.
+        earlier_images: behind the points of a file that does not say.
+        batch_size: pictures made at once.
+    """
+    counts = point_images(path, earlier_images) if path.is_file() else []
+    num_images = counts[-1] if counts else num_images
+
+    def measure() -> Mapping[str, float]:
+        found = measure_sampler(
+            "generator", job.sample_images, bench.classifier, bench.reference, num_images=num_images,
+            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device,
+            report=lines(console, f"measuring {num_images:,} pictures"),
+        )  # fmt: skip
+        return {DISTANCE: found.frechet_distance, NUM_IMAGES: num_images}
+
+    return Watch(measure, path, due, console=console)
+
+
+def point_images(path: Path, earlier_images: int) -> list[int]:
+    """The number of pictures behind each point of a file."""
+    return [int(point.figures.get(NUM_IMAGES, earlier_images)) for point in read_points(path)]

@@ -1,0 +1,113 @@
+"""What a report can show; each kind of section has a template of its name beside this file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The few numbers that matter: (number, what it is)."""
+
+    template: ClassVar[str] = "tiles.html"
+    figures: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sentences; a title makes them a chapter, none a remark."""
+
+    template: ClassVar[str] = "text.html"
+    lines: Sequence[str]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A grid of images (N, C, H, W) in [-1, 1] with its caption."""
+
+    caption: str
+    images: Tensor
+    columns: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Grids beside each other, below each other on a phone."""
+
+    template: ClassVar[str] = "pictures.html"
+    pictures: Sequence[Picture]
+    title: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PromptCards:
+    """One card a prompt with its picture by every model.
+
+    Attributes:
+        columns: name of a model, or "real", to its pictures of all prompts, (N, C, H, W) in [-1, 1].
+    """
+
+    template: ClassVar[str] = "prompt_cards.html"
+    title: str
+    prompts: Sequence[str]
+    columns: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of (x, y) points."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Lines over time. The vertical axis is logarithmic where all values are positive and differ by a factor of three.
+
+    Attributes:
+        marks: (name, value) of what the lines are compared with, drawn across; those far from all points are only named.
+    """
+
+    template: ClassVar[str] = "curve.html"
+    title: str
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+    marks: Sequence[tuple[str, float]] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, the first of each row its name; on a phone one card a row."""
+
+    template: ClassVar[str] = "table.html"
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default_factory=list)
+    warnings: Sequence[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Lines about machine, settings and seeds."""
+
+    template: ClassVar[str] = "facts.html"
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to type next: (command, what it does)."""
+
+    template: ClassVar[str] = "commands.html"
+    commands: Sequence[tuple[str, str]]
+
+
+Section: TypeAlias = Tiles | Text | Pictures | PromptCards | Curve | Table | Facts | Commands

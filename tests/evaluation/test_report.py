@@ -1,0 +1,147 @@
+"""The report: one file that needs nothing beside it, fits a phone, escapes what it is told, and draws honest axes."""
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.evaluation.report import (
+    Commands,
+    Curve,
+    Facts,
+    Picture,
+    Pictures,
+    PromptCards,
+    Section,
+    Series,
+    Table,
+    Text,
+    Tiles,
+    render_report,
+    write_report,
+)
+from fewstep.evaluation.report.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, plot_curve
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+HOSTILE = '<script>alert("x")</script> & co'
+
+
+def curve(*values: float, marks: tuple[tuple[str, float], ...] = ()) -> Curve:
+    points = [(float(minute), value) for minute, value in enumerate(values)]
+    return Curve("Quality", [Series("generator", points)], "minutes", "distance", marks)
+
+
+def everything() -> list[Section]:
+    """A section of each kind, with long words and wide tables."""
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    head = ["", "evaluations", *(f"a rather long head of column {number}" for number in range(7))]
+    return [
+        Tiles([("11x", "the teacher's pictures per second")]),
+        Pictures([Picture("Teacher", images, 3), Picture(HOSTILE, images, 3)], "Pictures", "From the same noise."),
+        PromptCards("Prompts", ["a cat", HOSTILE, "dog"], {"real": images, "teacher": images, "generator": images}),
+        Text(["A remark."]), Text(["A chapter."], "Title"), curve(37.8, 3.1, 2.2, marks=(("teacher", 1.64),)),
+        Table("Figures", head, [["teacher", *("2.109 ± 0.010 (1000)",) * 8]], ["In brackets"], ["warning: few"]),
+        Facts([HOSTILE]), Commands([(f"fewstep sample {'x' * 90}", "make pictures")]),
+    ]  # fmt: skip
+
+
+def test_a_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "report.html", HOSTILE, everything())
+    page = path.read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 2 + 3 * 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "url(" not in page
+    assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_it_is_told_is_escaped() -> None:
+    page = render_report(HOSTILE, everything())
+    assert "<script" not in page
+    assert (
+        page.count("&lt;script&gt;") == 2 + 2 + 1 + 3 + 1
+    )  # title twice, caption and alt, fact, card: three alts and a caption
+
+
+def test_light_and_dark_and_phones_are_told_of() -> None:
+    page = render_report("x", [])
+    assert "width=device-width" in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'content="light dark"' in page
+
+
+def test_an_axis_has_no_empty_decades() -> None:
+    """Real pictures at 0.012 would stretch the axis over two decades without a point: they are named instead."""
+    found = curve(37.8, 5.0, 2.9, marks=(("teacher", 1.64), ("real pictures", 0.0118)))
+    plot = plot_curve(found)
+    assert plot.scale == "logarithmic"
+    assert [text for _, text in plot.y_ticks] == ["2", "5", "10", "20"]
+    assert [mark.text for mark in plot.marks] == ["teacher 1.64"]
+    assert plot.away == ["real pictures 0.0118"]
+    heights = [y for _, y in plot.lines[0].dots] + [mark.y for mark in plot.marks]
+    assert min(heights) < TOP + 25
+    assert max(heights) > HEIGHT - BOTTOM - 25
+    assert "Off the axis: real pictures 0.0118." in render_report("x", [found])
+
+
+def test_axes_are_labelled_and_points_lie_where_they_should() -> None:
+    plot = plot_curve(curve(8.0, 4.0, 2.0))
+    (x0, y0), (x1, y1), (x2, y2) = plot.lines[0].dots
+    assert (x0, x2) == (LEFT, WIDTH - RIGHT)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)  # equal factors, equal heights
+    page = render_report("x", [curve(8.0, 4.0, 2.0)])
+    assert ">minutes</text>" in page
+    assert ">distance (log)</text>" in page
+    assert ">distance</text>" in render_report("x", [curve(8.0, 7.0)])
+
+
+def test_values_that_are_not_positive_have_a_linear_axis() -> None:
+    plot = plot_curve(curve(-1.0, 0.0, 3.0, float("nan"), marks=(("zero", 0.0), ("far", 50.0))))
+    assert plot.scale == "linear"
+    assert [text for _, text in plot.y_ticks] == ["-1", "0", "1", "2", "3"]
+    assert len(plot.lines[0].dots) == 3
+    assert (len(plot.marks), plot.away) == (1, ["far 50"])
+
+
+@pytest.mark.parametrize("values", [(), (0.0,), (5.0,), (2.0, 2.0), (1e-9, 1e9)])
+def test_any_number_of_points_can_be_drawn(values: tuple[float, ...]) -> None:
+    plot = plot_curve(curve(*values))
+    assert len(plot.lines[0].dots) == len(values)
+    assert 1 <= len(plot.y_ticks) <= 11
+    assert all(TOP - 1 <= y <= HEIGHT - BOTTOM + 1 for _, y in plot.lines[0].dots)
+
+
+def test_names_of_near_marks_do_not_cover_each_other() -> None:
+    plot = plot_curve(curve(3.0, 2.0, marks=(("a", 2.00), ("b", 2.01), ("c", 2.02))))
+    heights = [mark.text_y for mark in plot.marks]
+    assert all(later - earlier >= 15 for earlier, later in itertools.pairwise(heights))
+
+
+def test_several_lines_have_a_legend() -> None:
+    found = Curve("Loss", [Series("first", [(0, 1), (1, 2)]), Series("second", [(0, 2), (1, 1)])], "step", "loss")
+    page = render_report("x", [found])
+    assert page.count("<polyline") == 2
+    assert 'class="series1">second' in page
+    assert 'class="legend"' not in render_report("x", [curve(1, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(tmp_path: Path, scheme: str) -> None:
+    from playwright.sync_api import sync_playwright
+
+    path = write_report(tmp_path / "report.html", "A title", everything())
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+        browser.close()
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (light[0] > light[1]) == (scheme == "dark")
+    assert abs(light[0] - light[1]) > 500
