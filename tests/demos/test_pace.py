@@ -14,7 +14,6 @@ from fewstep.demos.curve import point_images, watch_quality
 from fewstep.demos.emoji import FACTS as EMOJI
 from fewstep.demos.fashion_mnist import FACTS as FASHION
 from fewstep.demos.pace import Counts, Pace, choose_counts
-from fewstep.demos.progress import working
 from fewstep.demos.runner import DemoFacts
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.features import SmallClassifier
@@ -97,22 +96,3 @@ def test_points_say_how_many_pictures_they_have(
     curve(1 if rows is None else 8, 1.0 if rows is None else 61.0)
     assert json.loads((tmp_path / "curve.json").read_text())[-1]["num_images"] == expected
     assert f"measuring {expected} pictures ...\n" in capsys.readouterr().err
-
-
-def test_work_is_named_before_it_is_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where output is no terminal: a line at once, then one every few seconds."""
-
-    class Clock:
-        now = 0.0
-
-        def perf_counter(self) -> float:
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr("fewstep.demos.progress.time", clock)
-    with working(Console(stderr=True), "Measuring") as report:
-        assert capsys.readouterr().err == "Measuring ...\n"
-        for done in range(0, 1200, 100):
-            clock.now += 1.1
-            report(done, 1100)
-    assert capsys.readouterr().err == "Measuring: 400 of 1,100\nMeasuring: 900 of 1,100\n"

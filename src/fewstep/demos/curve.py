@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fewstep.demos.progress import lines
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.measure import measure_sampler
+from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.watch import DISTANCE, Due, Watch, read_points
 

@@ -20,19 +20,19 @@ from torch import Tensor
 
 from fewstep.demos.curve import NUM_IMAGES, watch_quality
 from fewstep.demos.pace import Counts, Pace, choose_counts, measure_pace
-from fewstep.demos.progress import say, working
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
-from fewstep.evaluation.measure import Clocked, Measurement, Report, Value
+from fewstep.evaluation.measure import Clocked, Measurement, Value
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
 from fewstep.models.model import AnyGenerator, AnyModel, AnyTeacher, load_generator
+from fewstep.progress import Report, say, working
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
-from fewstep.training.run import prepare_process
+from fewstep.training.run import prepare_run
 from fewstep.training.trainer import claim_run_folder, run_job
 from fewstep.training.watch import DISTANCE, Watch, every_seconds
 
@@ -159,7 +159,7 @@ def run_quickstart(
     started = time.perf_counter()
     say(console, "Loading the teacher ...")
     settings, bench = facts.settings(minutes, folder, seed), load_bench(bundled_path(facts.name))
-    prepare_process(settings.compute)
+    settings = prepare_run(settings, folder, console)
     teacher = open_teacher(settings)
     bench.classifier.to(teacher.device)
     counts = _fit_to_machine(facts, settings, teacher, bench, console)

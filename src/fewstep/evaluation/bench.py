@@ -13,11 +13,12 @@ from torch import Tensor
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features
-from fewstep.evaluation.measure import Clocked, Measurement, Report, Value, distance_of, measure_model
+from fewstep.evaluation.measure import Clocked, Measurement, Value, distance_of, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of, measure_text_following, retrieval_recall
 from fewstep.models.model import AnyModel
+from fewstep.progress import Report
 
 NEIGHBOURS = 10
 TRAIN_PROMPTS, HELD_OUT, REFERENCE, HOLD_OUT_REFERENCE = (

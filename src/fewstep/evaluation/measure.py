@@ -1,7 +1,7 @@
 """The one form every figure has: named values with the pictures behind each, and everything needed to repeat them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +20,7 @@ from fewstep.evaluation.metrics import (
 )
 from fewstep.evaluation.protocol import Sampler, model_sampler
 from fewstep.models.model import AnyModel
-
-Report = Callable[[int, int], None]  # (pictures measured, pictures in all)
+from fewstep.progress import Report
 
 NAMES = {  # every value a measurement may have, with what people call it
     "frechet_distance": "Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
