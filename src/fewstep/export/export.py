@@ -1,7 +1,6 @@
 """`fewstep export`: a generator in the format of another tool, with a model card, whole or not at all."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -80,18 +79,18 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
     base = options.base or card.base or getattr(generator, "base", "")
     card = replace(card, licence=options.licence or card.licence, base=base)
     generator.card = card = without_local_paths(card, keep_base=not options.repo)
-    write = _writer(options.kind, text)
+    write, family = _writer(options.kind, text), family_of(generator.denoiser.describe())
     with written_aside(target) as aside:
         write(aside, generator, target.name, DTYPES[precision], file_header(card))
         has_scheduler = (aside / "scheduler").is_dir() or _write_scheduler(aside, generator, options.kind)
-        _write_workflow(aside, generator, target.name, options.kind)
+        has_workflow = _write_workflow(aside, generator, target.name, options.kind)
         images = _samples(generator, options)
         if len(images):
             make_grid(images, columns=min(4, len(images))).save(aside / SAMPLES, format="PNG")
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
-            base=card.base, component="transformer" if _is_sd3(generator) else "unet",
-            has_scheduler=has_scheduler, num_samples=len(images), prompts=_prompts(options) if text else (),
+            base=card.base, component=family.component, network_class=family.network_class,
+            scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow, num_samples=len(images), prompts=_prompts(options) if text else (),
             absent=_absent(generator), figures=run_figures(_folder(source), card),
         )  # fmt: skip
         (aside / "README.md").write_text(render_card(facts), encoding="utf-8")
@@ -157,15 +156,18 @@ def _write_single_file(
     export(generator, folder / f"{name}.safetensors", dtype)
 
 
-def _write_workflow(folder: Path, generator: AnyGenerator, name: str, kind: str) -> None:
-    """Beside files that ComfyUI loads, a workflow for it, where one can say this generator's noise levels."""
+def _write_workflow(folder: Path, generator: AnyGenerator, name: str, kind: str) -> bool:
+    """Beside files that ComfyUI loads, a workflow for it; False where none can say this generator's noise levels."""
     if kind not in ("single-file", "kohya-lora"):
-        return
+        return False
     workflow: Any = import_module("fewstep.export.comfyui").write_workflow
     file, base = f"{name}.safetensors", f"{Path(generator.card.base).name or 'base'}.safetensors"
     checkpoint, lora = (file, "") if kind == "single-file" else (base, file)
-    with suppress(UserError):
+    try:
         workflow(generator, folder / "comfyui_workflow.json", checkpoint, lora=lora, prompt=PROMPTS[0])
+    except UserError:
+        return False
+    return True
 
 
 def _write_scheduler(folder: Path, generator: AnyGenerator, kind: str) -> bool:

@@ -1,12 +1,18 @@
 """The README.md of an export: the model hub's header, code that runs as printed, pictures and figures."""
 
 import json
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from fewstep import __version__
-from fewstep.export.card_usage import CardFacts, hub_name, usage_text
+from fewstep.export.card_usage import CardFacts, hub_name
+from fewstep.formats.bundled import BUNDLED
 from fewstep.formats.model_folder import ModelCard
 
 SAMPLES = "samples.png"
@@ -25,55 +31,47 @@ def file_header(card: ModelCard) -> dict[str, str]:
 
 def render_card(facts: CardFacts) -> str:
     """The text of README.md."""
-    steps = len(facts.card.step_indices)
-    what = f"It makes a picture in {steps} network evaluation{'s' if steps > 1 else ''}"
-    from_base = f", distilled from {_base_link(facts.base)}" if facts.base else ""
-    parts = [
-        _header(facts),
-        f"# {facts.name}\n\nA few-step generator{from_base}. {what} (grid indices "
-        f"{', '.join(map(str, facts.card.step_indices))} of {facts.card.num_levels}), without guidance.",
-    ]
-    if facts.num_samples:
-        shown = "".join(f"\n{number}. {prompt}" for number, prompt in enumerate(facts.prompts, start=1))
-        parts.append(
-            f"![{facts.num_samples} samples]({SAMPLES})"
-            + (f"\n\nPrompts, row by row, seed 0:\n{shown}" if shown else "")
-        )
-    parts.append(f"## Use\n\n{usage_text(facts)}")
-    if facts.figures:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in facts.figures)
-        parts.append(f"## Figures\n\n| measured | value |\n| --- | --- |\n{rows}")
-    parts.append(f"## Origin\n\n{_origin(facts)}")
-    return "\n\n".join(parts) + "\n"
+    made, steps = facts.card.made_with, list(facts.card.step_indices)
+    base_import, base = _base(facts)
+    text = _templates().get_template("README.md.jinja").render(
+        facts=facts, steps=steps, header=_header(facts), made=made, version=__version__, samples=SAMPLES,
+        settings=json.dumps(made.get("settings", {}), indent=1), base_link=_base_link(facts.base), base=base,
+        base_import=base_import, where=f"snapshot_download({facts.source!r})" if facts.pushed else repr(facts.source),
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+@cache
+def _templates() -> Environment:
+    found = Environment(
+        loader=PackageLoader("fewstep.export"),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # Markdown: nothing to escape
+    found.filters["pyrepr"] = repr
+    return found
 
 
 def _header(facts: CardFacts) -> str:
-    """YAML between dashes, as the hub reads it."""
-    text = bool(facts.base)
-    lines = [f"library_name: {'fewstep' if facts.kind == 'edm' or not text else 'diffusers'}"]
-    if hub_name(facts.base):
-        lines += [f"base_model: {hub_name(facts.base)}"]
-        lines += [f"base_model_relation: {'adapter' if 'lora' in facts.kind else 'finetune'}"]
-    lines += [f"license: {facts.card.licence or 'unknown'}"]
-    lines += [f"pipeline_tag: {'text-to-image' if text else 'unconditional-image-generation'}"]
-    tags = ["few-step", "distillation", "dmd2", "fewstep"] + (["lora"] if "lora" in facts.kind else [])
-    lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    return "\n".join(["---", *lines, "---"])
+    """YAML as the hub reads it."""
+    text, base = bool(facts.base), hub_name(facts.base)
+    related = {"base_model_relation": "adapter" if "lora" in facts.kind else "finetune"} if base else {}
+    return ModelCardData(
+        library_name="fewstep" if facts.kind == "edm" or not text else "diffusers",
+        base_model=base or None, license=facts.card.licence or "unknown",
+        pipeline_tag="text-to-image" if text else "unconditional-image-generation",
+        tags=["few-step", "distillation", "dmd2", "fewstep"] + (["lora"] if "lora" in facts.kind else []), **related,
+    ).to_yaml()  # fmt: skip
 
 
-def _origin(facts: CardFacts) -> str:
-    made, lines = facts.card.made_with, [f"- made with fewstep {facts.card.made_with.get('fewstep', __version__)}"]
-    if made.get("num_steps"):
-        lines.append(f"- training steps: {made['num_steps']}")
-    if facts.base:
-        lines.append(f"- base model: {_base_link(facts.base)}")
-    lines.append(f"- weights stored as {facts.precision}")
-    known = "unknown: that of the base model and its training data applies"
-    lines.append(f"- licence: {facts.card.licence or known}")
-    settings = json.dumps(made.get("settings", {}), indent=1)
-    if made.get("settings"):
-        lines.append(f"\n<details><summary>Settings of the run</summary>\n\n```json\n{settings}\n```\n\n</details>")
-    return "\n".join(lines)
+def _base(facts: CardFacts) -> tuple[str, str]:
+    """(import, expression) of what the base is loaded from: a name, a folder, or what ships with fewstep."""
+    if facts.base.startswith(BUNDLED):
+        name = facts.base.removeprefix(BUNDLED)
+        return "from fewstep.formats.bundled import bundled_path\n", f"str(bundled_path({name!r}))"
+    return "", repr(hub_name(facts.base) or facts.base)
 
 
 def _base_link(base: str) -> str:

@@ -19,6 +19,7 @@ from fewstep.families.registry import family_of
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.diffusers_index import read_model_index
 from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
 from fewstep.models.text_model import TextGenerator
@@ -74,6 +75,8 @@ def export_network(
 
 def _copy_component(source: Path, target: Path, dtype: torch.dtype, architecture: str) -> None:
     """Configs (without local folders) and vocabularies, safetensors in another precision; other weight files stay behind."""
+    for path in (source, *source.iterdir()):
+        refuse_foreign_links(path, source.parent)
     target.mkdir()
     weights = [path for path in sorted(source.iterdir()) if _WEIGHTS.fullmatch(path.name)]
     for path in sorted(source.iterdir()):

@@ -17,6 +17,7 @@ from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.diffusers_index import read_json, read_model_index
+from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
 from fewstep.formats.tensor_files import first_line, write_tensor_file
 from fewstep.networks.components import published_names
@@ -71,6 +72,8 @@ def single_file_to_folder(
     with written_aside(out) as aside:
         for name in _COPIED:
             if (base / name).is_dir():
+                for path in (base / name, *(base / name).rglob("*")):
+                    refuse_foreign_links(path, base)
                 shutil.copytree(base / name, aside / name)
         (aside / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=1), encoding="utf-8")
         for name, state in states.items():
@@ -92,6 +95,8 @@ def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
     stem = _WEIGHTS.get(name, _TEXT_WEIGHTS).removesuffix(".safetensors")
     files = [base / name / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
     found = next((path for path in files if path.is_file()), None)
+    for path in (base / name / "config.json", found or base / name):
+        refuse_foreign_links(path, base)
     if found is None:
         raise UserError(
             f"{single.path} has no {name}, and {base / name} no weights to take in its place ({files[0].name}); give a "

@@ -1,0 +1,80 @@
+"""The README.md of an export: which tool reads which file, and how; the same bytes from run to run."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard as HubCard
+
+from fewstep.errors import UserError
+from fewstep.export.card_usage import CardFacts
+from fewstep.export.export import ExportOptions, export_generator
+from fewstep.export.model_card import render_card
+from fewstep.formats.model_folder import ModelCard
+from fewstep.networks.adapters import LoraShape
+from tests.export.text_generators import write_run
+
+
+def card(kind: str, steps: tuple[int, ...] = (999, 749, 499, 249), **facts: object) -> str:
+    made = ModelCard("generator", steps, made_with={"num_steps": 5, "settings": {"a": 1}}, licence="mit")
+    common = {"base": "org/name", "network_class": "UNet2DConditionModel", "scheduler_class": "LCMScheduler"}
+    return render_card(CardFacts("out", kind, "/x/out", made, "fp16", **{**common, **facts}))  # type: ignore[arg-type]
+
+
+def test_the_hub_reads_the_header() -> None:
+    data = HubCard(card("lora", num_samples=2, prompts=("a", "b"))).data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("mit", "text-to-image", "diffusers")
+    assert data.base_model == "org/name"
+    assert data.to_dict()["base_model_relation"] == "adapter"
+    assert data.tags is not None
+    assert "lora" in data.tags
+    assert "base_model" not in HubCard(card("diffusers", base="")).data.to_dict()
+
+
+def test_each_lora_says_who_reads_it() -> None:
+    assert "ComfyUI, which skips the layers it does not know" in card("lora")
+    assert "`--as kohya-lora`" in card("lora")
+    kohya = card("kohya-lora", has_workflow=True)
+    assert "`models/loras`, open `comfyui_workflow.json`" in kohya
+    assert "sampler `lcm`, scheduler `simple`, 4 steps, cfg 1" in kohya
+    assert "<lora:out:1>" in kohya
+
+
+def test_single_files_say_how_other_programs_run_them() -> None:
+    whole = card("single-file", has_workflow=True)
+    assert "`models/checkpoints`, open `comfyui_workflow.json`" in whole
+    assert "sd -m out.safetensors -p" in whole
+    assert "--sampling-method lcm --scheduler simple --steps 4 --cfg-scale 1" in whole
+    assert "scheduler `simple`, 1 step, cfg 1" in card("single-file", (999,))
+    early = card("single-file", (399,), has_workflow=True)
+    assert "stable-diffusion.cpp takes no list of steps: it cannot run this generator right" in early
+    assert "sd -m" not in early
+
+
+def test_sections_stand_apart_and_nothing_is_left_of_the_template() -> None:
+    for kind in ("diffusers", "unet", "lora", "kohya-lora", "single-file"):
+        text = card(kind, figures=[("distance", "3.1")])
+        assert "\n\n## Figures\n\n| measured | value |\n| --- | --- |\n| distance | 3.1 |\n\n## Origin\n\n" in text
+        assert "{{" not in text
+        assert "{%" not in text
+        assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya-lora", "single-file"])
+def test_an_export_has_the_same_bytes_each_time_and_others_may_read_it(tmp_path: Path, kind: str) -> None:
+    run = write_run(tmp_path, lora=LoraShape(2, 1.0))
+    contents = []
+    for number in "ab":
+        out = export_generator(run, tmp_path / number / "out", ExportOptions(kind=kind, num_samples=0, device="cpu"))
+        files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "README.md"]
+        contents.append({path.relative_to(out): path.read_bytes() for path in files})
+        assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+    assert contents[0] == contents[1]
+
+
+def test_a_link_in_a_component_is_not_published(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "secret.txt").write_text("key")
+    (tmp_path / "teacher/tokenizer/notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UserError, match=r"notes\.txt is a link to .*secret\.txt, outside of the model"):
+        export_generator(run, tmp_path / "out", ExportOptions(num_samples=0, device="cpu"))
+    assert not (tmp_path / "out").exists()
