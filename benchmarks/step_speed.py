@@ -222,7 +222,10 @@ def _gradients_ours(teacher: Teacher, batch_size: int, precision: str) -> dict[s
     """Through the library's own step, with optimisers that keep the gradient instead of applying it."""
     run = build(teacher, batch_size, precision)
     kept: dict[str, Tensor] = {}
-    for role, optimizer in (("generator", run.generator_optimizer), ("fake score", run.fake_score_optimizer)):
+    for role, optimizer in (
+        ("generator", run.generator_update.optimizer),
+        ("fake score", run.fake_score_update.optimizer),
+    ):
         parameters = optimizer.param_groups[0]["params"]
         optimizer.step = lambda role=role, parameters=parameters: kept.__setitem__(role, _flat(parameters))
     run.max_grad_norm = float("inf")

@@ -97,7 +97,7 @@ def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
             for layer, module in role.shared.layers.items():
                 for part in ("lora_A", "lora_B"):
                     weight = getattr(module, part)[name].weight
-                    assert weight is role.adapter[f"{layer}.{part}".replace(".", "/")]
+                    assert weight is dict(role.named_parameters())[f"{layer}.{part}.weight"]
                     assert weight.dtype == torch.float32
         assert roles.teacher.network.conv_in.weight.dtype == torch.bfloat16  # type: ignore[union-attr,operator]
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import plain_checkpoint
+from fewstep.distillation.roles import Roles, build_twin
 from fewstep.errors import UserError
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.registry import family_named
@@ -20,6 +21,8 @@ from fewstep.networks.adapters import (
     SharedBase,
     choose_targets,
 )
+from fewstep.settings import OptimizerSettings
+from fewstep.training.update import build_update
 from tests.conftest import relative_error, tiny_denoiser
 from tests.tiny_networks import FAMILIES, some_levels, tiny_condition, tiny_text_denoiser
 
@@ -31,7 +34,7 @@ def randomise(role: AdapterRole, seed: int) -> None:
     """Weights of both factors, as after some training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for part in role.adapter.values():
+        for part in role.parameters():
             part.copy_(0.1 * torch.randn(part.shape, generator=generator))
 
 
@@ -68,7 +71,7 @@ class SeparateCopy:
 
 
 def assert_same_gradients(role: AdapterRole, separate: SeparateCopy) -> None:
-    found = {f"{name.replace('/', '.')}.weight": part.grad for name, part in role.adapter.items()}
+    found = {name: part.grad for name, part in role.named_parameters()}
     assert found.keys() == separate.factors.keys()
     touched = 0
     for name, factor in separate.factors.items():
@@ -133,8 +136,8 @@ def test_recomputed_activations_belong_to_the_role_of_the_forward(family: str) -
             x0.square().sum().backward()
             assert shared.role == "fake_score"
         assert shared.role is None
-        assert all(part.grad is None for part in fake_score.adapter.values())
-        gradients.append([part.grad for part in generator.adapter.values()])
+        assert all(part.grad is None for part in fake_score.parameters())
+        gradients.append([part.grad for part in generator.parameters()])
     plain, again = gradients
     assert sum(gradient is not None for gradient in plain) > 10
     for kept, recomputed_gradient in zip(plain, again, strict=True):
@@ -291,12 +294,12 @@ def test_update_is_alpha_over_rank_times_b_a(kind: type[nn.Module], lora: LoraSh
 # --- Copies and files
 
 
-def test_a_deep_copy_is_another_adapter_on_the_same_base() -> None:
+def test_a_twin_is_another_adapter_on_the_same_base() -> None:
     shared, generator, _ = two_roles(tiny_text_denoiser("sd"), torch.float32)
-    average = copy.deepcopy(generator)
+    average = build_twin(generator, "average")
+    assert isinstance(average, AdapterRole)
     assert average.shared is shared
-    assert average.role not in ("generator", "fake_score")
-    assert copy.deepcopy(generator).role not in ("generator", "fake_score", average.role)
+    assert average.role == "average"
     condition, level, noisy = tiny_condition("sd"), some_levels(shared.base, 400, 10), noisy_input(dtype=torch.float32)  # type: ignore[arg-type]
     with torch.no_grad():
         kept = generator.denoise(noisy, level, condition)
@@ -313,10 +316,48 @@ def test_a_deep_copy_is_another_adapter_on_the_same_base() -> None:
 
 def test_a_new_role_freezes_and_thaws_nobody() -> None:
     shared, generator, fake_score = two_roles(tiny_text_denoiser("sd"), torch.float32)
-    average = copy.deepcopy(generator).requires_grad_(False)
+    average = build_twin(generator, "average").requires_grad_(False)
     late = shared.add_role("late")
     assert all(part.requires_grad for role in (generator, fake_score, late) for part in role.parameters())
     assert not any(part.requires_grad for part in average.parameters())
+
+
+def replace_parameters(network: nn.Module) -> None:
+    """What sharding does: every parameter becomes another object of the same value."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone() + 1, parameter.requires_grad))
+
+
+def test_a_role_keeps_no_parameter_of_its_own() -> None:
+    """Roles, their states and optimisers built after sharding see the base's new parameters."""
+    shared, generator, fake_score = two_roles(tiny_text_denoiser("sd"), torch.float32)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    roles = Roles(shared.base, generator, fake_score, None)
+    replace_parameters(shared.base)
+    now = dict(shared.base.named_parameters())
+    for name, parameter in generator.named_parameters():
+        layer, factor, _ = name.rsplit(".", 2)
+        assert parameter is now[f"{layer}.{factor}.generator.weight"]
+        assert torch.equal(generator.state_dict()[name], before[name] + 1)
+    update = build_update(roles.generator_parameters(), 1e-3, OptimizerSettings())
+    held = {id(parameter) for parameter in update.optimizer.param_groups[0]["params"]}
+    assert held == {id(parameter) for parameter in generator.parameters()}
+    assert held <= {id(parameter) for parameter in shared.base.parameters()}
+    generator.load_state_dict(before)
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    assert {value.dtype for value in generator.double().state_dict().values()} == {torch.float64}
+    assert {value.dtype for value in fake_score.state_dict().values()} == {torch.float32}
+
+
+def test_the_names_of_earlier_checkpoints_are_read() -> None:
+    _, generator, fake_score = two_roles(tiny_text_denoiser("sd"), torch.float32)
+    older = {
+        "adapter." + name.removesuffix(".weight").replace(".", "/"): value.clone()
+        for name, value in generator.state_dict().items()
+    }
+    fake_score.load_state_dict(older)
+    assert all(torch.equal(value, generator.state_dict()[name]) for name, value in fake_score.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -125,14 +125,15 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
     assert (matching.teacher, matching.fake_score) == (run.roles.teacher, run.roles.fake_score)
     assert regression.distance is pixel_distance
     assert [term.weight for term in run.fake_score_terms] == [1.0, 0.3]
-    assert (run.generator_every, run.max_grad_norm) == (7, 2.0)
+    assert (run.generator_every, run.microbatch_size) == (7, 0)
     assert isinstance(run.inputs, FreshAndPairedInputs)
     assert len(run.inputs.paired.pairs) == 6
-    for optimizer, lr, modules in (
-        (run.generator_optimizer, 1e-4, [run.roles.generator]),
-        (run.fake_score_optimizer, 3e-4, [run.roles.fake_score, run.roles.discriminator]),
+    for update, lr, modules in (
+        (run.generator_update, 1e-4, [run.roles.generator]),
+        (run.fake_score_update, 3e-4, [run.roles.fake_score, run.roles.discriminator]),
     ):
-        (group,) = optimizer.param_groups
+        (group,) = update.optimizer.param_groups
+        assert update.max_grad_norm == 2.0
         assert (group["lr"], group["betas"]) == (lr, (0.5, 0.6))
         expected = [id(parameter) for parameter in nn.ModuleList(modules).parameters()]
         assert [id(parameter) for parameter in group["params"]] == expected

@@ -22,15 +22,14 @@ from fewstep.training import checkpoint
 from fewstep.training.checkpoint import (
     list_checkpoints,
     module_tensors,
-    optimizer_tensors,
     random_state,
     read_checkpoint,
     restore_module,
-    restore_optimizer,
     restore_random_state,
     write_checkpoint,
 )
 from fewstep.training.run import pretrain, train
+from fewstep.training.update import Update
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
 STATE = {"phase": "distill", "elapsed_seconds": 1.5, "data_position": 8}
@@ -304,6 +303,10 @@ def small_network(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
+def update_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> Update:
+    return Update(dict(network.named_parameters()), 0.1, optimizer, 1e9)
+
+
 def train_a_little(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for number in range(steps):
         inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
@@ -317,21 +320,22 @@ def test_modules_and_optimisers_continue_exactly(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
     train_a_little(network, optimizer, 3)
     write_checkpoint(
-        tmp_path, 3, {**module_tensors("net", network), **optimizer_tensors("opt", optimizer)}, STATE, keep=1
+        tmp_path, 3, {**module_tensors("net", network), **update_of(network, optimizer).tensors("opt")}, STATE, keep=1
     )
     tensors, _ = read_checkpoint(tmp_path / "step_00000003")
 
     other = small_network(1)
     again = torch.optim.AdamW(other.parameters(), lr=0.02, fused=True)
     restore_module("net", other, tensors)
-    restore_optimizer("opt", again, tensors)
+    update_of(other, again).restore("opt", tensors)
     assert again.param_groups[0]["lr"] == 0.02  # the rate is the step's business
     again.param_groups[0]["lr"] = 0.1
     train_a_little(network, optimizer, 3)
     train_a_little(other, again, 3)
     for name, value in network.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-    saved, restored = optimizer_tensors("opt", optimizer), optimizer_tensors("opt", again)
+    saved, restored = update_of(network, optimizer).tensors("opt"), update_of(other, again).tensors("opt")
+    assert "opt.0.weight.exp_avg" in saved  # by the parameter's name
     assert saved.keys() == restored.keys()
     assert all(torch.equal(saved[name], restored[name]) for name in saved)
 

@@ -15,11 +15,11 @@ from fewstep.errors import UserError
 from fewstep.models.model import load_generator, load_teacher
 from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 from fewstep.training import run_log, trainer
-from fewstep.training import step as step_module
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import pretrain, train
 from fewstep.training.run_log import Clock, NonFiniteError, RunLog
 from fewstep.training.trainer import claim_run_folder, run_job
+from fewstep.training.update import Update
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
 
@@ -391,15 +391,17 @@ def test_a_non_finite_loss_stops_a_distillation(
 def test_a_non_finite_gradient_norm_stops_a_distillation(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, name: str
 ) -> None:
-    original = step_module.clipped_update
-    norms: list[Tensor] = []
+    original = Update.step
+    updates: list[Update] = []
 
-    def overflowing(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        norm = original(optimizer, max_norm)
-        norms.append(norm)
-        return norm + math.inf if len(norms) == 4 else norm  # updates: step 0 two, then one or two
+    def overflowing(update: Update) -> dict[str, Tensor]:
+        metrics = original(update)
+        updates.append(update)
+        if len(updates) == 4:  # step 0 has two, then one or two
+            metrics[f"{update.prefix}grad_norm"] += math.inf
+        return metrics
 
-    monkeypatch.setattr(step_module, "clipped_update", overflowing)
+    monkeypatch.setattr(Update, "step", overflowing)
     settings = tiny_train_settings(
         teacher_folder, pictures, tmp_path / "run", training={"generator_every": every}, run={"checkpoint_every": 1}
     )

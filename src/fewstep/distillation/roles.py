@@ -1,13 +1,15 @@
 """Who takes part in distillation: teacher, generator, fake score, discriminator."""
 
-import copy
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.networks.adapters import LoraShape, SharedBase
+from fewstep.families.registry import build_on_meta
+from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.networks.discriminator import Discriminator
 
 
@@ -27,21 +29,57 @@ class Roles:
     fake_score: Denoiser
     discriminator: Discriminator | None
 
-    def fake_score_and_head(self) -> nn.ModuleList:
-        """What the second optimiser trains."""
-        modules: list[nn.Module] = [self.fake_score]
-        return nn.ModuleList(modules if self.discriminator is None else [*modules, self.discriminator])
+    def generator_parameters(self) -> dict[str, nn.Parameter]:
+        """What the first optimiser trains, by name, as they are now: sharding replaces parameter objects."""
+        return dict(self.generator.named_parameters())
+
+    def fake_score_parameters(self) -> dict[str, nn.Parameter]:
+        """What the second optimiser trains: the fake score and the head."""
+        modules: dict[str, nn.Module] = {"fake_score": self.fake_score}
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        return {
+            f"{role}.{name}": parameter
+            for role, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
 
 
 def build_roles(teacher: Denoiser, with_discriminator: bool) -> Roles:
     """Three full copies of the teacher's weights; generator and fake score are trained, without dropout."""
-    generator, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    generator, fake_score = build_twin(teacher, "generator"), build_twin(teacher, "fake_score")
     for network in (generator, fake_score):
         network.eval().requires_grad_(True)  # eval: distillation uses no dropout
     teacher.eval().requires_grad_(False)
     device = next(teacher.parameters()).device
     head = Discriminator(teacher.bottleneck_shape).to(device) if with_discriminator else None
     return Roles(teacher, generator, fake_score, head)
+
+
+def build_twin(network: Denoiser, name: str) -> Denoiser:
+    """Another network of the same description with the same weights: built without memory, then filled.
+
+    Args:
+        name: of the new role, where the network is an adapter on a shared base: its twin is another one there.
+    """
+    if isinstance(network, AdapterRole):
+        role = network.shared.add_role(name)
+        role.load_state_dict(network.state_dict())
+        return role
+    with ThreadPoolExecutor(
+        1
+    ) as apart:  # where modes that watch this thread, as an estimate's, do not see numbers made
+        twin = apart.submit(build_on_meta, network.describe()).result()
+    twin.noise_schedule, twin.compute_dtype = network.noise_schedule, network.compute_dtype  # never changed, so shared
+    fill(twin, {key: value.detach().clone() for key, value in network.state_dict().items()})
+    return twin.train(network.training)
+
+
+def fill(network: Denoiser, weights: Mapping[str, Tensor]) -> None:
+    """Put weights into a network that was built on the meta device; it keeps these tensors."""
+    network.load_state_dict(weights, assign=True)
+    left = [name for name, part in (*network.named_parameters(), *network.named_buffers()) if part.is_meta]
+    assert not left, f"not in a state dict: {left}"
 
 
 def build_lora_generator_roles(
@@ -54,7 +92,7 @@ def build_lora_generator_roles(
         checkpoint: whether activations are recomputed in the backward pass.
     """
     head = _head(teacher, with_discriminator)
-    fake_score = copy.deepcopy(teacher).eval().requires_grad_(True)
+    fake_score = build_twin(teacher, "fake_score").eval().requires_grad_(True)
     if checkpoint:
         fake_score.checkpoint_activations()
     shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)

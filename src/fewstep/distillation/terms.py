@@ -15,6 +15,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
+from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.losses import (
     denoising_loss,
     discriminator_adversarial_loss,
@@ -87,6 +88,7 @@ class GeneratorAdversarial:
     discriminator: Discriminator
     weight: float
     name: str = "gan_generator"
+    scale: LossScale = NO_SCALE
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
         index = draws.integers("gan_level", 0, self.fake_score.noise_schedule.num_levels)
@@ -100,8 +102,7 @@ class GeneratorAdversarial:
         noisy = self.fake_score.add_noise(fresh, noise, level)
         feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
         loss = generator_adversarial_loss(self.discriminator(feature))
-        (gradient,) = torch.autograd.grad(loss, fresh)
-        return TermResult(loss.detach(), pad_rows(gradient, len(x0)))
+        return TermResult(loss.detach(), pad_rows(self.scale.gradient_at(loss, fresh), len(x0)))
 
 
 @dataclass
@@ -114,12 +115,13 @@ class Regression:
     distance: Callable[[Tensor, Tensor], Tensor]
     weight: float
     name: str = "regression"
+    scale: LossScale = NO_SCALE
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
         assert batch.target is not None
         paired = x0[batch.num_fresh :].detach().requires_grad_(True)
         loss = regression_loss(paired, batch.target, self.distance)
-        (gradient,) = torch.autograd.grad(loss, paired)
+        gradient = self.scale.gradient_at(loss, paired)
         return TermResult(loss.detach(), torch.cat([torch.zeros_like(x0[: batch.num_fresh]), gradient]))
 
 

@@ -14,6 +14,7 @@ from fewstep.devices import pictures_at_once
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
+from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import FakeScoreTerm, Regression
 from fewstep.estimate.memory_meter import FakeMachine, MemoryMeter, to_fake
 from fewstep.estimate.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
@@ -22,7 +23,7 @@ from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
 from fewstep.training.ema import WeightAverage
-from fewstep.training.update import build_adamw
+from fewstep.training.update import build_update
 from fewstep.training.warmup import WarmupJob, is_warmup
 
 GENERATOR_TURN, FAKE_SCORE_TURN, PICTURES = "generator's turn", "fake score's turn", "sample pictures"
@@ -119,7 +120,7 @@ def _rehearse_distillation(
     average = _average(settings, roles.generator)
     head = roles.discriminator
     estimate.parameters["discriminator"] = _count(head.parameters()) if head is not None else 0
-    optimizers = {"generator": run.generator_optimizer, "fake_score": run.fake_score_optimizer}
+    optimizers = {"generator": run.generator_update.optimizer, "fake_score": run.fake_score_update.optimizer}
     _prepare(teacher.denoiser, average, optimizers, meter, estimate)
     run.fake_score_terms[0] = _Announced(run.fake_score_terms[0], lambda: estimate.close(GENERATOR_TURN, meter))
     size, device = settings.training.batch_size, teacher.device
@@ -142,14 +143,14 @@ def _rehearse_warmup(
 ) -> SimpleNamespace:
     steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
     denoiser.requires_grad_(False)
-    generator = copy.deepcopy(denoiser).requires_grad_(True)
+    generator = build_twin(denoiser, "generator").requires_grad_(True)
     if settings.memory.checkpoint_activations:
         generator.checkpoint_activations()
     average = _average(settings, generator)
-    optimizer = build_adamw(generator.parameters(), 1e-5, settings.optimizer)
-    _prepare(denoiser, average, {"generator": optimizer}, meter, estimate)
+    update = build_update(dict(generator.named_parameters()), 1e-5, settings.optimizer, prefix="generator_")
+    _prepare(denoiser, average, {"generator": update.optimizer}, meter, estimate)
     job = SimpleNamespace(
-        settings=settings, device=teacher.device, generator=generator, average=average, optimizer=optimizer,
+        settings=settings, device=teacher.device, generator=generator, average=average, update=update,
         inputs=PairedInputs(steps, conditions_of(denoiser), cast(Any, Pairs(denoiser.image_shape))),
         terms=[Regression(untrained_distance(settings, teacher, vae), settings.losses.regression_weight)],
         _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
@@ -217,7 +218,7 @@ class _Announced:
 
 def _average(settings: TrainSettings, generator: Denoiser) -> WeightAverage[Denoiser] | None:
     half_life = settings.generator.ema_half_life_images
-    return WeightAverage(generator, half_life) if half_life else None
+    return WeightAverage(build_twin(generator, "average"), half_life) if half_life else None
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

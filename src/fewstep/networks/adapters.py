@@ -5,7 +5,7 @@ them take part is set here, because peft's own `set_adapter` also switches off t
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,22 +113,36 @@ class SharedBase:
 class AdapterRole(Denoiser):
     """A shared base under one role's adapter. Its parameters and state dict are the adapter's alone.
 
-    A deep copy is another adapter on the same base with the same weights.
+    It keeps no parameter: each is looked up in the base when asked for, because sharding replaces the base's objects.
     """
 
     def __init__(self, shared: SharedBase, role: str) -> None:
         super().__init__()
         self._shared = (shared,)  # in a tuple: the base's parameters belong to nobody here
         self.role = role
-        parts: dict[str, nn.Parameter] = {}
-        for name, layer in shared.layers.items():
-            parts[f"{name}.lora_A"] = layer.lora_A[role].weight  # type: ignore[assignment]
-            parts[f"{name}.lora_B"] = layer.lora_B[role].weight  # type: ignore[assignment]
-        self.adapter = nn.ParameterDict({name.replace(".", "/"): part for name, part in parts.items()})
         self.requires_grad_(True)
         base = shared.base
         self.noise_schedule, self.image_shape = base.noise_schedule, base.image_shape
         self.num_classes, self.bottleneck_shape = base.num_classes, base.bottleneck_shape
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """(<layer path>.lora_A.weight / .lora_B.weight, parameter), as diffusers and peft name them."""
+        parts: dict[str, Any] = {}
+        for name, layer in self.shared.layers.items():
+            parts[f"{name}.lora_A"], parts[f"{name}.lora_B"] = layer.lora_A[self.role], layer.lora_B[self.role]
+        for name in sorted(parts, key=_older_name):  # optimisers of earlier runs number their parameters so
+            yield f"{prefix}{'.' if prefix else ''}{name}.weight", parts[name].weight
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """`adapter_state`."""
+        return self.adapter_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """`load_adapter_state`; the names that earlier checkpoints have are read too."""
+        older = {_OLDER_PREFIX + _older_name(name.removesuffix(".weight")): name for name in self.adapter_state()}
+        self.load_adapter_state({older.get(name, name): value for name, value in state_dict.items()})
 
     @property
     def shared(self) -> SharedBase:
@@ -167,7 +181,7 @@ class AdapterRole(Denoiser):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """{<layer path>.lora_A.weight / .lora_B.weight: tensor}, as diffusers and peft name them."""
-        return {f"{name.replace('/', '.')}.weight": part.detach() for name, part in self.adapter.items()}
+        return {name: part.detach() for name, part in self.named_parameters()}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `adapter_state`.
@@ -178,17 +192,15 @@ class AdapterRole(Denoiser):
         if fault := state_difference(state, self.adapter_state()):
             raise UserError(f"the LoRA does not fit this base, rank and targets: {fault}")
         with torch.no_grad():
-            for name, part in self.adapter.items():
-                part.copy_(state[f"{name.replace('/', '.')}.weight"])
+            for name, part in self.named_parameters():
+                part.copy_(state[name])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterRole":
-        names = {name for layer in self.shared.layers.values() for name in layer.lora_A}
-        number = 1
-        while f"{self.role}_copy{number}" in names:
-            number += 1
-        twin = self.shared.add_role(f"{self.role}_copy{number}")
-        twin.load_state_dict(self.state_dict())
-        return twin
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterRole":
+        """What `to` and its kin do to a module: here to the adapter's layers in the base."""
+        for layer in self.shared.layers.values():
+            for part in (layer.lora_A[self.role], layer.lora_B[self.role]):
+                part._apply(fn)
+        return self
 
 
 def choose_targets(base: Denoiser, lora: LoraShape) -> tuple[str, ...]:
@@ -201,3 +213,11 @@ def choose_targets(base: Denoiser, lora: LoraShape) -> tuple[str, ...]:
     if missing and (lora.targets or len(missing) == len(wanted)):
         raise UserError(f"memory.lora_targets {missing} match no layer of the teacher")
     return tuple(target for target in wanted if target not in missing)
+
+
+_OLDER_PREFIX = "adapter."  # of an adapter's tensors in the checkpoints of earlier versions
+
+
+def _older_name(name: str) -> str:
+    """The name that earlier versions gave a layer's factor."""
+    return name.replace(".", "/")

@@ -136,6 +136,11 @@ class TrainingSettings(Tree):
         0.0, description="stop after this much training time; rate decay then follows the clock. 0: none"
     )
     batch_size: Positive = Field(280, description="samples a step over all processes")
+    microbatch_size: int = Field(
+        0,
+        ge=0,
+        description="samples that go through the networks at once, their gradients added up; 0: the whole batch",
+    )
     generator_every: Positive = Field(5, description="fake-score steps per generator update")
     seed: int = Field(0, ge=0, lt=2**63, description="every random number follows from it")
 

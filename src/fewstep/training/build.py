@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.start import (
     refuse_other_memory,
@@ -35,7 +36,7 @@ from fewstep.settings import LossSettings, TrainSettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
 from fewstep.training.step import Distillation
-from fewstep.training.update import build_adamw
+from fewstep.training.update import build_update
 
 
 def build_step_schedule(settings: TrainSettings, teacher: Denoiser) -> StepSchedule:
@@ -84,16 +85,21 @@ def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions:
     if settings.compute.compile:
         for network in (roles.teacher, roles.generator, roles.fake_score):
             network.compile_network()
-    optimizer = settings.optimizer
+    optimizer, training = settings.optimizer, settings.training
+    scales = [LossScale.of(teacher.denoiser.compute_dtype, teacher.device) for _ in range(2)]
     return Distillation(
         roles=roles,
         inputs=build_inputs(settings, steps, teacher, conditions),
-        generator_terms=_build_generator_terms(settings, roles, teacher),
+        generator_terms=_build_generator_terms(settings, roles, teacher, scales[0]),
         fake_score_terms=_build_fake_score_terms(settings.losses, roles),
-        generator_optimizer=build_adamw(roles.generator.parameters(), optimizer.generator_lr, optimizer),
-        fake_score_optimizer=build_adamw(roles.fake_score_and_head().parameters(), optimizer.fake_score_lr, optimizer),
-        generator_every=settings.training.generator_every,
-        max_grad_norm=optimizer.max_grad_norm,
+        generator_update=build_update(
+            roles.generator_parameters(), optimizer.generator_lr, optimizer, scales[0], "generator_"
+        ),
+        fake_score_update=build_update(
+            roles.fake_score_parameters(), optimizer.fake_score_lr, optimizer, scales[1], "fake_score_"
+        ),
+        generator_every=training.generator_every,
+        microbatch_size=training.microbatch_size,
     )
 
 
@@ -134,7 +140,7 @@ def start_roles(roles: Roles, source: Path) -> None:
             refuse_other_scale(earlier.denoiser, roles.generator)
         try:
             roles.generator.load_state_dict(earlier.denoiser.state_dict())
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             raise UserError(
                 f"generator.start_from={source} is another network than the teacher: "
                 f"{str(error).splitlines()[-1].strip()}"
@@ -189,7 +195,9 @@ def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
         )
 
 
-def _build_generator_terms(settings: TrainSettings, roles: Roles, teacher: AnyTeacher) -> list[GeneratorTerm]:
+def _build_generator_terms(
+    settings: TrainSettings, roles: Roles, teacher: AnyTeacher, scale: LossScale
+) -> list[GeneratorTerm]:
     losses, terms = settings.losses, list[GeneratorTerm]()
     if losses.distribution_matching_weight:
         terms.append(
@@ -200,9 +208,11 @@ def _build_generator_terms(settings: TrainSettings, roles: Roles, teacher: AnyTe
         )  # fmt: skip
     if losses.gan_generator_weight:
         assert roles.discriminator is not None
-        terms.append(GeneratorAdversarial(roles.fake_score, roles.discriminator, losses.gan_generator_weight))
+        terms.append(
+            GeneratorAdversarial(roles.fake_score, roles.discriminator, losses.gan_generator_weight, scale=scale)
+        )
     if losses.regression_weight:
-        terms.append(Regression(build_distance(losses, teacher), losses.regression_weight))
+        terms.append(Regression(build_distance(losses, teacher), losses.regression_weight, scale=scale))
     return terms
 
 

@@ -70,24 +70,8 @@ def restore_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> 
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     try:
         module.load_state_dict(own)
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         raise UserError(f"the checkpoint's {name} is another network: {str(error).splitlines()[-1].strip()}") from error
-
-
-def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the optimiser's state under `name.<parameter number>.<field>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{name}.{number}.{field}": value for number, fields in state.items() for field, value in fields.items()}
-
-
-def restore_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; parameter groups keep their own settings."""
-    fields: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(f"{name}."):
-            number, field = key.removeprefix(f"{name}.").split(".")
-            fields.setdefault(int(number), {})[field] = value
-    optimizer.load_state_dict({"state": fields, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_state() -> dict[str, Tensor]:

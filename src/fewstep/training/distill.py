@@ -17,7 +17,7 @@ from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_conditions, build_real_data
 from fewstep.training.run_log import RunLog
 from fewstep.training.step import two_time_scale_step
-from fewstep.training.update import learning_rate_factor, set_learning_rate
+from fewstep.training.update import Update, learning_rate_factor
 
 DIAGNOSTIC_INDICES = (200, 400, 600, 800)
 
@@ -38,8 +38,8 @@ class DistillationJob(GeneratorJob):
         """One two time-scale step, with this step's rates, batch and draws."""
         settings, size = self.settings, self.settings.training.batch_size
         factor = learning_rate_factor(settings.optimizer, step, progress)
-        set_learning_rate(self.run.generator_optimizer, settings.optimizer.generator_lr * factor)
-        set_learning_rate(self.run.fake_score_optimizer, settings.optimizer.fake_score_lr * factor)
+        self.run.generator_update.set_rate(factor)
+        self.run.fake_score_update.set_rate(factor)
         draws = Draws.of_batch(settings.training.seed, step, size, self.device)
         metrics = two_time_scale_step(self.run, step, self._real_batch(step), draws)
         if self.average is not None and step % settings.training.generator_every == 0:
@@ -60,11 +60,8 @@ class DistillationJob(GeneratorJob):
             modules["discriminator"] = roles.discriminator
         return {**modules, **super().modules()}
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            "generator_optimizer": self.run.generator_optimizer,
-            "fake_score_optimizer": self.run.fake_score_optimizer,
-        }
+    def updates(self) -> dict[str, Update]:
+        return {"generator_optimizer": self.run.generator_update, "fake_score_optimizer": self.run.fake_score_update}
 
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:

@@ -1,6 +1,5 @@
 """The exponential moving average of a network's weights."""
 
-import copy
 from typing import Generic, TypeVar
 
 import torch
@@ -14,12 +13,15 @@ class WeightAverage(Generic[ModuleT]):
 
     Source: Karras et al. 2022 (arXiv:2206.00364), table 7: half-life of 0.5 million images, ramp-up of 5%.
 
+    Args:
+        module: a network of its own with the weights that the average begins with.
+
     Attributes:
-        module: the averaged copy, in eval mode, without gradients.
+        module: the averaged network, in eval mode, without gradients.
     """
 
     def __init__(self, module: ModuleT, half_life_images: float, ramp_up: float = 0.05) -> None:
-        self.module: ModuleT = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module: ModuleT = module.eval().requires_grad_(False)
         self.half_life_images, self.ramp_up = half_life_images, ramp_up
 
     def decay(self, images_seen: int, batch_size: int) -> float:

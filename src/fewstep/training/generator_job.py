@@ -13,13 +13,15 @@ from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.roles import build_twin
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import AnyGenerator, AnyTeacher
 from fewstep.settings import TrainSettings
-from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
 from fewstep.training.health import sample_statistics
 from fewstep.training.run_log import RunLog
+from fewstep.training.update import Update
 
 
 @runtime_checkable
@@ -50,7 +52,7 @@ class GeneratorJob:
         self.settings, self.teacher, self.device = settings, teacher, teacher.device
         self.steps, self.conditions, self.generator = steps, conditions, generator
         half_life = settings.generator.ema_half_life_images
-        self.average = WeightAverage(generator, half_life) if half_life else None
+        self.average = WeightAverage(build_twin(generator, "average"), half_life) if half_life else None
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """Make training step `step` (from 0) at `progress` in 0..1; returns scalar metrics on the device."""
@@ -63,25 +65,25 @@ class GeneratorJob:
             modules["average"] = self.average.module
         return modules
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimisers, by the name they have in checkpoints."""
-        raise NotImplementedError("a GeneratorJob subclass names its optimisers")
+    def updates(self) -> dict[str, Update]:
+        """The updates, by the name their state has in checkpoints."""
+        raise NotImplementedError("a GeneratorJob subclass names its updates")
 
     def tensors(self) -> dict[str, Tensor]:
         """Networks, average and optimisers; the teacher is frozen and stays where it is."""
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules().items():
             tensors.update(module_tensors(name, module))
-        for name, optimizer in self.optimizers().items():
-            tensors.update(optimizer_tensors(name, optimizer))
+        for name, update in self.updates().items():
+            tensors.update(update.tensors(name))
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `tensors`."""
         for name, module in self.modules().items():
             restore_module(name, module, tensors)
-        for name, optimizer in self.optimizers().items():
-            restore_optimizer(name, optimizer, tensors)
+        for name, update in self.updates().items():
+            update.restore(name, tensors)
 
     def best_generator(self) -> AnyGenerator:
         """The averaged generator where there is an average, else the current one; shares its weights."""

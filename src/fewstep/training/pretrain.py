@@ -11,16 +11,19 @@ from fewstep.devices import choose_device, prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_heun, sample_noise
+from fewstep.distillation.inputs import RealBatch
+from fewstep.distillation.roles import build_twin
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.losses import denoising_loss
 from fewstep.settings import PretrainSettings
-from fewstep.training.checkpoint import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
 from fewstep.training.run_log import RunLog
-from fewstep.training.update import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
+from fewstep.training.step import MicroBatch, micro_batches
+from fewstep.training.update import build_update, learning_rate_factor
 
 
 class Pretraining:
@@ -50,10 +53,11 @@ class Pretraining:
         model = EDMDenoiser(config, net.sigma_data)
         prepare_denoiser(model, str(self.device), settings.compute.precision)
         self.denoiser = model.train()
-        self.average = WeightAverage(self.denoiser, settings.ema_half_life_images)
+        self.average = WeightAverage(build_twin(self.denoiser, "average"), settings.ema_half_life_images)
         if settings.compute.compile:
             self.denoiser.compile_network()
-        self.optimizer = build_adamw(self.denoiser.parameters(), settings.optimizer.generator_lr, settings.optimizer)
+        parameters, rates = dict(self.denoiser.named_parameters()), settings.optimizer
+        self.update = build_update(parameters, rates.generator_lr, rates)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """One update on one batch of real pictures."""
@@ -62,20 +66,26 @@ class Pretraining:
         draws = Draws.of_batch(settings.training.seed, step, size, self.device)
         torch.manual_seed(draws.shared_integer("global_state", 2**31))  # dropout
         images, labels = self.batches.at(step, self.device)
-        condition = self._condition(draws, labels)
-        sigma = torch.exp(
-            draws.normal("pretrain_level", (1,)).flatten() * settings.noise.log_sigma_std
-            + settings.noise.log_sigma_mean
-        )
-        noise = draws.normal("pretrain_noise", self.denoiser.image_shape)
-        estimate = self.denoiser.denoise(self.denoiser.add_noise(images, noise, sigma), sigma, condition)
-        loss = denoising_loss(estimate, images, self.denoiser.denoising_weight(sigma))
-        loss.backward()
-        lr = settings.optimizer.generator_lr * learning_rate_factor(settings.optimizer, step, progress)
-        set_learning_rate(self.optimizer, lr)
-        norm = clipped_update(self.optimizer, settings.optimizer.max_grad_norm)
+        real = RealBatch(images, self._condition(draws, labels))
+        total = torch.zeros((), device=self.device)
+        for part in micro_batches(draws, real, settings.training.microbatch_size):
+            loss = part.share * self._loss(part)
+            self.update.backward(loss)
+            total += loss.detach()
+        self.update.set_rate(learning_rate_factor(settings.optimizer, step, progress))
+        metrics = self.update.step()
         self.average.update(self.denoiser, step * size, size)
-        return {"loss": loss.detach(), "grad_norm": norm}
+        return {"loss": total, **metrics}
+
+    def _loss(self, part: MicroBatch) -> Tensor:
+        """Mean denoising loss of some samples, each at its own level."""
+        noise, images = self.settings.noise, part.real.images
+        sigma = torch.exp(
+            part.draws.normal("pretrain_level", (1,)).flatten() * noise.log_sigma_std + noise.log_sigma_mean
+        )
+        noisy = self.denoiser.add_noise(images, part.draws.normal("pretrain_noise", self.denoiser.image_shape), sigma)
+        estimate = self.denoiser.denoise(noisy, sigma, part.real.condition)
+        return denoising_loss(estimate, images, self.denoiser.denoising_weight(sigma))
 
     def _condition(self, draws: Draws, labels: Tensor) -> Condition:
         condition = Condition.from_labels(labels, self.denoiser.num_classes)
@@ -90,14 +100,14 @@ class Pretraining:
         return {
             **module_tensors("teacher", self.denoiser),
             **module_tensors("average", self.average.module),
-            **optimizer_tensors("optimizer", self.optimizer),
+            **self.update.tensors("optimizer"),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `tensors`."""
         restore_module("teacher", self.denoiser, tensors)
         restore_module("average", self.average.module, tensors)
-        restore_optimizer("optimizer", self.optimizer, tensors)
+        self.update.restore("optimizer", tensors)
 
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:

@@ -1,6 +1,6 @@
 """One training step of DMD and DMD2: the two time-scale update rule, read from top to bottom."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,21 +10,26 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import GeneratorInput, GeneratorInputs, RealBatch
 from fewstep.distillation.roles import Roles
 from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
-from fewstep.training.update import clipped_update
+from fewstep.training.update import Update
 
 
 @dataclass
 class Distillation:
-    """Everything a step reads and changes; built once from settings, so the maths has no options in it."""
+    """Everything a step reads and changes; built once from settings, so the maths has no options in it.
+
+    Attributes:
+        generator_every: fake-score steps per generator update.
+        microbatch_size: samples that go through the networks at once; 0: the whole batch.
+    """
 
     roles: Roles
     inputs: GeneratorInputs
     generator_terms: list[GeneratorTerm]
     fake_score_terms: list[FakeScoreTerm]
-    generator_optimizer: torch.optim.Optimizer
-    fake_score_optimizer: torch.optim.Optimizer
+    generator_update: Update
+    fake_score_update: Update
     generator_every: int
-    max_grad_norm: float
+    microbatch_size: int = 0
 
 
 def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
@@ -33,7 +38,7 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
     Source: DMD2 (arXiv:2405.14867), section 4.2.
 
     Args:
-        run: networks, terms and optimisers.
+        run: networks, terms and updates.
         step: number of the step; the generator's turn is every `generator_every`-th, step 0 included.
         real: real images for the terms that read them.
         draws: this step's random numbers.
@@ -42,47 +47,96 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
         Scalar metrics on the device: losses, gradient norms, and each term's weighted gradient norm at the
         generator's output.
     """
-    metrics: dict[str, Tensor] = {}
-    batch = run.inputs(run.roles.generator, draws, real)
-    if step % run.generator_every == 0:
-        x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
-        gradient = combined_gradient(run.generator_terms, x0.detach(), batch, draws, metrics)
-        x0.backward(gradient)
-        metrics["generator_grad_norm"] = clipped_update(run.generator_optimizer, run.max_grad_norm)
-    else:
-        with torch.no_grad():
+    tally = Tally()
+    parts = micro_batches(draws, real, run.microbatch_size)
+    made: list[tuple[Tensor, Condition]] = []  # the generator's images and what they were asked for
+    generators_turn = step % run.generator_every == 0
+    for part in parts:
+        batch = run.inputs(run.roles.generator, part.draws, part.real)
+        if generators_turn:
             x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
-    fresh, condition = x0[: batch.num_fresh].detach(), batch.condition[: batch.num_fresh]
-    fake_score_loss(run.fake_score_terms, fresh, condition, real, draws, metrics).backward()
-    metrics["fake_score_grad_norm"] = clipped_update(run.fake_score_optimizer, run.max_grad_norm)
-    return metrics
+            gradient = combined_gradient(run.generator_terms, x0.detach(), batch, part, tally)
+            run.generator_update.backward_at(x0, gradient)
+        else:
+            with torch.no_grad():
+                x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
+        made.append((x0[: batch.num_fresh].detach(), batch.condition[: batch.num_fresh]))
+    updated = run.generator_update.step() if generators_turn else {}
+    for part, (fresh, condition) in zip(parts, made, strict=True):
+        run.fake_score_update.backward(fake_score_loss(run.fake_score_terms, fresh, condition, part, tally))
+    return {**tally.metrics(), **updated, **run.fake_score_update.step()}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples of a step's batch.
+
+    Attributes:
+        draws, real: of these samples.
+        share: of the whole batch; what a mean over these samples counts in the mean over all.
+    """
+
+    draws: Draws
+    real: RealBatch
+    share: float
+
+
+def micro_batches(draws: Draws, real: RealBatch, size: int) -> list[MicroBatch]:
+    """The batch in parts of `size` samples (0: in one); a sample's draws do not depend on the part it is in."""
+    count = len(draws.positions)
+    slices = [slice(first, first + (size or count)) for first in range(0, count, size or count)]
+    return [
+        MicroBatch(
+            replace(draws, positions=draws.positions[rows]), RealBatch(real.images[rows], real.condition[rows]),
+            len(draws.positions[rows]) / count,
+        )
+        for rows in slices
+    ]  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """A step's losses and gradient norms, gathered over its micro-batches."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add_loss(self, name: str, loss: Tensor, share: float) -> None:
+        """A mean over the samples of one micro-batch."""
+        self.losses[name] = self.losses.get(name, 0.0) + share * loss.detach()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means and norms over the whole batch; each term's norm relative to the first term's."""
+        found = {f"{name}_loss": loss for name, loss in self.losses.items()}
+        norms = {name: parts[0] if len(parts) == 1 else torch.stack(parts).norm() for name, parts in self.norms.items()}
+        found |= {f"{name}_norm_at_x0": norm for name, norm in norms.items()}
+        first = next(iter(norms.values()), torch.zeros(()))  # 0 at first, while fake score and teacher are equal
+        for name in list(norms)[1:]:
+            found[f"{name}_norm_ratio"] = torch.where(first > 0, norms[name] / first.clamp_min(1e-12), 0.0)
+        return found
 
 
 def combined_gradient(
-    terms: list[GeneratorTerm], x0: Tensor, batch: GeneratorInput, draws: Draws, metrics: dict[str, Tensor]
+    terms: list[GeneratorTerm], x0: Tensor, batch: GeneratorInput, part: MicroBatch, tally: Tally
 ) -> Tensor:
-    """Weighted sum of the terms' gradients at x0, (B, C, H, W); adds each loss and norm to `metrics`."""
+    """Weighted sum of the terms' gradients at x0, (B, C, H, W), of a loss that is a mean over the whole batch."""
     total = torch.zeros_like(x0)
-    norms: list[Tensor] = []
     for term in terms:
-        loss, gradient = term(x0, batch, draws)
-        weighted = term.weight * gradient
+        loss, gradient = term(x0, batch, part.draws)
+        weighted = part.share * term.weight * gradient
         total += weighted
-        norms.append(weighted.norm())
-        metrics[f"{term.name}_loss"], metrics[f"{term.name}_norm_at_x0"] = loss, norms[-1]
-    for term, norm in zip(terms[1:], norms[1:], strict=True):  # 0 at first, while fake score and teacher are equal
-        metrics[f"{term.name}_norm_ratio"] = torch.where(norms[0] > 0, norm / norms[0].clamp_min(1e-12), 0.0)
+        tally.add_loss(term.name, loss, part.share)
+        tally.norms.setdefault(term.name, []).append(weighted.norm())
     return total
 
 
 def fake_score_loss(
-    terms: list[FakeScoreTerm], x0: Tensor, condition: Condition, real: RealBatch, draws: Draws,
-    metrics: dict[str, Tensor],
-) -> Tensor:  # fmt: skip
-    """Weighted sum of the fake score's and the discriminator's losses; adds each to `metrics`."""
+    terms: list[FakeScoreTerm], x0: Tensor, condition: Condition, part: MicroBatch, tally: Tally
+) -> Tensor:
+    """Weighted sum of the fake score's and the discriminator's losses, as their share of a mean over the whole batch."""
     total = torch.zeros((), device=x0.device)
     for term in terms:
-        loss = term(x0, condition, real, draws)
-        metrics[f"{term.name}_loss"] = loss.detach()
+        loss = term(x0, condition, part.real, part.draws)
+        tally.add_loss(term.name, loss, part.share)
         total = total + term.weight * loss
-    return total
+    return part.share * total

@@ -117,7 +117,9 @@ def run_job(
                 job.pictures(log, step)
             if step % run.checkpoint_every == 0:
                 save()
-            for observer in (*watches, *observers):
+            for watch in watches:
+                watch(step, clock.seconds())
+            for observer in observers:
                 observer(step, clock.seconds())
             clock.resume()
         bar.update(task, completed=1.0)
@@ -169,6 +171,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
             "compute.",
             "training.num_steps",
             "training.time_limit_minutes",
+            "training.microbatch_size",
             "expected",
         )
         changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]

@@ -1,12 +1,136 @@
-"""AdamW with its rate a pure function of progress, so that a resumed run needs no scheduler state."""
+"""From losses to changed weights: one `Update` for each trained role. Nobody else calls `backward` or an optimiser's `step`.
+
+The learning rate is a pure function of progress, so that a resumed run needs no scheduler state.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.distillation.loss_scale import NO_SCALE, LossScale
+from fewstep.errors import UserError
 from fewstep.settings import OptimizerSettings
+
+SMALLEST_SCALE = 2.0**-10  # a loss scale below it means that overflows do not come from the scale
+
+
+class Update:
+    """Owns what stands between a role's losses and its weights: optimiser, loss scale, accumulation, clipping.
+
+    Gradients add up over any number of `backward` calls; `step` makes one update of their sum. In fp16 a step whose
+    gradients overflowed is not made: weights, moments and counters stay and the scale is halved.
+
+    Args:
+        parameters: what is trained, by name; looked up when the update is built, so after sharding.
+        lr: base learning rate.
+        optimizer: over exactly these parameters, in their order.
+        max_grad_norm: the norm of all gradients together is clipped at this.
+        scale: loss scale; the terms that ask for gradients at the role's output share it.
+        prefix: of the metrics' names.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], lr: float, optimizer: torch.optim.Optimizer, max_grad_norm: float,
+        scale: LossScale = NO_SCALE, prefix: str = "",
+    ) -> None:  # fmt: skip
+        self.parameters, self.lr, self.optimizer = dict(parameters), lr, optimizer
+        self.max_grad_norm, self.scale, self.prefix = max_grad_norm, scale, prefix
+
+    def set_rate(self, factor: float) -> None:
+        """Train with `factor` times the base rate from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a scalar loss's gradients."""
+        self.scale.scaled(loss).backward()
+
+    def backward_at(self, output: Tensor, gradient: Tensor) -> None:
+        """Add the gradients that follow from `gradient` at the role's `output`, of the same shape."""
+        output.backward(self.scale.scaled(gradient))
+
+    def step(self) -> dict[str, Tensor]:
+        """One update by the added gradients, which are cleared.
+
+        Returns:
+            Metrics on the device: the gradients' norm before clipping, 0 where an overflow kept the step from being
+            made; in fp16 the loss scale too. A norm that is not finite says that the run is lost.
+        """
+        scaler = self.scale.scaler
+        scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).detach()
+        scaler.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.scale.is_on:
+            return {f"{self.prefix}grad_norm": norm}
+        scale = self.scale.value(norm.device)
+        scaler.update()
+        norm = torch.where(norm.isfinite() | (scale <= SMALLEST_SCALE), norm, 0.0)
+        return {f"{self.prefix}grad_norm": norm, f"{self.prefix}loss_scale": scale}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The optimiser's state under `name.<parameter>.<field>`, and in fp16 the scale's under `name.loss_scale`."""
+        state = self.optimizer.state_dict()["state"]
+        names = list(self.parameters)
+        tensors = {
+            f"{name}.{names[number]}.{field}": value
+            for number, fields in state.items()
+            for field, value in fields.items()
+        }
+        return tensors | ({f"{name}.loss_scale": self.scale.state()} if self.scale.is_on else {})
+
+    def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`; the states of earlier versions, which number the parameters, are read too.
+
+        Raises:
+            UserError: the state is that of other parameters, or a part of it is missing.
+        """
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        scale = own.pop("loss_scale", None)
+        if scale is not None and self.scale.is_on:
+            self.scale.restore(scale)
+        state = _by_number(own, list(self.parameters), name)
+        parameters = list(self.parameters.items())
+        for number, fields in state.items():
+            key, parameter = parameters[number]
+            if fields.keys() != _fields(state) or any(
+                value.shape not in (parameter.shape, torch.Size()) for value in fields.values()
+            ):
+                raise UserError(f"the checkpoint's {name}.{key} is incomplete or of another shape than the run's")
+        if not state and own:
+            raise UserError(f"the checkpoint's {name} holds nothing of the run's parameters")
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _by_number(own: Mapping[str, Tensor], names: list[str], where: str) -> dict[int, dict[str, Tensor]]:
+    """{parameter's number: {field: tensor}} from keys `<parameter>.<field>`, the parameter by name or number."""
+    numbers = {name: number for number, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in own.items():
+        parameter, _, field = key.rpartition(".")
+        if parameter.isdecimal() and int(parameter) < len(names):
+            number = int(parameter)
+        elif parameter in numbers:
+            number = numbers[parameter]
+        else:
+            raise UserError(f"the checkpoint's {where} is that of another network: it has {parameter}")
+        state.setdefault(number, {})[field] = value
+    return state
+
+
+def _fields(state: Mapping[int, Mapping[str, Tensor]]) -> set[str]:
+    """Every field that any parameter has."""
+    return {field for fields in state.values() for field in fields}
+
+
+def build_update(
+    parameters: Mapping[str, nn.Parameter], lr: float, settings: OptimizerSettings, scale: LossScale = NO_SCALE,
+    prefix: str = "",
+) -> Update:  # fmt: skip
+    """AdamW as published over named parameters, with the settings' clipping."""
+    return Update(parameters, lr, build_adamw(parameters.values(), lr, settings), settings.max_grad_norm, scale, prefix)
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], lr: float, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -29,18 +153,3 @@ def learning_rate_factor(settings: OptimizerSettings, step: int, progress: float
         return warmup
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return warmup * (settings.final_lr_fraction + (1 - settings.final_lr_fraction) * cosine)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def clipped_update(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Clip the gradient norm, step, clear the gradients. Returns the norm before clipping, on the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.detach()

@@ -1,13 +1,13 @@
 """Regression alone: a generator that reproduces the teacher's own samples, from which distillation can start."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
+from fewstep.distillation.loss_scale import LossScale
+from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
 from fewstep.models.model import AnyTeacher
@@ -15,8 +15,8 @@ from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distance, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_paired_inputs
-from fewstep.training.step import combined_gradient
-from fewstep.training.update import build_adamw, clipped_update, learning_rate_factor, set_learning_rate
+from fewstep.training.step import Tally, combined_gradient, micro_batches
+from fewstep.training.update import Update, build_update, learning_rate_factor
 
 
 class WarmupJob(GeneratorJob):
@@ -36,31 +36,33 @@ class WarmupJob(GeneratorJob):
         steps = build_step_schedule(settings, teacher.denoiser)
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
-        generator = copy.deepcopy(teacher.denoiser).requires_grad_(True)
+        generator = build_twin(teacher.denoiser, "generator").eval().requires_grad_(True)
         if settings.memory.checkpoint_activations:
             generator.checkpoint_activations()
         if settings.compute.compile:
             generator.compile_network()
         super().__init__(settings, teacher, steps, self.inputs.conditions, generator)
-        self.terms = [Regression(build_distance(settings.losses, teacher), settings.losses.regression_weight)]
-        self.optimizer = build_adamw(generator.parameters(), settings.optimizer.generator_lr, settings.optimizer)
+        losses, scale = settings.losses, LossScale.of(generator.compute_dtype, teacher.device)
+        self.terms = [Regression(build_distance(losses, teacher), losses.regression_weight, scale=scale)]
+        parameters, rates = dict(generator.named_parameters()), settings.optimizer
+        self.update = build_update(parameters, rates.generator_lr, rates, scale, "generator_")
         shape = teacher.denoiser.image_shape
         self._no_data = RealBatch(torch.empty(0, *shape, device=self.device), Condition(0))
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"generator_optimizer": self.optimizer}
+    def updates(self) -> dict[str, Update]:
+        return {"generator_optimizer": self.update}
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """One update on one batch of pairs."""
         settings, size = self.settings, self.settings.training.batch_size
-        lr = settings.optimizer.generator_lr * learning_rate_factor(settings.optimizer, step, progress)
-        set_learning_rate(self.optimizer, lr)
-        draws = Draws.of_batch(settings.training.seed, step, size, self.device)
-        batch = self.inputs(self.generator, draws, self._no_data)
-        metrics: dict[str, Tensor] = {}
-        x0 = self.generator.denoise(batch.noisy, batch.level, batch.condition)
-        x0.backward(combined_gradient(list(self.terms), x0.detach(), batch, draws, metrics))
-        metrics["generator_grad_norm"] = clipped_update(self.optimizer, settings.optimizer.max_grad_norm)
+        self.update.set_rate(learning_rate_factor(settings.optimizer, step, progress))
+        draws, tally = Draws.of_batch(settings.training.seed, step, size, self.device), Tally()
+        for part in micro_batches(draws, self._no_data, settings.training.microbatch_size):
+            batch = self.inputs(self.generator, part.draws, part.real)
+            x0 = self.generator.denoise(batch.noisy, batch.level, batch.condition)
+            gradient = combined_gradient(list(self.terms), x0.detach(), batch, part, tally)
+            self.update.backward_at(x0, gradient)
+        metrics = {**tally.metrics(), **self.update.step()}
         if self.average is not None:
             self.average.update(self.generator, step * size, size)
         return metrics
