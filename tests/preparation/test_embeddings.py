@@ -10,6 +10,7 @@ import torch
 from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.shard_folder import MANIFEST
 from fewstep.errors import UserError
+from fewstep.families.registry import family_named
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation import embeddings as module
 from fewstep.preparation.embeddings import prepare_embeddings
@@ -22,7 +23,8 @@ JOB: dict[str, Any] = {"shard_size": 4, "batch_size": 2}
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def encoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextEncoders:
     make = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder}[request.param]
-    return TextEncoders(make(tmp_path_factory.mktemp("models") / request.param), request.param)
+    folder = make(tmp_path_factory.mktemp("models") / request.param)
+    return family_named(request.param).text_encoders(folder)
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_another_job_is_refused(
 
 def test_other_encoders_are_refused(encoders: TextEncoders, whole: Path, tmp_path: Path) -> None:
     make = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder}[encoders.family]
-    other = TextEncoders(make(tmp_path / "other", seed=1), encoders.family)
+    other = family_named(encoders.family).text_encoders(make(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="holds other embeddings: text_encoders was '"):
         prepare_embeddings(other, PROMPTS, whole, **JOB)
 

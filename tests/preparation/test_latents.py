@@ -10,6 +10,7 @@ from fewstep.data.captioned_images import CaptionedImages, open_captioned_images
 from fewstep.data.latents import StoredLatents, check_latents_fit
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.families.registry import family_named
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.formats.lmdb import write_lmdb
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(model: Path) -> TextEncoders:
-    return TextEncoders(model, "sd")
+    return family_named("sd").text_encoders(model)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from torch import Tensor
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.errors import UserError
+from fewstep.families.registry import family_named
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, write_dmd2_folder
 from fewstep.formats.fingerprints import vae_fingerprint
 from fewstep.models.model import Teacher, load_teacher
 from fewstep.networks.autoencoder import load_autoencoder
-from fewstep.networks.text_encoders import TextEncoders
 from fewstep.preparation.conversion import convert_dmd2
 from fewstep.preparation.latents import prepare_latents
 from fewstep.settings import TrainSettings
@@ -90,7 +90,7 @@ def captioned(folder: Path) -> Path:
 def test_text_runs_continue_the_authors_checkpoints(tmp_path: Path) -> None:
     base = tiny_sdxl_folder(tmp_path / "sdxl")
     prepare_latents(
-        load_autoencoder(base), TextEncoders(base, "sdxl"), open_captioned_images(str(captioned(tmp_path / "pictures"))),
+        load_autoencoder(base), family_named("sdxl").text_encoders(base), open_captioned_images(str(captioned(tmp_path / "pictures"))),
         tmp_path / "latents", resolution=16, vae_fingerprint=vae_fingerprint(base),
     )  # fmt: skip
     (tmp_path / "prompts.txt").write_text("red cat\na dog\n")

@@ -50,7 +50,6 @@ def make_latents(
     """`fewstep prepare latents --images`."""
     from fewstep.families.diffusers_folder import resolve_model_folder
     from fewstep.families.registry import recognise
-    from fewstep.networks.autoencoder import load_autoencoder
     from fewstep.preparation.latents import prepare_latents
 
     if fit not in get_args(Fit):
@@ -58,7 +57,9 @@ def make_latents(
     place, model = choose_device(device), resolve_model_folder(teacher)
     source = open_captioned_images(images, split=split, caption_column=caption_column, streaming=streaming)
     family = recognise(model)
-    autoencoder, encoders = load_autoencoder(model).to(place), family.text_encoders(model).to(place)
+    autoencoder, encoders = family.autoencoder(model), family.text_encoders(model).to(place)
+    assert autoencoder is not None, "a family that takes prompts works on latents"
+    autoencoder.to(place)
     resolution = resolution or family.resolution(model)
     prepare_latents(
         autoencoder, encoders, source, folder, resolution=resolution, vae_fingerprint=vae_fingerprint(model),

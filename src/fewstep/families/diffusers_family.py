@@ -1,15 +1,17 @@
 """What all families in diffusers' format share: components read by their configs, a VAE, text encoders, DDIM."""
 
+import inspect
 from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_ddim
 from fewstep.errors import UserError
+from fewstep.families.config_keys import KnownKeys, refuse_other_keys
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.diffusers_folder import has_guidance_built_in
 from fewstep.families.family import Description, Family
@@ -22,12 +24,14 @@ from fewstep.formats.diffusers_index import (
     vae_factor,
 )
 from fewstep.formats.model_folder import ModelCard
+from fewstep.networks.text_layout import TextLayout
 
 if TYPE_CHECKING:
     from fewstep.networks.autoencoder import Autoencoder
     from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 _RELEASED_FACTOR = 8
+_VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
 
 
 class DiffusersFamily(Family):
@@ -35,9 +39,15 @@ class DiffusersFamily(Family):
 
     Attributes:
         description_name: what the family's descriptions call it on disk ("family").
+        text_layout: its text encoders.
+        scheduler_keys: the scheduler configs that are understood.
+        vae_read: keys of the VAE's config, beyond its architecture, that are honoured.
     """
 
     description_name: str
+    text_layout: TextLayout
+    scheduler_keys: KnownKeys
+    vae_read: tuple[str, ...]
     takes = "prompts"
     sampler_name = "DDIM"
     default_num_steps = 50
@@ -69,10 +79,11 @@ class DiffusersFamily(Family):
         kind = _need_libraries(self.network_class)
         from fewstep.networks.components import load_component
 
-        scheduler, size = read_scheduler(folder), self._latent_size(folder, resolution)
+        scheduler, size = self._scheduler(folder), self._latent_size(folder, resolution)
+        self._refuse_other_networks(folder, kind)
         weights = load_component(kind, folder / self.component)
         try:
-            return self.build_around(weights.float(), plain_config(scheduler), size)
+            return self.build_around(weights.float(), scheduler, size)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{folder}: {error}") from error
 
@@ -80,10 +91,12 @@ class DiffusersFamily(Family):
         import torch
 
         kind, size = _need_libraries(self.network_class), self._latent_size(folder, resolution)
+        scheduler = self._scheduler(folder)
+        self._refuse_other_networks(folder, kind)
         with torch.device("meta"):
             untrained = kind.from_config(self._network_config(folder))
         try:
-            return self.build_around(untrained, plain_config(read_scheduler(folder)), size).describe()
+            return self.build_around(untrained, scheduler, size).describe()
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{folder}: {error}") from error
 
@@ -117,17 +130,25 @@ class DiffusersFamily(Family):
     def text_encoders(self, folder: Path) -> "TextEncoders":
         from fewstep.networks.text_encoders import TextEncoders
 
-        return TextEncoders(folder, self.name)
+        return TextEncoders(folder, self.text_layout)
 
     def condition(self, embeddings: "TextEmbeddings", empty: "TextEmbeddings", size: tuple[int, int]) -> Condition:
-        from fewstep.networks.text_encoders import text_condition
-
-        return text_condition(embeddings, empty, self.name, *size)
+        parts, rows = {"text": embeddings.text}, dict[str, Empty](text=empty.text)
+        if embeddings.pooled is not None and empty.pooled is not None:
+            parts["pooled"], rows["pooled"] = embeddings.pooled, empty.pooled
+        return Condition(len(embeddings.text), parts, rows)
 
     def autoencoder(self, folder: Path) -> "Autoencoder | None":
         from fewstep.networks.autoencoder import load_autoencoder
 
-        return load_autoencoder(folder)
+        vae = load_autoencoder(folder)
+        config = read_vae_config(folder)
+        for name in _VAE_ARITHMETIC:
+            if name not in self.vae_read and config.get(name) not in (None, _VAE_ARITHMETIC[name]):
+                raise UserError(
+                    f"{folder}: its vae has {name}={config[name]!r}, which this version does not understand for {self.title}"
+                )
+        return vae
 
     def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
         return read_vae_config(folder)
@@ -137,6 +158,28 @@ class DiffusersFamily(Family):
 
     def resolution(self, folder: Path) -> int:
         return int(self._network_config(folder)["sample_size"]) * self.pixels_per_latent(folder)
+
+    def _scheduler(self, folder: Path) -> dict[str, Any]:
+        """The scheduler's config without private entries, understood whole."""
+        config, index = read_scheduler(folder), read_model_index(folder)
+        listed = str(index["scheduler"][1]) if "scheduler" in index else config.get("_class_name", "")
+        try:
+            refuse_other_keys(config, self.scheduler_keys, "scheduler", self.title)
+            if listed not in self.scheduler_keys.classes:
+                raise ValueError(f"{INDEX} names the scheduler class {listed}, which is not one of {self.title} here")
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+        return plain_config(config)
+
+    def _refuse_other_networks(self, folder: Path, kind: Any) -> None:
+        """Raise UserError for a network setting that the installed diffusers does not know, and would leave out."""
+        known = inspect.signature(kind.__init__).parameters
+        for name, value in self._network_config(folder).items():
+            if not name.startswith("_") and name not in known and value is not None and value is not False:
+                raise UserError(
+                    f"{folder}: its {self.component} has {name}={value!r}, which this version of diffusers does not know; "
+                    "pip install -U diffusers"
+                )
 
     def _network_config(self, folder: Path) -> dict[str, Any]:
         return read_json(folder / self.component / "config.json", folder, self.component)

@@ -6,7 +6,8 @@ from typing import Protocol
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
-from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders, text_condition
+from fewstep.families.registry import family_named
+from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 
 class EmbeddingSource(Protocol):
@@ -62,7 +63,7 @@ class PromptTable:
 
     def rows(self, index: Tensor) -> Condition:
         embeddings = self.source.rows(index.cpu()).to(index.device)
-        return text_condition(embeddings, self.empty.to(index.device), self.family, *self.size)
+        return family_named(self.family).condition(embeddings, self.empty.to(index.device), self.size)
 
     def texts(self, index: Tensor) -> list[str]:
         """The prompts at these numbers."""

@@ -61,7 +61,7 @@ class TextModel:
     @cached_property
     def encoders(self) -> TextEncoders:
         """Text encoders; `release_encoders` frees them."""
-        return TextEncoders(self.folder, self.family).to(self.device)
+        return recognise(self.folder).text_encoders(self.folder).to(self.device)
 
     @cached_property
     def empty(self) -> TextEmbeddings:

@@ -1,5 +1,6 @@
 """One component of a diffusers folder, whole: no tensor stays at its random start, and every failure is one sentence."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -14,6 +15,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 
 _CLIP, _WEIGHTS = "text_model.", "model.safetensors"
+_VARIANT = re.compile(r"(diffusion_pytorch_)?model(\.(?P<variant>[a-z]+\w*))?(-\d+-of-\d+)?\.safetensors")
 
 
 @contextmanager
@@ -52,6 +54,9 @@ def load_component(kind: Any, folder: Path) -> Any:
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
+        options["trust_remote_code"] = False
+    if variant := _only_variant(folder):
+        options["variant"] = variant
     try:
         with quiet_loading():
             module, found = kind.from_pretrained(folder, **options)
@@ -67,6 +72,31 @@ def load_component(kind: Any, folder: Path) -> Any:
             f"shape {missing[:2]}, {len(other)} unexpected {other[:2]}; download it again"
         )
     return module
+
+
+def load_tokenizer(kind: Any, folder: Path) -> Any:
+    """A tokenizer of transformers from its folder.
+
+    Args:
+        kind: its class.
+
+    Raises:
+        UserError: files are missing or damaged; names the folder.
+    """
+    try:
+        with quiet_loading():
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+        raise UserError(f"{folder} cannot be loaded ({_reason(error)}); download it again") from error
+
+
+def _only_variant(folder: Path) -> str:
+    """The variant ("fp16") that a folder's weights are stored in, where there are no plain ones; else empty."""
+    found = [match for path in folder.glob("*.safetensors") if (match := _VARIANT.fullmatch(path.name))]
+    variants = {match["variant"] or "" for match in found}
+    if len(variants) > 1 and "" not in variants:
+        raise UserError(f"{folder} holds its weights as {', '.join(sorted(variants))}; keep one of these variants")
+    return "" if "" in variants or not variants else variants.pop()
 
 
 def published_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
@@ -96,5 +126,5 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
-    line = str(cause or error).splitlines()[0].split(". If you want to instead")[0]
+    line = (str(cause or error).strip() or type(error).__name__).splitlines()[0].split(". If you want to instead")[0]
     return " ".join(line.split()).rstrip(".")

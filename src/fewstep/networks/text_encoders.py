@@ -1,7 +1,6 @@
 """Prompts to embeddings, with the text encoders of a diffusers folder and the pipeline's own rules."""
 
 import inspect
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,19 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition, Empty
 from fewstep.errors import UserError
-from fewstep.formats.diffusers_index import read_model_index
-from fewstep.networks.components import load_component, quiet_loading
-
-_PIPELINES = {
-    "sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
-}  # fmt: skip
-
-
-_COMPONENTS = {
-    "vae", "unet", "transformer", "safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3",
-}  # fmt: skip  # optional or unused here
+from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
+from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
+from fewstep.networks.text_layout import TextLayout
 
 
 class TextEmbeddings(NamedTuple):
@@ -45,54 +35,40 @@ class TextEmbeddings(NamedTuple):
 class TextEncoders:
     """The tokenizers and text encoders of one model.
 
+    Nothing of the folder chooses a class: the family's layout names those there may be. The pipeline is built around
+    the loaded components, so that no code beside them is ever looked for.
+
     Args:
         folder: a diffusers folder with model_index.json.
-        family: "sd", "sdxl" or "sd3".
+        layout: of the model's family.
 
     Raises:
-        UserError: a component is missing or damaged; names it.
+        UserError: a component is missing, damaged or of another class; names it.
     """
 
-    def __init__(self, folder: Path, family: str) -> None:
-        self.folder, self.family = folder, family
-        index = read_model_index(folder)
-        names = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+    def __init__(self, folder: Path, layout: TextLayout) -> None:
+        self.folder, self.layout, self.family = folder, layout, layout.family
+        parts = {name: _load_part(folder, name, kind) for name, kind in _part_classes(folder, layout).items()}
+        index = read_json(folder / INDEX, folder, "model_index")
+        chosen = {name: index[name] for name in layout.index_options if name in index}
         with quiet_loading():  # of what transformers says on being imported
-            kind = getattr(diffusers, _PIPELINES[family])
-        others: dict[str, Any] = {
-            name: None
-            for name in inspect.signature(kind.__init__).parameters
-            if name in _COMPONENTS and name not in names
-        }
-        if family == "sd":
-            others["requires_safety_checker"] = False
-        for name in names:
-            if not (folder / name).is_dir():
-                raise UserError(f"{folder} is incomplete: its component {name} is missing; download it again")
-        for name in names:
-            encoder = getattr(transformers, str(index[name][1]), None)
-            if name.startswith("text_encoder") and encoder is not None:
-                others[name] = load_component(encoder, folder / name)
-        try:
-            with quiet_loading():
-                self._pipeline: Any = kind.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, **others
-                )
-        except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: its text encoders cannot be loaded ({str(error).splitlines()[0]})") from error
-        for name in names:
-            module = getattr(self._pipeline, name)
-            if isinstance(module, torch.nn.Module):
-                module.float().eval().requires_grad_(False)
-        if family == "sd3":
-            config = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
-            self._pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+            kind: Any = getattr(diffusers, layout.pipeline)
+            needed = inspect.signature(kind.__init__).parameters.values()
+            absent = {part.name: None for part in needed if part.default is part.empty and part.name != "self"}
+            scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # some versions look at one
+            options = {**absent, **layout.pipeline_options, **chosen, "scheduler": scheduler, **parts}
+            self._pipeline: Any = kind(**options)
+        for module in self.modules:
+            module.float().eval().requires_grad_(False)
+        if layout.network:
+            config = read_json(folder / layout.network / "config.json", folder, layout.network)
+            setattr(self._pipeline, layout.network, SimpleNamespace(config=SimpleNamespace(**config)))
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """The text encoders."""
-        parts = (getattr(self._pipeline, f"text_encoder{suffix}", None) for suffix in ("", "_2", "_3"))
-        return [part for part in parts if part is not None]
+        parts = (getattr(self._pipeline, name, None) for name in self.layout.components)
+        return [part for part in parts if isinstance(part, torch.nn.Module)]
 
     @property
     def device(self) -> torch.device:
@@ -108,16 +84,23 @@ class TextEncoders:
     @property
     def max_tokens(self) -> int:
         """Longest prompt in tokens, start and end included; the longest of the model's tokenizers."""
-        lengths = [self._pipeline.tokenizer.model_max_length]
-        if getattr(self._pipeline, "text_encoder_3", None) is not None:
-            lengths.append(256)  # the pipeline's own limit for T5
-        return max(lengths)
+        return max(self._limits.values())
+
+    @property
+    def _limits(self) -> dict[str, int]:
+        """Tokens that each tokenizer's encoder reads."""
+        tokenizers = {name: getattr(self._pipeline, name, None) for name in self.layout.components}
+        return {
+            name: self.layout.token_limits.get(name, int(getattr(tokenizer, "model_max_length", 0)))
+            for name, tokenizer in tokenizers.items()
+            if tokenizer is not None and name.startswith("tokenizer")
+        }
 
     @property
     def _tokenizer(self) -> Any:
-        """The one with the most tokens."""
-        has_t5 = getattr(self._pipeline, "text_encoder_3", None) is not None
-        return self._pipeline.tokenizer_3 if has_t5 else self._pipeline.tokenizer
+        """The last of those with the most tokens, as the pipeline has them."""
+        limits = self._limits
+        return getattr(self._pipeline, max(limits, key=lambda name: (name in self.layout.token_limits, limits[name])))
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, start and end included."""
@@ -133,31 +116,42 @@ class TextEncoders:
     def encode(self, prompts: list[str]) -> TextEmbeddings:
         """Embeddings of N prompts as the model's own pipeline makes them; longer ones are cut at `max_tokens`, silently."""
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        if self.family == "sd3":
-            options |= {"prompt_2": None, "prompt_3": None}
-        with quiet_loading():  # the libraries say of each cut prompt, and for SD 3 of ones that its T5 sees whole
-            encoded = self._pipeline.encode_prompt(prompts, **options)
-        return TextEmbeddings(encoded[0].float(), encoded[2].float() if self.family != "sd" else None)
+        with quiet_loading():  # the libraries say of each cut prompt, and of ones that another encoder sees whole
+            encoded = self._pipeline.encode_prompt(prompts, **options, **self.layout.encode_options)
+        return TextEmbeddings(encoded[0].float(), encoded[2].float() if self.layout.has_pooled else None)
 
     def encode_empty(self) -> TextEmbeddings:
-        """One row for the unconditional branch: zeros for SDXL (where its config says so), else the empty prompt."""
+        """One row for the unconditional branch: zeros where the model's config says so, else the empty prompt."""
         empty = self.encode([""])
-        if self.family == "sdxl" and self._pipeline.config.force_zeros_for_empty_prompt:
-            assert empty.pooled is not None
-            return TextEmbeddings(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled))
+        if self.layout.zeros_option and self._pipeline.config[self.layout.zeros_option]:
+            pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
+            return TextEmbeddings(torch.zeros_like(empty.text), pooled)
         return empty
 
 
-def text_condition(
-    embeddings: TextEmbeddings, empty: TextEmbeddings, family: str, height: int, width: int
-) -> Condition:
-    """The condition of N rows; SDXL's time ids are (height, width, 0, 0, height, width) in pixels."""
-    size = len(embeddings.text)
-    parts, rows = {"text": embeddings.text}, dict[str, Empty](text=empty.text)
-    if embeddings.pooled is not None:
-        assert empty.pooled is not None
-        parts["pooled"], rows["pooled"] = embeddings.pooled, empty.pooled
-    if family == "sdxl":
-        values = torch.tensor([height, width, 0, 0, height, width], device=embeddings.text.device)
-        parts["time_ids"], rows["time_ids"] = values.float().expand(size, 6), "same"
-    return Condition(size, parts, rows)
+def _part_classes(folder: Path, layout: TextLayout) -> dict[str, str]:
+    """The class of every text component, of those the family knows; all are there and none is another's."""
+    index = read_model_index(folder)
+    missing = [name for name in layout.components if name not in index and name not in layout.optional]
+    if missing:
+        raise UserError(
+            f"{folder}: {layout.title} needs {' and '.join(missing)}, which {INDEX} does not name; a model without them, such "
+            "as a refiner, makes no pictures from text alone"
+        )
+    other = [name for name in index if name.startswith(("text_encoder", "tokenizer")) and name not in layout.components]
+    if other:
+        raise UserError(f"{folder}: {layout.title} does not have {' and '.join(other)}, which {INDEX} names")
+    classes = {name: str(index[name][1]) for name in layout.components if name in index}
+    for name, kind in classes.items():
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} is incomplete: its component {name} is missing; download it again")
+        if kind not in layout.components[name]:
+            known = " or ".join(layout.components[name])
+            raise UserError(f"{folder}: its {name} is a {kind}; of {layout.title} this version reads {known}")
+    return classes
+
+
+def _load_part(folder: Path, name: str, kind: str) -> Any:
+    with quiet_loading():
+        found: Any = getattr(transformers, kind)
+    return (load_tokenizer if name.startswith("tokenizer") else load_component)(found, folder / name)

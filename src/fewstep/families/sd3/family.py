@@ -9,8 +9,11 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.sd3.config_keys import SCHEDULER_KEYS, VAE_READ
 from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, VAE
+from fewstep.networks.text_layout import TextLayout
 
+_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _TOKENS = 77 + 256  # of CLIP and of T5
 
 
@@ -26,6 +29,18 @@ class StableDiffusion3(DiffusersFamily):
     lora_targets = LORA_TARGETS
     shapes = SHAPES
     autoencoder_config = VAE
+    scheduler_keys = SCHEDULER_KEYS
+    vae_read = VAE_READ
+    text_layout = TextLayout(
+        "sd3", title, "StableDiffusion3Pipeline",
+        {
+            "text_encoder": ("CLIPTextModelWithProjection",), "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "text_encoder_3": ("T5EncoderModel",), "tokenizer": _CLIP_TOKENIZERS, "tokenizer_2": _CLIP_TOKENIZERS,
+            "tokenizer_3": ("T5TokenizerFast", "T5Tokenizer"),
+        },
+        optional=("text_encoder_3", "tokenizer_3"), encode_options={"prompt_2": None, "prompt_3": None},
+        network="transformer", token_limits={"tokenizer_3": 256},
+    )  # fmt: skip
 
     def has_network(self, config: dict[str, Any]) -> bool:
         return True

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and XL: U-Nets that predict epsilon or v on a discrete schedule."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,9 +9,15 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.stable_diffusion.config_keys import SCHEDULER_KEYS, VAE_READ
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
+from fewstep.networks.text_layout import TextLayout
+
+if TYPE_CHECKING:
+    from fewstep.networks.text_encoders import TextEmbeddings
 
 _TOKENS = 77  # of CLIP
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 class StableDiffusion(DiffusersFamily):
@@ -26,6 +32,12 @@ class StableDiffusion(DiffusersFamily):
     lora_targets = LORA_TARGETS
     shapes = SHAPES
     autoencoder_config = VAE
+    scheduler_keys = SCHEDULER_KEYS
+    vae_read = VAE_READ
+    text_layout = TextLayout(
+        "sd", title, "StableDiffusionPipeline", {"text_encoder": ("CLIPTextModel",), "tokenizer": _TOKENIZERS},
+        pipeline_options={"requires_safety_checker": False}, has_pooled=False,
+    )  # fmt: skip
 
     def has_network(self, config: dict[str, Any]) -> bool:
         return config.get("addition_embed_type") != "text_time"
@@ -53,9 +65,24 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     title = "SDXL"
     shapes = XL_SHAPES
+    text_layout = TextLayout(
+        "sdxl", title, "StableDiffusionXLPipeline",
+        {
+            "text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "tokenizer": _TOKENIZERS, "tokenizer_2": _TOKENIZERS,
+        },
+        pipeline_options={"add_watermarker": False}, index_options=("force_zeros_for_empty_prompt",),
+        zeros_option="force_zeros_for_empty_prompt",
+    )  # fmt: skip
 
     def has_network(self, config: dict[str, Any]) -> bool:
         return config.get("addition_embed_type") == "text_time"
+
+    def condition(self, embeddings: "TextEmbeddings", empty: "TextEmbeddings", size: tuple[int, int]) -> Condition:
+        """As the base's, with time ids (height, width, 0, 0, height, width) that guidance leaves as they are."""
+        found = super().condition(embeddings, empty, size)
+        ids = torch.tensor([*size, 0, 0, *size], device=embeddings.text.device).float().expand(len(found), 6)
+        return Condition(len(found), {**found.parts, "time_ids": ids}, {**found.empty, "time_ids": "same"})
 
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network

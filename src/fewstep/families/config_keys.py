@@ -1,0 +1,58 @@
+"""Configs are understood whole: a key that a family does not read is at its default, or the model is refused by name."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KnownKeys:
+    """What a family knows of one kind of config.
+
+    Attributes:
+        classes: what `_class_name` may be.
+        read: keys whose values are honoured.
+        elsewhere: keys that steer what this library does itself otherwise (a stock sampler's own spacing and solver),
+            and so change nothing here.
+    """
+
+    classes: tuple[str, ...]
+    read: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
+
+
+def refuse_other_keys(config: Mapping[str, Any], known: KnownKeys, what: str, title: str) -> None:
+    """Raise ValueError for a class, or a key that is not at its default, which the family does not understand.
+
+    Args:
+        config: as the file has it, `_class_name` included.
+        what: the component, as messages call it.
+        title: the family's.
+    """
+    kind = config.get("_class_name", "")
+    if kind not in known.classes:
+        raise ValueError(
+            f"its {what} is a {kind or 'component without _class_name'}, whose arithmetic is not that of {title} here; "
+            f"known are {', '.join(known.classes)}"
+        )
+    defaults = _defaults(kind)
+    for name, value in config.items():
+        if name.startswith("_") or name in known.read or name in known.elsewhere:
+            continue
+        if value is None or value is False or (name in defaults and _same(value, defaults[name])):
+            continue
+        raise ValueError(f"its {what} has {name}={value!r}, which this version does not understand for {title}")
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """The defaults of a diffusers class's settings."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return {name: part.default for name, part in parameters.items() if part.default is not part.empty}
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Equal, where JSON has lists for tuples."""
+    return bool(value == default or (isinstance(default, tuple) and value == list(default)))

@@ -1,0 +1,154 @@
+"""A config is understood whole or refused by name: schedulers, VAEs, networks, and the classes a folder may name."""
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import fewstep
+from fewstep.errors import UserError
+from fewstep.families.config_keys import refuse_other_keys
+from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.registry import all_families, recognise
+from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+
+TEXT_FAMILIES = [family for family in all_families() if isinstance(family, DiffusersFamily)]
+SCHEDULERS = [name for name in dir(diffusers) if name.endswith("Scheduler") and name != "SchedulerMixin"]
+MAKERS: dict[str, Callable[[Path], Path]] = {"sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    for name, make in MAKERS.items():
+        make(place / name)
+    return place
+
+
+def changed(folder: Path, file: str, **values: Any) -> Path:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES, ids=lambda family: family.name)
+def test_every_scheduler_of_diffusers_is_known_or_refused(family: DiffusersFamily) -> None:
+    """With its own default config: what is known passes, everything else is refused by its name."""
+    for name in SCHEDULERS:
+        kind = getattr(diffusers, name)
+        if not hasattr(kind, "_get_init_keys"):
+            continue  # needs a library that is not installed
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        config = {part.name: part.default for part in parameters if part.default is not part.empty}
+        config["_class_name"] = name
+        if name in family.scheduler_keys.classes:
+            refuse_other_keys(config, family.scheduler_keys, "scheduler", family.title)
+        else:
+            with pytest.raises(ValueError, match=f"its scheduler is a {name}, whose arithmetic is not that of"):
+                refuse_other_keys(config, family.scheduler_keys, "scheduler", family.title)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "values", "said"),
+    [
+        ("sdxl", "scheduler/scheduler_config.json", {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0},
+         "its scheduler is a EDMDPMSolverMultistepScheduler"),
+        ("sdxl", "scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+         "its scheduler is a FlowMatchEulerDiscreteScheduler"),
+        ("sd", "scheduler/scheduler_config.json", {"thresholding": True}, "its scheduler has thresholding=True"),
+        ("sd", "scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+         "its scheduler has timestep_type='continuous'"),
+        ("sd", "scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "its scheduler has use_flow_sigmas=True"),
+        ("sd", "scheduler/scheduler_config.json", {"of_tomorrow": 3}, "its scheduler has of_tomorrow=3"),
+        ("sd", "scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type='sample' is not supported"),
+        ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "its scheduler is a DDIMScheduler"),
+        ("sd", "unet/config.json", {"of_tomorrow": 3}, "its unet has of_tomorrow=3, which this version of diffusers"),
+        ("sd", "model_index.json", {"scheduler": ["payload", "X"]}, "names the scheduler class X"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_arithmetic_is_refused_by_name(
+    models: Path, tmp_path: Path, name: str, file: str, values: dict[str, Any], said: str
+) -> None:
+    folder = changed(shutil.copytree(models / name, tmp_path / "model"), file, **values)
+    for read in (recognise(folder).load, recognise(folder).describe_folder):
+        with pytest.raises(UserError) as error:
+            read(folder)
+        assert said in str(error.value)
+        assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    "values",
+    [{"latents_mean": [0.1] * 4}, {"latents_std": [2.0] * 4}, {"shift_factor": 0.06}],
+    ids=lambda v: next(iter(v)),
+)
+def test_latents_of_another_scale_are_refused(models: Path, tmp_path: Path, name: str, values: dict[str, Any]) -> None:
+    folder = changed(shutil.copytree(models / name, tmp_path / "model"), "vae/config.json", **values)
+    with pytest.raises(UserError, match=f"its vae has {next(iter(values))}="):
+        recognise(folder).autoencoder(folder)
+
+
+def test_a_samplers_own_settings_change_nothing(models: Path, tmp_path: Path) -> None:
+    folder = changed(
+        shutil.copytree(models / "sd", tmp_path / "model"), "scheduler/scheduler_config.json",
+        timestep_spacing="trailing", steps_offset=0, _class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True,
+    )  # fmt: skip
+    pictures = [
+        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_steps=2) for path in (models / "sd", folder)
+    ]
+    assert torch.equal(*pictures)
+
+
+# --- Classes a folder names, code it brings, weights it stores otherwise
+
+
+def test_no_code_of_a_folder_is_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A .py beside every component, an auto_map in every config, and nobody is asked on standard input."""
+    canary = tmp_path / "canary"
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    for part in ("text_encoder", "tokenizer", "unet", "vae", "scheduler"):
+        (folder / part / "payload.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
+        for config in (folder / part).glob("*config.json"):
+            changed(
+                folder / part, config.name, auto_map={"AutoModel": "payload.X", "AutoTokenizer": ["payload.X", None]}
+            )
+    family = recognise(folder)
+    family.text_encoders(folder).encode(["cat"])
+    family.autoencoder(folder)
+    for part in ("text_encoder", "tokenizer"):
+        index = {**json.loads((models / "sd/model_index.json").read_text()), part: ["payload", "X"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=f"its {part} is a X; of Stable Diffusion"):
+            recognise(folder).text_encoders(folder)
+    with pytest.raises(UserError, match="has auto_map="):  # a setting that no network here has
+        family.load(folder)
+    assert not canary.exists()
+
+
+def test_a_refiner_is_refused_in_one_sentence(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "sdxl", tmp_path / "model")
+    changed(folder, "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(
+        UserError, match=r"SDXL needs text_encoder and tokenizer, which model_index\.json does not name"
+    ):
+        recognise(folder).text_encoders(folder)
+
+
+def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
+    """What `variant="fp16"` leaves on the disk: *.fp16.safetensors only."""
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    pictures = [
+        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_steps=2) for path in (models / "sd", folder)
+    ]
+    assert torch.equal(*pictures)
