@@ -104,7 +104,7 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
         UserError: no picture, no such split, a metadata file that cannot be read or names a picture that is not there.
     """
     where = where or str(folder)
-    files, note = sorted(_walk(folder)), ""
+    files, note = sorted(walk_files(folder)), ""
     pictures = [name for name in files if is_picture(name)]
     if not pictures:
         raise UserError(f"{where}: no picture in this folder ({', '.join(sorted(PICTURES))})")
@@ -180,7 +180,7 @@ def _read(root: Path, files: list[str], note: str, where: str) -> Listing:
     return Listing(root, pictures, left_out, metadata, list(columns), note, paths)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path) -> Iterator[str]:
     """Files below a folder, as paths with "/"; links are followed, each folder once; hidden folders are not entered."""
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True):

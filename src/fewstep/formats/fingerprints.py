@@ -66,14 +66,15 @@ def _add_component(digest: "hashlib._Hash", folder: Path) -> None:
         files = sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
         for path in files:
             with path.open("rb") as file:
-                _add_weights(digest, file, path.stat().st_size)
+                add_content(digest, file, path.stat().st_size)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}); download the model again") from None
     if not files:
         raise UserError(f"{folder} holds no weights as safetensors; download the model again")
 
 
-def _add_weights(digest: "hashlib._Hash", file: BinaryIO, size: int) -> None:
+def add_content(digest: "hashlib._Hash", file: BinaryIO, size: int) -> None:
+    """Add a file's size and content to a digest: whole up to 16 MiB, 256 evenly spaced blocks of 64 KiB above."""
     digest.update(str(size).encode())
     if size <= _NUM_BLOCKS * _BLOCK_BYTES:
         digest.update(file.read())

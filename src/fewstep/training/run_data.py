@@ -1,0 +1,116 @@
+"""What a run reads, known by its content: a continued run goes on with the same data wherever it lies now, and notices other data."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.listing import is_picture, walk_files
+from fewstep.errors import UserError
+from fewstep.formats.atomic import replaced_file
+from fewstep.formats.bundled import resolve_path
+from fewstep.formats.fingerprints import add_content
+
+FILE = "data.json"
+SOURCES = ("teacher.path", "data.images", "data.prompts", "data.latents", "data.pairs")  # settings that name data
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a setting led to.
+
+    Attributes:
+        source: as the user wrote it.
+        fingerprint: of names, sizes and (pictures aside) contents; of the text itself where nothing local lies there.
+        num_files: behind it, 0 for what is no local path.
+    """
+
+    source: str
+    fingerprint: str
+    num_files: int
+
+
+def read_content(source: str) -> Content:
+    """The content of a file or folder; where it lies does not count, hidden files neither.
+
+    Of pictures the name and the size count. Of other files the content does: whole up to 16 MiB, 256 spread blocks above.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    path = resolve_path(source)
+    if not path.exists():
+        return Content(source, hashlib.sha256(source.encode()).hexdigest()[:32], 0)
+    files = sorted(_files(path))
+    digest = hashlib.sha256()
+    try:
+        for name, file in files:
+            digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+            if is_picture(name):
+                digest.update(f"{file.stat().st_size}\n".encode())
+            else:
+                with file.open("rb") as opened:
+                    add_content(digest, opened, file.stat().st_size)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error})") from error
+    return Content(source, digest.hexdigest()[:32], len(files))
+
+
+def claim_data(
+    folder: Path, values: dict[str, Any], before: dict[str, Any] | None, *, data_changed: bool = False
+) -> set[str]:
+    """Note what a new run reads, or compare what a continued one reads with what it read before.
+
+    Args:
+        folder: of the run.
+        values: its settings, flat, by dotted key.
+        before: the settings it began with; None for a new run.
+        data_changed: take other data than before, and note it.
+
+    Returns:
+        Keys whose text differs from before while what they lead to is the same.
+
+    Raises:
+        UserError: other data than before; names the setting and how many files there were.
+    """
+    now = {key: read_content(str(values[key])) for key in SOURCES if values.get(key)}
+    known = {} if before is None else _read(folder / FILE)
+    same: set[str] = set()
+    for key, content in now.items():
+        earlier = known.get(key)
+        if before is None or (earlier is None and before.get(key) != values[key]):
+            continue  # new; or of a version without this file, where the texts are compared
+        if earlier is not None and earlier.fingerprint != content.fingerprint and not data_changed:
+            raise UserError(_changed(key, earlier, content))
+        same.add(key)
+    with replaced_file(folder / FILE) as aside:
+        aside.write_text(json.dumps({key: asdict(content) for key, content in now.items()}, indent=1), encoding="utf-8")
+    return same
+
+
+def _changed(key: str, earlier: Content, content: Content) -> str:
+    what = f"{key}={content.source}"
+    if not content.num_files:
+        return f"{what} is not there, and this run began with {earlier.source}; put it back"
+    return (
+        f"{what} holds other files than this run began with ({earlier.num_files:,} then, {content.num_files:,} now; added, "
+        "removed or changed since): put them back, repeat with --data-changed to go on with these, or choose another run.folder"
+    )
+
+
+def _read(path: Path) -> dict[str, Content]:
+    if not path.is_file():
+        return {}
+    try:
+        return {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or choose another run.folder") from None
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """(name below the path, file) of everything in it but hidden files; a file alone has no name, so that it may move."""
+    if path.is_file():
+        return [("", path)]
+    names = (name for name in walk_files(path) if not name.rpartition("/")[2].startswith("."))
+    return [(name, path / name) for name in names]
