@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fewstep.data.images import split_files
 from fewstep.data.listing import list_pictures_below
+from fewstep.data.tables import split_files
 from fewstep.errors import UserError
 
 

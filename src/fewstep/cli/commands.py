@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fewstep.data.images import ImageDataset, load_images, parquet_files
+from fewstep.data.images import ImageDataset, load_images
 from fewstep.data.listing import has_split
+from fewstep.data.tables import parquet_files
 from fewstep.devices import choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features

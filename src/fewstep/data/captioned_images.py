@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.data.images import load_parquet, parquet_files, split_files, tell, unreadable
 from fewstep.data.listing import Listing, list_pictures_below
 from fewstep.data.prompts import check_column
+from fewstep.data.tables import load_parquet, parquet_files, split_files, tell, unreadable
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
 

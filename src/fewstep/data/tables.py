@@ -1,0 +1,172 @@
+"""Pictures by row before they are decoded: files of a folder, or a column of parquet files and hub sets through `datasets`."""
+
+import glob
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.listing import SPLITS
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.settings import DataSettings
+
+Report = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """One line for people, where nothing else was asked for."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class PictureRows(Protocol):
+    """Encoded pictures by row."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Each as {"bytes": ...} or {"path": ...}."""
+
+
+class FolderRows:
+    """Pictures in files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"path": str(self._paths[index])} for index in indices]
+
+
+class TableRows:
+    """Pictures in a column of a `datasets` table."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [row or {} for row in self._table[list(indices)][self._column]]
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Parquet files below a folder, sorted, but those that are metadata of pictures."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() == ".parquet" and path.is_file()]
+    return sorted(path for path in found if path.name.lower() != "metadata.parquet")
+
+
+def split_files(folder: Path, split: str, where: str) -> list[Path]:
+    """The parquet files of one split: all, unless each is named like a split ("train-00000-of-00002.parquet").
+
+    Raises:
+        UserError: there is no such split.
+    """
+    files = parquet_files(folder)
+    named = {path: _split_of(path, folder) for path in files}
+    if not all(named.values()):
+        if split != "train":
+            raise UserError(f"{where} is not divided into splits: it has no split {split!r}; name the files themselves")
+        return files
+    chosen = [path for path, name in named.items() if name == split]
+    if not chosen:
+        raise UserError(f"{where} has the splits {', '.join(sorted(set(named.values())))} and no split {split!r}")
+    return chosen
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    """The split that a file's name ("test-00000-of-00002", "test") or its folder says it is of, "" for none."""
+    word = path.stem.lower().partition("-")[0]
+    if word in SPLITS:
+        return word
+    parent = path.parent.name.lower() if path.parent != folder else ""
+    return parent if parent in SPLITS else ""
+
+
+def open_table(settings: "DataSettings") -> Any:
+    """Parquet files or a hub set as a `datasets` table."""
+    if not settings.images:
+        raise UserError("data.images is not set: name a folder of pictures, a parquet file or a hub data set")
+    path, where = Path(settings.images).expanduser(), f"data.images={settings.images}"
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file() and path.suffix.lower() == ".parquet":
+            return load_parquet([path])
+        if path.is_dir():
+            return load_parquet(split_files(path, settings.split, where))
+        if path.exists() or path.is_absolute() or settings.images.count("/") > 1 or settings.images.startswith("."):
+            raise UserError(f"{where}: no such folder or parquet file")
+        return datasets.load_dataset(settings.images, split=settings.split)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds; each becomes one sentence with its own words
+        raise unreadable(f"{where} (split {settings.split!r})", error) from error
+
+
+def load_parquet(files: Sequence[Path], **options: Any) -> Any:
+    """Parquet files as one table; characters that mean something in patterns are names here."""
+    import datasets
+
+    names = [glob.escape(str(file)) for file in files]
+    return datasets.load_dataset("parquet", data_files={"train": names}, split="train", **options)
+
+
+def unreadable(what: str, error: Exception) -> UserError:
+    """What a library said of a source, as one sentence; a cache that cannot be written is told apart from the pictures."""
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == 30):
+        return UserError(
+            f"the cache of data sets cannot be written ({error}); set HF_HOME (or HF_DATASETS_CACHE) to a folder that can"
+        )
+    words = str(error).splitlines()[0] if str(error) else ""
+    return UserError(f"{what} cannot be read: {type(error).__name__}: {words}")
+
+
+def image_column(table: Any, settings: "DataSettings") -> str:
+    """The column of pictures; raises UserError where there is none."""
+    import datasets
+
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            return str(name)
+    if "image" in table.features:
+        return "image"
+    raise UserError(f"data.images={settings.images}: no column of pictures among {sorted(table.features)}")
+
+
+def table_labels(table: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:
+    """Labels (N,), int64, and the names of the classes where the table has them; raises UserError where they do not fit."""
+    column = settings.label_column
+    where = f"data.images={settings.images}"
+    if column not in table.features:
+        raise UserError(
+            f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
+            f"among {sorted(table.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
+        )
+    values = np.asarray(table[column])
+    if not np.issubdtype(values.dtype, np.integer):
+        raise UserError(f"{where}: column {column!r} holds {values.dtype}, not integer class labels")
+    values = values.reshape(len(values), -1)[:, 0]
+    check_labels(values, where, num_classes)
+    names = getattr(table.features[column], "names", None)
+    return torch.from_numpy(values.astype(np.int64)), names
+
+
+def check_labels(values: np.ndarray, where: str, num_classes: int) -> None:
+    """Raise UserError where labels do not fit the model's classes."""
+    if values.min() < 0 or values.max() >= num_classes:
+        raise UserError(
+            f"{where}: labels run from {values.min()} to {values.max()}, the model has {num_classes} classes "
+            f"(0..{num_classes - 1})"
+        )
