@@ -1,6 +1,7 @@
 """The one contract every diffusion model meets here: noisy images in, an x0 estimate out."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -100,6 +101,13 @@ def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
     """torch's non-reentrant activation checkpoint; random state is kept only where dropout needs it."""
     random = isinstance(block, nn.Module) and block.training
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to `dtype` on a device, nothing for float32. Shapes alone (the meta device) follow the CPU's autocast."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast("cpu" if device.type == "meta" else device.type, dtype)
 
 
 def guided_denoise(

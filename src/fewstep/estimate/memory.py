@@ -16,7 +16,7 @@ from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
 from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import FakeScoreTerm, Regression
-from fewstep.estimate.memory_meter import FakeMachine, MemoryMeter, to_fake
+from fewstep.estimate.machine import Meter as MemoryMeter, meta_machine
 from fewstep.estimate.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
 from fewstep.models.model import AnyTeacher
 from fewstep.settings import TrainSettings
@@ -85,8 +85,8 @@ def estimate_memory(
     estimate, network = MemoryEstimate(), copy.deepcopy(denoiser)
     schedule = network.noise_schedule  # holds real numbers, which cannot be copied where tensors are fake: share it
     object.__setattr__(schedule, "__deepcopy__", lambda memo: schedule)
-    with FakeMachine(gpu) as meter:
-        to_fake(network).eval()
+    with meta_machine(gpu) as meter:
+        network.eval()
         network.compute_dtype = _DTYPES[settings.compute.precision]
         estimate.parameters["teacher"] = _count(network.parameters())
         vae = None if autoencoder is None else untrained_autoencoder(autoencoder)

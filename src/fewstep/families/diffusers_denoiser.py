@@ -1,13 +1,12 @@
 """What all networks from diffusers share: precision inside, conversion to x0 outside, checkpointed activations."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
+from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import UserError
@@ -58,8 +57,7 @@ class DiffusersDenoiser(Denoiser):
         raise NotImplementedError("a DiffusersDenoiser subclass implements run_network")
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
-        exact = self.compute_dtype == torch.float32
-        with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
+        with computing_in(self.compute_dtype, noisy.device):
             raw, feature = self.run_network(noisy, level, condition, want)
         bottleneck = None if feature is None else feature.to(noisy.dtype)
         if raw is None:

@@ -1,13 +1,12 @@
 """EDM networks as Denoisers: preconditioning outside in float32, the network inside in its compute precision."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
+from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import KarrasSchedule
 from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
@@ -36,8 +35,7 @@ class EDMDenoiser(Denoiser):
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         c = edm_preconditioning(level, self.sigma_data)
         network_want = {"x0": "output", "bottleneck": "bottleneck", "both": "both"}[want]
-        exact = self.compute_dtype == torch.float32
-        with nullcontext() if exact else torch.autocast(noisy.device.type, self.compute_dtype):
+        with computing_in(self.compute_dtype, noisy.device):
             raw, feature = self.model(
                 per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.get("class_labels"), network_want
             )
