@@ -19,7 +19,7 @@ from fewstep.estimate.memory import (
     PICTURES,
     STATES,
     TRAINED,
-    estimate_memory,
+    estimate_run,
 )
 from fewstep.families.registry import build_released, family_of
 from fewstep.settings import TrainSettings, load_settings, parse_settings
@@ -66,7 +66,7 @@ def print_table(model: str) -> None:
         for gan in (False, True):
             for checkpoint in (False, True):
                 settings = settings_of(model, mode, frozen, checkpoint, gan)
-                estimate = estimate_memory(settings, denoiser, autoencoder=vae_of(denoiser), pictures=False)
+                estimate = estimate_run(settings, denoiser, autoencoder=vae_of(denoiser), pictures=False)
                 peaks.append(gib(estimate.step))
                 kept = sum(estimate.kinds[estimate.phase][kind] for kind in (FROZEN, TRAINED, STATES))
         print(f"| `{mode}` | {frozen} | {gib(kept)} | {' | '.join(peaks)} |", flush=True)
@@ -81,7 +81,7 @@ def print_recipe(recipe: Path) -> None:
     for name, overrides in (("without GAN", no_gan), ("with GAN", [])):
         settings = load_settings(TrainSettings, recipe, overrides)
         denoiser = build_released(settings.teacher.network, settings.teacher.resolution)
-        estimate = estimate_memory(settings, denoiser, autoencoder=vae_of(denoiser))
+        estimate = estimate_run(settings, denoiser, autoencoder=vae_of(denoiser))
         kept = sum(estimate.kinds[PICTURES][kind] for kind in (FROZEN, TRAINED, STATES))
         peaks = [estimate.peaks[phase] for phase in PHASES]
         print(f"| {name} | {' | '.join(gib(size) for size in (kept, *peaks, max(peaks)))} |", flush=True)

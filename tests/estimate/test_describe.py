@@ -14,6 +14,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.errors import UserError
 from fewstep.estimate import describe as estimate
 from fewstep.estimate.describe import describe_distillation, network_size
+from fewstep.estimate.machine import ACTIVATIONS
 from fewstep.estimate.memory import (
     FAKE_SCORE_TURN,
     FROZEN,
@@ -22,9 +23,8 @@ from fewstep.estimate.memory import (
     PICTURES,
     STATES,
     TRAINED,
-    MemoryEstimate,
+    Estimate,
 )
-from fewstep.estimate.memory_meter import ACTIVATIONS
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
@@ -80,13 +80,13 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
     """The settings that steps were rehearsed with; no step is."""
     asked: list[TrainSettings] = []
 
-    def answer(settings: TrainSettings, *_: object, pictures: bool = True, **__: object) -> MemoryEstimate:
+    def answer(settings: TrainSettings, *_: object, pictures: bool = True, **__: object) -> Estimate:
         asked.append(settings)
         kinds = Counter({FROZEN: 2**30, ACTIVATIONS: 2**30})
         peaks = {GENERATOR_TURN: 2**31, FAKE_SCORE_TURN: 2**30} | ({PICTURES: 2**30} if pictures else {})
-        return MemoryEstimate(peaks, {GENERATOR_TURN: kinds}, {"teacher": 2_000_000})
+        return Estimate(peaks, {GENERATOR_TURN: kinds}, {"teacher": 2_000_000})
 
-    monkeypatch.setattr(estimate, "estimate_memory", answer)
+    monkeypatch.setattr(estimate, "estimate_run", answer)
     return asked
 
 
@@ -121,10 +121,10 @@ def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSetting
 def test_a_dry_run_speaks_at_once(empty_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings, and what is being rehearsed, are out before any rehearsal has ended; then a line a mode."""
 
-    def stop(*_: object, **__: object) -> MemoryEstimate:
+    def stop(*_: object, **__: object) -> Estimate:
         raise UserError("stopped here")
 
-    monkeypatch.setattr(estimate, "estimate_memory", stop)
+    monkeypatch.setattr(estimate, "estimate_run", stop)
     answer = fewstep("train", RECIPES / "sdxl_dmd2_4step_one_gpu.toml", "--dry-run")
     assert answer.code == 2
     assert "teacher.network = 'sdxl'\n" in answer.out
@@ -260,11 +260,11 @@ def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident kinds, what a step adds, their sum, and pictures where they need more; the counts: test_memory.py."""
     gib = 2**30
     kinds = Counter({FROZEN: 3 * gib, TRAINED: 2 * gib, STATES: 4 * gib, GRADIENTS: gib, ACTIVATIONS: 5 * gib})
-    rehearsed = MemoryEstimate(
+    rehearsed = Estimate(
         {GENERATOR_TURN: 15 * gib, FAKE_SCORE_TURN: 9 * gib, PICTURES: 16 * gib}, {GENERATOR_TURN: kinds},
         {"teacher": 2_000_000, "generator": 2_000_000, "discriminator": 500_000},
     )  # fmt: skip
-    monkeypatch.setattr(estimate, "estimate_memory", lambda *_, **__: rehearsed)
+    monkeypatch.setattr(estimate, "estimate_run", lambda *_, **__: rehearsed)
     values = {"teacher": {"network": "cifar10-ddpmpp"}, "training": {"batch_size": 8}}
     lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
     assert lines == [

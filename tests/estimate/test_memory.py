@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fewstep.distillation.roles import build_shared_base_roles
 from fewstep.errors import UserError
+from fewstep.estimate.machine import ACTIVATIONS, meta_machine
 from fewstep.estimate.memory import (
     AVERAGE,
     FAKE_SCORE_TURN,
@@ -25,10 +25,9 @@ from fewstep.estimate.memory import (
     PICTURES,
     STATES,
     TRAINED,
-    MemoryEstimate,
-    estimate_memory,
+    Estimate,
+    estimate_run,
 )  # fmt: skip
-from fewstep.estimate.memory_meter import ACTIVATIONS, FakeMachine, to_fake
 from fewstep.families.registry import build_on_meta, build_released, family_named, released_shapes
 from fewstep.networks.adapters import AdapterRole, LoraShape
 from fewstep.settings import TrainSettings, parse_settings
@@ -43,9 +42,9 @@ STORAGE: dict[str, dict[str, Any]] = {  # each size in another storage, so that 
 
 
 @cache
-def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False, **memory: Any) -> MemoryEstimate:
+def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False, **memory: Any) -> Estimate:
     network = build_on_meta(description(size))
-    return estimate_memory(case_settings(mode, batch_size, **memory), network, gpu=False, pictures=pictures)
+    return estimate_run(case_settings(mode, batch_size, **memory), network, gpu=False, pictures=pictures)
 
 
 @pytest.mark.parametrize("size", ["small", "middle", "large"])
@@ -65,7 +64,7 @@ def test_what_lies_between_steps_is_counted_exactly() -> None:
         update={"generator": settings.generator.model_copy(update={"ema_half_life_images": 10.0})}
     )
     network = build_on_meta(description("small"))
-    estimate = estimate_memory(settings, network, gpu=False)
+    estimate = estimate_run(settings, network, gpu=False)
     weights = sum(parameter.numel() for parameter in network.parameters())
     head, tensors = estimate.parameters["discriminator"], 2 * len(list(network.parameters())) + 10
     assert estimate.parameters["generator"] == estimate.parameters["teacher"] == weights
@@ -88,8 +87,7 @@ def test_modes_and_recomputing_save_what_they_promise() -> None:
 def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
     """On a bf16 base, too: the float32 weights that the optimiser trains are those that the layers run."""
     network = build_on_meta(description("small"))
-    with FakeMachine(gpu=True):
-        to_fake(network)
+    with meta_machine(gpu=True):
         roles = build_shared_base_roles(network, LoraShape(rank=4), False, torch.bfloat16, False)
         for name in ("generator", "fake_score"):
             role = getattr(roles, name)
@@ -106,7 +104,7 @@ def test_nothing_stays_behind_after_a_step() -> None:
     """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
     settings = case_settings("shared_base", 1, precision="bf16", frozen_precision="bf16", checkpoint_activations=True)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
-    found = estimate_memory(settings, build_on_meta(description("small")), gpu=True)
+    found = estimate_run(settings, build_on_meta(description("small")), gpu=True)
     kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]
     assert kinds[GRADIENTS] == 0
     assert kinds[STATES] == pytest.approx(2 * trained, rel=0.01)
@@ -122,7 +120,7 @@ def test_large_sample_pictures_are_decoded_one_by_one() -> None:
         settings = case_settings("shared_base", 1)
         settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": count})})
         peaks.append(
-            estimate_memory(settings, network, autoencoder=dict(family_named("sd").autoencoder_config)).peaks[PICTURES]
+            estimate_run(settings, network, autoencoder=dict(family_named("sd").autoencoder_config)).peaks[PICTURES]
             / 2**30
         )
     assert 3 < peaks[0] < 4
@@ -131,13 +129,12 @@ def test_large_sample_pictures_are_decoded_one_by_one() -> None:
 
 def test_a_gpu_normalises_in_float32() -> None:
     settings = case_settings("full", 2, precision="bf16")
-    gpu = estimate_memory(settings, build_on_meta(description("middle")), gpu=True, pictures=False)
+    gpu = estimate_run(settings, build_on_meta(description("middle")), gpu=True, pictures=False)
     assert predicted("full", "middle", precision="bf16").step < gpu.step
-    assert F.group_norm.__name__ == "group_norm"  # as it was
 
 
 def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
-    with FakeMachine(gpu=False) as meter:
+    with meta_machine(gpu=False) as meter:
         first = torch.zeros(100)
         view = first[:50]
         assert meter.total == 400

@@ -58,7 +58,7 @@ class Calls:
         if recipe is not None:
             return _repeat(recipe, tensors)
         made = func(*args, **kwargs)
-        if tensors and key not in self._recipes:
+        if key not in self._recipes:
             self._recipes[key] = _learn(key, tensors, made, args, kwargs)
         return made
 
@@ -98,7 +98,13 @@ def _learn(key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[s
         if part is None or type(part) in (bool, int, float):
             outputs.append(part)
             continue
-        if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_conj() or part.is_neg():
+        if (
+            not isinstance(part, Tensor)
+            or part.layout != torch.strided
+            or not is_meta(part)
+            or part.is_conj()
+            or part.is_neg()
+        ):
             return None
         same = next((number for number, tensor in enumerate(tensors) if tensor is part), None)
         storage = part.untyped_storage()

@@ -2,25 +2,36 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser, Want
 from fewstep.errors import UserError
-from fewstep.estimate.memory import AVERAGE, FROZEN, PICTURES, STATES, TRAINED, MemoryEstimate, estimate_memory
+from fewstep.estimate.calls import Calls
+from fewstep.estimate.fits import describe_fits
+from fewstep.estimate.memory import (
+    AVERAGE,
+    FAKE_SCORE_TURN,
+    FROZEN,
+    GENERATOR_TURN,
+    PICTURES,
+    STATES,
+    TRAINED,
+    Estimate,
+    estimate_run,
+)
+from fewstep.estimate.stand_ins import teacher_network
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
-from fewstep.families.registry import build_on_meta, build_released, family_of, recognise
-from fewstep.formats.bundled import resolve_path
 from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
 from fewstep.training.warmup import is_warmup
 
 _GIB = 2**30
+_RATE = 200e12
 _MODES = {
     "full": "three networks",
     "lora_generator": "generator as LoRA on the frozen teacher, fake score a network of its own",
@@ -83,16 +94,27 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
     Args:
         report: called with what is rehearsed next: a released text-to-image model takes up to a minute a memory mode.
     """
-    found = _teacher_network(settings)
+    found = teacher_network(settings)
     if found is None:
         yield "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
         return
-    denoiser, vae = found
-    gpu = settings.compute.device != "cpu"
+    (denoiser, vae), calls = found, Calls()
+
+    def rehearse(settings: TrainSettings, pictures: bool = False) -> Estimate:
+        gpu = settings.compute.device != "cpu"
+        return estimate_run(settings, denoiser, gpu=gpu, autoencoder=vae, pictures=pictures, calls=calls)
+
     report(f"rehearsing a step and its sample pictures with memory.mode={settings.memory.mode} ...")
-    chosen = estimate_memory(settings, denoiser, gpu=gpu, autoencoder=vae)
+    chosen = rehearse(settings, pictures=True)
     yield _describe_network(denoiser, chosen)
     yield from _describe_memory(settings, chosen)
+    size = settings.training.batch_size
+    yield describe_fits(
+        lambda at_once: (chosen if at_once == size else rehearse(_at_once(settings, at_once))).step,
+        size,
+        "training.batch_size",
+    )
+    yield _describe_work(settings, chosen)
     yield from schedule_warning(settings, denoiser)
     if settings.expected:
         yield f"published: {settings.expected}"
@@ -102,11 +124,11 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
         estimate = chosen
         if mode != settings.memory.mode:
             report(f"rehearsing a step with memory.mode={mode} ...")
-            estimate = estimate_memory(_in_mode(settings, mode), denoiser, gpu=gpu, autoencoder=vae, pictures=False)
+            estimate = rehearse(_in_mode(settings, mode))
         yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}"
 
 
-def _describe_network(denoiser: Denoiser, estimate: MemoryEstimate) -> str:
+def _describe_network(denoiser: Denoiser, estimate: Estimate) -> str:
     channels, height, width = denoiser.image_shape
     line = f"network: {estimate.parameters['teacher'] / 1e6:.1f} M parameters, {height}x{width}x{channels}"
     line += f", {denoiser.num_classes} classes" if isinstance(denoiser, EDMDenoiser) else " latents"
@@ -118,7 +140,7 @@ def _describe_network(denoiser: Denoiser, estimate: MemoryEstimate) -> str:
     return line
 
 
-def _describe_memory(settings: TrainSettings, estimate: MemoryEstimate) -> list[str]:
+def _describe_memory(settings: TrainSettings, estimate: Estimate) -> list[str]:
     """What lies in memory between steps, what a step adds, their sum, and the sample pictures beside it."""
     kinds = estimate.kinds[estimate.phase]
     resident = {kind: kinds[kind] for kind in (FROZEN, TRAINED, AVERAGE, STATES) if kinds[kind]}
@@ -137,6 +159,28 @@ def _describe_memory(settings: TrainSettings, estimate: MemoryEstimate) -> list[
             f"{settings.run.sample_images}"
         )
     return lines
+
+
+def _at_once(settings: TrainSettings, size: int) -> TrainSettings:
+    """The settings with so many samples going through the networks at once."""
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"batch_size": size})})
+
+
+def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
+    """Arithmetic of an average step, and what the run takes at a stated rate.
+
+    Every step draws its samples: with gradients on the generator's turns; on average half of the earlier steps of a
+    few-step generator come before.
+    """
+    training, steps = settings.training, len(settings.generator.step_indices)
+    every = 1 if is_warmup(settings) else training.generator_every
+    drawn = training.batch_size * estimate.forward_flops * ((1 - 1 / every) + (steps - 1) / 2)
+    flops = estimate.flops[GENERATOR_TURN] / every + estimate.flops.get(FAKE_SCORE_TURN, 0) + drawn
+    hours = flops * training.num_steps / _RATE / 3600
+    return (
+        f"work: {flops / 1e12:.3g} TFLOP a step on average; {training.num_steps:,} steps take {hours:,.1f} hours at "
+        f"{_RATE / 1e12:.0f} TFLOP/s (a fifth of what an H100 can do in bf16)"
+    )
 
 
 def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
@@ -163,25 +207,3 @@ def describe_pretraining(settings: PretrainSettings) -> list[str]:
         f"estimated peak: {(states + graph) / _GIB:.1f} GiB at batch {settings.training.batch_size} "
         f"({settings.compute.precision}; counted on the meta device; workspace of the kernels comes on top)",
     ]
-
-
-def _teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] | None] | None:
-    """The teacher on the meta device and its VAE's config: named in the recipe, or described by its folder."""
-    teacher = settings.teacher
-    if teacher.network:
-        try:
-            denoiser = build_released(teacher.network, teacher.resolution)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return denoiser, dict(family_of(denoiser.describe()).autoencoder_config) or None
-    path = teacher.path
-    if not path:
-        return None
-    folder = resolve_path(path)
-    if (folder / "teacher").is_dir():
-        folder = folder / "teacher"
-    if not folder.is_dir():
-        return None
-    family = recognise(folder)
-    description = family.describe_folder(folder, teacher.resolution)
-    return build_on_meta(description), family.read_autoencoder_config(folder) or None

@@ -21,7 +21,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fewstep.estimate.calls import META, Calls, is_meta
 
@@ -43,6 +43,20 @@ _FLOAT = {
 }  # fmt: skip
 
 
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 class Meter(TorchDispatchMode):
     """Live and peak bytes of the storages that operations make inside it, by kind, and the operations' arithmetic.
 
@@ -57,14 +71,14 @@ class Meter(TorchDispatchMode):
         flops: floating-point operations of matrix products, convolutions and attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Calls | None = None) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.total = self.peak = self.flops = 0
         self.at_peak: Counter[str] = Counter()
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._kinds: dict[int, str] = {}
-        self._calls = Calls()
+        self._calls = Calls() if calls is None else calls
         self.casts: dict[int, Tensor] = {}  # autocast's copies of weights, until it ends
 
     @classmethod
@@ -80,7 +94,7 @@ class Meter(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and is_meta(args[0]):
             return 0  # no tensor has a value: the step's one host number is which simulated step to train
         made = self._calls(func, args, kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=made)
         for tensor in made if isinstance(made, tuple | list) else (made,):
@@ -101,7 +115,11 @@ class Meter(TorchDispatchMode):
             self._kinds[key] = kind
 
     def start_phase(self) -> None:
-        """Forget the peak so far."""
+        """Forget the peak and the arithmetic so far."""
+        self._mark()
+        self.flops = 0
+
+    def _mark(self) -> None:
         self.peak, self.at_peak = self.total, self.live.copy()
 
     def _note(self, tensor: Tensor) -> None:
@@ -115,7 +133,7 @@ class Meter(TorchDispatchMode):
         self.live[ACTIVATIONS] += size
         self.total += size
         if self.total > self.peak:
-            self.start_phase()
+            self._mark()
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
@@ -133,9 +151,9 @@ class MetaMachine(TorchFunctionMode):
         gpu: follow CUDA's autocast instead of the CPU's.
     """
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, gpu: bool, calls: Calls | None = None) -> None:
         super().__init__()
-        self.gpu, self.meter = gpu, Meter()
+        self.gpu, self.meter = gpu, Meter(calls)
         self._optimizing = False
 
     def optimizing(self, value: bool) -> Callable[..., None]:
@@ -211,7 +229,10 @@ class MetaMachine(TorchFunctionMode):
         create_graph: bool, inputs: tuple[Tensor, ...], accumulate_grad: bool,
     ) -> Any:  # fmt: skip
         """The backward pass, in which recomputed activations call Python: torch's own functions would hide them from us."""
-        whole = tuple(torch.ones_like(tensor) if gradient is None else gradient for tensor, gradient in zip(outputs, gradients, strict=True))
+        whole = tuple(
+            torch.ones_like(tensor) if gradient is None else gradient
+            for tensor, gradient in zip(outputs, gradients, strict=True)
+        )
         keep = create_graph if retain_graph is None else retain_graph
         with self:
             return _engine_run_backward(
@@ -245,9 +266,9 @@ def _attention(
 
 
 @contextmanager
-def meta_machine(gpu: bool) -> Iterator[Meter]:
+def meta_machine(gpu: bool, calls: Calls | None = None) -> Iterator[Meter]:
     """Inside, networks are built, run and trained without memory; the meter says what they would take."""
-    machine = MetaMachine(gpu)
+    machine = MetaMachine(gpu, calls)
     hooks = [
         register_optimizer_step_pre_hook(machine.optimizing(True)),
         register_optimizer_step_post_hook(machine.optimizing(False)),

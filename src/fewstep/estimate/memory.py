@@ -1,4 +1,9 @@
-"""What a training step would need: the real networks, terms, optimisers and step of a run, rehearsed on a fake machine."""
+"""What a run would need: its real networks, terms, optimisers and step, rehearsed once on a machine without memory.
+
+torch's own `torch.distributed._tools.MemTracker` was tried first. It cannot follow a distillation: it hooks the
+gradient of every parameter, and a teacher's are frozen; nor does it know autocast's copies as a GPU makes them. The
+figures are in docs/memory.md.
+"""
 
 import copy
 from collections import Counter
@@ -16,8 +21,17 @@ from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
 from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import FakeScoreTerm, Regression
-from fewstep.estimate.machine import Meter as MemoryMeter, meta_machine
-from fewstep.estimate.stand_ins import Pairs, conditions_of, teacher_of, untrained_autoencoder, untrained_distance
+from fewstep.errors import UserError
+from fewstep.estimate.calls import Calls
+from fewstep.estimate.machine import Meter, meta_machine
+from fewstep.estimate.stand_ins import (
+    Pairs,
+    conditions_of,
+    teacher_network,
+    teacher_of,
+    untrained_autoencoder,
+    untrained_distance,
+)
 from fewstep.models.model import AnyTeacher
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
@@ -32,17 +46,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
-class MemoryEstimate:
-    """Bytes of tensors in each phase of a run.
+class Estimate:
+    """Bytes of tensors, and arithmetic, in each phase of a run.
 
     Attributes:
         peaks: by phase, the largest sum of all live tensors.
         kinds: by phase, what that sum is made of: FROZEN, TRAINED, AVERAGE, STATES, GRADIENTS, ACTIVATIONS.
+        flops: by phase of a step, floating-point operations.
+        forward_flops: of one sample's forward through the teacher, where pictures are rehearsed.
         parameters: of the teacher, of what each optimiser trains ("generator", "fake_score"), of the "discriminator".
     """
 
     peaks: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    forward_flops: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -55,37 +73,44 @@ class MemoryEstimate:
         """Peak of a training step in bytes."""
         return self.peaks[self.phase]
 
-    def close(self, phase: str, meter: MemoryMeter) -> None:
+    def close(self, phase: str, meter: Meter) -> None:
         """Note the peak since the last phase as this phase's."""
-        self.peaks[phase], self.kinds[phase] = meter.peak, meter.at_peak.copy()
+        self.peaks[phase], self.kinds[phase], self.flops[phase] = meter.peak, meter.at_peak.copy(), meter.flops
         meter.start_phase()
 
 
-def estimate_memory(
-    settings: TrainSettings, denoiser: Denoiser, *, gpu: bool = True, autoencoder: dict[str, Any] | None = None,
-    pictures: bool = True,
-) -> MemoryEstimate:  # fmt: skip
+def estimate_run(
+    settings: TrainSettings, denoiser: Denoiser | None = None, *, gpu: bool = True,
+    autoencoder: dict[str, Any] | None = None, pictures: bool = True, calls: Calls | None = None,
+) -> Estimate:  # fmt: skip
     """Rehearse one step of a run, generator's turn included, and its sample pictures.
 
     Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
     data are read; `generator.start_from` and `compute.compile` are ignored.
 
     Args:
-        denoiser: the teacher on the meta device; left as it is.
+        denoiser: the teacher on the meta device, left as it is; None: the one that the settings name, VAE included.
         gpu: count as on a GPU (autocast normalises in float32 there).
         autoencoder: config of a text-to-image model's VAE, which stays on the device for pictures.
         pictures: whether to rehearse the sample pictures too.
+        calls: shapes worked out by an earlier rehearsal of the same teacher, and by this one.
+
+    Raises:
+        UserError: no teacher is given, and the settings name none that is known.
     """
+    if denoiser is None:
+        found = teacher_network(settings)
+        if found is None:
+            raise UserError("set teacher.path to a model folder, or teacher.network, to estimate what a run needs")
+        denoiser, autoencoder = found
     settings = settings.model_copy(
         update={
             "generator": settings.generator.model_copy(update={"start_from": ""}),
             "compute": settings.compute.model_copy(update={"compile": False}),
         }
     )
-    estimate, network = MemoryEstimate(), copy.deepcopy(denoiser)
-    schedule = network.noise_schedule  # holds real numbers, which cannot be copied where tensors are fake: share it
-    object.__setattr__(schedule, "__deepcopy__", lambda memo: schedule)
-    with meta_machine(gpu) as meter:
+    estimate, network = Estimate(), copy.deepcopy(denoiser)
+    with meta_machine(gpu, calls) as meter:
         network.eval()
         network.compute_dtype = _DTYPES[settings.compute.precision]
         estimate.parameters["teacher"] = _count(network.parameters())
@@ -98,14 +123,14 @@ def estimate_memory(
         else:
             job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
         if pictures:
-            _rehearse_pictures(settings, teacher, vae, gpu)
+            _rehearse_pictures(settings, teacher, vae, gpu, meter, estimate)
             estimate.close(PICTURES, meter)
         del job  # until here: what it holds lies in memory beside the pictures
     return estimate
 
 
 def _rehearse_distillation(
-    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: Meter, estimate: Estimate
 ) -> SimpleNamespace:
     conditions = conditions_of(teacher.denoiser)
     losses = settings.losses
@@ -139,7 +164,7 @@ def _rehearse_distillation(
 
 
 def _rehearse_warmup(
-    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: MemoryMeter, estimate: MemoryEstimate
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: Meter, estimate: Estimate
 ) -> SimpleNamespace:
     steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
     denoiser.requires_grad_(False)
@@ -161,7 +186,9 @@ def _rehearse_warmup(
 
 
 @torch.no_grad()
-def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any, gpu: bool) -> None:
+def _rehearse_pictures(
+    settings: TrainSettings, teacher: AnyTeacher, vae: Any, gpu: bool, meter: Meter, estimate: Estimate
+) -> None:
     """The largest forward of the first sample pictures, and for latents the decoder, beside what is finished."""
     count, network = settings.run.sample_images, teacher.denoiser
     if vae is not None:
@@ -174,6 +201,7 @@ def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any, g
     noisy, condition = torch.zeros(len(index), *network.image_shape), conditions_of(network).rows(index)
     level = network.noise_schedule.at(index)
     x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
+    estimate.forward_flops = meter.flops // (len(index) * (1 if settings.teacher.guidance_scale == 1 else 2))
     if vae is not None:
         teacher.to_images(x0)
     del finished
@@ -181,7 +209,7 @@ def _rehearse_pictures(settings: TrainSettings, teacher: AnyTeacher, vae: Any, g
 
 def _prepare(
     teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: Mapping[str, torch.optim.Optimizer],
-    meter: MemoryMeter, estimate: MemoryEstimate,
+    meter: Meter, estimate: Estimate,
 ) -> None:  # fmt: skip
     """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
     meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])

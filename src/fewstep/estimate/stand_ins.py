@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.families.registry import family_of
+from fewstep.errors import UserError
+from fewstep.families.registry import build_on_meta, build_released, family_of, recognise
+from fewstep.formats.bundled import resolve_path
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import AnyTeacher, Teacher
 from fewstep.networks.perceptual import LPIPS, pixel_distance
@@ -81,3 +83,25 @@ def untrained_distance(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -
 
         decoder = Autoencoder(AutoencoderTiny(latent_channels=teacher.denoiser.image_shape[0]))
     return lambda x0, target: lpips(decoder.decode(x0), decoder.decode(target))
+
+
+def teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] | None] | None:
+    """The teacher on the meta device and its VAE's config: named in the recipe, or described by its folder."""
+    teacher = settings.teacher
+    if teacher.network:
+        try:
+            denoiser = build_released(teacher.network, teacher.resolution)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return denoiser, dict(family_of(denoiser.describe()).autoencoder_config) or None
+    path = teacher.path
+    if not path:
+        return None
+    folder = resolve_path(path)
+    if (folder / "teacher").is_dir():
+        folder = folder / "teacher"
+    if not folder.is_dir():
+        return None
+    family = recognise(folder)
+    description = family.describe_folder(folder, teacher.resolution)
+    return build_on_meta(description), family.read_autoencoder_config(folder) or None
