@@ -38,8 +38,11 @@ text-quickstart: $(TEXT) ## distil the bundled text-to-image teacher on the CPU:
 test: $(DEV) ## all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+test-long: $(DEV) ## all tests, the full matrices too
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'long or not long'
+
 test-fast: $(DEV) ## tests without the end-to-end ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not long'
 
 test-diffusers: $(DEV) ## the tests that touch diffusers, under each of its versions since 0.35; ends with a table
 	VENV=$(VENV) .ci/diffusers_matrix $(VERSIONS)
@@ -69,4 +72,4 @@ emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and
 	for stage in vae sd sdxl; do $(BIN)/python examples/train_emoji_teacher.py data/emoji runs/emoji --stage $$stage || exit 1; done
 	$(BIN)/python examples/bundle_emoji.py data/emoji runs/emoji
 
-.PHONY: help setup quickstart text-quickstart test test-fast test-diffusers format lint types bench docs assets emoji-assets
+.PHONY: help setup quickstart text-quickstart test test-long test-fast test-diffusers format lint types bench docs assets emoji-assets

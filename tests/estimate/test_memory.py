@@ -47,8 +47,17 @@ def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False,
     return estimate_run(case_settings(mode, batch_size, **memory), network, gpu=False, pictures=pictures)
 
 
-@pytest.mark.parametrize("size", ["small", "middle", "large"])
-@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+LONG = pytest.mark.long
+PAIRS = [  # each mode and each size with its storage once; the other pairs in the long run
+    ("full", "large"), ("lora_generator", "small"), ("shared_base", "middle"),
+    *(pytest.param(*pair, marks=LONG) for pair in [
+        ("full", "small"), ("full", "middle"), ("lora_generator", "middle"), ("lora_generator", "large"),
+        ("shared_base", "small"), ("shared_base", "large"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "size"), PAIRS)
 def test_predicted_peak_is_the_measured_one(mode: str, size: str) -> None:
     memory = dict(STORAGE[size])
     if memory.get("precision") == "bf16" and mode != "full":
@@ -125,6 +134,19 @@ def test_large_sample_pictures_are_decoded_one_by_one() -> None:
         )
     assert 3 < peaks[0] < 4
     assert peaks[1] - peaks[0] < 0.05  # eight latents
+
+
+@pytest.mark.parametrize("mode", ["full", pytest.param("shared_base", marks=LONG)])
+def test_a_step_grows_linearly_and_its_peak_not_less(mode: str) -> None:
+    """What lies in memory at one kind of moment is affine in the batch; the peak, the largest of many, is convex."""
+    ones, peaks = [predicted(mode, "small", batch_size=size) for size in (1, 2, 4, 8)], []
+    for found in ones:
+        peaks.append(found.step)
+        assert found.kinds[FAKE_SCORE_TURN][STATES] == ones[0].kinds[FAKE_SCORE_TURN][STATES]
+    slopes = [(peaks[1] - peaks[0]) / 1, (peaks[2] - peaks[1]) / 2, (peaks[3] - peaks[2]) / 4]
+    assert slopes[0] <= slopes[1] * 1.001 <= slopes[2] * 1.002
+    assert slopes[2] == pytest.approx(slopes[1], rel=0.01)
+    assert ones[3].flops[FAKE_SCORE_TURN] == pytest.approx(8 * ones[0].flops[FAKE_SCORE_TURN], rel=0.01)
 
 
 def test_a_gpu_normalises_in_float32() -> None:

@@ -20,11 +20,13 @@ from fewstep.estimate.memory import (
     TRAINED,
     Estimate,
     estimate_run,
+    settled_precision,
 )
 from fewstep.estimate.stand_ins import teacher_network
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.families.registry import family_of
 from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
@@ -101,8 +103,7 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
     (denoiser, vae), calls = found, Calls()
 
     def rehearse(settings: TrainSettings, pictures: bool = False) -> Estimate:
-        gpu = settings.compute.device != "cpu"
-        return estimate_run(settings, denoiser, gpu=gpu, autoencoder=vae, pictures=pictures, calls=calls)
+        return estimate_run(settings, denoiser, gpu=_on_gpu(settings), autoencoder=vae, pictures=pictures, calls=calls)
 
     report(f"rehearsing a step and its sample pictures with memory.mode={settings.memory.mode} ...")
     chosen = rehearse(settings, pictures=True)
@@ -128,6 +129,11 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
         yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}"
 
 
+def _on_gpu(settings: TrainSettings | PretrainSettings) -> bool:
+    """Whether the run is meant for a GPU, this machine having one or not."""
+    return settings.compute.device != "cpu"
+
+
 def _describe_network(denoiser: Denoiser, estimate: Estimate) -> str:
     channels, height, width = denoiser.image_shape
     line = f"network: {estimate.parameters['teacher'] / 1e6:.1f} M parameters, {height}x{width}x{channels}"
@@ -145,10 +151,11 @@ def _describe_memory(settings: TrainSettings, estimate: Estimate) -> list[str]:
     kinds = estimate.kinds[estimate.phase]
     resident = {kind: kinds[kind] for kind in (FROZEN, TRAINED, AVERAGE, STATES) if kinds[kind]}
     step = estimate.step - sum(resident.values())
+    precision = settled_precision(settings.compute, _on_gpu(settings))
     lines = [
         f"memory for weights, averages and optimiser states: {sum(resident.values()) / _GIB:.1f} GiB ("
         + ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in resident.items()) + ")",
-        f"memory for gradients and activations at batch {settings.training.batch_size} ({settings.compute.precision}, "
+        f"memory for gradients and activations at batch {settings.training.batch_size} ({precision}, "
         f"one process): {step / _GIB:.1f} GiB in the {estimate.phase}",
         f"estimated peak: {estimate.step / _GIB:.1f} GiB "
         "(a rehearsed step on shapes alone; workspace of the kernels comes on top)",
@@ -199,11 +206,12 @@ def describe_pretraining(settings: PretrainSettings) -> list[str]:
     except ValueError as error:
         raise UserError(str(error)) from None
     size = network_size(config)
-    half = 0.5 if settings.compute.precision == "bf16" else 1.0
+    precision = settled_precision(settings.compute, _on_gpu(settings))
+    half = 0.5 if precision == "bf16" else 1.0
     states = size.parameters * 4 * 4
     graph = size.activation_bytes * settings.training.batch_size * half + size.parameters * 4
     return [
         f"network: {size.parameters / 1e6:.1f} M parameters",
         f"estimated peak: {(states + graph) / _GIB:.1f} GiB at batch {settings.training.batch_size} "
-        f"({settings.compute.precision}; counted on the meta device; workspace of the kernels comes on top)",
+        f"({precision}; counted on the meta device; workspace of the kernels comes on top)",
     ]

@@ -5,7 +5,7 @@ says that tensors lie on the CPU, makes all new ones on the meta device and does
 itself knows no meta tensors). A `TorchDispatchMode` sees each operation, the backward pass's included, and counts the
 storages that it makes.
 
-torch's own `torch.distributed._tools.MemTracker` was tried first: see docs/memory.md for the figures.
+Why not torch's own memory tracker: memory.py.
 """
 
 import weakref
