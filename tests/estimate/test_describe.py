@@ -116,7 +116,7 @@ def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSetting
     every_mode = is_text and settings.losses.distribution_matching_weight > 0
     assert ("memory: unknown" in answer.out) == (not is_known)
     size = settings.training.batch_size
-    modes = [asked.memory.mode for asked in rehearsed if asked.training.batch_size == size]
+    modes = [asked.memory.mode for asked in rehearsed if asked.training.microbatch_size in (0, size)]
     assert len(rehearsed) == len(modes) + (is_known and size > 1)  # one sample, for what fits
     assert modes[:1] == [settings.memory.mode] * is_known
     assert sorted(modes) == sorted(["full", "lora_generator", "shared_base"] if every_mode else modes[:1])
@@ -175,7 +175,8 @@ def test_overrides_reach_the_dry_run(empty_place: Path, rehearsed: list[TrainSet
     out = fewstep("train", name, "--dry-run", "training.batch_size=28", "run.folder=elsewhere").out.splitlines()
     assert "training.batch_size = 28" in out
     assert "run.folder = 'elsewhere'" in out
-    assert [asked.training.batch_size for asked in rehearsed] == [28, 1]
+    assert [asked.training.batch_size for asked in rehearsed] == [28, 28]
+    assert [asked.training.microbatch_size for asked in rehearsed] == [0, 1]
 
 
 def test_dry_run_of_pretraining(empty_place: Path) -> None:
@@ -278,7 +279,7 @@ def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory for gradients and activations at batch 8 (bf16, one process): 6.0 GiB in the generator's turn",
         "estimated peak: 15.0 GiB (a rehearsed step on shapes alone; workspace of the kernels comes on top)",
         "sample pictures need more: 16.0 GiB with run.sample_images=64",
-        "training.batch_size that fits: 8 (the whole batch) in 24 GiB, 8 (the whole batch) in 40 GiB, 8 (the whole batch) "
+        "training.microbatch_size that fits: 8 (the whole batch) in 24 GiB, 8 (the whole batch) in 40 GiB, 8 (the whole batch) "
         "in 80 GiB (a tenth of the card left free)",
         "work: 2.64 TFLOP a step on average; 100,000 steps take 0.4 hours at 200 TFLOP/s (a fifth of what an H100 can do "
         "in bf16)",

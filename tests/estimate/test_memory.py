@@ -149,6 +149,23 @@ def test_a_step_grows_linearly_and_its_peak_not_less(mode: str) -> None:
     assert ones[3].flops[FAKE_SCORE_TURN] == pytest.approx(8 * ones[0].flops[FAKE_SCORE_TURN], rel=0.01)
 
 
+def test_micro_batches_take_less_and_their_gradients_wait() -> None:
+    """Many are rehearsed as two; the arithmetic is that of all."""
+    whole = predicted("full", "small", batch_size=8)
+    settings = case_settings("full", 8)
+    training = settings.training.model_copy(update={"microbatch_size": 1})
+    parts = estimate_run(
+        settings.model_copy(update={"training": training}),
+        build_on_meta(description("small")),
+        gpu=False,
+        pictures=False,
+    )
+    one = predicted("full", "small", batch_size=1)
+    assert one.step < parts.step < whole.step
+    assert parts.kinds[parts.phase][GRADIENTS] > 0
+    assert parts.flops[FAKE_SCORE_TURN] == pytest.approx(whole.flops[FAKE_SCORE_TURN], rel=0.02)
+
+
 def test_a_gpu_normalises_in_float32() -> None:
     settings = case_settings("full", 2, precision="bf16")
     gpu = estimate_run(settings, build_on_meta(description("middle")), gpu=True, pictures=False)

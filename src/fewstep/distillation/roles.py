@@ -78,7 +78,8 @@ def build_twin(network: Denoiser, name: str) -> Denoiser:
 def fill(network: Denoiser, weights: Mapping[str, Tensor]) -> None:
     """Put weights into a network that was built on the meta device; it keeps these tensors."""
     network.load_state_dict(weights, assign=True)
-    left = [name for name, part in (*network.named_parameters(), *network.named_buffers()) if part.is_meta]
+    parts = [*network.named_parameters(), *network.named_buffers()]
+    left = [name for name, part in parts if part.is_meta and name not in weights]
     assert not left, f"not in a state dict: {left}"
 
 

@@ -109,12 +109,13 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
     chosen = rehearse(settings, pictures=True)
     yield _describe_network(denoiser, chosen)
     yield from _describe_memory(settings, chosen)
-    size = settings.training.batch_size
-    yield describe_fits(
-        lambda at_once: (chosen if at_once == size else rehearse(_at_once(settings, at_once))).step,
-        size,
-        "training.batch_size",
-    )
+    size, at_once = settings.training.batch_size, settings.training.microbatch_size or settings.training.batch_size
+
+    def peak(number: int) -> int:
+        return (chosen if number == at_once else rehearse(_at_once(settings, number))).step
+
+    gradients = 4 * sum(count for role, count in chosen.parameters.items() if role in ("generator", "fake_score"))
+    yield describe_fits(peak, gradients, size)
     yield _describe_work(settings, chosen)
     yield from schedule_warning(settings, denoiser)
     if settings.expected:
@@ -152,10 +153,11 @@ def _describe_memory(settings: TrainSettings, estimate: Estimate) -> list[str]:
     resident = {kind: kinds[kind] for kind in (FROZEN, TRAINED, AVERAGE, STATES) if kinds[kind]}
     step = estimate.step - sum(resident.values())
     precision = settled_precision(settings.compute, _on_gpu(settings))
+    at_once = settings.training.microbatch_size or settings.training.batch_size
     lines = [
         f"memory for weights, averages and optimiser states: {sum(resident.values()) / _GIB:.1f} GiB ("
         + ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in resident.items()) + ")",
-        f"memory for gradients and activations at batch {settings.training.batch_size} ({precision}, "
+        f"memory for gradients and activations at batch {at_once} ({precision}, "
         f"one process): {step / _GIB:.1f} GiB in the {estimate.phase}",
         f"estimated peak: {estimate.step / _GIB:.1f} GiB "
         "(a rehearsed step on shapes alone; workspace of the kernels comes on top)",
@@ -168,9 +170,9 @@ def _describe_memory(settings: TrainSettings, estimate: Estimate) -> list[str]:
     return lines
 
 
-def _at_once(settings: TrainSettings, size: int) -> TrainSettings:
+def _at_once(settings: TrainSettings, number: int) -> TrainSettings:
     """The settings with so many samples going through the networks at once."""
-    return settings.model_copy(update={"training": settings.training.model_copy(update={"batch_size": size})})
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"microbatch_size": number})})
 
 
 def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:

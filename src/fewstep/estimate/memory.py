@@ -8,7 +8,7 @@ ours. It is within 10% of measured steps in every memory mode (tests/estimate/te
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,7 +86,8 @@ def estimate_run(
     """Rehearse one step of a run, generator's turn included, and its sample pictures.
 
     Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
-    data are read; `generator.start_from` and `compute.compile` are ignored.
+    data are read; `generator.start_from` and `compute.compile` are ignored. Of micro-batches two are rehearsed: the
+    samples and conditions of further ones, which wait beside them, are not counted.
 
     Args:
         denoiser: the teacher on the meta device, left as it is; None: the one that the settings name, VAE included.
@@ -103,10 +104,15 @@ def estimate_run(
         if found is None:
             raise UserError("set teacher.path to a model folder, or teacher.network, to estimate what a run needs")
         denoiser, autoencoder = found
+    whole = settings.training.batch_size
+    size = min(
+        whole, 2 * settings.training.microbatch_size or whole
+    )  # the second micro-batch meets the first's gradients
     settings = settings.model_copy(
         update={
             "generator": settings.generator.model_copy(update={"start_from": ""}),
             "compute": settings.compute.model_copy(update={"compile": False}),
+            "training": settings.training.model_copy(update={"batch_size": size}),
         }
     )
     precision = settled_precision(settings.compute, gpu)
@@ -126,6 +132,7 @@ def estimate_run(
         if pictures:
             _rehearse_pictures(settings, teacher, vae, gpu, meter, estimate)
             estimate.close(PICTURES, meter)
+        estimate.flops = {phase: count * whole // size for phase, count in estimate.flops.items()}
         del job  # until here: what it holds lies in memory beside the pictures
     return estimate
 
@@ -239,16 +246,19 @@ def _prepare(
 
 @dataclass
 class _Announced:
-    """A term that says when it is reached: the generator's turn is over then."""
+    """A term that says when it is first reached: the generator's turn is over then."""
 
     term: FakeScoreTerm
-    announce: Any
+    announce: Callable[[], None]
+    is_reached: bool = False
 
     def __post_init__(self) -> None:
         self.name, self.weight = self.term.name, self.term.weight
 
     def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> Tensor:
-        self.announce()
+        if not self.is_reached:
+            self.is_reached = True
+            self.announce()
         return self.term(x0, condition, real, draws)
 
 
