@@ -88,13 +88,12 @@ class DiffusersFamily(Family):
             raise UserError(f"{folder}: {error}") from error
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
-        import torch
+        from fewstep.networks.components import describe_component
 
         kind, size = _need_libraries(self.network_class), self._latent_size(folder, resolution)
         scheduler = self._scheduler(folder)
         self._refuse_other_networks(folder, kind)
-        with torch.device("meta"):
-            untrained = kind.from_config(self._network_config(folder))
+        untrained = describe_component(kind, folder / self.component)
         try:
             return self.build_around(untrained, scheduler, size).describe()
         except (ValueError, NotImplementedError) as error:

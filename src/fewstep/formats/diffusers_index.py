@@ -8,6 +8,8 @@ from fewstep.formats.json_files import read_json_object
 
 INDEX = "model_index.json"
 _MAX_HALVINGS = 10
+# Numbers that decide how much is allocated and that no tensor of the file contradicts
+_SIZES = {"num_train_timesteps": 100_000, "sample_size": 16_384, "pos_embed_max_size": 16_384}
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -41,7 +43,14 @@ def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} is incomplete: its component {component} is missing ({path.name}); download it again"
         )
-    return read_json_object(path)
+    config = read_json_object(path)
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise UserError(
+                f"{path} is damaged: {key} is {str(value)[:40]}, not a whole number up to {most}; download the model again"
+            )
+    return config
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

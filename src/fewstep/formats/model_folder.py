@@ -1,22 +1,29 @@
 """A model on disk: a diffusers-style folder whose weights are safetensors and whose schedule travels with them."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.json_files import entry, read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
 CARD = "fewstep.json"
+_REMEDY = "export the model again"
+_MAX_LEVELS = 100_000
+_KINDS: dict[str, type] = {
+    "role": str, "step_indices": list, "num_levels": int, "class_names": list, "can_be_guided": bool, "made_with": dict,
+    "licence": str, "base": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def read_model_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     description, card = read_card(folder)
     try:
         weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a damaged file ends in any kind; all mean the same to a user
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); copy or export the model again") from error
     return description, weights, card
 
@@ -104,15 +111,29 @@ def read_card(folder: Path) -> tuple[dict[str, Any], ModelCard]:
     for name in (CONFIG, CARD, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a fewstep model: {name} is missing")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        values = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        values["step_indices"] = tuple(values["step_indices"])
-        values["class_names"] = tuple(values["class_names"])
-        card = ModelCard(**values)
-        description = dict(config["description"])
-        if not all(0 <= int(index) < card.num_levels for index in card.step_indices):
-            raise ValueError(f"step indices {card.step_indices} outside the grid")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {CONFIG} or {CARD} is damaged ({error}); export the model again") from error
-    return description, card
+    values = read_json_object(folder / CARD, _REMEDY)
+    description = entry(read_json_object(folder / CONFIG, _REMEDY), "description", dict, folder / CONFIG, _REMEDY)
+    return description, card_from_json(values, folder / CARD)
+
+
+def card_from_json(values: Mapping[str, Any], path: Path) -> ModelCard:
+    """The card of a JSON object, each entry of its kind.
+
+    Raises:
+        UserError: an entry is missing, unknown, of another kind, or no step schedule; names file and key.
+    """
+    if unknown := sorted(set(values) - {part.name for part in fields(ModelCard)}):
+        raise UserError(f"{path} is damaged: its entry {unknown[0][:60]!r} is unknown; {_REMEDY}")
+    for name, kind in _KINDS.items():
+        if name in values or name in ("role", "step_indices", "class_names"):
+            entry(values, name, kind, path, _REMEDY)
+    card = ModelCard(
+        **{**values, "step_indices": tuple(values["step_indices"]), "class_names": tuple(values["class_names"])}
+    )
+    if not 0 < card.num_levels <= _MAX_LEVELS:
+        raise UserError(f"{path} is damaged: num_levels is {card.num_levels}, not 1 to {_MAX_LEVELS}; {_REMEDY}")
+    if not all(type(index) is int and 0 <= index < card.num_levels for index in card.step_indices):
+        raise UserError(f"{path} is damaged: step_indices {list(card.step_indices)[:8]} are not in its grid; {_REMEDY}")
+    if not all(isinstance(name, str) for name in card.class_names):
+        raise UserError(f"{path} is damaged: class_names are not all texts; {_REMEDY}")
+    return card

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
-from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.json_files import entry, read_json_object
+from fewstep.formats.model_folder import CARD, ModelCard, card_from_json
 from fewstep.formats.tensor_files import write_tensor_file
 
 ADAPTER = "adapter.safetensors"  # alpha / rank is not multiplied in: not for diffusers to load as it is
 LORA = "pytorch_lora_weights.safetensors"  # an exported LoRA, with alpha multiplied in
 NETWORK = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
+_REMEDY = "export the generator again"
 
 
 def write_generator_folder(
@@ -54,7 +55,7 @@ def is_generator_folder(folder: Path) -> bool:
     """Whether a folder was written by `write_generator_folder`."""
     try:
         return "description" in json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -64,25 +65,33 @@ def read_generator_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         UserError: a file is missing or damaged; names it.
     """
-    try:
-        values = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        description = dict(values.pop("description"))
-        for name in ("step_indices", "class_names"):
-            values[name] = tuple(values[name])
-        card = ModelCard(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is missing or damaged ({error}); export the generator again") from error
+    values = read_json_object(folder / CARD, _REMEDY)
+    description = entry(values, "description", dict, folder / CARD, _REMEDY)
+    card = card_from_json({name: value for name, value in values.items() if name != "description"}, folder / CARD)
+    _check_description(description, folder / CARD)
     part = _component(description)
     path = folder / part / NETWORK
     if "lora" in description:
         path = folder / (ADAPTER if (folder / ADAPTER).is_file() else LORA)
     try:
         weights = {name: value.float() for name, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a damaged file ends in any kind; all mean the same to a user
         raise UserError(f"{path} cannot be read ({error}); copy or export the generator again") from error
     if "lora" in description:
-        weights = {f"network.{name.split('.', 1)[1]}": value for name, value in weights.items()}
+        weights = {f"network.{name.partition('.')[2]}": value for name, value in weights.items()}
     return description, weights, card
+
+
+def _check_description(description: dict[str, Any], path: Path) -> None:
+    """Raise UserError where what every text-to-image description has is missing or of another kind."""
+    for name, kind in {"family": str, "network": dict, "scheduler": dict, "latent_size": int}.items():
+        entry(description, name, kind, path, _REMEDY)
+    if "lora" in description:
+        lora = entry(description, "lora", dict, path, _REMEDY)
+        for name, kinds in {"rank": int, "alpha": (int, float), "targets": list}.items():
+            entry(lora, name, kinds, path, _REMEDY)  # type: ignore[arg-type]
+        if not all(isinstance(target, str) for target in lora["targets"]):
+            raise UserError(f"{path} is damaged: lora.targets are not all texts; {_REMEDY}")
 
 
 def _component(description: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """One component of a diffusers folder, whole: no tensor stays at its random start, and every failure is one sentence."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.formats.json_files import read_json_object
+from fewstep.formats.tensor_files import tensor_shapes
+from fewstep.networks.untrained import build_untrained, num_values
 
+_SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
 _CLIP, _WEIGHTS = "text_model.", "model.safetensors"
 _VARIANT = re.compile(r"(diffusion_pytorch_)?model(\.(?P<variant>[a-z]+\w*))?(-\d+-of-\d+)?\.safetensors")
 
@@ -51,6 +56,13 @@ def load_component(kind: Any, folder: Path) -> Any:
     Raises:
         UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
     """
+    untrained, files = describe_component(kind, folder), list(folder.glob("*.safetensors"))
+    stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
+    if files and num_values(untrained) > 2 * stored + _SPARE:  # before anything is allocated
+        raise UserError(
+            f"{folder / 'config.json'} describes a network of {num_values(untrained)} parameters, its weights have {stored}; "
+            "download it again"
+        )
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
@@ -60,7 +72,7 @@ def load_component(kind: Any, folder: Path) -> Any:
     try:
         with quiet_loading():
             module, found = kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
         raise UserError(f"{folder} cannot be loaded ({_reason(error)}); download it again") from error
     missing, other = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing and _load_short_names(module, folder, missing):
@@ -99,6 +111,24 @@ def _only_variant(folder: Path) -> str:
     return "" if "" in variants or not variants else variants.pop()
 
 
+def describe_component(kind: Any, folder: Path) -> Any:
+    """The untrained network of a component's config, on the meta device; no memory goes into it.
+
+    Raises:
+        UserError: the config is missing, damaged, or describes no network of this class.
+    """
+    config = read_json_object(folder / "config.json")
+    try:
+        with quiet_loading():
+            if kind.__module__.startswith("transformers"):
+                return build_untrained(lambda: kind(kind.config_class.from_dict(config)))
+            return build_untrained(lambda: kind.from_config(config))
+    except Exception as error:  # as above
+        raise UserError(
+            f"{folder / 'config.json'} describes no network ({_reason(error)}); download it again"
+        ) from error
+
+
 def published_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
     """A CLIPTextModel's tensors under `text_model.`, as published files have them; other networks' as they are.
 
@@ -126,5 +156,5 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
-    line = (str(cause or error).strip() or type(error).__name__).splitlines()[0].split(". If you want to instead")[0]
+    line = (str(cause or error).strip() or type(error).__name__).splitlines()[0][:200].split(". If you want to instead")[0]
     return " ".join(line.split()).rstrip(".")

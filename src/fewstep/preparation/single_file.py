@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -21,6 +20,7 @@ from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
 from fewstep.formats.tensor_files import first_line, write_tensor_file
 from fewstep.networks.components import published_names
+from fewstep.networks.untrained import build_untrained
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in single files, not needed by a teacher
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")
@@ -143,12 +143,11 @@ def _config_folder(source: str | Path, absent: Sequence[str]) -> Path:
 def _network(name: str, config: dict[str, Any], base: Path) -> Any:
     """The untrained network of a config, on the meta device."""
     try:
-        with torch.device("meta"):
-            if name in _TEXT_ENCODERS:
-                return _TEXT_ENCODERS[name](CLIPTextConfig.from_dict(config))
-            return (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(config)
+        if name in _TEXT_ENCODERS:
+            return build_untrained(lambda: _TEXT_ENCODERS[name](CLIPTextConfig.from_dict(config)))
+        return build_untrained(lambda: (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(config))
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
-        raise UserError(f"{base / name / 'config.json'} describes no network ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{base / name / 'config.json'} describes no network ({first_line(error)})") from error
 
 
 def _own_scheduler(single: SingleFile, config: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.formats.compare import state_difference
 from fewstep.formats.edm_pickle import EDMPickle, read_edm_pickle
 from fewstep.formats.model_folder import CONFIG, ModelCard, read_card, read_model_folder
+from fewstep.formats.tensor_files import first_line
+from fewstep.networks.untrained import build_untrained
 
 _ARGUMENTS = {
     "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_emb",
@@ -26,7 +29,7 @@ def is_edm_folder(path: Path) -> bool:
         return path.suffix == ".pkl"
     try:
         return "description" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -85,17 +88,11 @@ def _read_pickle(path: Path) -> EDMPickle:
 
 def _with_weights(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Denoiser:
     try:
-        denoiser = EDMDenoiser.from_description(description)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the description of the network is wrong: {error}") from error
-    weights = {name: value.float() for name, value in weights.items()}
-    own = denoiser.state_dict()
-    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{path} holds another network than it describes: missing {missing[:3]}, unexpected {unexpected[:3]}, "
-            f"of another shape {shapes[:3]}"
-        )
-    denoiser.load_state_dict(weights)
+        untrained = build_untrained(lambda: EDMDenoiser.from_description(description))
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+        raise UserError(f"{path}: the description of the network is wrong: {first_line(error)}") from error
+    if fault := state_difference(weights, untrained.state_dict()):  # before anything is allocated
+        raise UserError(f"{path} holds another network than it describes: {fault}")
+    denoiser = EDMDenoiser.from_description(description)
+    denoiser.load_state_dict({name: value.float() for name, value in weights.items()})
     return denoiser
