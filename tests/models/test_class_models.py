@@ -336,10 +336,26 @@ def test_truncated_weights(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "fewstep.json"])
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", "[" * 100_000, '{"a":' * 100_000])
 def test_damaged_descriptions(model_folder: Path, name: str, text: str) -> None:
     (model_folder / name).write_text(text)
-    assert refused(model_folder).startswith(f"{model_folder}: unet/config.json or fewstep.json is damaged (")
+    assert refused(model_folder).startswith(f"{model_folder / name} is damaged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step_indices", 3), ("step_indices", ["a"]), ("step_indices", [1000]), ("step_indices", [True]), ("num_levels", "x"),
+        ("num_levels", 10**12), ("num_levels", 0), ("class_names", 3), ("class_names", [1]), ("can_be_guided", 1),
+        ("made_with", []), ("licence", None), ("base", 5), ("role", 1), ("other", 1),
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_are_named(model_folder: Path, key: str, value: object) -> None:
+    path = model_folder / "fewstep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    message = refused(model_folder)
+    assert message.startswith(f"{path} is damaged")
+    assert key in message
 
 
 def test_weights_of_another_network(model_folder: Path, tmp_path: Path) -> None:

@@ -55,9 +55,9 @@ def test_damaged_weights_name_the_folder(model: Path, tmp_path: Path, name: str)
         else:
             rewrite(folder / file, lambda state, first=first: {**state, first: torch.zeros(3)})  # type: ignore[misc]
         words = refused(kind, folder)
-        assert words.startswith(f"{folder} ")
-        assert words.endswith("; download it again")
-        expected = {"truncated": "Error while deserializing header", "gone": f"no file named {file}"}
+        assert words.startswith(str(folder))
+        assert words.endswith("download it again")
+        expected = {"truncated": "while deserializing header", "gone": f"no file named {file}"}
         assert expected.get(change, first) in words
 
 

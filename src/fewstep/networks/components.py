@@ -156,5 +156,7 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
-    line = (str(cause or error).strip() or type(error).__name__).splitlines()[0][:200].split(". If you want to instead")[0]
+    line = (
+        (str(cause or error).strip() or type(error).__name__).splitlines()[0][:200].split(". If you want to instead")[0]
+    )
     return " ".join(line.split()).rstrip(".")
