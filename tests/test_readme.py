@@ -46,7 +46,7 @@ def test_documented_commands_exist(command: str) -> None:
 
 def test_help_of_every_command() -> None:
     runner = CliRunner()
-    for name in ("quickstart", "pretrain", "train", "sample", "evaluate", "settings", "prepare"):
+    for name in ("quickstart", "pretrain", "train", "sample", "evaluate", "report", "settings", "prepare"):
         result = runner.invoke(app, [name, "--help"])
         assert result.exit_code == 0, name
 

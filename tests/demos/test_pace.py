@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fewstep.demos.curve import point_images, watch_quality
+from fewstep.demos.curve import point_images, watch_quality, while_training
 from fewstep.demos.emoji import FACTS as EMOJI
 from fewstep.demos.fashion_mnist import FACTS as FASHION
 from fewstep.demos.pace import Counts, Pace, choose_counts
@@ -18,7 +18,7 @@ from fewstep.demos.runner import DemoFacts
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.training.watch import every_seconds
+from fewstep.training.watch import Point, every_seconds
 
 
 def wanted(facts: DemoFacts) -> Counts:
@@ -74,6 +74,15 @@ def test_the_curve_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     assert point_images(path, 400) == [400, 400]
     path.write_text(json.dumps([{"step": 9, "seconds": 3.0, "frechet_distance": 4.0, "num_images": 300}]))
     assert point_images(path, 400) == [300]
+
+
+def test_the_end_of_training_is_left_to_the_last_figures() -> None:
+    due, points = while_training(60.0, 4), []
+    for step, seconds in enumerate(range(2, 66, 2), start=1):
+        if due(step, float(seconds), points[-1] if points else None):
+            points.append(Point(step, float(seconds), {}))
+    assert [point.seconds for point in points] == [2.0, 16.0, 30.0, 46.0]
+    assert while_training(60.0, 4)(1, 70.0, None)  # one slow step
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(None, 6), ([[0.5, 5.0]], 9)])

@@ -10,6 +10,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.report.run_report import averaged, read_run, run_sections, write_run_report
 from fewstep.evaluation.report.sections import Curve, Pictures, Table
 from fewstep.formats.pixels import save_grid
+from tests.cli.test_main import fewstep
 
 
 def run_folder(folder: Path, steps: int = 30, **settings: float) -> Path:
@@ -53,6 +54,16 @@ def test_one_run(tmp_path: Path) -> None:
     shown = next(section for section in sections if isinstance(section, Pictures))
     assert [picture.caption for picture in shown.pictures] == [f"step {step}" for step in (0, 6, 12, 15, 21, 27)]
     assert shown.pictures[0].images.shape == (1, 3, 17, 17)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    answer = fewstep("report", folder)
+    assert (answer.code, answer.out.strip()) == (0, str(folder / "run_report.html"))
+    assert (folder / "run_report.html").is_file()
+    answer = fewstep("report", folder, "--out", tmp_path / "missing/page.html")
+    assert answer.code == 2
+    assert "does not exist; make it first" in answer.err
 
 
 def test_several_runs_lie_over_each_other_and_differ_somewhere(tmp_path: Path) -> None:

@@ -379,6 +379,21 @@ def prepare_statistics(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of `fewstep train` or `pretrain`, finished or not", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; run_report.html in the first run, unless set")] = None,
+) -> None:  # fmt: skip
+    """One page of a run: losses, sample history, measured figures, settings; of several runs beside each other."""
+    from fewstep.errors import UserError
+    from fewstep.evaluation.report.run_report import write_run_report
+
+    path = out or runs[0] / "run_report.html"
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+    print(write_run_report(runs, path))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="EDM .pkl, DMD2 checkpoint folder, U-Net .bin, LoRA or single-file .safetensors")],
     out: Annotated[Path, typer.Argument(help="folder to write; must not exist")],

@@ -9,7 +9,7 @@ from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
-from fewstep.training.watch import DISTANCE, Due, Watch, read_points
+from fewstep.training.watch import DISTANCE, Due, Point, Watch, every_seconds, read_points
 
 NUM_IMAGES = "num_images"  # beside each point's distance
 
@@ -37,6 +37,16 @@ def watch_quality(
         return {DISTANCE: found.frechet_distance, NUM_IMAGES: num_images}
 
     return Watch(measure, path, due, console=console)
+
+
+def while_training(limit_seconds: float, num_points: int) -> Due:
+    """At the first step and evenly from there on, not at the end: there the last figures are measured."""
+    evenly = every_seconds(max(3.0, limit_seconds / num_points))
+
+    def due(step: int, seconds: float, last: Point | None) -> bool:
+        return last is None or (seconds < limit_seconds and evenly(step, seconds, last))
+
+    return due
 
 
 def point_images(path: Path, earlier_images: int) -> list[int]:

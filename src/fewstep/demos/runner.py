@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 from torch import Tensor
 
-from fewstep.demos.curve import NUM_IMAGES, watch_quality
+from fewstep.demos.curve import NUM_IMAGES, watch_quality, while_training
 from fewstep.demos.pace import Counts, Pace, choose_counts, measure_pace
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
@@ -34,7 +34,7 @@ from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_run
 from fewstep.training.trainer import claim_run_folder, run_job
-from fewstep.training.watch import DISTANCE, Watch, every_seconds
+from fewstep.training.watch import DISTANCE, Watch
 
 MOST_TIMES, TIMING_SECONDS = 20, 1.0  # a generator's pictures take a moment: they are made again until a second is full
 
@@ -168,7 +168,7 @@ def run_quickstart(
     job = DistillationJob(settings, teacher)
     claim_run_folder(settings, folder)
     curve = watch_quality(
-        job, bench, folder / "curve.json", every_seconds(max(3.0, minutes * 60 / counts.curve_points)), console,
+        job, bench, folder / "curve.json", while_training(minutes * 60, counts.curve_points), console,
         num_images=counts.curve_images, earlier_images=facts.curve_images, batch_size=facts.batch_size,
     )  # fmt: skip
     say(console, f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
@@ -329,9 +329,11 @@ def _run_facts(result: Result) -> list[str]:
 
 
 def _print_table(console: Console, facts: DemoFacts, result: Result) -> None:
-    table = ConsoleTable("", "evaluations", *facts.columns.values())
-    for name, found in (("teacher", result.teacher), ("generator", result.generator), ("real pictures", result.real)):
-        table.add_row(name, *found.cells(tuple(facts.columns)))
+    table = ConsoleTable("", "teacher", "generator", "real pictures")
+    names = tuple(facts.columns)
+    columns = [found.cells(names) for found in (result.teacher, result.generator, result.real)]
+    for title, *cells in zip(["evaluations", *facts.columns.values()], *columns, strict=True):
+        table.add_row(title, *cells)
     console.print(table)
     for line in result.generator.cautions():
         say(console, line)
