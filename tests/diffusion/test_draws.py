@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from fewstep.diffusion.draws import Draws, Purpose, _philox
+from fewstep.diffusion.draws import Draws, Purpose
+from fewstep.diffusion.philox import MASK, philox
 
 PURPOSES = get_args(Purpose)
 
@@ -47,7 +48,11 @@ def python_words(seed: int, step: int, position: int, purpose: str, block: int) 
 )
 def test_philox_known_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
     """kat_vectors of the Random123 distribution."""
-    assert [int(word) for word in _philox([torch.tensor([c]) for c in counter], *key)] == expected
+    words = philox(tuple(torch.tensor([c]) for c in counter), *key)
+    assert [int(word) for word in words] == expected
+    numbers = (np.array([c], dtype=np.int64) for c in counter)
+    words = philox(tuple(numbers), *(np.array([k], dtype=np.int64) for k in key))
+    assert np.concatenate(words).tolist() == expected
     assert python_philox(counter, key) == expected
 
 
@@ -223,13 +228,11 @@ def test_an_unknown_purpose_is_refused(name: str) -> None:
         getattr(Draws.of_batch(0, 0, 2), name)("dm_noize", *arguments[name])
 
 
-def constant_words(word: int) -> Any:
-    return lambda self, purpose, blocks, number=0: torch.full((4, len(self.positions), blocks), word, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize("word", [0, MASK])
 def test_extreme_words_give_finite_normals_and_integers_in_range(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
-    monkeypatch.setattr(Draws, "_words", constant_words(word))
+    full = torch.full((2, 1), word, dtype=torch.int64)
+    monkeypatch.setattr(Draws, "_words", lambda self, code, blocks: (full,) * 4)
+    monkeypatch.setattr(Draws, "_first_word", lambda self, purpose: full[:, 0])
     draws = Draws.of_batch(0, 0, 2)
     values = draws.normal("dm_noise", (4,))
     assert values.isfinite().all()
@@ -237,10 +240,46 @@ def test_extreme_words_give_finite_normals_and_integers_in_range(monkeypatch: py
     assert draws.integers("dm_level", 20, 981).tolist() == [20 if word == 0 else 980] * 2
 
 
-@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize("word", [0, MASK])
 def test_extreme_words_give_uniforms_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
-    monkeypatch.setattr(Draws, "_words", constant_words(word))
+    monkeypatch.setattr(Draws, "_first_word", lambda self, purpose: torch.full((1,), word, dtype=torch.int64))
     assert 0 < Draws.of_batch(0, 0, 1).uniform("data_flip").item() < 1
+
+
+class OtherTensor(torch.Tensor):
+    """A tensor that numpy's path does not take, as fake tensors and those of other devices are."""
+
+
+@pytest.mark.parametrize("seed", [3, 2**64 - 1, (5, 2**40, 2**64 - 1)])
+@pytest.mark.parametrize("step", [0, 2**31, -1])
+def test_torch_and_numpy_draw_the_same_numbers(seed: int | tuple[int, ...], step: int) -> None:
+    positions = torch.tensor([0, 2**32 - 1, 2**40 + 3])
+    in_numpy, in_torch = Draws(seed, step, positions), Draws(seed, step, positions.as_subclass(OtherTensor))
+    assert in_numpy._in_numpy()
+    assert not in_torch._in_numpy()
+    for first, second in zip(every_draw(in_numpy), every_draw(in_torch), strict=True):
+        assert torch.equal(first, second.as_subclass(torch.Tensor))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused kernels are for CUDA")
+def test_cuda_draws_the_same_words() -> None:
+    positions = torch.tensor([0, 5, 2**32 + 1, 2**40 + 3])
+    here, there = Draws(2**63 + 7, 4, positions), Draws(2**63 + 7, 4, positions.cuda())
+    for purpose in PURPOSES:
+        assert torch.equal(here.integers(purpose, 0, 2**31), there.integers(purpose, 0, 2**31).cpu())
+        torch.testing.assert_close(
+            here.normal(purpose, (3, 5)), there.normal(purpose, (3, 5)).cpu(), rtol=2e-7, atol=1e-9
+        )
+
+
+def test_first_words_do_not_depend_on_how_many_are_drawn_at_once() -> None:
+    """Large batches draw one purpose alone, small ones all purposes in one pass."""
+    large = Draws.of_batch(7, 3, 2000)
+    for purpose in ("dm_level", "label_dropout", "global_state"):
+        small = torch.cat(
+            [Draws.of_batch(7, 3, 500, first=first).integers(purpose, 0, 2**31) for first in range(0, 2000, 500)]
+        )
+        assert torch.equal(large.integers(purpose, 0, 2**31), small)
 
 
 def test_one_seed_a_sample() -> None:

@@ -1,16 +1,21 @@
 """Every random number of a run, computed from (seed, step, purpose, global sample index) and nothing else.
 
 A sample therefore does not depend on the batch, device or number of processes it is drawn in, and a resumed run
-needs no generator state. The counter-based generator is Philox4x32-10, vectorised over the whole draw.
+needs no generator state. The counter-based generator is Philox4x32-10, vectorised over the whole draw: in numpy on the
+CPU, in torch elsewhere, in one fused kernel on CUDA. All give the same words.
 """
 
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cache, cached_property
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.diffusion.philox import MASK, FusedDraws, fused_draws, philox
 
 Purpose = Literal[
     "generator_noise", "generator_label", "pair_order", "pair_noise", "pair_label", "data_order", "data_flip", "label_dropout",
@@ -20,7 +25,7 @@ Purpose = Literal[
     "pretrain_level", "pretrain_noise", "encoder_noise", "sample_noise", "sample_label", "diagnostic_noise", "global_state",
 ]  # fmt: skip
 
-_MASK = 0xFFFFFFFF
+_MANY = 1024  # samples; above it one purpose's first words are drawn alone
 
 
 @dataclass(frozen=True)
@@ -46,24 +51,21 @@ class Draws:
 
     def normal(self, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
         """Unit Gaussian, (B, *shape), float32; `number` tells several of one purpose apart."""
-        count = math.prod(shape)
-        blocks = -(-count // 4)
-        words = self._words(purpose, blocks, number).double()
-        uniform = (words + 0.5) / 2**32
-        radius = torch.sqrt(-2 * torch.log(uniform[0:2]))
-        angle = 2 * math.pi * uniform[2:4]
-        values = torch.stack([radius * angle.cos(), radius * angle.sin()]).flatten(0, 1)  # (4, B, blocks)
-        values = values.permute(1, 2, 0).reshape(len(self.positions), blocks * 4)[:, :count]
-        return values.float().reshape(-1, *shape)
+        count, code = math.prod(shape), _code(purpose, number)
+        blocks, fused = -(-count // 4), self._fused()
+        if fused is not None and isinstance(self.seed, int):
+            values = fused.normals(self.positions, blocks, code, self.step & MASK, self.seed)
+        else:
+            values = _box_muller(self._words(code, blocks))
+        return values.reshape(len(self.positions), blocks * 4)[:, :count].reshape(-1, *shape)
 
     def uniform(self, purpose: Purpose) -> Tensor:
         """Uniform in (0, 1), (B,), float32."""
-        return ((self._words(purpose, 1)[0, :, 0] >> 9).float() + 0.5) / 2**23
+        return ((self._first_word(purpose) >> 9).float() + 0.5) / 2**23
 
     def integers(self, purpose: Purpose, low: int, high: int) -> Tensor:
         """Uniform over low..high - 1, (B,), int64 (bias below 2^-32 (high - low))."""
-        words = self._words(purpose, 1)[0, :, 0]
-        return low + ((words * (high - low)) >> 32)
+        return low + ((self._first_word(purpose) * (high - low)) >> 32)
 
     def shared_integer(self, purpose: Purpose, high: int) -> int:
         """One number in 0..high - 1 that is the same for every sample and every process."""
@@ -72,49 +74,82 @@ class Draws:
         one = Draws(self.seed, self.step, torch.zeros(1, dtype=torch.int64))
         return int(one.integers(purpose, 0, high))
 
-    def _words(self, purpose: Purpose, blocks: int, number: int = 0) -> Tensor:
-        """32-bit words, int64 (4, B, blocks), for counter (block, position, step, purpose and number) and key = seed."""
-        if purpose not in get_args(Purpose):
-            raise ValueError(f"unknown purpose {purpose!r}: add it to draws.Purpose")
-        name = f"{purpose}_{number}" if number else purpose
-        device = self.positions.device
-        block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :]
-        position = self.positions[:, None]
-        shape = (len(self.positions), blocks)
-        counter = [
-            (block | (position >> 32) << 20).expand(shape),  # a sample has under 2^20 blocks, a run under 2^44 samples
-            (position & _MASK).expand(shape),
-            torch.full(shape, self.step & _MASK, dtype=torch.int64, device=device),
-            torch.full(shape, zlib.crc32(name.encode()), dtype=torch.int64, device=device),
-        ]
-        return torch.stack(_philox(counter, self._key(0), self._key(32)))
+    def _first_word(self, purpose: Purpose) -> Tensor:
+        """The first 32-bit word of a purpose for every sample, int64 (B,)."""
+        code = _code(purpose, 0)
+        if len(self.positions) > _MANY:
+            return self._words(code, 1)[0][:, 0]
+        return self._first_words[list(_CODES.values()).index(code)]
 
-    def _key(self, shift: int) -> int | Tensor:
-        """32 bits of the seed, from bit `shift` on; with one seed a sample a column (B, 1)."""
-        if isinstance(self.seed, int):
-            return self.seed >> shift & _MASK
-        words = [seed >> shift & _MASK for seed in self.seed]
-        return torch.tensor(words, dtype=torch.int64, device=self.positions.device)[:, None]
+    @cached_property
+    def _first_words(self) -> Tensor:
+        """The first words of all purposes, int64 (purposes, B), in one pass: for a small batch it costs what one would."""
+        step, fused, codes = self.step & MASK, self._fused(), _codes_on(self.positions.device)
+        if fused is not None and isinstance(self.seed, int):
+            return fused.first_words(self.positions[None, :], codes, step, self.seed)
+        if self._in_numpy():
+            words = _philox_words(np, self.positions.numpy()[None, :], 1, codes.numpy(), step, self.seed)
+            return torch.from_numpy(words[0])
+        return _philox_words(torch, self.positions[None, :], 1, codes, step, self.seed)[0]
 
+    def _words(self, code: int, blocks: int) -> tuple[Tensor, ...]:
+        """Four 32-bit words, each int64 (B, blocks), for counter (block, position, step, code) and key = seed."""
+        step = self.step & MASK
+        if not self._in_numpy():
+            return _philox_words(torch, self.positions[:, None], blocks, code, step, self.seed)
+        words = _philox_words(np, self.positions.numpy()[:, None], blocks, code, step, self.seed)
+        return tuple(torch.from_numpy(word) for word in words)
 
-def _philox(counter: list[Tensor], key0: int | Tensor, key1: int | Tensor) -> list[Tensor]:
-    """Philox4x32 with 10 rounds on int64 tensors holding 32-bit words.
+    def _in_numpy(self) -> bool:
+        """Whether the positions are plain memory of this machine (a rehearsal has fake ones)."""
+        return type(self.positions) is Tensor and self.positions.device.type == "cpu"
 
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-    """
-    c0, c1, c2, c3 = counter
-    for _ in range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
-    return [c0, c1, c2, c3]
+    def _fused(self) -> FusedDraws | None:
+        plain = type(self.positions) is Tensor and self.positions.is_cuda
+        return fused_draws(self.positions.device) if plain else None
 
 
-def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product; split so that no int64 overflows."""
-    low_half = word * (constant & 0xFFFF)  # < 2^48
-    high_half = word * (constant >> 16)  # < 2^48
-    middle = high_half + (low_half >> 16)  # < 2^49
-    low = ((middle & 0xFFFF) << 16) | (low_half & 0xFFFF)
-    return middle >> 16, low
+_CODES: dict[str, int] = {purpose: zlib.crc32(purpose.encode()) for purpose in get_args(Purpose)}
+
+
+@cache
+def _codes_on(device: torch.device) -> Tensor:
+    """All codes, (purposes, 1), copied to a device once: a copy in every step would make the host wait."""
+    return torch.tensor(list(_CODES.values()), device=device)[:, None]
+
+
+def _code(purpose: Purpose, number: int) -> int:
+    """The 32 bits that stand for a purpose in the counter."""
+    if purpose not in _CODES:
+        raise ValueError(f"unknown purpose {purpose!r}: add it to draws.Purpose")
+    return zlib.crc32(f"{purpose}_{number}".encode()) if number else _CODES[purpose]
+
+
+def _philox_words(library: Any, position: Any, blocks: int, code: Any, step: int, seed: int | tuple[int, ...]) -> Any:
+    """Four arrays of numpy or torch (`library`), of the shape that position, blocks in a row and code broadcast to."""
+    place = {"device": position.device} if library is torch else {}
+
+    def constant(value: int) -> Any:
+        return library.full((1, 1), value, dtype=library.int64, **place)
+
+    block = library.arange(blocks, dtype=library.int64, **place)[None, :]
+    # a sample has under 2^20 blocks, a run under 2^44 samples
+    high = block | position >> 32 << 20
+    counter = (high, position & MASK, constant(step), constant(code) if isinstance(code, int) else code)
+    if isinstance(seed, int):
+        return philox(counter, seed & MASK, seed >> 32 & MASK)
+    keys = ([number >> shift & MASK for number in seed] for shift in (0, 32))
+    return philox(counter, *(library.asarray(key, **place).reshape(position.shape) for key in keys))
+
+
+def _box_muller(words: tuple[Tensor, ...]) -> Tensor:
+    """Four unit Gaussians, float32 (B, blocks, 4), from four words."""
+    radius, angle = (torch.empty(2, *words[0].shape, dtype=torch.float64, device=words[0].device) for _ in range(2))
+    for place, word in zip((*radius, *angle), words, strict=True):
+        place.copy_(word)
+    radius.add_(0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
+    angle.add_(0.5).mul_(2 * math.pi * 2**-32)
+    values = torch.empty(*words[0].shape, 4, dtype=torch.float32, device=words[0].device)
+    for number, part in enumerate((*(radius * angle.cos()), *(radius * angle.sin_()))):
+        values[..., number] = part
+    return values
