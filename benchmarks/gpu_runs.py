@@ -1,0 +1,278 @@
+"""Distillations of released shapes with random weights, and how one of their steps is measured."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewstep.diffusion.condition import ClassTable, Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.draws import Draws
+from fewstep.distillation.inputs import RealBatch
+from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.shapes import TEXT_NETWORKS
+from fewstep.formats.model_folder import ModelCard
+from fewstep.models.model import AnyTeacher, Teacher
+from fewstep.settings import TrainSettings, parse_settings
+from fewstep.training.build import build_distillation
+from fewstep.training.step import Distillation, two_time_scale_step
+
+EVERY = 5
+FOUR_STEPS = (999, 749, 499, 249)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One distillation.
+
+    Attributes:
+        network: "edm", "sd15" or "sdxl".
+        tiny: the same kind of network small enough for a test.
+        sgd: SGD in the place of AdamW, whose states would not fit.
+    """
+
+    network: str
+    batch: int
+    mode: str = "full"
+    checkpoint: bool = False
+    precision: str = "bf16"
+    guidance: float = 1.0
+    steps: tuple[int, ...] = (999,)
+    tiny: bool = False
+    sgd: bool = False
+
+    @property
+    def title(self) -> str:
+        """For the first columns of a table."""
+        optimizer = ", SGD" if self.sgd else ""
+        return f"{self.network} | {self.mode}{', recomputed' if self.checkpoint else ''}{optimizer} | {self.batch}"
+
+
+TINY_TEXT: dict[str, Any] = {
+    "sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "cross_attention_dim": 16,
+    "attention_head_dim": 4, "norm_num_groups": 8, "transformer_layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+TINY_ADDED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24}
+
+
+@dataclass(frozen=True)
+class RandomPrompts:
+    """Embeddings of a few made-up prompts, on the device."""
+
+    text: Tensor
+    pooled: Tensor | None
+    time_ids: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.text)
+
+    def rows(self, index: Tensor) -> Condition:
+        """The conditions at these numbers."""
+        pooled, ids = self.pooled, self.time_ids
+        return Condition(
+            len(index), text=self.text[index], pooled=None if pooled is None else pooled[index],
+            time_ids=None if ids is None else ids.expand(len(index), 6), empty_text=torch.zeros_like(self.text[:1]),
+            empty_pooled=None if pooled is None else torch.zeros_like(pooled[:1]),
+        )  # fmt: skip
+
+
+def build_network(case: Case, device: str) -> Denoiser:
+    """The network of a case with random weights, made on the device."""
+    torch.manual_seed(0)
+    if case.network == "edm":
+        size = 16 if case.tiny else 64
+        name, classes = ("tiny", 4) if case.tiny else ("imagenet64-adm", 1000)
+        config = build_network_config(name, img_resolution=size, img_channels=3, label_dim=classes)
+        with torch.device(device):
+            return EDMDenoiser(config).eval()
+    from diffusers import UNet2DConditionModel
+
+    from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser
+
+    released = TEXT_NETWORKS[case.network]
+    config = released["network"]
+    if case.tiny:
+        config = config | TINY_TEXT | (TINY_ADDED if "addition_embed_type" in config else {})
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(config)
+    return DiffusersUNetDenoiser(unet, released["scheduler"], config["sample_size"]).eval()
+
+
+def build_conditions(network: Denoiser, device: str) -> Any:
+    """All classes, or random prompts."""
+    unet: Any = getattr(network, "network", None)
+    if unet is None:
+        return ClassTable(network.num_classes)
+    config, made = unet.config, torch.Generator(device).manual_seed(1)
+    text = torch.randn(16, 77, config.cross_attention_dim, generator=made, device=device)
+    if config.addition_embed_type is None:
+        return RandomPrompts(text, None, None)
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    side = float(8 * network.image_shape[-1])
+    ids = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=device)
+    return RandomPrompts(text, torch.randn(16, width, generator=made, device=device), ids)
+
+
+def settings_of(case: Case) -> TrainSettings:
+    """DMD2 with GAN in the case's memory mode; frozen weights in bf16 where a mode allows it."""
+    lora = case.mode != "full"
+    return parse_settings(
+        TrainSettings,
+        {
+            "teacher": {"guidance_scale": case.guidance}, "generator": {"step_indices": list(case.steps)},
+            "losses": {"gan_generator_weight": 3e-3, "gan_discriminator_weight": 1e-2},
+            "optimizer": {"generator_lr": 1e-5, "fake_score_lr": 1e-5},
+            "memory": {
+                "mode": case.mode, "checkpoint_activations": case.checkpoint,
+                "frozen_precision": "bf16" if lora and case.precision == "bf16" else "fp32",
+            },
+            "training": {"batch_size": case.batch, "generator_every": EVERY},
+            "compute": {"precision": case.precision},
+        },
+        "gpu benchmark",
+    )  # fmt: skip
+
+
+def teacher_of(network: Denoiser) -> AnyTeacher:
+    """A teacher around a network, without a folder."""
+    card = ModelCard(role="teacher", can_be_guided=True)
+    if getattr(network, "network", None) is None:
+        return Teacher(network, card)
+    from fewstep.models.text_model import TextTeacher
+
+    return TextTeacher(network, card, Path(), "", "")
+
+
+def build_run(case: Case, device: str) -> Distillation:
+    """A distillation in the middle of training: its roles differ."""
+    network = build_network(case, device)
+    network.compute_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[case.precision]
+    run = build_distillation(settings_of(case), teacher_of(network), build_conditions(network, device))
+    with torch.no_grad():
+        for role, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
+            torch._foreach_mul_(list(role.parameters()), factor)
+    if case.sgd:
+        sgd = (torch.optim.SGD(list(o.param_groups[0]["params"]), lr=1e-5) for o in optimizers(run))
+        run = replace(run, **dict(zip(("generator_optimizer", "fake_score_optimizer"), sgd, strict=True)))
+    return run
+
+
+def optimizers(run: Distillation) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Generator's and fake score's."""
+    return run.generator_optimizer, run.fake_score_optimizer
+
+
+StepFunction = Callable[[int, RealBatch, Draws], object]
+
+
+def our_step(run: Distillation) -> StepFunction:
+    """The library's step as a function of step number, real batch and draws."""
+    return lambda step, real, draws: two_time_scale_step(run, step, real, draws)
+
+
+def real_batch(run: Distillation, batch: int, device: str) -> RealBatch:
+    """Stand-in pictures with conditions of their own."""
+    draws = Draws.of_batch(1, 0, batch, device)
+    images = draws.normal("diagnostic_noise", run.roles.teacher.image_shape).clamp(-1, 1)
+    conditions = run.inputs.conditions  # type: ignore[attr-defined]
+    return RealBatch(images, conditions.rows(draws.integers("sample_label", 0, conditions.num_rows)))
+
+
+def run_cycle(step_function: StepFunction, real: RealBatch, batch: int, device: str, first: int = 0) -> None:
+    """One generator's turn and the others up to the next."""
+    for step in range(first, first + EVERY):
+        step_function(step, real, Draws.of_batch(0, step, batch, device))
+
+
+@dataclass
+class Measured:
+    """What a case costs.
+
+    Attributes:
+        milliseconds: a step, median over cycles of one generator's turn and the others.
+        peak_gib: most memory the allocator had handed out.
+        flops: operations a step, counted; 0: not counted.
+    """
+
+    milliseconds: float
+    peak_gib: float
+    flops: float = 0.0
+    cycles: list[float] = field(default_factory=list)
+
+    def utilisation(self, rate: float) -> float:
+        """Share of a matrix rate (operations a second) that the counted operations came to."""
+        return self.flops / (self.milliseconds / 1e3) / rate if rate else 0.0
+
+
+def measure(step_function: StepFunction, real: RealBatch, batch: int, device: str, *, seconds: float = 6.0) -> Measured:
+    """Warm up for a cycle, then repeat the same cycle for about `seconds`, at least twice."""
+    run_cycle(step_function, real, batch, device)
+    synchronise(device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    spent: list[float] = []
+    while len(spent) < 2 or (sum(spent) < seconds and len(spent) < 20):
+        started = time.perf_counter()
+        run_cycle(step_function, real, batch, device)
+        synchronise(device)
+        spent.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
+    per_step = [1e3 * cycle / EVERY for cycle in spent]
+    return Measured(statistics.median(per_step), peak, cycles=per_step)
+
+
+def count_flops(run: Distillation, case: Case, device: str) -> float:
+    """Operations of one step of the library in the mean over a cycle, counted by torch as they run (recomputed ones too)."""
+    real, step_function, counted = real_batch(run, case.batch, device), our_step(run), 0.0
+    for step, times in ((0, 1), (1, EVERY - 1)):
+        draws = Draws.of_batch(0, step, case.batch, device)
+        with FlopCounterMode(display=False) as counter:
+            step_function(step, real, draws)
+        counted += times * counter.get_total_flops()
+    return (counted + _simulation_flops(run, case, real, device)) / EVERY
+
+
+def _simulation_flops(run: Distillation, case: Case, real: RealBatch, device: str) -> float:
+    """What steps 2.. of a cycle simulate more (or less) than step 1, which stood for them."""
+    if len(case.steps) == 1:
+        return 0.0
+    chosen = [Draws.of_batch(0, step, 1).shared_integer("simulated_step", len(case.steps)) for step in range(EVERY)]
+    level = run.roles.generator.noise_schedule.expanded(999, case.batch, torch.device(device))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run.roles.generator.denoise(real.images, level, real.condition)
+    return float(sum(chosen[1:]) - (EVERY - 1) * chosen[1]) * counter.get_total_flops()
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """Give back all device memory before and afterwards, whatever happened."""
+    give_back()
+    try:
+        yield
+    finally:
+        give_back()
+
+
+def give_back() -> None:
+    """Let go of what nobody holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
