@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws, Purpose
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
@@ -80,14 +80,16 @@ class GoldenStep:
         """Of the generated or of the real images."""
         values = self.on_device
         if self.name == "edm":
-            return Condition(4, values["real_class_labels" if real else "class_labels"])
+            return Condition.from_one_hot(values["real_class_labels" if real else "class_labels"])
         text, pooled = ("real_text_embedding", "real_pooled") if real else ("text_embedding", "pooled")
         empty = values.get("uncond_embedding", torch.zeros_like(values[text][:1]))
-        return Condition(
-            3, text=values[text], pooled=values.get(pooled), time_ids=values.get("time_ids"),
-            empty_text=empty.reshape(1, *values[text].shape[1:]) if empty.ndim == 2 else empty[:1],
-            empty_pooled=torch.zeros_like(values[pooled][:1]) if pooled in values else None,
-        )  # fmt: skip
+        rows: dict[str, Empty] = {"text": empty.reshape(1, *values[text].shape[1:]) if empty.ndim == 2 else empty[:1]}
+        parts = {"text": values[text]}
+        if pooled in values:
+            parts["pooled"], rows["pooled"] = values[pooled], torch.zeros_like(values[pooled][:1])
+        if "time_ids" in values:
+            parts["time_ids"], rows["time_ids"] = values["time_ids"], "same"
+        return Condition(3, parts, rows)
 
     def batch(self) -> GeneratorInput:
         """The generator's input."""

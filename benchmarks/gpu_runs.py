@@ -6,22 +6,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.diffusion.condition import ClassTable, Condition
+from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
+from fewstep.estimate.stand_ins import teacher_of
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
-from fewstep.families.shapes import TEXT_NETWORKS
-from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import AnyTeacher, Teacher
+from fewstep.families.registry import build_denoiser, family_of, released_shapes
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import build_distillation
 from fewstep.training.step import Distillation, two_time_scale_step
@@ -69,60 +67,51 @@ TINY_ADDED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_d
 class RandomPrompts:
     """Embeddings of a few made-up prompts, on the device."""
 
-    text: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
+    table: Condition
 
     @property
     def num_rows(self) -> int:
         """How many there are."""
-        return len(self.text)
+        return len(self.table)
 
     def rows(self, index: Tensor) -> Condition:
         """The conditions at these numbers."""
-        pooled, ids = self.pooled, self.time_ids
-        return Condition(
-            len(index), text=self.text[index], pooled=None if pooled is None else pooled[index],
-            time_ids=None if ids is None else ids.expand(len(index), 6), empty_text=torch.zeros_like(self.text[:1]),
-            empty_pooled=None if pooled is None else torch.zeros_like(pooled[:1]),
-        )  # fmt: skip
+        return replace(
+            self.table, batch_size=len(index), parts={n: part[index] for n, part in self.table.parts.items()}
+        )
+
+
+def describe_network(case: Case) -> dict[str, Any]:
+    """The released shape, or a tiny network of its kind."""
+    if case.network == "edm":
+        if not case.tiny:
+            return released_shapes()["imagenet64-adm"]
+        return EDMDenoiser(build_network_config("tiny", img_resolution=16, img_channels=3, label_dim=4)).describe()
+    released = released_shapes()[case.network]
+    if not case.tiny:
+        return released
+    network = dict(released["network"]) | TINY_TEXT | (TINY_ADDED if case.network == "sdxl" else {})
+    return released | {"network": network, "latent_size": 8}
 
 
 def build_network(case: Case, device: str) -> Denoiser:
     """The network of a case with random weights, made on the device."""
     torch.manual_seed(0)
-    if case.network == "edm":
-        size = 16 if case.tiny else 64
-        name, classes = ("tiny", 4) if case.tiny else ("imagenet64-adm", 1000)
-        config = build_network_config(name, img_resolution=size, img_channels=3, label_dim=classes)
-        with torch.device(device):
-            return EDMDenoiser(config).eval()
-    from diffusers import UNet2DConditionModel
-
-    from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser
-
-    released = TEXT_NETWORKS[case.network]
-    config = released["network"]
-    if case.tiny:
-        config = config | TINY_TEXT | (TINY_ADDED if "addition_embed_type" in config else {})
     with torch.device(device):
-        unet = UNet2DConditionModel.from_config(config)
-    return DiffusersUNetDenoiser(unet, released["scheduler"], config["sample_size"]).eval()
+        return build_denoiser(describe_network(case)).eval()
 
 
-def build_conditions(network: Denoiser, device: str) -> Any:
-    """All classes, or random prompts."""
-    unet: Any = getattr(network, "network", None)
-    if unet is None:
+def build_conditions(network: Denoiser, device: str) -> ConditionTable:
+    """All classes, or random prompts of the family's shapes."""
+    family = family_of(network.describe())
+    if family.takes == "labels":
         return ClassTable(network.num_classes)
-    config, made = unet.config, torch.Generator(device).manual_seed(1)
-    text = torch.randn(16, 77, config.cross_attention_dim, generator=made, device=device)
-    if config.addition_embed_type is None:
-        return RandomPrompts(text, None, None)
-    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    side = float(8 * network.image_shape[-1])
-    ids = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=device)
-    return RandomPrompts(text, torch.randn(16, width, generator=made, device=device), ids)
+    shaped, made = family.example_condition(network, 16).to(device), torch.Generator(device).manual_seed(1)
+    parts = {name: torch.randn(part.shape, generator=made, device=device) for name, part in shaped.parts.items()}
+    if "time_ids" in parts:
+        side = 8.0 * network.image_shape[-1]
+        parts["time_ids"] = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=device).expand(16, 6)
+    return RandomPrompts(replace(shaped, parts=parts))
 
 
 def settings_of(case: Case) -> TrainSettings:
@@ -143,16 +132,6 @@ def settings_of(case: Case) -> TrainSettings:
         },
         "gpu benchmark",
     )  # fmt: skip
-
-
-def teacher_of(network: Denoiser) -> AnyTeacher:
-    """A teacher around a network, without a folder."""
-    card = ModelCard(role="teacher", can_be_guided=True)
-    if getattr(network, "network", None) is None:
-        return Teacher(network, card)
-    from fewstep.models.text_model import TextTeacher
-
-    return TextTeacher(network, card, Path(), "", "")
 
 
 def build_run(case: Case, device: str) -> Distillation:
@@ -217,13 +196,14 @@ class Measured:
 
 
 def measure(step_function: StepFunction, real: RealBatch, batch: int, device: str, *, seconds: float = 6.0) -> Measured:
-    """Warm up for a cycle, then repeat the same cycle for about `seconds`, at least twice."""
+    """Warm up for a cycle, then repeat the same cycle for about `seconds`; at least twice, once where they are 0."""
     run_cycle(step_function, real, batch, device)
     synchronise(device)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     spent: list[float] = []
-    while len(spent) < 2 or (sum(spent) < seconds and len(spent) < 20):
+    least = 2 if seconds else 1
+    while len(spent) < least or (sum(spent) < seconds and len(spent) < 20):
         started = time.perf_counter()
         run_cycle(step_function, real, batch, device)
         synchronise(device)

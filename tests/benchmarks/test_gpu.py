@@ -102,7 +102,7 @@ def test_the_plain_step_trains_what_the_librarys_trains(network: str) -> None:
 
 def test_counted_operations_follow_the_simulated_steps() -> None:
     """The count over a cycle of a four-step generator equals the sum over its steps, each counted by itself."""
-    case = gpu_runs.Case("sdxl", 1, "shared_base", steps=gpu_runs.FOUR_STEPS, tiny=True)
+    case = gpu_runs.Case("sdxl", 1, "shared_base", steps=(999, 499), tiny=True)
     built = gpu_runs.build_run(case, "cpu")
     real, total = gpu_runs.real_batch(built, 1, "cpu"), 0.0
     for step in range(gpu_runs.EVERY):
