@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from gpu_parts import timed
-from gpu_runs import Case, build_run, freed, measure, optimizers, our_step, real_batch, synchronise
+from gpu_runs import Case, build_run, freed, measure, our_step, real_batch, synchronise, updates
 from torch import Tensor, nn
 
 from fewstep.diffusion import draws
@@ -33,10 +33,10 @@ def levers(bench: Any) -> None:
         seconds = 0.0 if bench.tiny else 2.5
         real = real_batch(run, case.batch, bench.device)
 
-        def time_step(name: str, context: Any, step: Callable[..., object] | None = None) -> float:
+        def time_step(name: str, context: Any) -> float:
             try:
                 with context:
-                    found = measure(step or our_step(run), real, case.batch, bench.device, seconds=seconds)
+                    found = measure(our_step(run), real, case.batch, bench.device, seconds=seconds)
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 bench.note(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
                 gc.collect()
@@ -122,7 +122,7 @@ def draws_on_the_cpu(device: str) -> Iterator[None]:
 @contextmanager
 def unfused_optimizers(run: Distillation) -> Iterator[None]:
     """One kernel an operation and group of tensors, torch's default on CUDA."""
-    groups = [group for optimizer in optimizers(run) for group in optimizer.param_groups]
+    groups = [group for update in updates(run) for group in update.optimizer.param_groups]
     for group in groups:
         group["fused"], group["foreach"] = False, True
     try:
@@ -211,9 +211,12 @@ def eight_bit(bench: Any, run: Distillation, time_step: Callable[..., float]) ->
         return
     from torchao.optim import AdamW8bit
 
-    eight = [AdamW8bit(list(optimizer.param_groups[0]["params"]), lr=1e-5) for optimizer in optimizers(run)]
-    changed = replace(run, generator_optimizer=eight[0], fake_score_optimizer=eight[1])
-    time_step("AdamW with 8-bit states (torchao)", contextlib.nullcontext(), our_step(changed))
+    earlier = [update.optimizer for update in updates(run)]
+    for update in updates(run):
+        update.optimizer = AdamW8bit(list(update.parameters.values()), lr=update.lr)
+    time_step("AdamW with 8-bit states (torchao)", contextlib.nullcontext())
+    for update, optimizer in zip(updates(run), earlier, strict=True):
+        update.optimizer = optimizer
 
 
 def graphs(bench: Any) -> None:

@@ -17,10 +17,10 @@ from gpu_runs import (
     count_flops,
     freed,
     measure,
-    optimizers,
     our_step,
     real_batch,
     synchronise,
+    updates,
 )
 from plain import PlainStep
 
@@ -91,8 +91,8 @@ def compare(bench: Any, case: Case, *, plain: bool = True, flops: float = 0.0, s
             ours = measure(our_step(run), real, case.batch, bench.device, seconds=seconds)
             ours.flops = flops * case.batch or count_flops(run, case, bench.device)
             _add(bench, case, "fewstep", ours, rate, None)
-            for optimizer in optimizers(run):
-                optimizer.state.clear()
+            for update in updates(run):
+                update.optimizer.state.clear()
             if plain:
                 step = PlainStep(run, case.guidance, torch.optim.SGD if case.sgd else torch.optim.AdamW)
                 theirs = measure(step, real, case.batch, bench.device, seconds=seconds)

@@ -23,6 +23,7 @@ from fewstep.families.registry import build_denoiser, family_of, released_shapes
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import build_distillation
 from fewstep.training.step import Distillation, two_time_scale_step
+from fewstep.training.update import Update
 
 EVERY = 5
 FOUR_STEPS = (999, 749, 499, 249)
@@ -143,14 +144,14 @@ def build_run(case: Case, device: str) -> Distillation:
         for role, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
             torch._foreach_mul_(list(role.parameters()), factor)
     if case.sgd:
-        sgd = (torch.optim.SGD(list(o.param_groups[0]["params"]), lr=1e-5) for o in optimizers(run))
-        run = replace(run, **dict(zip(("generator_optimizer", "fake_score_optimizer"), sgd, strict=True)))
+        for update in updates(run):
+            update.optimizer = torch.optim.SGD(update.parameters.values(), lr=update.lr)
     return run
 
 
-def optimizers(run: Distillation) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+def updates(run: Distillation) -> tuple[Update, Update]:
     """Generator's and fake score's."""
-    return run.generator_optimizer, run.fake_score_optimizer
+    return run.generator_update, run.fake_score_update
 
 
 StepFunction = Callable[[int, RealBatch, Draws], object]

@@ -33,7 +33,7 @@ class PlainStep:
             run.generator_every,
             guidance_scale,
         )
-        self.trained = list(run.roles.fake_score_and_head().parameters())
+        self.trained = list(run.roles.fake_score_parameters().values())
         self.generator_optimizer = optimizer(list(run.roles.generator.parameters()), lr=1e-5)
         self.fake_score_optimizer = optimizer(self.trained, lr=1e-5)
 
@@ -100,12 +100,3 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
     nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def unlike_teacher(run: Distillation) -> Distillation:
-    """The same run in the middle of training: generator and fake score differ from the teacher."""
-    with torch.no_grad():
-        for network, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
-            for parameter in network.parameters():
-                parameter.mul_(factor)
-    return run

@@ -84,7 +84,7 @@ def weights(case: gpu_runs.Case, step_function: str) -> torch.Tensor:
         step = lambda *arguments: two_time_scale_step(built, *arguments)  # noqa: E731
     gpu_runs.run_cycle(step, gpu_runs.real_batch(built, case.batch, "cpu"), case.batch, "cpu")
     roles = built.roles
-    trained = [*roles.generator.parameters(), *roles.fake_score_and_head().parameters()]
+    trained = [*roles.generator.parameters(), *roles.fake_score_parameters().values()]
     return torch.cat([parameter.detach().flatten() for parameter in trained])
 
 
@@ -94,7 +94,7 @@ def test_the_plain_step_trains_what_the_librarys_trains(network: str) -> None:
     case = gpu_runs.Case(network, 2, precision="fp32", guidance=2.0, tiny=True)
     ours, theirs, start = weights(case, "ours"), weights(case, "plain"), gpu_runs.build_run(case, "cpu")
     roles = start.roles
-    trained = [*roles.generator.parameters(), *roles.fake_score_and_head().parameters()]
+    trained = [*roles.generator.parameters(), *roles.fake_score_parameters().values()]
     before = torch.cat([parameter.detach().flatten() for parameter in trained])
     moved = torch.nn.functional.cosine_similarity(ours - before, theirs - before, dim=0)
     assert moved > 0.99
@@ -120,5 +120,5 @@ def test_levers_leave_the_run_as_it_was() -> None:
             pass
     assert built.roles.teacher.compute_dtype == torch.bfloat16
     assert not torch.backends.cuda.matmul.allow_tf32
-    assert built.generator_optimizer.param_groups[0]["fused"]
+    assert built.generator_update.optimizer.param_groups[0]["fused"]
     assert all(torch.equal(value, before[name]) for name, value in built.roles.teacher.state_dict().items())
