@@ -27,8 +27,8 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.preconditioning import edm_preconditioning
 from fewstep.families.edm.shapes import build_network_config
-from fewstep.families.preconditioning import edm_preconditioning
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import Teacher, load_class_teacher
 from fewstep.settings import TrainSettings, parse_settings

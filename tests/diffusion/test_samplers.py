@@ -28,7 +28,7 @@ from fewstep.diffusion.schedules import (
     NoiseSchedule,
     StepSchedule,
 )
-from fewstep.families.preconditioning import Prediction, predicted_x0
+from fewstep.families.prediction import Prediction, predicted_x0
 from tests.conftest import tiny_denoiser
 
 DATA_STD = 0.5

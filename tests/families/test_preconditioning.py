@@ -5,13 +5,8 @@ import torch
 
 from fewstep.diffusion.condition import Condition
 from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.preconditioning import (
-    Prediction,
-    edm_denoising_weight,
-    edm_preconditioning,
-    native_denoising_weight,
-    predicted_x0,
-)
+from fewstep.families.edm.preconditioning import edm_denoising_weight, edm_preconditioning
+from fewstep.families.prediction import Prediction, native_denoising_weight, predicted_x0
 from tests.conftest import tiny_denoiser
 
 SIGMAS = torch.tensor([0.002, 0.01, 0.3, 0.5, 2, 80], dtype=torch.float64)

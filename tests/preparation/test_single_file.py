@@ -224,7 +224,7 @@ def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensor
         assert not out.exists()
         assert not list(tmp_path.glob(".*"))
 
-    refused("is Stable Diffusion 1.x, but the configs of .* are SDXL's", base="sdxl")
+    refused("is Stable Diffusion 1.x or 2.x, but the configs of .* are SDXL's", base="sdxl")
     refused(r"unet is another network .* 1 missing \(out\.2\.bias\)", model__diffusion_model__out__2__bias=None)
     refused(r"1 unexpected \(extra\)", model__diffusion_model__extra=torch.zeros(1))
     refused(r"out.2.bias \(9,\) for \(4,\)", model__diffusion_model__out__2__bias=torch.zeros(9))

@@ -10,7 +10,7 @@ from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Wan
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.families.preconditioning import Prediction, native_denoising_weight, predicted_x0
+from fewstep.families.prediction import Prediction, native_denoising_weight, predicted_x0
 
 
 class DiffusersDenoiser(Denoiser):

@@ -39,6 +39,7 @@ class Family(ABC):
         default_batch_size: pictures made at once unless told otherwise.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         shapes: released networks by name (as `teacher.network` has them), as descriptions that `build` takes.
+        one_step_indices: grid index that DMD2's published one-step generators run at.
         autoencoder_config: the released models' VAE, for estimates; empty where x0 are the pictures themselves.
     """
 
@@ -54,6 +55,7 @@ class Family(ABC):
     default_batch_size: int
     lora_targets: tuple[str, ...] = ()
     shapes: Mapping[str, Description] = {}
+    one_step_indices: tuple[int, ...] = (999,)
     autoencoder_config: Mapping[str, Any] = {}
 
     # --- which models are of this family
@@ -172,7 +174,11 @@ class Family(ABC):
         """Pixels a side of x0 stands for, read from configs; 1 where x0 are the pictures themselves."""
         return 1
 
-    # --- a generator on its way to other programs
+    # --- a generator on its way to and from other programs
+
+    def kohya_config(self, description: Description) -> Mapping[str, Any] | None:
+        """The network config that kohya's names of LoRA layers follow from; None: they have other names there."""
+        return None
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         """The stock diffusers scheduler whose `set_timesteps(len(steps))` gives exactly these steps.

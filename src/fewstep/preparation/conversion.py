@@ -19,7 +19,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shape_from_weights import edm_config_from_weights
-from fewstep.families.registry import build_denoiser, build_on_meta
+from fewstep.families.registry import build_denoiser, build_on_meta, family_of
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
 from fewstep.formats.lora_spellings import is_lora_key
@@ -80,7 +80,7 @@ _OTHER_METHODS = frozenset(
         "lightspeed",
     ]
 )
-_FOUR_STEPS, _ONE_STEP, _ONE_STEP_SDXL = (999, 749, 499, 249), (999,), (399,)
+_FOUR_STEPS = (999, 749, 499, 249)
 
 
 def recognise(source: Path) -> Kind:
@@ -141,7 +141,7 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
 
     description, denoiser, name = _text_base(source, base)
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    lora = read_lora(_lora_file(source), layers, None if description["family"] == "sd3" else description["network"])
+    lora = read_lora(_lora_file(source), layers, family_of(description).kohya_config(description))
     _check_lora(lora, layers, source)
     steps = _steps(step_indices, source, denoiser)
     shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
@@ -158,7 +158,7 @@ def _convert_edm(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str,
     else:
         description = _describe_edm(checkpoint, source)
     denoiser = build_denoiser(description)
-    steps = _steps(indices or _ONE_STEP, source, denoiser)
+    steps = _steps(indices or family_of(description).one_step_indices, source, denoiser)
     weights = fit_network(checkpoint.generator, denoiser, "generator", str(source))
     roles = _fitted_roles(checkpoint, denoiser, str(source))
     card = replace(_generator_card(source, "DMD2 checkpoint", steps), class_names=class_names)
@@ -255,7 +255,7 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
             "of more steps, or another method's"
         )
     if not indices:
-        one_step = _ONE_STEP_SDXL if getattr(denoiser, "has_time_ids", False) else _ONE_STEP
+        one_step = family_of(denoiser.describe()).one_step_indices
         indices = _published_steps(name, one_step)
         if not indices:
             other = next((word for word in re.findall("[a-z]+", name) if word in _OTHER_METHODS), "")

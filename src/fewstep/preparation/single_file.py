@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import UserError
-from fewstep.families.registry import recognise
+from fewstep.families.registry import family_named, recognise
 from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import resolve_path
@@ -29,7 +29,6 @@ _SAME_SCHEDULE = 2e-3  # alphas_cumprod in a half-precision file against the sch
 _WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 _TEXT_WEIGHTS = "model.safetensors"
 _TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-_NAMES = {"sd": "Stable Diffusion 1.x", "sdxl": "SDXL", "sd3": "Stable Diffusion 3"}
 
 
 def single_file_to_folder(
@@ -56,8 +55,9 @@ def single_file_to_folder(
         raise UserError(f"{out} exists already; choose another folder")
     single = read_single_file(Path(path))
     base = _config_folder(config_folder, single.absent)
-    if (family := recognise(base).name) != single.family:
-        raise UserError(f"{path} is {_NAMES[single.family]}, but the configs of {config_folder} are {_NAMES[family]}'s")
+    if (family := recognise(base)).name != single.family:
+        title = family_named(single.family).title
+        raise UserError(f"{path} is {title}, but the configs of {config_folder} are {family.title}'s")
     configs = {name: read_json(base / name / "config.json", base, name) for name in single.parts}
     states = {}
     for name, config in configs.items():

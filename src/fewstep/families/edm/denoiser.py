@@ -9,8 +9,8 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import KarrasSchedule
+from fewstep.families.edm.preconditioning import edm_denoising_weight, edm_preconditioning
 from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig
-from fewstep.families.preconditioning import edm_denoising_weight, edm_preconditioning
 
 
 class EDMDenoiser(Denoiser):

@@ -10,7 +10,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
-from fewstep.families.preconditioning import Prediction
+from fewstep.families.prediction import Prediction
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS
 
 

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and XL: U-Nets that predict epsilon or v on a discrete schedule."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.family import Description
 from fewstep.families.stable_diffusion.config_keys import SCHEDULER_KEYS, VAE_READ
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
 from fewstep.networks.text_layout import TextLayout
@@ -53,6 +55,10 @@ class StableDiffusion(DiffusersFamily):
         text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
         return Condition(size, {"text": text}, {"text": text[:1]})
 
+    def kohya_config(self, description: Description) -> Mapping[str, Any] | None:
+        network: Mapping[str, Any] = description["network"]
+        return network
+
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         from fewstep.families.stable_diffusion.few_step_scheduler import build_few_step_scheduler
 
@@ -65,6 +71,7 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     title = "SDXL"
     shapes = XL_SHAPES
+    one_step_indices = (399,)
     text_layout = TextLayout(
         "sdxl", title, "StableDiffusionXLPipeline",
         {
