@@ -154,7 +154,7 @@ def test_metadata_labels(with_metadata: Path) -> None:
     dataset = load(with_metadata, num_classes=4)
     assert dict(zip(brightness(dataset), dataset.labels.tolist(), strict=True)) == {0: 3, 50: 2, 100: 1, 150: 0}
     assert dataset.class_names is None
-    other = load(with_metadata, num_classes=2, label_column="group")
+    other = load(with_metadata, num_classes=2, column="group")
     assert dict(zip(brightness(other), other.labels.tolist(), strict=True)) == {0: 0, 50: 0, 100: 1, 150: 1}
 
 
@@ -171,7 +171,7 @@ def test_parquet_file_and_folder(tmp_path: Path, place: str) -> None:
 def test_parquet_with_another_image_column_and_labels_in_lists(tmp_path: Path) -> None:
     features = {"id": datasets.Value("string"), "img": datasets.Image(), "y": datasets.List(datasets.Value("int64"))}
     columns = {"id": ["a", "b"], "img": [encoded(5), encoded(6)], "y": [[1], [0]]}
-    dataset = load(write_parquet(tmp_path / "x.parquet", features, columns), num_classes=2, label_column="y")
+    dataset = load(write_parquet(tmp_path / "x.parquet", features, columns), num_classes=2, column="y")
     assert brightness(dataset) == [5, 6]
     assert dataset.labels.tolist() == [1, 0]
 
@@ -383,14 +383,14 @@ def test_no_column_of_pictures(tmp_path: Path) -> None:
 
 
 def test_labels_are_needed_by_a_model_with_classes(with_metadata: Path) -> None:
-    assert refused(with_metadata, num_classes=4, label_column="class") == (
-        f"data.images={with_metadata}: the model has 4 classes but there is no column data.label_column='class' among "
+    assert refused(with_metadata, num_classes=4, column="class") == (
+        f"data.images={with_metadata}: the model has 4 classes but there is no column data.column='class' among "
         "['group', 'image', 'label', 'word']; sort the pictures into one folder a class, or add a metadata.jsonl"
     )
 
 
 def test_labels_must_be_integers(with_metadata: Path) -> None:
-    message = refused(with_metadata, num_classes=4, label_column="word")
+    message = refused(with_metadata, num_classes=4, column="word")
     assert "column 'word' holds 'w0' for 0.png, not integer class labels" in message
 
 

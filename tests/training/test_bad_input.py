@@ -216,7 +216,7 @@ def test_pictures_without_labels(train: Any) -> None:
     Path("pictures").mkdir()
     for number in range(4):
         Image.new("L", (16, 16)).save(f"pictures/{number}.png")
-    told = ("data.images=pictures: the model has 4 classes", "data.label_column='label'", "one folder a class")
+    told = ("data.images=pictures: the model has 4 classes", "data.column='label'", "one folder a class")
     with nothing_written():
         assert_refused(train("data.images=pictures"), *told)
         assert_refused(fewstep("pretrain", "teacher.toml", "data.images=pictures"), *told)
@@ -656,9 +656,17 @@ def test_features_of_unlabelled_pictures() -> None:
         answer = fewstep(
             "prepare", "features", "pictures", "net", "--num-classes", 2, "--resolution", 16, "--channels", 1
         )
-        assert_refused(answer, "data.images=pictures", "no column data.label_column='label'", "one folder a class")
+        assert_refused(answer, "data.images=pictures", "no column data.column='label'", "one folder a class")
 
 
 def test_quickstart_without_time() -> None:
     with nothing_written():
         assert_refused(fewstep("quickstart", "--minutes", 0), "--minutes 0: the quick start needs more than 0 minutes")
+
+
+# settings that the run would not read
+
+
+def test_settings_of_text_runs_are_refused_in_class_runs() -> None:
+    answer = train("data.prompts=prompts.txt", "data.truncate_prompts=true")
+    assert_refused(answer, "data.prompts, data.truncate_prompts are set but never read: teacher.path=", "leave out")

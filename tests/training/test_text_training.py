@@ -261,7 +261,7 @@ def test_steps_beyond_the_teachers_grid_are_refused(work: Path, tmp_path: Path) 
     }
     with pytest.raises(UserError, match=r"generator\.step_indices \[999\] lie outside 0\.\.499"):
         train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [999, 499]}, **changes))
-    with pytest.raises(UserError, match=r"losses\.max_level_index=980: the teacher's grid ends at 499"):
+    with pytest.raises(UserError, match=r"losses\.level_indices=\[20, 980\]: the teacher's grid ends at 499"):
         train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [499]}, **changes))
 
 

@@ -107,7 +107,7 @@ def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = Fals
     """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
     from fewstep.settings import PretrainSettings, load_settings
 
-    settings = load_settings(PretrainSettings, recipe, overrides)
+    settings = load_settings(PretrainSettings, recipe, overrides, _say)
     settings = _with_folder(settings, recipe)
     if dry_run:
         from fewstep.estimate.describe import describe_pretraining
@@ -128,7 +128,7 @@ def train(
     """Distil a teacher into a generator. The same command continues an interrupted run."""
     from fewstep.settings import TrainSettings, load_settings
 
-    settings = load_settings(TrainSettings, recipe, overrides)
+    settings = load_settings(TrainSettings, recipe, overrides, _say)
     settings = _with_folder(settings, recipe)
     if dry_run:
         from fewstep.estimate.describe import describe_distillation
@@ -452,6 +452,14 @@ def web_app(
         history=history, teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae,
         safety_checker=safety_checker, device=device, precision=precision, root_path=root_path,
     ))  # fmt: skip
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    from fewstep.progress import say
+
+    say(Console(stderr=True), line)
 
 
 def _with_folder(settings: Any, recipe: Path) -> Any:

@@ -167,7 +167,7 @@ def _folder_labels(
     names = listing.class_names
     if not names:
         raise UserError(
-            f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
+            f"{where}: the model has {num_classes} classes but there is no column data.column={column!r} "
             f"among {sorted([*listing.columns, 'image'])}; sort the pictures into one folder a class, or add a metadata.jsonl"
         )
     loose = {name for name, top in zip(listing.names, listing.folders, strict=True) if not top}

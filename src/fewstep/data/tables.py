@@ -151,7 +151,7 @@ def table_labels(table: Any, settings: "DataSettings", num_classes: int) -> tupl
     where = f"data.images={settings.images}"
     if column not in table.features:
         raise UserError(
-            f"{where}: the model has {num_classes} classes but there is no column data.label_column={column!r} "
+            f"{where}: the model has {num_classes} classes but there is no column data.column={column!r} "
             f"among {sorted(table.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
         )
     values = np.asarray(table[column])

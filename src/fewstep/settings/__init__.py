@@ -1,26 +1,19 @@
-"""Settings of every command, as frozen, validated trees."""
+"""Settings of every command, as frozen, validated trees: tree.py the machinery, the others what there is to set."""
 
-from fewstep.settings.trees import (
+from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
+from fewstep.settings.data import DataSettings, TrainDataSettings
+from fewstep.settings.losses import LossSettings
+from fewstep.settings.pretrain import NetworkSettings, PretrainNoiseSettings, PretrainSettings
+from fewstep.settings.train import (
     BestSettings,
-    ComputeSettings,
-    DataSettings,
     GeneratorSettings,
-    LossSettings,
     MemorySettings,
-    NetworkSettings,
-    OptimizerSettings,
-    PretrainNoiseSettings,
-    PretrainSettings,
-    RunSettings,
     TeacherSettings,
-    TrainingSettings,
+    TrainOptimizerSettings,
     TrainSettings,
-    Tree,
-    describe_settings,
-    flatten_settings,
-    load_settings,
-    parse_settings,
+    refuse_unread,
 )
+from fewstep.settings.tree import Tree, describe_settings, flatten_settings, load_settings, parse_settings
 
 __all__ = [
     "BestSettings",
@@ -35,6 +28,8 @@ __all__ = [
     "PretrainSettings",
     "RunSettings",
     "TeacherSettings",
+    "TrainDataSettings",
+    "TrainOptimizerSettings",
     "TrainSettings",
     "TrainingSettings",
     "Tree",
@@ -42,4 +37,5 @@ __all__ = [
     "flatten_settings",
     "load_settings",
     "parse_settings",
+    "refuse_unread",
 ]

@@ -76,7 +76,7 @@ def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions:
     steps, levels = build_step_schedule(settings, teacher.denoiser), teacher.denoiser.noise_schedule.num_levels
     if settings.losses.max_level_index >= levels:
         raise UserError(
-            f"losses.max_level_index={settings.losses.max_level_index}: the teacher's grid ends at {levels - 1}"
+            f"losses.level_indices={list(settings.losses.level_indices)}: the teacher's grid ends at {levels - 1}"
         )
     torch.manual_seed(settings.training.seed)  # the head's random start
     roles = build_chosen_roles(settings, teacher.denoiser)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fewstep.models.model import Teacher
 from fewstep.progress import say
-from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings
+from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings, refuse_unread
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
@@ -61,6 +62,7 @@ def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), cons
     settings = prepare_run(settings, folder, console)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
     teacher = open_teacher(settings)
+    refuse_unread(settings, takes_prompts=not isinstance(teacher, Teacher))
     for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
         say(console, line)
     job: GeneratorJob = kind(settings, teacher)

@@ -1,0 +1,89 @@
+"""Groups that `fewstep train` and `fewstep pretrain` share."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fewstep.errors import UserError
+from fewstep.settings.tree import Fraction, NonNegative, Positive, Tree
+
+
+class OptimizerSettings(Tree):
+    """AdamW; its learning rate belongs to each command."""
+
+    generator_lr: float = Field(2e-6, gt=0, description="learning rate of the generator")
+    warmup_steps: int = Field(500, ge=0, description="steps of linear warm-up")
+    final_lr_fraction: Fraction = Field(
+        1.0, description="the rate falls along a cosine to this share of itself at the end; 1: it stays"
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas")
+    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
+    max_grad_norm: float = Field(10.0, gt=0, description="gradient norm of each optimiser is clipped at this")
+
+    @property
+    def decay(self) -> str:
+        """constant or cosine."""
+        return "constant" if self.final_lr_fraction == 1 else "cosine"
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`decay` was a setting of its own: constant (which did not read the fraction), or cosine."""
+        if "decay" not in values:
+            return values
+        kept = {key: value for key, value in values.items() if key != "decay"}
+        if values["decay"] == "constant":
+            return {**kept, "final_lr_fraction": 1.0}
+        if values["decay"] == "cosine":
+            return {"final_lr_fraction": 0.0, **kept}
+        raise UserError(
+            f"optimizer.decay={values['decay']!r}: set optimizer.final_lr_fraction, 1 for a constant rate, 0 for a cosine to 0"
+        )
+
+
+class TrainingSettings(Tree):
+    """How long and how much at once."""
+
+    num_steps: Positive = Field(100_000, description="number of training steps")
+    time_limit_minutes: NonNegative = Field(
+        0.0, description="stop after this much training time; rate decay then follows the clock. 0: none"
+    )
+    batch_size: Positive = Field(280, description="samples a step over all processes")
+    microbatch_size: int = Field(
+        0,
+        ge=0,
+        description="samples that go through the networks at once, their gradients added up; 0: the whole batch",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="every random number follows from it")
+
+
+class ComputeSettings(Tree):
+    """Where and in which precision."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="inside the networks; outside is fp32. auto: what is fast on the device, measured at the start",
+    )
+    compile: bool = Field(False, description="torch.compile the networks")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+
+
+class RunSettings(Tree):
+    """The run folder and what is written there, counted in steps."""
+
+    folder: str = Field("", description="run folder; empty: runs/<recipe name>")
+    sample_every: Positive = Field(1000, description="steps between sample pictures")
+    checkpoint_every: Positive = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    sample_images: Positive = Field(64, le=1024, description="pictures in a sample grid")
+    tensorboard: bool = Field(True, description="write TensorBoard event files too")
+
+    @property
+    def log_every(self) -> int:
+        """Steps between metric lines on disk: each has its own, they are written together."""
+        return min(50, self.sample_every, self.checkpoint_every)
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`log_every` was a setting: the metrics of every step are written in any case."""
+        return {key: value for key, value in values.items() if key != "log_every"}

@@ -1,0 +1,117 @@
+"""The terms of a distillation: each with its weight and what belongs to it."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from fewstep.errors import UserError
+from fewstep.settings.tree import NonNegative, Tree
+
+LevelIndex = Annotated[int, Field(ge=0)]
+
+
+class LossSettings(Tree):
+    """Terms and their weights; a weight of 0 leaves the term out of the run."""
+
+    distribution_matching_weight: NonNegative = Field(1.0, description="weight of distribution matching")
+    level_indices: tuple[LevelIndex, LevelIndex] = Field(
+        (20, 980), description="lowest and highest grid index of distribution matching, both included"
+    )
+    gan_generator_weight: NonNegative = Field(0.0, description="weight of the generator's GAN loss")
+    gan_discriminator_weight: NonNegative = Field(0.0, description="weight of the discriminator's loss")
+    regression_weight: NonNegative = Field(0.0, description="weight of DMD's regression on noise-image pairs")
+    lpips_files: tuple[str, ...] = Field(
+        (),
+        description="the regression's distance is LPIPS with these: VGG16 state dict (vgg16-397923af.pth), LPIPS v0.1 heads "
+        "(vgg.pth) and, for latents, a VAE that decodes them (e.g. a folder of TAESD) if not the teacher's; empty: pixels",
+    )
+
+    @property
+    def min_level_index(self) -> int:
+        """Lowest grid index of distribution matching."""
+        return self.level_indices[0]
+
+    @property
+    def max_level_index(self) -> int:
+        """Highest grid index of distribution matching, included."""
+        return self.level_indices[1]
+
+    @property
+    def regression_distance(self) -> str:
+        """pixel or lpips."""
+        return "lpips" if self.lpips_files else "pixel"
+
+    @property
+    def vgg_weights(self) -> str:
+        """VGG16 state dict, empty without LPIPS."""
+        return self.lpips_files[0] if self.lpips_files else ""
+
+    @property
+    def lpips_weights(self) -> str:
+        """LPIPS heads, empty without LPIPS."""
+        return self.lpips_files[1] if self.lpips_files else ""
+
+    @property
+    def regression_autoencoder(self) -> str:
+        """VAE that decodes latents for LPIPS; empty: the teacher's."""
+        return self.lpips_files[2] if len(self.lpips_files) > 2 else ""
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`min_level_index` and `max_level_index` were two settings, LPIPS had four."""
+        return _renewed_lpips(_renewed_levels(values))
+
+    def impossible(self) -> str:
+        """What does not go together, or nothing."""
+        if not (self.distribution_matching_weight or self.gan_generator_weight or self.regression_weight):
+            return (
+                "losses.distribution_matching_weight, losses.gan_generator_weight and losses.regression_weight "
+                "are all 0: the generator has nothing to learn from"
+            )
+        if self.gan_generator_weight and not self.gan_discriminator_weight:
+            return (
+                "losses.gan_generator_weight is set but losses.gan_discriminator_weight is 0: "
+                "an untrained discriminator teaches nothing; set both (published: 3e-3 and 1e-2)"
+            )
+        if self.min_level_index > self.max_level_index:
+            return f"losses.level_indices={list(self.level_indices)}: the lowest comes first"
+        if self.lpips_files and len(self.lpips_files) not in (2, 3):
+            return (
+                f"losses.lpips_files={list(self.lpips_files)} must name two files, VGG16 and the LPIPS heads (and a VAE "
+                "where one is wanted); empty compares pixels and needs no file"
+            )
+        return ""
+
+
+def _renewed_levels(values: dict[str, Any]) -> dict[str, Any]:
+    old = {"min_level_index": 20, "max_level_index": 980}
+    if not old.keys() & values.keys():
+        return values
+    if "level_indices" in values:
+        raise UserError("losses.level_indices is losses.min_level_index and losses.max_level_index: set it alone")
+    kept = {key: value for key, value in values.items() if key not in old}
+    return {**kept, "level_indices": [values.get(key, default) for key, default in old.items()]}
+
+
+def _renewed_lpips(values: dict[str, Any]) -> dict[str, Any]:
+    files = ("vgg_weights", "lpips_weights", "regression_autoencoder")
+    old = ("regression_distance", *files)
+    if not set(old) & values.keys():
+        return values
+    kept = {key: value for key, value in values.items() if key not in old}
+    distance, named = values.get("regression_distance", "pixel"), [values.get(key, "") for key in files]
+    if distance not in ("pixel", "lpips"):
+        raise UserError(
+            f"losses.regression_distance={distance!r}: set losses.lpips_files, or leave it empty for pixels"
+        )
+    if distance == "pixel" or not (all(named[:2]) or values.get("regression_weight")):
+        return kept
+    if "lpips_files" in values:
+        raise UserError("losses.lpips_files is all there is to set for LPIPS: leave out losses.regression_distance")
+    for key, value in zip(files[:2], named, strict=False):
+        if not value:
+            raise UserError(
+                f"losses.regression_distance='lpips' needs losses.{key}; today both are one setting, losses.lpips_files; "
+                "losses.regression_distance='pixel' needs no file"
+            )
+    return {**kept, "lpips_files": [name for name in named if name]}

@@ -1,0 +1,78 @@
+"""Everything `fewstep pretrain` reads."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
+from fewstep.settings.data import DataSettings
+from fewstep.settings.tree import Fraction, NonNegative, Positive, Tree, note, without_unread
+
+
+class PretrainDataSettings(DataSettings):
+    """Pictures to train on."""
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Earlier run folders hold settings of `fewstep train` that were never read."""
+        unread = {"pairs": "", "prompts": "", "truncate_prompts": False, "text_embeddings": "stored", "latents": ""}
+        return super().renewed(without_unread(values, unread))
+
+
+class PretrainOptimizerSettings(OptimizerSettings):
+    """AdamW of a teacher."""
+
+    generator_lr: float = Field(1e-3, gt=0, description="learning rate of the teacher")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Earlier run folders hold the rate of a fake score."""
+        return super().renewed(without_unread(values, {"fake_score_lr": 2e-6}))
+
+
+class PretrainTrainingSettings(TrainingSettings):
+    """How long and how much at once."""
+
+    batch_size: Positive = Field(128, description="samples a step over all processes")
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Earlier run folders hold the generator's turns."""
+        return super().renewed(without_unread(values, {"generator_every": 5}))
+
+
+class PretrainNoiseSettings(Tree):
+    """Noise levels a teacher is trained at: ln(sigma) ~ N(mean, std)."""
+
+    log_sigma_mean: float = Field(-1.2, description="mean of ln(sigma)")
+    log_sigma_std: float = Field(1.2, gt=0, description="standard deviation of ln(sigma)")
+
+
+class NetworkSettings(Tree):
+    """The teacher to train."""
+
+    name: str = Field("small", description="shape from the catalog, e.g. small, cifar10-ddpmpp, imagenet64-adm")
+    img_resolution: Positive = Field(32, description="side of the square pictures in pixels")
+    img_channels: Literal[1, 3] = Field(3, description="1 grey, 3 colour")
+    label_dim: int = Field(0, ge=0, description="number of classes, 0 for pictures without labels")
+    label_dropout: Fraction = Field(
+        0.0, description="share of samples trained without label; above 0 the teacher can be guided"
+    )
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data in [-1, 1]")
+
+
+class PretrainSettings(Tree):
+    """Everything `fewstep pretrain` needs."""
+
+    command = "pretrain"
+
+    expected: str = note("published result of the recipe, for the reader")
+    network: NetworkSettings = NetworkSettings()
+    noise: PretrainNoiseSettings = PretrainNoiseSettings()
+    data: PretrainDataSettings = PretrainDataSettings()
+    optimizer: PretrainOptimizerSettings = PretrainOptimizerSettings()
+    training: PretrainTrainingSettings = PretrainTrainingSettings()
+    ema_half_life_images: float = Field(500_000.0, gt=0, description="half-life of the weight average")
+    compute: ComputeSettings = ComputeSettings()
+    run: RunSettings = RunSettings()

@@ -1,0 +1,185 @@
+"""Everything `fewstep train` reads."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fewstep.errors import UserError
+from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
+from fewstep.settings.data import TrainDataSettings
+from fewstep.settings.losses import LossSettings
+from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note
+
+
+class TrainOptimizerSettings(OptimizerSettings):
+    """AdamW, one for the generator and one for fake score and discriminator."""
+
+    fake_score_lr: float = Field(2e-6, gt=0, description="learning rate of fake score and discriminator")
+
+
+class TrainTrainingSettings(TrainingSettings):
+    """How long, how much at once, and how often the generator's turn comes."""
+
+    generator_every: Positive = Field(5, description="fake-score steps per generator update")
+
+
+class TeacherSettings(Tree):
+    """The frozen model whose distribution is distilled."""
+
+    path: str = Field(
+        "", description="folder or .pkl of the teacher, hub id, or 'bundled:fashion-mnist', 'bundled:emoji-sd', ..."
+    )
+    network: str = Field(
+        "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
+    )
+    guidance_scale: float = Field(1.0, ge=0, description="uncond + w (cond - uncond); 1 is off")
+    resolution: int = Field(0, ge=0, description="side of text-to-image pictures in pixels; 0: the model's own")
+
+
+class GeneratorSettings(Tree):
+    """The model being trained."""
+
+    step_indices: tuple[int, ...] = Field(
+        (999,), description="grid indices the generator runs at, noisiest first; they travel with its weights"
+    )
+    training_inputs: Literal["simulated", "noised_data"] = Field(
+        "simulated",
+        description="what later steps are trained on: the generator's own path, or noised real data (ablation)",
+    )
+    start_from: str = Field(
+        "",
+        description="earlier run folder, exported or converted generator (with its roles/), or DMD2 checkpoint; empty: the teacher",
+    )
+    ema_half_life_images: NonNegative = Field(
+        0.0, description="half-life of the generator's weight average in images; 0: none"
+    )
+
+
+class MemorySettings(Tree):
+    """How the three roles share memory."""
+
+    mode: Literal["full", "lora_generator", "shared_base"] = Field(
+        "full", description="full: three networks; lora_generator: generator is a LoRA on the frozen teacher; "
+        "shared_base: generator and fake score are two LoRAs on one frozen teacher"
+    )  # fmt: skip
+    lora_rank: Positive = Field(64, description="rank of each LoRA")
+    lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
+    frozen_precision: Literal["fp32", "bf16"] = Field("fp32", description="storage of weights that are never trained")
+    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class BestSettings(Tree):
+    """The best generator of a run by Frechet distance, kept beside the newest checkpoints; measured at every checkpoint."""
+
+    features: str = Field(
+        "",
+        description="feature network that decides: folder of `fewstep prepare features`, bundled:NAME or Inception; empty: "
+        "nothing is measured or kept",
+    )
+    reference: str = Field("", description=".npz of `fewstep prepare statistics`")
+    num_images: int = Field(1000, ge=50, description="generated pictures a measurement")
+
+    @property
+    def metric(self) -> str:
+        """What decides: frechet_distance, or nothing."""
+        return "frechet_distance" if self.features else ""
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`metric` was a setting of its own."""
+        if "metric" not in values:
+            return values
+        kept = {key: value for key, value in values.items() if key != "metric"}
+        if values["metric"] == "":
+            return {key: value for key, value in kept.items() if key != "features"}
+        if values["metric"] != "frechet_distance":
+            raise UserError(f"best.metric={values['metric']!r}: the Frechet distance is the one there is; leave it out")
+        if not (kept.get("features") and kept.get("reference")):
+            raise UserError(NEEDS)
+        return kept
+
+
+NEEDS = (
+    "best.metric='frechet_distance' needs best.features (a folder of `fewstep prepare features` or an Inception "
+    "file) and best.reference (an .npz of `fewstep prepare statistics`)"
+)
+
+
+class TrainSettings(Tree):
+    """Everything `fewstep train` needs."""
+
+    command = "train"
+
+    expected: str = note("published result of the recipe, for the reader")
+    teacher: TeacherSettings = TeacherSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    data: TrainDataSettings = TrainDataSettings()
+    memory: MemorySettings = MemorySettings()
+    losses: LossSettings = LossSettings()
+    optimizer: TrainOptimizerSettings = TrainOptimizerSettings()
+    training: TrainTrainingSettings = TrainTrainingSettings()
+    compute: ComputeSettings = ComputeSettings()
+    run: RunSettings = RunSettings()
+    best: BestSettings = BestSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        reason = self.losses.impossible() or _impossible_memory(self) or _impossible_steps(self)
+        if reason:
+            raise ValueError(reason)
+        return self
+
+
+def _impossible_memory(settings: TrainSettings) -> str:
+    memory, compute = settings.memory, settings.compute
+    if memory.frozen_precision == "bf16" and (memory.mode == "full" or compute.precision == "fp32"):
+        return (
+            "memory.frozen_precision='bf16' needs a frozen base (memory.mode='lora_generator' or 'shared_base') "
+            "and compute.precision='bf16'"
+        )
+    if memory.mode != "full" and compute.compile:
+        return "compute.compile=true does not go with LoRA (memory.mode); set it to false"
+    return ""
+
+
+def _impossible_steps(settings: TrainSettings) -> str:
+    """What no teacher's grid would allow; how long the grid is, the teacher knows (`diffusion.schedules.StepSchedule`)."""
+    generator, losses, indices = settings.generator, settings.losses, settings.generator.step_indices
+    if not indices or list(indices) != sorted(set(indices), reverse=True) or indices[-1] < 0:
+        return (
+            f"generator.step_indices={list(indices)} must be grid indices of 0 or more, falling, at least one, "
+            "e.g. [999] or [999, 749, 499, 249]"
+        )
+    if generator.training_inputs == "noised_data" and not losses.gan_discriminator_weight:
+        return (
+            "generator.training_inputs='noised_data' reads the real batch of the GAN: set "
+            "losses.gan_discriminator_weight too"
+        )
+    if len(indices) != 1 and losses.regression_weight:
+        return f"losses.regression_weight needs a one-step generator: generator.step_indices has {len(indices)} entries"
+    return ""
+
+
+_OF_PROMPTS = (
+    "teacher.resolution", "data.prompts", "data.truncate_prompts", "data.text_embeddings", "data.latents",
+)  # fmt: skip
+_OF_CLASSES = ("data.images", "data.split", "data.fit", "data.background", "data.flip")
+
+
+def refuse_unread(settings: TrainSettings, takes_prompts: bool) -> None:
+    """What can be said once the teacher is known: no setting is set that its kind of run never reads.
+
+    Raises:
+        UserError: names the settings.
+    """
+    names = _OF_CLASSES if takes_prompts else _OF_PROMPTS
+    values, defaults = flatten_settings(settings), flatten_settings(TrainSettings())
+    unread = [name for name in names if values[name] != defaults[name]]
+    if unread:
+        kinds = ("text-to-image", "class-conditional") if takes_prompts else ("class-conditional", "text-to-image")
+        raise UserError(
+            f"{', '.join(unread)} {'is' if len(unread) == 1 else 'are'} set but never read: teacher.path="
+            f"{settings.teacher.path} is {kinds[0]}, and only {kinds[1]} runs read {'it' if len(unread) == 1 else 'them'}; "
+            "leave out what does not belong"
+        )

@@ -1,0 +1,233 @@
+"""Settings as frozen, validated trees: TOML recipes plus `key=value`, every mistake named with the nearest right key."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from fewstep.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+SettingsT = TypeVar("SettingsT", bound="Tree")
+Tell = Callable[[str], None]
+
+
+class Tree(BaseModel):
+    """Base of every settings group: frozen, nothing unknown, nothing coerced between kinds, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    command: ClassVar[str] = ""
+    """The command whose settings these are, for the whole tree of one."""
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """This group's values with the keys of earlier versions put where they belong now.
+
+        Raises:
+            UserError: an earlier key has a value that cannot be carried over.
+        """
+        return values
+
+
+def note(description: str) -> Any:
+    """A field that nothing reads but people: no setting."""
+    return Field("", description=description, json_schema_extra={"note": True})
+
+
+def renamed(values: dict[str, Any], old: dict[str, Any], new: str) -> dict[str, Any]:
+    """Values with one of several earlier keys under the one there is now; an earlier key at its default says nothing.
+
+    Args:
+        old: earlier keys with their defaults.
+        new: dotted key of today.
+
+    Raises:
+        UserError: two of them are set.
+    """
+    given = {key: values[key] for key, default in old.items() if key in values and values[key] != default}
+    kept = {key: value for key, value in values.items() if key not in old}
+    name = new.rpartition(".")[2]
+    if len(given) + (kept.get(name, "") != "") > 1:
+        raise UserError(f"{new} is one setting for what were {' and '.join(old)}: set it alone")
+    return kept | ({name: next(iter(given.values()))} if given else {})
+
+
+def without_unread(values: dict[str, Any], unread: dict[str, Any]) -> dict[str, Any]:
+    """Values without keys that were never read and are at their defaults; one that was set stays, to be refused."""
+    return {key: value for key, value in values.items() if key not in unread or value != unread[key]}
+
+
+def parse_settings(
+    kind: type[SettingsT], values: dict[str, Any], source: str, tell: Tell | None = None
+) -> SettingsT:  # fmt: skip
+    """Validate a nested dict; keys of earlier versions are read, and `tell` gets a line for each group that has some.
+
+    Raises:
+        UserError: an unknown key (with the nearest right one), a wrong type or an impossible combination; the
+            message names `source` and the dotted key.
+    """
+    try:
+        values = _renew(kind, values, "", tell)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    _refuse_unknown(kind, values, source)
+    try:
+        # JSON mode: lists become tuples and integers floats, which TOML and key=value cannot spell otherwise
+        return kind.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def load_settings(
+    kind: type[SettingsT], recipe: str | Path, overrides: list[str] | None = None, tell: Tell | None = None
+) -> SettingsT:  # fmt: skip
+    """Read a TOML recipe, apply `section.key=value` overrides, validate.
+
+    A recipe may name another with a top-level `extends = "other.toml"` (relative to itself) and then states only
+    its differences.
+
+    Raises:
+        UserError: the file is missing or not TOML, an override is not key=value, or validation fails.
+    """
+    values = _read_recipe(Path(recipe), seen=())
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_settings(kind, values, str(recipe), tell)
+
+
+def describe_settings(kind: type[Tree], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows (dotted key, type, default, meaning) of every setting, for `--help` and the docs."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, field in kind.model_fields.items():
+        annotation: Any = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Tree):
+            rows += describe_settings(annotation, f"{prefix}{name}.")
+        elif not is_note(field):
+            type_name = getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+            rows.append((prefix + name, type_name, repr(field.default), field.description or ""))
+    return rows
+
+
+def is_note(field: FieldInfo) -> bool:
+    """Whether nothing but people read a field."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("note"))
+
+
+def flatten_settings(settings: Tree) -> dict[str, Any]:
+    """{dotted key: value} of a whole tree, in JSON types."""
+    flat: dict[str, Any] = {}
+
+    def walk(values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(settings.model_dump(mode="json"), "")
+    return flat
+
+
+def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist; the shipped ones lie in recipes/")
+    if path.resolve() in seen:
+        raise UserError(f"recipe {path} extends itself")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"recipe {path}: extends must name a recipe file")
+    return _merge(_read_recipe(path.parent / parent, (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"{override!r} is not a setting: write section.key=value, e.g. training.batch_size=64")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, as a shell user writes it
+    values[name] = value if isinstance(value, str | int | float | list | dict) else text  # dates are text too
+
+
+def _renew(kind: type[Tree], values: dict[str, Any], prefix: str, tell: Tell | None) -> dict[str, Any]:
+    """The whole tree with keys of earlier versions put where they belong now."""
+    renewed = kind.renewed(values)
+    gone = [f"{prefix}{key}" for key in values if key not in renewed]
+    new = [f"{prefix}{key} = {value!r}" for key, value in renewed.items() if key not in values]
+    if gone and tell is not None:
+        tell(f"{', '.join(gone)}: now {', '.join(new) or 'left out'}")
+    for key, value in renewed.items():
+        annotation: Any = kind.model_fields[key].annotation if key in kind.model_fields else None
+        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, Tree):
+            renewed = {**renewed, key: _renew(annotation, value, f"{prefix}{key}.", tell)}
+    return renewed
+
+
+def _refuse_unknown(kind: type["Tree"], values: dict[str, Any], source: str) -> None:
+    known = {row[0] for row in describe_settings(kind)}
+
+    def walk(group: type[Tree], values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if key not in group.model_fields:
+                raise UserError(f"{source}: unknown setting {prefix}{key}{_hint(kind, group, prefix, key, known)}")
+            annotation: Any = group.model_fields[key].annotation
+            if isinstance(annotation, type) and issubclass(annotation, Tree):
+                if not isinstance(value, dict):
+                    raise UserError(f"{source}: {prefix}{key} is a section, not a value: set {prefix}{key}.<name>")
+                walk(annotation, value, f"{prefix}{key}.")
+            elif type(value) not in (str, int, float, bool, list, dict):
+                raise UserError(f"{source}: {prefix}{key}={value} has a type no setting has; put it in quotes")
+
+    walk(kind, values, "")
+
+
+def _hint(kind: type["Tree"], group: type["Tree"], prefix: str, key: str, known: set[str]) -> str:
+    """The nearest right key: the same name in another section, then a similar one here, then the other command's."""
+    same_name = [dotted for dotted in sorted(known) if dotted.rsplit(".", 1)[-1] == key]
+    if same_name:
+        return f"; did you mean {same_name[0]}?"
+    near = difflib.get_close_matches(key, list(group.model_fields), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    for other in Tree.__subclasses__():
+        if other is not kind and other.command and f"{prefix}{key}" in _sections_and_keys(other):
+            return f"; it belongs to recipes of `fewstep {other.command}`"
+    return ""
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}={item['input']!r}: {message}" if key else message
+
+
+def _sections_and_keys(kind: type[Tree]) -> set[str]:
+    keys = {row[0] for row in describe_settings(kind)}
+    return keys | {key.rsplit(".", 1)[0] for key in keys}
