@@ -667,6 +667,6 @@ def test_quickstart_without_time() -> None:
 # settings that the run would not read
 
 
-def test_settings_of_text_runs_are_refused_in_class_runs() -> None:
+def test_settings_of_text_runs_are_refused_in_class_runs(train: Callable[..., Answer]) -> None:
     answer = train("data.prompts=prompts.txt", "data.truncate_prompts=true")
     assert_refused(answer, "data.prompts, data.truncate_prompts are set but never read: teacher.path=", "leave out")

@@ -30,7 +30,7 @@ def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0, 1.7])
 def test_constant_rate_ignores_progress(progress: float) -> None:
-    settings = OptimizerSettings(warmup_steps=0, decay="constant", final_lr_fraction=0.5)
+    settings = OptimizerSettings(warmup_steps=0, final_lr_fraction=1.0)
     assert learning_rate_factor(settings, 100, progress) == 1.0
 
 
@@ -41,12 +41,12 @@ def test_constant_rate_ignores_progress(progress: float) -> None:
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_cosine_rate(progress: float, expected: float, final: float) -> None:
     """Half a cosine from 1 to the final fraction; a run past its end stays there."""
-    settings = OptimizerSettings(warmup_steps=0, decay="cosine", final_lr_fraction=final)
+    settings = OptimizerSettings(warmup_steps=0, final_lr_fraction=final)
     assert learning_rate_factor(settings, 100, progress) == pytest.approx(final + (1 - final) * expected, abs=1e-12)
 
 
 def test_warm_up_multiplies_the_cosine() -> None:
-    settings = OptimizerSettings(warmup_steps=10, decay="cosine")
+    settings = OptimizerSettings(warmup_steps=10, final_lr_fraction=0.0)
     expected = 0.3 * (1 + math.cos(math.pi * 0.2)) / 2
     assert learning_rate_factor(settings, 2, progress=0.2) == pytest.approx(expected)
 
