@@ -225,7 +225,7 @@ def test_images_per_second_after_a_break(tmp_path: Path) -> None:
 
 def test_metric_lines_of_a_loop(tmp_path: Path) -> None:
     """One line a step, and the memory now and then; nothing is written twice."""
-    run_job(Counting(), counting_settings(tmp_path, {"num_steps": 7}, {"log_every": 3}), tmp_path)
+    run_job(Counting(), counting_settings(tmp_path, {"num_steps": 7}, {"sample_every": 3}), tmp_path)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == list(range(7))
     assert [line["step"] for line in lines if "peak_memory_gib" in line] == [2, 5]
@@ -348,7 +348,7 @@ def test_a_non_finite_metric_stops_the_loop(tmp_path: Path, value: float) -> Non
 
 
 def test_a_non_finite_metric_is_found_at_the_next_log(tmp_path: Path) -> None:
-    settings = counting_settings(tmp_path, {"num_steps": 50}, {"log_every": 4})
+    settings = counting_settings(tmp_path, {"num_steps": 50}, {"sample_every": 4})
     job = Counting(values={5: math.nan})
     with pytest.raises(NonFiniteError, match="step 5"):
         run_job(job, settings, tmp_path)
@@ -367,7 +367,7 @@ def test_a_non_finite_loss_stops_a_distillation(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fake score's loss is NaN in step 3; the checkpoint of step 2 is good and the run goes on from it."""
-    settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run", run={"log_every": 50})
+    settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run")
     original, calls = terms.denoising_loss, []
 
     def sometimes_nan(estimate: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
@@ -447,7 +447,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "changes"),
     [
-        ("training", {"num_steps": 9}), ("training", {"time_limit_minutes": 2.0}), ("run", {"log_every": 7}),
+        ("training", {"num_steps": 9}), ("training", {"time_limit_minutes": 2.0}), ("run", {"sample_every": 7}),
         ("run", {"keep_checkpoints": 5}), ("compute", {"device": "cpu"}),
         ("compute", {"precision": "fp32"}), ("optimizer", {"generator_lr": 1e-7}),
     ],
