@@ -468,7 +468,7 @@ def test_recipe_that_is_no_toml() -> None:
         ("training=4", "training is a section, not a value"),
         ("compute.precision=fp16", "compute.precision='fp16'"),
         ("losses.gan_discriminator_weight=0", "losses.gan_discriminator_weight is 0"),
-        ("generator.step_indices=[1000]", "generator.step_indices=[1000]"),
+        ("generator.step_indices=[1000]", "generator.step_indices [1000] lie outside 0..999"),
     ],
 )
 def test_settings_that_do_not_exist_or_cannot_be(train: Any, override: str, told: str) -> None:
