@@ -14,7 +14,6 @@ from fewstep.diffusion.condition import Condition
 from fewstep.errors import UserError
 from fewstep.estimate import describe as estimate
 from fewstep.estimate.describe import describe_distillation, network_size
-from fewstep.estimate.machine import ACTIVATIONS
 from fewstep.estimate.memory import (
     FAKE_SCORE_TURN,
     FROZEN,
@@ -25,6 +24,7 @@ from fewstep.estimate.memory import (
     TRAINED,
     Estimate,
 )
+from fewstep.estimate.meter import ACTIVATIONS
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
@@ -286,7 +286,7 @@ def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("mode", ["full", "shared_base"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.long), "shared_base"])
 def test_every_memory_mode_of_a_text_model(tmp_path: Path, mode: str) -> None:
     """From its folder's configs alone; the chosen mode's peak is that of its line."""
     folder = tiny_sdxl_folder(tmp_path / "sdxl")

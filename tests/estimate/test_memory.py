@@ -15,7 +15,7 @@ import torch
 
 from fewstep.distillation.roles import build_shared_base_roles
 from fewstep.errors import UserError
-from fewstep.estimate.machine import ACTIVATIONS, meta_machine
+from fewstep.estimate.machine import meta_machine
 from fewstep.estimate.memory import (
     AVERAGE,
     FAKE_SCORE_TURN,
@@ -28,6 +28,7 @@ from fewstep.estimate.memory import (
     Estimate,
     estimate_run,
 )  # fmt: skip
+from fewstep.estimate.meter import ACTIVATIONS
 from fewstep.families.registry import build_on_meta, build_released, family_named, released_shapes
 from fewstep.networks.adapters import AdapterRole, LoraShape
 from fewstep.settings import TrainSettings, parse_settings

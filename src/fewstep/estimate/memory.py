@@ -24,7 +24,8 @@ from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import FakeScoreTerm, Regression
 from fewstep.errors import UserError
 from fewstep.estimate.calls import Calls
-from fewstep.estimate.machine import Meter, meta_machine
+from fewstep.estimate.machine import meta_machine
+from fewstep.estimate.meter import Meter
 from fewstep.estimate.stand_ins import (
     Pairs,
     conditions_of,

@@ -1,0 +1,117 @@
+"""Counts what operations on the meta device keep, and their arithmetic, the backward pass's included."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fewstep.estimate.calls import META, Calls, is_meta
+
+ACTIVATIONS = "activations"
+_aten = torch.ops.aten
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+class Meter(TorchDispatchMode):
+    """Live and peak bytes of the storages that operations make inside it, by kind, and the operations' arithmetic.
+
+    A storage counts once, whatever views it has, from the operation that makes it until it is freed. What kernels
+    allocate and free inside one operation is not seen.
+
+    Attributes:
+        live: bytes by kind; everything is an activation until `assign` says otherwise.
+        total: bytes of all kinds.
+        peak: the largest total since `start_phase`, in bytes.
+        at_peak: `live` at that moment.
+        flops: floating-point operations of matrix products, convolutions and attention.
+    """
+
+    def __init__(self, calls: Calls | None = None) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.total = self.peak = self.flops = 0
+        self.at_peak: Counter[str] = Counter()
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._kinds: dict[int, str] = {}
+        self._calls = Calls() if calls is None else calls
+        self.casts: dict[int, Tensor] = {}  # autocast's copies of weights, until it ends
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps each call in what keeps its compiler away, and nothing is compiled here
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.casts and not torch.is_autocast_enabled("cpu"):
+            self.casts.clear()
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default and is_meta(args[0]):
+            return 0  # no tensor has a value: the step's one host number is which simulated step to train
+        made = self._calls(func, args, kwargs)
+        count = _FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=made)
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return made
+
+    def assign(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Say what the storages of these tensors are for."""
+        for tensor in tensors:
+            self._note(tensor)
+            key = id(tensor.untyped_storage())
+            if key not in self._storages:
+                continue  # a real number
+            size = self._storages[key][1]
+            self.live[self._kinds[key]] -= size
+            self.live[kind] += size
+            self._kinds[key] = kind
+
+    def start_phase(self) -> None:
+        """Forget the peak and the arithmetic so far."""
+        self._mark()
+        self.flops = 0
+
+    def _mark(self) -> None:
+        self.peak, self.at_peak = self.total, self.live.copy()
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._storages or storage.device != META:
+            return
+        size = storage.nbytes()
+        self._storages[key] = (weakref.ref(storage, self._forget(key)), size)
+        self._kinds[key] = ACTIVATIONS
+        self.live[ACTIVATIONS] += size
+        self.total += size
+        if self.total > self.peak:
+            self._mark()
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            size = self._storages.pop(key)[1]
+            self.live[self._kinds.pop(key)] -= size
+            self.total -= size
+
+        return forget
