@@ -1,0 +1,130 @@
+"""A family's name stands in its own folder and on one line of the registry; everything else asks the family."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.families.registry import (
+    FAMILIES,
+    all_families,
+    build_on_meta,
+    build_released,
+    family_named,
+    family_of,
+    recognise,
+    released_shapes,
+)
+from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+
+PACKAGE = Path(__file__).parents[2] / "src/fewstep"
+FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+OWN = ("families/edm/", "families/stable_diffusion/", "families/sd3/", "families/registry.py")
+NAMED = re.compile(
+    r"\bsd3\b|\bsdxl\b|\bsd\b|SD3|Stable ?Diffusion|SDXL|diffusers-unet|has_time_ids|EDMDenoiser|EDMUNet\b"
+)
+# where a name is a fact of a file format or of a demo, or still waits to be asked of the family; the list only shrinks
+STILL_NAMED = {
+    "app/safety.py": "the class of the safety checker",
+    "demos/emoji.py": "its teacher is one of the bundled folders",
+    "estimate/describe.py": "describes a network that is pretrained, which is EDM's",
+    "export/class_folder.py": "an EDM pickle is written",
+    "export/diffusers_folder.py": "the pipeline class of EDM exports",
+    "export/export.py": "says which export must have a scheduler",
+    "export/lora.py": "says which LoRA has no kohya names",
+    "export/single_file.py": "the LDM layout of single files",
+    "formats/dmd2_folder.py": "the two layouts of DMD2's checkpoints",
+    "formats/ldm_keys.py": "the LDM layout of single files",
+    "formats/single_file.py": "the LDM layout of single files",
+    "formats/text_generator_folder.py": "the component of a description",
+    "preparation/conversion.py": "EDM pickles and DMD2's file names",
+    "settings/trees.py": "what a setting may name, for people",
+    "training/pretrain.py": "what is pretrained is an EDM network",
+}
+
+
+def names_in(path: Path) -> Iterator[str]:
+    """Identifiers, imported names and strings of a module's code; docstrings and comments are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+
+
+def test_a_familys_name_stands_in_its_own_folder() -> None:
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not place.startswith(OWN) and (names := {name for name in names_in(path) if NAMED.search(name)}):
+            found[place] = names
+    assert not {place: names for place, names in found.items() if place not in STILL_NAMED}
+
+
+def test_the_reader_of_names_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text('"""About sd3."""\nfrom x import SD3Thing\nif family == "sdxl":  # sd3\n    a.has_time_ids\n')
+    assert {name for name in names_in(path) if NAMED.search(name)} == {"SD3Thing", "sdxl", "has_time_ids"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_keeps_the_contract(name: str) -> None:
+    family = family_named(name)
+    assert family.name == name
+    assert family is family_named(name)
+    assert family.takes in ("labels", "prompts")
+    assert family.default_num_steps == (18 if name == "edm" else 50)
+    assert family.evaluations(family.default_num_steps) == (35 if name == "edm" else 50)
+    assert bool(family.component) == bool(family.network_class) == bool(family.scheduler_class)
+    for released, description in family.shapes.items():
+        assert released_shapes()[released] == description
+        assert family_of(description) is family
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_one_familys(tmp_path: Path, folder: str) -> None:
+    path = FOLDERS[folder](tmp_path / folder)
+    family = recognise(path)
+    assert family.name == folder.replace("2", "")
+    assert [other.name for other in all_families() if other.recognise(path)] == [family.name]
+    description = family.describe_folder(path)
+    denoiser = build_on_meta(description)
+    assert denoiser.describe() == description == family.load(path).describe()
+    assert family_of(description) is family
+    assert family.resolution(path) == 16
+    condition = family.example_condition(denoiser, 3).to("meta")
+    level = denoiser.noise_schedule.expanded(0, 3, torch.device("cpu")).to("meta")
+    noisy = torch.zeros(3, *denoiser.image_shape, device="meta")
+    x0 = denoiser.run_network(noisy, level, condition, "x0")[0]  # type: ignore[operator]
+    assert x0.shape == (3, *denoiser.image_shape)
+    assert len(condition.unconditional()) == 3
+
+
+def test_what_is_of_no_family_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a model this version knows; it knows EDM, Stable Diffusion"):
+        recognise(tmp_path)
+    with pytest.raises(ValueError, match="model family 'x' is unknown; this version knows"):
+        family_of({"family": "x"})
+    with pytest.raises(ValueError, match="is not a released network; choose one of"):
+        build_released("x")
+
+
+def test_the_registry_is_light() -> None:
+    """Asking for the names of families imports neither torch nor diffusers; EDM needs no diffusers."""
+    code = "import sys, fewstep.families.registry as r; print('torch' in sys.modules, 'diffusers' in sys.modules);"
+    code += "r.recognise(__import__('pathlib').Path(sys.argv[1])); print('diffusers' in sys.modules)"
+    teacher = PACKAGE / "assets/fashion-mnist/teacher"
+    run = subprocess.run([sys.executable, "-c", code, teacher], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.split() == ["False", "False", "False"]
