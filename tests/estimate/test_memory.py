@@ -146,7 +146,7 @@ def test_a_step_grows_linearly_and_its_peak_not_less(mode: str) -> None:
         assert found.kinds[FAKE_SCORE_TURN][STATES] == ones[0].kinds[FAKE_SCORE_TURN][STATES]
     slopes = [(peaks[1] - peaks[0]) / 1, (peaks[2] - peaks[1]) / 2, (peaks[3] - peaks[2]) / 4]
     assert slopes[0] <= slopes[1] * 1.001 <= slopes[2] * 1.002
-    assert slopes[2] == pytest.approx(slopes[1], rel=0.01)
+    assert slopes[2] == pytest.approx(slopes[1], rel=0.05)  # another moment may take over, of nearly the same growth
     assert ones[3].flops[FAKE_SCORE_TURN] == pytest.approx(8 * ones[0].flops[FAKE_SCORE_TURN], rel=0.01)
 
 
