@@ -1,5 +1,6 @@
 """DMD2 checkpoints as the published ones are: torch.save of whole modules' state dicts, made from our tiny networks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.formats.dmd2_folder import DMD2Checkpoint
 from fewstep.networks.discriminator import Discriminator
 
 
@@ -74,3 +76,22 @@ def save_dmd2(
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal to the bit."""
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def write_dmd2_folder(folder: Path, checkpoint: DMD2Checkpoint, teacher: Mapping[str, Tensor] | None = None) -> None:
+    """A checkpoint folder as `.bin` files; without fake score and head only the generator's."""
+    parts = {
+        "fake_unet.": checkpoint.fake_score,
+        "cls_pred_branch.": checkpoint.discriminator,
+        "real_unet.": teacher or {},
+    }
+    guidance = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+    folder.mkdir(parents=True)
+    write_torch_archive(folder / "pytorch_model.bin", checkpoint.generator)
+    if guidance:
+        write_torch_archive(folder / "pytorch_model_1.bin", guidance)
+
+
+def write_torch_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A state dict as torch.save writes it."""
+    torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)

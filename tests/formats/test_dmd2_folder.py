@@ -15,9 +15,8 @@ from fewstep.formats.dmd2_folder import (
     fit_discriminator,
     is_dmd2_checkpoint,
     read_dmd2,
-    write_dmd2_folder,
 )
-from tests.dmd2_files import Guidance, edm_network, head_for, same, save_dmd2
+from tests.dmd2_files import Guidance, edm_network, head_for, same, save_dmd2, write_dmd2_folder
 from tests.tiny_networks import tiny_text_denoiser
 
 

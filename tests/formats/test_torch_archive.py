@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names, write_torch_archive
+from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
+from tests.dmd2_files import write_torch_archive
 
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64,

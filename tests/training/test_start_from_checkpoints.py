@@ -14,7 +14,7 @@ from fewstep.data.captioned_images import open_captioned_images
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.errors import UserError
 from fewstep.families.registry import family_named
-from fewstep.formats.dmd2_folder import DMD2Checkpoint, write_dmd2_folder
+from fewstep.formats.dmd2_folder import DMD2Checkpoint
 from fewstep.formats.fingerprints import vae_fingerprint
 from fewstep.models.model import Teacher, load_teacher
 from fewstep.networks.autoencoder import load_autoencoder
@@ -25,7 +25,7 @@ from fewstep.training.build import start_roles
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
 from tests.conftest import write_pictures
-from tests.dmd2_files import edm_network, head_for, save_dmd2
+from tests.dmd2_files import edm_network, head_for, save_dmd2, write_dmd2_folder
 from tests.tiny_models import tiny_sdxl_folder
 from tests.training.helpers import tiny_train_settings
 

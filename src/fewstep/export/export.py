@@ -71,9 +71,9 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
     generator = load_generator(source, device=options.device, base=options.base)
     text = not isinstance(generator, Generator)
     if options.kind not in (KINDS[:-1] if text else CLASS_KINDS):
-        family = "text-to-image" if text else "class-conditional"
+        takes = "text-to-image" if text else "class-conditional"
         kinds = ", ".join(KINDS[:-1] if text else CLASS_KINDS)
-        raise UserError(f"--as {options.kind}: {source} is a {family} generator, which exports as {kinds}")
+        raise UserError(f"--as {options.kind}: {source} is a {takes} generator, which exports as {kinds}")
     precision = options.precision or ("fp16" if text else "fp32")
     card = generator.card
     base = options.base or card.base or getattr(generator, "base", "")

@@ -57,7 +57,7 @@ def _templates() -> Environment:
 def _header(facts: CardFacts) -> str:
     """YAML as the hub reads it."""
     text, base = bool(facts.base), hub_name(facts.base)
-    related = {"base_model_relation": "adapter" if "lora" in facts.kind else "finetune"} if base else {}
+    related: dict[str, Any] = {"base_model_relation": "adapter" if "lora" in facts.kind else "finetune"} if base else {}
     return ModelCardData(
         library_name="fewstep" if facts.kind == "edm" or not text else "diffusers",
         base_model=base or None, license=facts.card.licence or "unknown",

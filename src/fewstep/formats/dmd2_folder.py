@@ -1,4 +1,4 @@
-"""Reads and writes DMD2's checkpoints: folders `..._checkpoint_model_NNNNNN/` and released single `.bin` files.
+"""Reads DMD2's checkpoints: folders `..._checkpoint_model_NNNNNN/` and released single `.bin` files.
 
 A folder has `pytorch_model.bin`, the generator's state dict under EDM's or diffusers' keys, and
 `pytorch_model_1.bin` with `fake_unet.*`, `cls_pred_branch.*` and sometimes `real_unet.*`. Newer versions of the saving
@@ -13,10 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.atomic import written_aside
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.tensor_files import read_tensors, refuse_infinities
-from fewstep.formats.torch_archive import write_torch_archive
 
 Family = Literal["edm", "diffusers-unet"]
 
@@ -79,25 +77,6 @@ def read_dmd2(path: str | Path) -> DMD2Checkpoint:
         return DMD2Checkpoint(family, generator)
     fake_score, discriminator = _read_guidance(guidance, family)
     return DMD2Checkpoint(family, generator, fake_score, discriminator)
-
-
-def write_dmd2_folder(folder: Path, checkpoint: DMD2Checkpoint, teacher: Mapping[str, Tensor] | None = None) -> None:
-    """Write a checkpoint folder as `.bin` files; it appears whole or not at all.
-
-    Args:
-        folder: target; an earlier folder of this name is replaced.
-        checkpoint: without fake score and discriminator only `pytorch_model.bin` is written.
-        teacher: state dict to add as `real_unet.*`.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    parts = {_FAKE: checkpoint.fake_score, _HEAD: checkpoint.discriminator, _REAL: teacher or {}}
-    guidance = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
-    with written_aside(folder) as aside:
-        write_torch_archive(aside / _GENERATOR_FILES[-1], checkpoint.generator)
-        if guidance:
-            write_torch_archive(aside / _GUIDANCE_FILES[-1], guidance)
 
 
 def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -8,11 +8,10 @@ shapes are checked against the bytes there are; those nobody asked for are never
 import io
 import mmap
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -48,16 +47,6 @@ def read_torch_archive(path: str | Path, wanted: Callable[[str], bool] | None = 
 def torch_archive_names(path: str | Path) -> list[str]:
     """Names of the tensors, in the file's order, without reading them; raises as `read_torch_archive`."""
     return _read(Path(path), lambda records, size: list(records))
-
-
-def write_torch_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a state dict as torch.save does.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    with path.open("wb") as file:  # torch.save to a path ends in a RuntimeError of its own when the disk is full
-        torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
 
 
 def _read(path: Path, make: Callable[[dict[str, PickledTensor], int], Any]) -> Any:

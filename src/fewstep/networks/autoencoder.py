@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.formats.json_files import read_json_object
+from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component
 
 
@@ -74,6 +76,10 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     path = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is incomplete: its component vae is missing; download it again")
-    tiny = '"AutoencoderTiny"' in (path / "config.json").read_text(encoding="utf-8")
-    kind = AutoencoderTiny if tiny else AutoencoderKL
-    return Autoencoder(load_component(kind, path).float())
+    config = read_json_object(path / "config.json")
+    kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+    vae = load_component(kind, path).float()
+    try:
+        return Autoencoder(vae)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'} is damaged ({first_line(error)}); download it again") from error

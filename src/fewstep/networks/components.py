@@ -57,7 +57,10 @@ def load_component(kind: Any, folder: Path) -> Any:
         UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
     """
     untrained, files = describe_component(kind, folder), list(folder.glob("*.safetensors"))
-    stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
+    try:
+        stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
+    except UserError as error:
+        raise UserError(f"{folder} cannot be loaded ({error})") from error
     if files and num_values(untrained) > 2 * stored + _SPARE:  # before anything is allocated
         raise UserError(
             f"{folder / 'config.json'} describes a network of {num_values(untrained)} parameters, its weights have {stored}; "

@@ -5,6 +5,7 @@ from pathlib import Path
 import huggingface_hub
 
 from fewstep.errors import UserError
+from fewstep.formats.json_files import read_json_object
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -26,7 +27,7 @@ def load_tiny_autoencoder(source: str | Path) -> Autoencoder:
     folder = _resolve(source)
     if not (folder / _CONFIG).is_file():
         raise UserError(f"{source} is no TAESD in diffusers' layout: {_CONFIG} is missing")
-    if '"AutoencoderTiny"' not in (folder / _CONFIG).read_text(encoding="utf-8", errors="replace"):
+    if read_json_object(folder / _CONFIG).get("_class_name") != "AutoencoderTiny":
         raise UserError(
             f"{source} is no TAESD: its {_CONFIG} does not name AutoencoderTiny; e.g. madebyollin/taesd is one"
         )
