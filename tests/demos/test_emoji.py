@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import fewstep
-from fewstep.demos import emoji
+from fewstep.demos import emoji, runner
 from fewstep.demos.emoji import run_text_quickstart
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import load_bench
@@ -38,7 +38,7 @@ def refuse(*args: object) -> None:
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle(tmp_path_factory.mktemp("set"))
+    return bundle(tmp_path_factory.mktemp("set"), "--passes", "2", "--teacher-images", "2")
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def finished(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(bundled, "ASSETS", assets)
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(emoji, "FACTS", FEW)
+        patch.setattr(runner, "TIMING_SECONDS", 0.0)
         run_text_quickstart(folder, minutes=MINUTES, console=Console(quiet=True))
     return folder
 
@@ -85,8 +86,8 @@ def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
     assert f"{figures['real']['held_out_distance']:.3f} (4)" in page
     assert len(figures["curve"]) >= 2
     assert all(distance > 0 and count == 8 for _, distance, count in figures["curve"])
-    assert "8 pictures behind each point, 8 behind the last, 6 behind the teacher&#39;s line" in page
-    assert page.count("fewer than a Frechet distance") == 4  # 8, 6 and 4 pictures for 128 features
+    assert "8 pictures behind each point, 8 behind the last, 2 behind the teacher&#39;s line" in page
+    assert page.count("fewer than a Frechet distance") == 4  # 8, 2 and 4 pictures for 128 features
     on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["sd"]["on_curve"]
     assert re.search(rf"teacher {on_curve['frechet_distance']:.2f}|teacher {on_curve['frechet_distance']:.3g}", page)
     speeds = [figures[role]["images_per_second"] for role in ("generator", "teacher")]
@@ -105,6 +106,7 @@ def test_the_result_is_a_lora_that_finds_its_base(finished: Path, shipped: Path)
 def test_the_same_command_goes_on(finished: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is spent: nothing is trained, the report is written again; another seed is another run."""
     monkeypatch.setattr(emoji, "FACTS", FEW)
+    monkeypatch.setattr(runner, "TIMING_SECONDS", 0.0)
     before = (finished / "metrics.jsonl").read_text()
     (finished / "report.html").unlink()
     run_text_quickstart(finished, minutes=MINUTES, console=Console(quiet=True))
@@ -219,7 +221,7 @@ def test_making_the_set_again_takes_what_ships_took() -> None:
     assert {stage: float(minutes) for stage, minutes in told.items()} == took
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     few = dataclasses.replace(emoji.FACTS, measured=140, curve_images=130, fewest=130, shown=6, sampled=4)
@@ -237,7 +239,7 @@ def test_shipped_files_stay_small() -> None:
     assert sum(path.stat().st_size for path in (ASSETS / "emoji").rglob("*") if path.is_file()) < 30e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shipped_figures_can_be_repeated() -> None:
     bench = load_bench(ASSETS / "emoji")
     features = json.loads((ASSETS / "emoji/feature_measurement.json").read_text())

@@ -93,7 +93,7 @@ def test_shipped_statistics_belong_to_the_shipped_pictures_and_features() -> Non
     assert frechet_distance(found, shipped) < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shipped_teacher_measurement_can_be_repeated() -> None:
     """A tenth of the samples gives about the shipped distance."""
     from fewstep.evaluation.measure import measure_model

@@ -43,7 +43,7 @@ def everything() -> list[Section]:
         Pictures([Picture("Teacher", images, 3), Picture(HOSTILE, images, 3)], "Pictures", "From the same noise."),
         PromptCards("Prompts", ["a cat", HOSTILE, "dog"], {"real": images, "teacher": images, "generator": images}),
         Text(["A remark."]), Text(["A chapter."], "Title"), curve(37.8, 3.1, 2.2, marks=(("teacher", 1.64),)),
-        Table("Figures", head, [["teacher", *("2.109 ± 0.010 (1000)",) * 8]], ["In brackets"], ["warning: few"]),
+        Table("Figures", head, [["teacher", "/a/path" * 12, *("2.109 ± 0.010 (1000)",) * 7]], ["In brackets"], ["warning: few"]),
         Facts([HOSTILE]), Commands([(f"fewstep sample {'x' * 90}", "make pictures")]),
     ]  # fmt: skip
 
@@ -118,6 +118,13 @@ def test_names_of_near_marks_do_not_cover_each_other() -> None:
     plot = plot_curve(curve(3.0, 2.0, marks=(("a", 2.00), ("b", 2.01), ("c", 2.02))))
     heights = [mark.text_y for mark in plot.marks]
     assert all(later - earlier >= 15 for earlier, later in itertools.pairwise(heights))
+
+
+def test_small_numbers_stay_clear_of_the_name_of_the_axis() -> None:
+    plot = plot_curve(curve(0.0, 0.00012))
+    texts = [text for _, text in plot.y_ticks]
+    assert texts[:3] == ["0", "5e-5", "1e-4"]
+    assert all(len(text) <= 6 for text in texts)
 
 
 def test_several_lines_have_a_legend() -> None:

@@ -73,8 +73,8 @@ def plot_curve(curve: Curve) -> Plot:
     ticks = _log_ticks(low, high) if log else _linear_ticks(low, high, 6)
     return Plot(
         [_line(series, x_of, y_of) for series in curve.series],
-        [(x_of(tick), f"{tick:g}") for tick in _linear_ticks(first, last, 8)],
-        [(y_of(tick), f"{tick:g}") for tick in ticks],
+        [(x_of(tick), _short(tick)) for tick in _linear_ticks(first, last, 8)],
+        [(y_of(tick), _short(tick)) for tick in ticks],
         _marks(near, y_of),
         [f"{name} {value:.3g}" for name, value in curve.marks if (name, value) not in near],
         "logarithmic" if log else "linear",
@@ -107,6 +107,15 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
     step = next(unit * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (unit * factor) <= most - 1)
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [round(number * step, 12) for number in numbers]
+
+
+def _short(number: float) -> str:
+    """At most five characters, so that numbers stay clear of the axis's name."""
+    text = f"{number:g}"
+    if len(text) <= 5 and "e" not in text:
+        return text
+    digits, _, exponent = f"{number:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -87,6 +87,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
     names = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name not in _NO_LOSSES)
     for name in names:
         series = [Series(run.name, averaged(_line(run.metrics, name))) for run in runs]
+        series = [line for line in series if line.points]
         sections.append(Curve(name.replace("_", " "), series, "step", name.replace("_", " ")))
     sections.append(_settings_table(runs))
     alarms = [line for run in runs for line in run.alarms]
