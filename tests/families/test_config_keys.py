@@ -13,9 +13,11 @@ import torch
 
 import fewstep
 from fewstep.errors import UserError
+from fewstep.export.text_pipeline import load_text_pipeline
 from fewstep.families.config_keys import refuse_other_keys
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.registry import all_families, recognise
+from fewstep.formats.diffusers_index import refuse_foreign_code
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 TEXT_FAMILIES = [family for family in all_families() if isinstance(family, DiffusersFamily)]
@@ -132,6 +134,14 @@ def test_no_code_of_a_folder_is_run(models: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="has auto_map="):  # a setting that no network here has
         family.load(folder)
     assert not canary.exists()
+
+
+def test_a_pipeline_with_classes_of_its_own_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    refuse_foreign_code(folder)
+    changed(folder, "model_index.json", vae=["payload", "X"])
+    with pytest.raises(UserError, match="its vae is a class of 'payload', and no code of a model folder is run here"):
+        load_text_pipeline(folder)
 
 
 def test_a_refiner_is_refused_in_one_sentence(models: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import DenoiserOutput
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.formats.diffusers_index import refuse_foreign_code
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_uint8
 from fewstep.formats.text_generator_folder import is_generator_folder
@@ -125,4 +126,5 @@ def load_pipeline(folder: str | Path) -> "FewstepPipeline | TextPipeline":
         return load_text_pipeline(path)
     if not (path / "scheduler/scheduler_config.json").is_file():
         raise UserError(f"{folder} is no exported generator: scheduler/scheduler_config.json is missing")
+    refuse_foreign_code(path)
     return FewstepPipeline.from_pretrained(path, local_files_only=True)

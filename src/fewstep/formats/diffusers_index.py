@@ -33,6 +33,17 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
 
 
+def refuse_foreign_code(folder: Path) -> None:
+    """Raise UserError where an index names classes of other libraries: diffusers would look for their code beside it."""
+    for name, value in read_model_index(folder).items():
+        library = str(value[0])
+        if library not in ("diffusers", "transformers") and not library.startswith("fewstep."):
+            raise UserError(
+                f"{folder}: its {name} is a class of {library!r}, and no code of a model folder is run here; "
+                f"{INDEX} may name classes of diffusers and transformers"
+            )
+
+
 def read_json(path: Path, folder: Path, component: str) -> dict[str, Any]:
     """A component's config.
 
