@@ -1,7 +1,9 @@
 """The command line. Every command imports what it needs itself, so that `--help` answers at once."""
 
+import os
 import sys
-from collections.abc import Iterable
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from fewstep import __version__
+from fewstep.cli.examples import add_examples
+from fewstep.cli.options import Device, Precision, read_prompts
+from fewstep.cli.prepare import prepare
+from fewstep.cli.pretrain import pretrain
+from fewstep.cli.settings import settings
+from fewstep.cli.train import train
 from fewstep.errors import UserError
 
 
@@ -24,36 +32,66 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise Interrupted(ctx.invoked_subcommand or "") from None
 
 
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distil a diffusion model into a generator that needs one to four steps.",
 )  # fmt: skip
-prepare = typer.Typer(no_args_is_help=True, help="Make what training and evaluation read.")
 app.add_typer(prepare, name="prepare")
+for command in (train, pretrain, settings):
+    app.command()(command)
 
-Recipe = Annotated[Path, typer.Argument(help="TOML recipe, e.g. recipes/imagenet64_dmd2_gan.toml")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings as section.key=value; `fewstep settings` lists all")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
+
+CONTINUED = {"train", "pretrain", "quickstart", "text-quickstart", "prepare"}
+"""Commands that go on where they stopped when they are repeated."""
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one sentence and exit code 2."""
+    """Run the command line.
+
+    Bad input ends with one sentence and exit code 2, Ctrl-C with 130. Any other exception is a fault of ours or of a
+    library: one sentence with the file that has the traceback, and exit code 1; `--debug` shows the traceback.
+    """
+    # before a library is imported: nothing is counted or sent anywhere unless a hub id is named
+    for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0"), ("DO_NOT_TRACK", "1")):
+        os.environ.setdefault(name, value)
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         app(prog_name="fewstep")
     except UserError as error:
+        if debug:
+            traceback.print_exc()
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(2)
-    except Interrupted:
-        print("fewstep: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    except Interrupted as stop:
+        goes_on = str(stop) in CONTINUED
+        print(
+            f"fewstep: interrupted{'; the same command continues from the last checkpoint' * goes_on}", file=sys.stderr
+        )
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        words = str(error).splitlines()[0][:300] if str(error) else "no further words"
+        print(
+            f"fewstep: stopped by a fault ({type(error).__name__}: {words}); {_log_of_fault()}, --debug shows it",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _log_of_fault() -> str:
+    """Where the traceback of the exception being handled was written, as half a sentence."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="fewstep-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.write(f"fewstep {__version__}, {' '.join(sys.argv)}\n{traceback.format_exc()}")
+    except OSError:
+        return "its traceback could not be written"
+    return f"its traceback is in {file.name}"
 
 
 def _show_version(value: bool) -> None:
@@ -67,6 +105,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere")] = False,
 ) -> None:
     """Distil a diffusion model into a generator that needs one to four steps."""
 
@@ -78,8 +117,14 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[int, typer.Option(help="every random number follows from it")] = 0,
+    text: Annotated[
+        bool, typer.Option("--text", help="the text-to-image teacher instead, as `text-quickstart`")
+    ] = False,
 ) -> None:
     """Distil the bundled teacher on the CPU: pictures, quality and speed in one HTML report."""
+    if text:
+        text_quickstart(minutes, Path("runs/text-quickstart") if folder == Path("runs/quickstart") else folder, seed)
+        return
     from fewstep.demos.fashion_mnist import run_quickstart
 
     run_quickstart(folder, minutes=minutes, seed=seed)
@@ -100,72 +145,6 @@ def text_quickstart(
     from fewstep.demos.emoji import run_text_quickstart
 
     run_text_quickstart(folder, minutes=minutes, seed=seed)
-
-
-@app.command()
-def pretrain(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
-    from fewstep.settings import PretrainSettings, load_settings
-
-    settings = load_settings(PretrainSettings, recipe, overrides, _say)
-    settings = _with_folder(settings, recipe)
-    if dry_run:
-        from fewstep.estimate.describe import describe_pretraining
-
-        settings = _settled(settings)
-        _print_dry_run(settings, describe_pretraining(settings))
-        return
-    from fewstep.training.run import pretrain as run
-
-    print(run(settings))
-
-
-@app.command()
-def train(
-    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False,
-    suggest_gan_weight: Annotated[bool, typer.Option("--suggest-gan-weight", help="measure gradient norms for a few updates in memory, print a GAN weight, then stop")] = False,
-) -> None:  # fmt: skip
-    """Distil a teacher into a generator. The same command continues an interrupted run."""
-    from fewstep.settings import TrainSettings, load_settings
-
-    settings = load_settings(TrainSettings, recipe, overrides, _say)
-    settings = _with_folder(settings, recipe)
-    if dry_run:
-        from fewstep.estimate.describe import describe_distillation
-
-        settings = _settled(settings)
-        _print_dry_run(settings, describe_distillation(settings, lambda text: print(text, file=sys.stderr, flush=True)))
-        return
-    if suggest_gan_weight:
-        from fewstep.training.run import print_gan_weight
-
-        print_gan_weight(settings)
-        return
-    from fewstep.training.run import train as run
-
-    print(run(settings))
-
-
-@app.command()
-def settings(
-    command: Annotated[str, typer.Argument(help="train or pretrain")] = "train",
-) -> None:
-    """List every setting of a command with its default and meaning."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fewstep.settings import PretrainSettings, TrainSettings, Tree, describe_settings
-
-    kinds: dict[str, type[Tree]] = {"train": TrainSettings, "pretrain": PretrainSettings}
-    if command not in kinds:
-        raise UserError(f"settings of {command!r}? choose train or pretrain")
-    table = Table()
-    table.add_column("setting", no_wrap=True)
-    table.add_column("default")
-    table.add_column("meaning")
-    for key, _, default, meaning in describe_settings(kinds[command]):
-        table.add_row(key, default, meaning)
-    Console().print(table)
 
 
 @app.command()
@@ -194,20 +173,12 @@ def sample(
     from fewstep.cli.sample import SampleOptions, sample_pictures
 
     options = SampleOptions(
-        prompts=tuple(_read_prompts(prompt or [], prompts)), labels=labels, num_images=num_images, seed=seed,
+        prompts=tuple(read_prompts(prompt or [], prompts)), labels=labels, num_images=num_images, seed=seed,
         seeds=seeds, first=first, size=size, negative_prompt=negative_prompt, batch_size=batch_size, out=out, grid=grid,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae, compile=compiled, device=device,
         precision=precision,
     )  # fmt: skip
     sample_pictures(model, options)
-
-
-def _read_prompts(given: list[str], file: str) -> list[str]:
-    if not file:
-        return list(given)
-    from fewstep.data.prompts import load_prompts
-
-    return [*given, *load_prompts(Path(file).expanduser())]
 
 
 @app.command()
@@ -246,136 +217,8 @@ def evaluate(
         json_out,
         device,
         precision,
-        _read_prompts([], prompts),
+        read_prompts([], prompts),
     )
-
-
-@prepare.command("pairs")
-def prepare_pairs(
-    teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
-    folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
-    num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  [default: 25000, of an LMDB all]")] = None,
-    prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
-    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
-    from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
-    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its images by this; default: take them as they are")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    teacher_steps: Annotated[int | None, typer.Option(min=1, help="18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:  # fmt: skip
-    """Store noises with the teacher's deterministic images for DMD's regression loss."""
-    if lmdb_scale is not None and from_lmdb is None:
-        raise UserError(f"--lmdb-scale {lmdb_scale:g} is of --from-lmdb: give both, or neither")
-    if from_lmdb is not None:
-        if prompts or truncate_prompts or teacher_steps is not None:
-            raise UserError(
-                "--from-lmdb brings its own prompts and samples: leave out --prompts, --truncate-prompts and --teacher-steps"
-            )
-        if seed or guidance_scale != 1 or batch_size is not None or precision != "fp32":
-            raise UserError(
-                "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
-            )
-        from fewstep.cli.commands_text import import_pairs
-
-        import_pairs(teacher, from_lmdb, folder, num_pairs, lmdb_scale, device)
-        return
-    from fewstep.cli.commands import make_pairs
-
-    make_pairs(
-        teacher, folder, num_pairs or 25_000, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts,
-        truncate_prompts,
-    )  # fmt: skip
-
-
-@prepare.command("embeddings")
-def prepare_embeddings(
-    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
-    prompts: Annotated[Path, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
-    folder: Annotated[Path, typer.Argument(help="where the embeddings go; an interrupted job in it is continued")],
-    column: Annotated[str, typer.Option(help="column of the prompts in tables")] = "text",
-    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
-    shard_size: Annotated[int, typer.Option(min=1, help="prompts a file")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts encoded at once")] = 32,
-    device: Device = "auto",
-) -> None:  # fmt: skip
-    """Store the text embeddings of a prompt list, which text-to-image training draws its conditions from."""
-    from fewstep.cli.commands_text import make_embeddings
-
-    make_embeddings(teacher, prompts, folder, column, truncate_prompts, shard_size, batch_size, device)
-
-
-@prepare.command("latents")
-def prepare_latents(
-    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
-    folder: Annotated[Path, typer.Argument(help="where the latents go; an interrupted job in it is continued")],
-    images: Annotated[str, typer.Option(help="pictures with captions: folder with metadata.jsonl, parquet, .tar or folder of them, hub id")] = "",
-    from_lmdb: Annotated[Path | None, typer.Option(help="published LMDB of latents and prompts, instead of --images")] = None,
-    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its latents by this; default: take them as they are")] = None,
-    split: Annotated[str, typer.Option(help="split of the pictures, where they have several")] = "train",
-    caption_column: Annotated[str, typer.Option(help="where the captions are; default: txt in tars, text elsewhere")] = "",
-    resolution: Annotated[int, typer.Option(min=0, help="side in pixels; 0 is the teacher's own")] = 0,
-    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
-    noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed; default: its mean")] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="read a hub set while it is downloaded, keeping nothing")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out pictures and captions that cannot be used")] = False,
-    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut captions that are too long instead of refusing them")] = False,
-    shard_size: Annotated[int, typer.Option(min=1, help="pictures a file")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="pictures encoded at once")] = 8,
-    device: Device = "auto",
-) -> None:  # fmt: skip
-    """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
-    from fewstep.cli.commands_text import import_latents, make_latents
-
-    if (from_lmdb is None) == (not images):
-        raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
-    if from_lmdb is not None:
-        import_latents(teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, device)
-        return
-    make_latents(
-        teacher, images, folder, split, caption_column, resolution, fit, noise_seed, num_images, streaming, skip_bad,
-        truncate_prompts, shard_size, batch_size, device,
-    )  # fmt: skip
-
-
-@prepare.command("features")
-def prepare_features(
-    images: Annotated[str, typer.Argument(help="labelled pictures: folder, parquet or hub id")],
-    folder: Annotated[Path, typer.Argument(help="where the feature network goes")],
-    num_classes: Annotated[int, typer.Option(min=2)],
-    resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
-    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
-    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
-    num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
-    flip: Annotated[bool, typer.Option(help="mirror half of the pictures")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    name: Annotated[str, typer.Option(help="what reports call these features")] = "classifier",
-    device: Device = "auto",
-) -> None:  # fmt: skip
-    """Train a small classifier of your data set; its features then measure quality on it."""
-    from fewstep.cli.commands import make_features
-
-    make_features(images, folder, num_classes, resolution, channels, fit, num_passes, flip, seed, name, device)
-
-
-@prepare.command("statistics")
-def prepare_statistics(
-    images: Annotated[str, typer.Argument(help="real pictures: folder, parquet or hub id")],
-    out: Annotated[Path, typer.Argument(help=".npz to write (mu, sigma)")],
-    features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception file")],
-    split: Annotated[str, typer.Option()] = "train",
-    resolution: Annotated[int, typer.Option(min=8)] = 32,
-    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
-    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
-    device: Device = "auto",
-) -> None:  # fmt: skip
-    """Write the feature statistics of real pictures, once, for `evaluate --reference`."""
-    from fewstep.cli.commands import make_statistics
-
-    make_statistics(images, out, features, split, resolution, channels, fit, device)
 
 
 @app.command()
@@ -454,40 +297,4 @@ def web_app(
     ))  # fmt: skip
 
 
-def _say(line: str) -> None:
-    from rich.console import Console
-
-    from fewstep.progress import say
-
-    say(Console(stderr=True), line)
-
-
-def _with_folder(settings: Any, recipe: Path) -> Any:
-    """Runs go to runs/<recipe name> unless the settings say otherwise."""
-    if settings.run.folder:
-        return settings
-    return settings.model_copy(update={"run": settings.run.model_copy(update={"folder": f"runs/{recipe.stem}"})})
-
-
-def _settled(settings: Any) -> Any:
-    """The settings with the precision that this machine would take."""
-    from functools import partial
-
-    from rich.console import Console
-
-    from fewstep.progress import say
-    from fewstep.training.precision import settle_precision
-    from fewstep.training.run import run_folder
-
-    return settle_precision(settings, run_folder(settings), partial(say, Console(stderr=True)))
-
-
-def _print_dry_run(settings: Any, lines: Iterable[str]) -> None:
-    """The settings at once, then each line as it becomes known."""
-    from fewstep.settings import flatten_settings
-
-    for key, value in flatten_settings(settings).items():
-        print(f"{key} = {value!r}")
-    print(flush=True)
-    for line in lines:
-        print(line, flush=True)
+add_examples(app, prepare)

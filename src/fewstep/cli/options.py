@@ -1,0 +1,33 @@
+"""Arguments that several commands have, and what they become. Light: no heavy import."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe, e.g. recipes/imagenet64_dmd2_gan.toml")]
+TeacherRecipe = Annotated[Path | None, typer.Argument(help="TOML recipe, e.g. recipes/my_pictures.toml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings as section.key=value; `fewstep settings` lists all")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
+
+
+def read_prompts(given: list[str], file: str) -> list[str]:
+    """Prompts given one by one, then those of a file."""
+    if not file:
+        return list(given)
+    from fewstep.data.prompts import load_prompts
+
+    return [*given, *load_prompts(Path(file).expanduser())]
+
+
+def tell(line: str) -> None:
+    """One line on standard error."""
+    from rich.console import Console
+
+    from fewstep.progress import say
+
+    say(Console(stderr=True), line)

@@ -1,0 +1,141 @@
+"""`fewstep prepare`: what training and evaluation read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import Device, Precision
+from fewstep.errors import UserError
+
+prepare = typer.Typer(
+    no_args_is_help=True, help="Make what training and evaluation read.", context_settings={"help_option_names": ["-h", "--help"]}
+)  # fmt: skip
+
+
+@prepare.command("pairs")
+def prepare_pairs(
+    teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
+    folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  [default: 25000, of an LMDB all]")] = None,
+    prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
+    from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
+    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its images by this; default: take them as they are")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="18 Heun steps (35 evaluations), text-to-image 50 DDIM steps, unless set")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+) -> None:  # fmt: skip
+    """Store noises with the teacher's deterministic images for DMD's regression loss."""
+    if lmdb_scale is not None and from_lmdb is None:
+        raise UserError(f"--lmdb-scale {lmdb_scale:g} is of --from-lmdb: give both, or neither")
+    if from_lmdb is not None:
+        if prompts or truncate_prompts or teacher_steps is not None:
+            raise UserError(
+                "--from-lmdb brings its own prompts and samples: leave out --prompts, --truncate-prompts and --teacher-steps"
+            )
+        if seed or guidance_scale != 1 or batch_size is not None or precision != "fp32":
+            raise UserError(
+                "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
+            )
+        from fewstep.cli.commands_text import import_pairs
+
+        import_pairs(teacher, from_lmdb, folder, num_pairs, lmdb_scale, device)
+        return
+    from fewstep.cli.commands import make_pairs
+
+    make_pairs(
+        teacher, folder, num_pairs or 25_000, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts,
+        truncate_prompts,
+    )  # fmt: skip
+
+
+@prepare.command("embeddings")
+def prepare_embeddings(
+    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
+    prompts: Annotated[Path, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
+    folder: Annotated[Path, typer.Argument(help="where the embeddings go; an interrupted job in it is continued")],
+    column: Annotated[str, typer.Option(help="column of the prompts in tables")] = "text",
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="prompts a file")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts encoded at once")] = 32,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Store the text embeddings of a prompt list, which text-to-image training draws its conditions from."""
+    from fewstep.cli.commands_text import make_embeddings
+
+    make_embeddings(teacher, prompts, folder, column, truncate_prompts, shard_size, batch_size, device)
+
+
+@prepare.command("latents")
+def prepare_latents(
+    teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
+    folder: Annotated[Path, typer.Argument(help="where the latents go; an interrupted job in it is continued")],
+    images: Annotated[str, typer.Option(help="pictures with captions: folder with metadata.jsonl, parquet, .tar or folder of them, hub id")] = "",
+    from_lmdb: Annotated[Path | None, typer.Option(help="published LMDB of latents and prompts, instead of --images")] = None,
+    lmdb_scale: Annotated[float | None, typer.Option(help="multiply its latents by this; default: take them as they are")] = None,
+    split: Annotated[str, typer.Option(help="split of the pictures, where they have several")] = "train",
+    caption_column: Annotated[str, typer.Option(help="where the captions are; default: txt in tars, text elsewhere")] = "",
+    resolution: Annotated[int, typer.Option(min=0, help="side in pixels; 0 is the teacher's own")] = 0,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed; default: its mean")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="read a hub set while it is downloaded, keeping nothing")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out pictures and captions that cannot be used")] = False,
+    truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut captions that are too long instead of refusing them")] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="pictures a file")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures encoded at once")] = 8,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
+    from fewstep.cli.commands_text import import_latents, make_latents
+
+    if (from_lmdb is None) == (not images):
+        raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
+    if from_lmdb is not None:
+        import_latents(teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, device)
+        return
+    make_latents(
+        teacher, images, folder, split, caption_column, resolution, fit, noise_seed, num_images, streaming, skip_bad,
+        truncate_prompts, shard_size, batch_size, device,
+    )  # fmt: skip
+
+
+@prepare.command("features")
+def prepare_features(
+    images: Annotated[str, typer.Argument(help="labelled pictures: folder, parquet or hub id")],
+    folder: Annotated[Path, typer.Argument(help="where the feature network goes")],
+    num_classes: Annotated[int, typer.Option(min=2)],
+    resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
+    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
+    flip: Annotated[bool, typer.Option(help="mirror half of the pictures")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    name: Annotated[str, typer.Option(help="what reports call these features")] = "classifier",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Train a small classifier of your data set; its features then measure quality on it."""
+    from fewstep.cli.commands import make_features
+
+    make_features(images, folder, num_classes, resolution, channels, fit, num_passes, flip, seed, name, device)
+
+
+@prepare.command("statistics")
+def prepare_statistics(
+    images: Annotated[str, typer.Argument(help="real pictures: folder, parquet or hub id")],
+    out: Annotated[Path, typer.Argument(help=".npz to write (mu, sigma)")],
+    features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception file")],
+    split: Annotated[str, typer.Option()] = "train",
+    resolution: Annotated[int, typer.Option(min=8)] = 32,
+    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Write the feature statistics of real pictures, once, for `evaluate --reference`."""
+    from fewstep.cli.commands import make_statistics
+
+    make_statistics(images, out, features, split, resolution, channels, fit, device)

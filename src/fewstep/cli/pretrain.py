@@ -1,0 +1,24 @@
+"""`fewstep pretrain`: train a teacher on pictures."""
+
+from fewstep.cli.options import DryRun, Overrides, TeacherRecipe, tell
+from fewstep.cli.recipe_runs import print_dry_run, settled, show_how_to_begin, with_folder
+
+
+def pretrain(recipe: TeacherRecipe = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
+    if recipe is None:
+        show_how_to_begin("pretrain", ("network",))
+        return
+    from fewstep.settings import PretrainSettings, load_settings
+
+    settings = load_settings(PretrainSettings, recipe, overrides, tell)
+    settings = with_folder(settings, recipe)
+    if dry_run:
+        from fewstep.estimate.describe import describe_pretraining
+
+        settings = settled(settings)
+        print_dry_run(settings, describe_pretraining(settings))
+        return
+    from fewstep.training.run import pretrain as run
+
+    print(run(settings))

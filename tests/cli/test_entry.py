@@ -1,0 +1,135 @@
+"""How the command line begins and ends: examples, recipes at hand, faults, Ctrl-C, silence towards the network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from fewstep.cli import main as entry
+from fewstep.cli.examples import EXAMPLES
+from fewstep.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands() -> dict[str, list[str]]:
+    group = typer.main.get_command(app)
+    found = {name: [name] for name in group.commands if name != "prepare"}
+    return found | {name: ["prepare", name] for name in group.commands["prepare"].commands}
+
+
+def test_every_command_has_an_example() -> None:
+    assert commands().keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_help_ends_with_the_example(name: str) -> None:
+    for option in ("-h", "--help"):
+        result = CliRunner().invoke(app, [*commands()[name], option], env={"COLUMNS": "300"})
+        assert result.exit_code == 0
+        assert EXAMPLES[name] in result.output
+        assert EXAMPLES[name].startswith(f"fewstep {' '.join(commands()[name])}")
+
+
+def test_each_training_command_names_its_own_recipes() -> None:
+    assert "recipes/my_pictures.toml" in CliRunner().invoke(app, ["pretrain", "-h"], env={"COLUMNS": "300"}).output
+    assert "imagenet64_dmd2_gan" in CliRunner().invoke(app, ["train", "-h"], env={"COLUMNS": "300"}).output
+
+
+@pytest.mark.parametrize(
+    ("command", "there", "elsewhere"),
+    [
+        ("train", "recipes/my_pictures_dmd2.toml", "recipes/my_pictures.toml"),
+        ("pretrain", "recipes/my_pictures.toml", "dmd2"),
+    ],
+)
+def test_without_a_recipe_it_shows_how_to_begin(
+    command: str, there: str, elsewhere: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    output = CliRunner().invoke(app, [command]).output
+    assert f"  {there}\n" in output
+    assert f"  {elsewhere}\n" not in output
+    assert "--dry-run" in output
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "circle.toml").write_text('extends = "circle.toml"')
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 0
+    assert "circle" not in result.output
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, error: BaseException, *words: str) -> int:
+    def stop(prog_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(entry, "app", stop)
+    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_UPDATE_DOWNLOAD_COUNTS", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    return int(end.value.code or 0)
+
+
+def test_a_fault_is_one_sentence_with_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, RuntimeError("index 3 is out of bounds\nand more"), "train") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fewstep: stopped by a fault (RuntimeError: index 3 is out of bounds); its traceback is in ")
+    path = Path(line.split("its traceback is in ")[1].split(",")[0])
+    assert "RuntimeError: index 3 is out of bounds" in path.read_text()
+    path.unlink()
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="oh"):
+        run_main(monkeypatch, RuntimeError("oh"), "train", "--debug")
+    assert run_main(monkeypatch, entry.UserError("no such file"), "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_own_errors_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, entry.UserError("no such file")) == 2
+    assert capsys.readouterr().err == "fewstep: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "goes_on"), [("train", True), ("quickstart", True), ("sample", False), ("", False)]
+)
+def test_ctrl_c_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, goes_on: bool
+) -> None:
+    assert run_main(monkeypatch, entry.Interrupted(command)) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fewstep: interrupted")
+    assert ("the same command continues" in line) == goes_on
+
+
+def test_nothing_is_counted_or_sent() -> None:
+    """Set before `datasets` is imported, which otherwise tells a foreign host of every local set that is read."""
+    code = (
+        "import sys; sys.argv = ['fewstep', '--version']\nfrom fewstep.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import datasets.config as c, huggingface_hub.constants as h\n"
+        "print(c.HF_UPDATE_DOWNLOAD_COUNTS, h.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False True"
+
+
+def test_quickstart_text_is_the_text_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[object, ...]] = []
+    monkeypatch.setattr(entry, "text_quickstart", lambda *words: called.append(words))
+    assert CliRunner().invoke(app, ["quickstart", "--text", "--minutes", "2"]).exit_code == 0
+    assert CliRunner().invoke(app, ["quickstart", "--text", "--folder", "here"]).exit_code == 0
+    assert called == [(2.0, Path("runs/text-quickstart"), 0), (5.0, Path("here"), 0)]
