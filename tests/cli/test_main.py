@@ -170,7 +170,7 @@ def test_ctrl_c_prints_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands_sample, "sample_pictures", interrupt)
-    assert "the same command continues from the last checkpoint" in fewstep("sample", "model").err
+    assert fewstep("sample", "model").err.splitlines()[-1] == "fewstep: interrupted"  # there is nothing to continue
 
 
 # --- Settings
@@ -223,8 +223,8 @@ def test_pretrain_then_train(pictures: Path, tmp_path: Path, monkeypatch: pytest
     answer = fewstep("train", "mine_dmd2.toml", *overrides, "training.num_steps=4")
     assert answer.code == 0
     assert load_generator("runs/mine_dmd2").card.made_with["num_steps"] == 4
-    steps = [json.loads(line)["step"] for line in Path("runs/mine_dmd2/metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 3]
+    lines = [json.loads(line) for line in Path("runs/mine_dmd2/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "seconds" in line] == [0, 1, 2, 3]
 
 
 # --- sample
@@ -292,7 +292,7 @@ def test_evaluate_against_statistics(
         "prepare", "statistics", pictures, reference, "--features", features_folder, "--resolution", 16,
         "--channels", 1, "--device", "cpu",
     )  # fmt: skip
-    assert answer == Answer(0, f"{reference}: 24 images, features four classes\n", "")
+    assert (answer.code, answer.out) == (0, f"{reference}: 24 images, features four classes\n")
     assert FeatureStatistics.load(reference).num_images == 24
 
     answer = evaluate(
