@@ -29,6 +29,7 @@ from fewstep.distillation.terms import (
 )
 from fewstep.errors import UserError
 from fewstep.families.registry import build_released, family_of
+from fewstep.formats.compare import state_difference
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.models.model import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
 from fewstep.networks.perceptual import load_lpips, pixel_distance
@@ -138,13 +139,10 @@ def start_roles(roles: Roles, source: Path) -> None:
         earlier = load_generator(source, device="cpu")
         with _named(source):
             refuse_other_scale(earlier.denoiser, roles.generator)
-        try:
-            roles.generator.load_state_dict(earlier.denoiser.state_dict())
-        except (RuntimeError, UserError) as error:
-            raise UserError(
-                f"generator.start_from={source} is another network than the teacher: "
-                f"{str(error).splitlines()[-1].strip()}"
-            ) from None
+        weights = earlier.denoiser.state_dict()
+        if fault := state_difference(weights, roles.generator.state_dict()):
+            raise UserError(f"generator.start_from={source} is another network than the teacher: {fault}")
+        roles.generator.load_state_dict(weights)
         with _named(source):
             start_others_beside(roles, source)
         return
@@ -186,12 +184,10 @@ def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
         expected = build_released(settings.teacher.network).state_dict()
     except ValueError as error:
         raise UserError(str(error)) from None
-    found = teacher.denoiser.state_dict()
-    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
-    if wrong or len(found) != len(expected):
+    if fault := state_difference(teacher.denoiser.state_dict(), expected):
         raise UserError(
-            f"teacher.path={settings.teacher.path} is no {settings.teacher.network} (teacher.network): "
-            f"{len(wrong)} of its tensors differ, e.g. {wrong[:2]}; set teacher.network='' to use it all the same"
+            f"teacher.path={settings.teacher.path} is no {settings.teacher.network} (teacher.network): {fault}; "
+            "set teacher.network='' to use it all the same"
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
+from fewstep.formats.compare import state_difference
 
 _PREFIX = "step_"
 
@@ -68,10 +69,9 @@ def restore_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> 
     """Inverse of `module_tensors`; raises UserError when the checkpoint holds another network."""
     prefix = f"{name}."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(own)
-    except (RuntimeError, UserError) as error:
-        raise UserError(f"the checkpoint's {name} is another network: {str(error).splitlines()[-1].strip()}") from error
+    if fault := state_difference(own, module.state_dict()):
+        raise UserError(f"the checkpoint's {name} is another network: {fault}")
+    module.load_state_dict(own)
 
 
 def random_state() -> dict[str, Tensor]:
