@@ -17,8 +17,8 @@ LAYERS = [  # top to bottom
     {"training"},
     {"preparation", "evaluation", "export"},
     {"models"},
+    {"distillation"},  # builds roles of any family from their descriptions
     {"families"},
-    {"distillation"},
     {"networks"},
     {"formats", "data"},
     {"diffusion", "losses", "devices"},
