@@ -17,8 +17,9 @@ from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 from fewstep.training import run_log, trainer
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import pretrain, train
+from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.run_log import Clock, NonFiniteError, RunLog
-from fewstep.training.trainer import claim_run_folder, run_job
+from fewstep.training.trainer import run_job
 from fewstep.training.update import Update
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
@@ -472,7 +473,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_welcome(tmp_path: Path) -> None:
     claim_run_folder(counting_settings(tmp_path), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", ".lock"}
 
 
 def test_a_folder_of_the_other_kind_of_run(pictures: Path, tmp_path: Path) -> None:

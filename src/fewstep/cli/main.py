@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs itself, so that `--help` answers at once."""
 
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -17,11 +18,15 @@ from fewstep.cli.prepare import prepare
 from fewstep.cli.pretrain import pretrain
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
-from fewstep.errors import UserError
+from fewstep.errors import RunInterrupted, UserError
 
 
 class Interrupted(BaseException):
     """Ctrl-C inside a command, under a name that the argument parser does not swallow."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.message, self.exit_code = message, exit_code
 
 
 class Commands(TyperGroup):
@@ -31,8 +36,13 @@ class Commands(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
+        except RunInterrupted as stop:
+            again = shlex.join(["fewstep", *sys.argv[1:]])
+            raise Interrupted(f"{stop}. Continue with: {again}", stop.exit_code) from None
         except KeyboardInterrupt:
-            raise Interrupted(ctx.invoked_subcommand or "") from None
+            goes_on = ctx.invoked_subcommand in CONTINUED
+            told = "interrupted; the same command continues from the last checkpoint" if goes_on else "interrupted"
+            raise Interrupted(told, 130) from None
 
 
 app = typer.Typer(
@@ -68,11 +78,8 @@ def main() -> None:
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        goes_on = str(stop) in CONTINUED
-        print(
-            f"fewstep: interrupted{'; the same command continues from the last checkpoint' * goes_on}", file=sys.stderr
-        )
-        sys.exit(130)
+        print(f"fewstep: {stop.message}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except Exception as error:
         if debug:
             raise

@@ -33,7 +33,8 @@ from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_run
-from fewstep.training.trainer import claim_run_folder, run_job
+from fewstep.training.run_folder import claim_run_folder
+from fewstep.training.trainer import run_job
 from fewstep.training.watch import DISTANCE, Watch
 
 MOST_TIMES, TIMING_SECONDS = 20, 1.0  # a generator's pictures take a moment: they are made again until a second is full

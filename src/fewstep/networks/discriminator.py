@@ -1,5 +1,6 @@
 """The GAN head that reads the fake score's bottleneck feature."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,7 +26,7 @@ class Discriminator(nn.Sequential):
     Args:
         shape: (C, H, W) of the bottleneck feature.
 
-    Forward: (B, C, H, W) -> logits (B,), float32.
+    Forward: (B, C, H, W) -> logits (B,), float32 (float64 where the feature is).
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -45,4 +46,4 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, feature: Tensor) -> Tensor:
-        return super().forward(feature.float()).flatten(1).squeeze(1)
+        return super().forward(feature.to(torch.promote_types(feature.dtype, torch.float32))).flatten(1).squeeze(1)

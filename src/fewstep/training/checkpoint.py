@@ -4,6 +4,7 @@ One checkpoint is a folder `step_NNNNNNNN/` with `tensors.safetensors` and `stat
 a dotted name, flushed to disk and renamed; a reader never sees half of one.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
 
+TENSORS = "tensors.safetensors"
 _PREFIX = "step_"
 
 
@@ -29,10 +31,9 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
     """
     target = folder / f"{_PREFIX}{step:08d}"
     with written_aside(target) as aside:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / "tensors.safetensors"
-        )
-        (aside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
+        (aside / "state.json").write_text(json.dumps({**state, "step": step, **proof}, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -46,18 +47,41 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and JSON state of one checkpoint.
+    """Tensors (on the CPU) and JSON state of one checkpoint, proven to be what was written.
+
+    Checkpoints of earlier versions have no digests and are taken as they are.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged; names the checkpoint before it.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return load_file(path / "tensors.safetensors"), state
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}); remove it to continue from the one before"
-        ) from error
+        if not isinstance(state, dict):
+            raise damaged(path, "state.json has another shape")
+        files, names = state.pop("files", None), state.pop("tensors", None)
+        if files is not None and files != {TENSORS: file_digest(path / TENSORS)}:
+            raise damaged(path, f"{TENSORS} is not what was written")
+        tensors = load_file(path / TENSORS)
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    if names is not None and names != sorted(tensors):
+        raise damaged(path, f"{TENSORS} does not have the tensors that state.json lists")
+    return tensors, state
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The error for a checkpoint that cannot be continued from; offers the one before it."""
+    earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    offer = f"continue from {earlier[-1].name}, the one before" if earlier else "begin again: there is none before it"
+    return UserError(f"checkpoint {path} is damaged ({why}); remove it to {offer}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -82,8 +106,15 @@ def random_state() -> dict[str, Tensor]:
     return tensors
 
 
-def restore_random_state(tensors: dict[str, Tensor]) -> None:
-    """Inverse of `random_state`."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+def restore_random_state(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `random_state`, from the checkpoint at `path`.
+
+    Raises:
+        UserError: the state is missing or damaged.
+    """
+    try:
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise damaged(path, f"its random state: {type(error).__name__}: {error}") from error

@@ -17,7 +17,8 @@ from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import pairs_warning
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
-from fewstep.training.trainer import Observer, claim_run_folder, run_job
+from fewstep.training.run_folder import claim_run_folder
+from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
 from fewstep.training.watch import watch_for_best
 

@@ -6,6 +6,8 @@ non-finite value stops the run.
 
 import json
 import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,11 @@ class RunLog:
         for sentence in sentences:
             self.console.print(f"[bold yellow]step {step}:[/] {sentence}")
         return sentences
+
+    def say(self, line: str) -> None:
+        """Add a line of words to `log.txt`, with the time."""
+        with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:  # full disks: see `flush`
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def close(self) -> None:
         """Close the event file."""

@@ -1,6 +1,6 @@
 """What a text-to-image run reads: prompts as the generator's conditions, latents as real data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from fewstep.models.text_model import LiveEmbeddings, PromptTable, TextTeacher
 from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.settings import TrainSettings
-from fewstep.training.trainer import EMBEDDINGS
+from fewstep.training.run_folder import EMBEDDINGS
 
 CUT_WITH = "data.truncate_prompts=true"
 
@@ -52,10 +52,11 @@ class RealLatents:
     captions: PromptTable
     seed: int
     batch_size: int
+    orders: dict[int, Tensor] = field(default_factory=dict)  # the permutation of the passes being read
 
     def at(self, step: int, device: torch.device) -> RealBatch:
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        index = data_order(self.seed, positions, len(self.stored))
+        index = data_order(self.seed, positions, len(self.stored), self.orders)
         latents = self.stored.rows(index)[0].to(device, torch.float32)
         return RealBatch(latents, self.captions.rows(index.to(device)))
 

@@ -1,9 +1,12 @@
 """The loop, and only the loop: every kind of training is a job that this file steps, logs, samples and saves."""
 
+import math
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,19 +15,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.formats.atomic import remove_leftovers, replaced_file
-from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
+from fewstep.errors import RunInterrupted, UserError
+from fewstep.formats.atomic import remove_leftovers
+from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
+    damaged,
     list_checkpoints,
     random_state,
     read_checkpoint,
     restore_random_state,
     write_checkpoint,
 )
+from fewstep.training.interruption import Interruption
+from fewstep.training.run_folder import hold, release
 from fewstep.training.run_log import Clock, RunLog
 
-EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
+PLAIN_EVERY_SECONDS = 30  # between lines about a run's progress where there is no terminal
 Observer = Callable[[int, float], None]
 
 
@@ -75,59 +81,134 @@ def run_job(
         Folder of the finished model.
 
     Raises:
-        UserError: a non-finite metric, a full disk, a damaged checkpoint.
+        UserError: a non-finite metric, a full disk, a damaged checkpoint, another process in the folder.
+        RunInterrupted: Ctrl-C or SIGTERM; a checkpoint is saved. A second Ctrl-C ends at once.
     """
     console = console or Console(stderr=True)
-    training, run = settings.training, settings.run
-    step, elapsed = resume(job, folder)
-    log = RunLog(folder, step, run.tensorboard, console)
-    clock = Clock(elapsed)
-    limit_seconds = training.time_limit_minutes * 60
-    saved_step = step
-    clock.pause()
-    for watch in watches:
-        watch.resume(step, clock.seconds())
-    clock.resume()
+    hold(folder)
+    try:
+        with Interruption() as stop:
+            step = Loop(job, settings, folder, console, stop).run(watches, observers)
+        return job.save_result(folder, step)
+    finally:
+        release(folder)
 
-    def save() -> None:
-        nonlocal saved_step
-        log.flush()
+
+class Loop:
+    """One session of a run."""
+
+    def __init__(
+        self, job: Job, settings: TrainSettings | PretrainSettings, folder: Path, console: Console, stop: Interruption
+    ) -> None:
+        self.job, self.settings, self.folder, self.console, self.stop = job, settings, folder, console, stop
+        self.step, elapsed = resume(job, folder)
+        self.saved_step = self.step
+        self.log = RunLog(folder, self.step, settings.run.tensorboard, console)
+        self.clock = Clock(elapsed)
+        self.clock.pause()
+        self.rate = Rate(settings.training.batch_size, elapsed)
+
+    def run(self, watches: Sequence[Watcher], observers: Sequence[Observer]) -> int:
+        """Make steps until the end; returns how many there are.
+
+        Raises:
+            RunInterrupted: Ctrl-C or SIGTERM; the run is saved.
+        """
+        with closing(self.log), Bar(self.job.phase, self.console, self.log) as bar:
+            bar.show(self.progress(), "begins" if not self.step else f"goes on after step {self.step}")
+            for watch in watches:
+                self.stop.at_once(partial(watch.resume, self.step, self.clock.seconds()))
+            while not self.stop.signal and not self.is_over():
+                self.one_step(bar)
+                for observe in (*watches, *observers):
+                    self.stop.at_once(partial(observe, self.step, self.clock.seconds()))
+            if not self.stop.signal and self.step != self.saved_step:
+                bar.show(self.progress(), "last pictures")
+                self.job.pictures(self.log, self.step)
+            if self.step != self.saved_step:
+                self.save()
+            if self.stop.signal:
+                raise RunInterrupted(self.farewell(), 128 + self.stop.signal)
+            bar.show(1.0, f"step {self.step}, done")
+        return self.step
+
+    def one_step(self, bar: "Bar") -> None:
+        """One training step on the clock, and what is due after it off the clock."""
+        run, log = self.settings.run, self.log
+        self.clock.resume()
+        progress = self.progress()
+        metrics = self.job.step(self.step, progress)
+        self.step += 1
+        seconds = self.clock.seconds()
+        self.rate.count(seconds)
+        speed = self.rate.images_per_second
+        log.add(self.step - 1, metrics, {"images_per_second": speed, "seconds": seconds})
+        self.clock.pause()
+        bar.show(progress, f"step {self.step}, {speed:.0f} images/s")
+        if self.step % run.log_every == 0:
+            log.add(self.step - 1, {}, {"peak_memory_gib": peak_memory_gib()})
+            log.flush()
+        if self.step % run.sample_every == 0 or self.step == 1:
+            bar.show(progress, f"step {self.step}, sample pictures")
+            self.job.pictures(log, self.step)
+        if self.step % run.checkpoint_every == 0:
+            self.save()
+
+    def is_over(self) -> bool:
+        """Whether all steps are made, or the time is up."""
+        limit = self.settings.training.time_limit_minutes * 60
+        return self.step >= self.settings.training.num_steps or bool(limit and self.clock.seconds() >= limit)
+
+    def progress(self) -> float:
+        """Share of the run that is done, 0..1: by steps or by the clock, whichever is nearer its end."""
+        training = self.settings.training
+        limit = training.time_limit_minutes * 60
+        return max(self.step / training.num_steps, self.clock.seconds() / limit if limit else 0.0)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.log.flush()
+        training = self.settings.training
         state = {
-            "phase": job.phase, "elapsed_seconds": clock.seconds(), "data_position": step * training.batch_size,
+            "phase": self.job.phase, "elapsed_seconds": self.clock.seconds(),
+            "data_position": self.step * training.batch_size,
             "draws": {"generator": "philox4x32-10", "seed": training.seed},
         }  # fmt: skip
-        write_checkpoint(folder / "checkpoints", step, {**job.tensors(), **random_state()}, state, run.keep_checkpoints)
-        saved_step = step
+        tensors = {**self.job.tensors(), **random_state()}
+        write_checkpoint(self.folder / "checkpoints", self.step, tensors, state, self.settings.run.keep_checkpoints)
+        self.saved_step = self.step
 
-    with closing(log), _progress(console) as bar:
-        task = bar.add_task(job.phase, total=1.0, rate="")
-        rate = Rate(training.batch_size, elapsed)
-        while step < training.num_steps and not (limit_seconds and clock.seconds() >= limit_seconds):
-            progress = max(step / training.num_steps, clock.seconds() / limit_seconds if limit_seconds else 0.0)
-            metrics = job.step(step, progress)
-            step += 1
-            rate.count(clock.seconds())
-            log.add(step - 1, metrics, {"images_per_second": rate.images_per_second, "seconds": clock.seconds()})
-            bar.update(task, completed=progress, rate=f"step {step}, {rate.images_per_second:.0f} images/s")
-            clock.pause()
-            if step % run.log_every == 0:
-                log.add(step - 1, {}, {"peak_memory_gib": peak_memory_gib()})
-                log.flush()
-            if step % run.sample_every == 0 or step == 1:
-                job.pictures(log, step)
-            if step % run.checkpoint_every == 0:
-                save()
-            for watch in watches:
-                watch(step, clock.seconds())
-            for observer in observers:
-                observer(step, clock.seconds())
-            clock.resume()
-        bar.update(task, completed=1.0)
-        clock.pause()
-        if step != saved_step:
-            job.pictures(log, step)
-            save()
-    return job.save_result(folder, step)
+    def farewell(self) -> str:
+        """What a user who stopped the run wants to know."""
+        checkpoints = list_checkpoints(self.folder / "checkpoints")
+        kept = f"everything is saved in {checkpoints[-1]}" if checkpoints else "nothing was trained yet"
+        return f"stopped by {self.stop.name} after {self.step} steps; {kept}"
+
+
+class Bar:
+    """How far a run is: a bar in a terminal, a plain line every half minute elsewhere; those lines are in `log.txt` too."""
+
+    def __init__(self, phase: str, console: Console, log: RunLog) -> None:
+        self.phase, self.console, self.log = phase, console, log
+        self._bar, self._told = _progress(console), -math.inf
+
+    def __enter__(self) -> "Bar":
+        self._bar.__enter__()
+        self._task = self._bar.add_task(self.phase, total=1.0, rate="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def show(self, progress: float, what: str) -> None:
+        """`progress` in 0..1 and what is being done."""
+        self._bar.update(self._task, completed=progress, rate=what)
+        if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS or progress >= 1:
+            self._told = time.monotonic()
+            line = f"{self.phase}: {what} ({progress:.0%})"
+            self.log.say(line)
+            if not self.console.is_terminal:
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def resume(job: Job, folder: Path) -> tuple[int, float]:
@@ -136,67 +217,16 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return 0, 0.0
-    tensors, state = read_checkpoint(checkpoints[-1])
-    if state["phase"] != job.phase:
-        raise UserError(
-            f"{folder} holds a run of phase {state['phase']!r}, this is {job.phase!r}; choose another run.folder"
-        )
+    path = checkpoints[-1]
+    tensors, state = read_checkpoint(path)
+    phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
+    if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
+        raise damaged(path, "state.json has another shape")
+    if phase != job.phase:
+        raise UserError(f"{folder} holds a run of phase {phase!r}, this is {job.phase!r}; choose another run.folder")
     job.restore(tensors)
-    restore_random_state(tensors)
-    return int(state["step"]), float(state["elapsed_seconds"])
-
-
-def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -> None:
-    """Write the resolved settings into a new run folder, or check that an existing one has the same.
-
-    The number of steps, the time limit, `optimizer.*`, `compute.*` and `run.*` may change between sessions of one run;
-    bit-identical continuation is promised when they do not.
-
-    Raises:
-        UserError: the folder holds a run of other settings (they are named) or cannot be written.
-    """
-    path = folder / "settings.json"
-    if path.exists():
-        try:
-            earlier = parse_settings(type(settings), _read_json(path), str(path))
-        except UserError as error:
-            raise UserError(
-                f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
-            ) from None
-        before, now = flatten_settings(earlier), flatten_settings(settings)
-        free = (
-            "run.",
-            "best.",
-            "optimizer.",
-            "compute.",
-            "training.num_steps",
-            "training.time_limit_minutes",
-            "training.microbatch_size",
-            "expected",
-        )
-        changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]
-        if changed:
-            pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
-            raise UserError(
-                f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(path.name != EMBEDDINGS for path in folder.iterdir())):
-        raise UserError(f"{folder} is not empty and no run of fewstep; choose another run.folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make run folder {folder}: {error}; choose another run.folder") from error
-    with replaced_file(path) as aside:
-        aside.write_text(settings.model_dump_json(indent=1), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); choose another run.folder") from None
+    restore_random_state(path, tensors)
+    return step, float(elapsed)
 
 
 class Rate:

@@ -40,9 +40,9 @@ class EDMDenoiser(Denoiser):
                 per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.get("class_labels"), network_want
             )
         if raw is None:
-            return DenoiserOutput(None, feature.float())
+            return DenoiserOutput(None, feature.to(noisy.dtype))
         x0 = per_sample(c.c_skip, noisy) * noisy + per_sample(c.c_out, noisy) * raw.to(noisy.dtype)
-        return DenoiserOutput(x0, None if feature is None else feature.float())
+        return DenoiserOutput(x0, None if feature is None else feature.to(noisy.dtype))
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return edm_denoising_weight(level, self.sigma_data)

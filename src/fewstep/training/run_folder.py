@@ -1,0 +1,109 @@
+"""Whose a run folder is: one run's settings, and one process at a time."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from fewstep.errors import UserError
+from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there a run folder is not locked
+    fcntl = None  # type: ignore[assignment]
+
+EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
+LOCK = ".lock"
+# what may change between the sessions of one run
+_FREE = (
+    "run.", "best.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes",
+    "training.microbatch_size", "expected",
+)  # fmt: skip
+_held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
+
+
+def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -> None:
+    """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
+
+    The number of steps, the time limit, `optimizer.*`, `compute.*` and `run.*` may change between sessions of one run;
+    bit-identical continuation is promised when they do not. What a killed process left half-written is removed.
+
+    Raises:
+        UserError: another process trains there, the folder holds a run of other settings (they are named), or it
+            cannot be written.
+    """
+    path = folder / "settings.json"
+    if not path.exists() and folder.exists():
+        foreign = not folder.is_dir() or any(
+            entry.name not in (EMBEDDINGS, LOCK) and not is_leftover(entry) for entry in folder.iterdir()
+        )
+        if foreign:
+            raise UserError(f"{folder} is not empty and no run of fewstep; choose another run.folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make run folder {folder}: {error}; choose another run.folder") from error
+    hold(folder)
+    try:
+        if path.exists():
+            _refuse_other_settings(settings, folder, path)
+        remove_leftovers(folder)
+        with replaced_file(path) as aside:
+            aside.write_text(settings.model_dump_json(indent=1), encoding="utf-8")
+    except BaseException:
+        release(folder)
+        raise
+
+
+def hold(folder: Path) -> None:
+    """Lock a run folder until `release` or this process's end, however it ends.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    key = folder.resolve()
+    if key in _held or fcntl is None:
+        return
+    try:
+        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {folder / LOCK}: {error}; choose another run.folder") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"another process trains in {folder}; wait for it, end it, or choose another run.folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    _held[key] = file
+
+
+def release(folder: Path) -> None:
+    """Let other processes train in a folder that this one held."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def _refuse_other_settings(settings: TrainSettings | PretrainSettings, folder: Path, path: Path) -> None:
+    try:
+        earlier = parse_settings(type(settings), _read_json(path), str(path))
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
+        ) from None
+    before, now = flatten_settings(earlier), flatten_settings(settings)
+    changed = [key for key in now if before[key] != now[key] and not key.startswith(_FREE)]
+    if changed:
+        pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
+        raise UserError(f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); choose another run.folder") from None

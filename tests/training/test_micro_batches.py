@@ -1,0 +1,141 @@
+"""One global batch in micro-batches: the same samples, the same gradients, in every memory mode, to float64's precision."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.condition import ClassTable, Condition
+from fewstep.diffusion.draws import Draws, Purpose
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.inputs import FreshInputs, RealBatch
+from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
+from fewstep.distillation.terms import (
+    DiscriminatorAdversarial,
+    DistributionMatching,
+    FakeScoreDenoising,
+    GeneratorAdversarial,
+)
+from fewstep.networks.adapters import LoraShape
+from fewstep.training.step import Distillation, two_time_scale_step
+from fewstep.training.update import Update
+from tests.conftest import tiny_denoiser
+from tests.tiny_networks import tiny_condition, tiny_text_denoiser
+
+BATCH = 8
+
+
+class ExactDraws(Draws):
+    """The same numbers in float64."""
+
+    def normal(self, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
+        return super().normal(purpose, shape, number).double()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts of a tiny text model, in float64."""
+
+    condition: Condition
+    num_rows: int = BATCH
+
+    def rows(self, index: Tensor) -> Condition:
+        return Condition.cat([self.condition[slice(number, number + 1)] for number in index.tolist()])
+
+
+def build(kind: str, microbatch_size: int) -> tuple[Distillation, RealBatch]:
+    """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there."""
+    family, _, mode = kind.partition(" ")
+    lora = LoraShape(rank=2, alpha=2.0)
+    if family != "edm":
+        tiny_text_denoiser(family)  # made once, with random numbers: before the heads' start
+    torch.manual_seed(0)
+    if family == "edm":
+        roles, table = build_roles(tiny_denoiser(), True), ClassTable(4)
+    else:
+        teacher, table = tiny_text_denoiser(family), Rows(tiny_condition(family, BATCH, dtype=torch.float64))
+        roles = {
+            "full": lambda: build_roles(teacher, True),
+            "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, torch.float32, False),
+            "shared_base": lambda: build_shared_base_roles(teacher, lora, True, torch.float32, True),
+        }[mode]()
+    randomise(roles)
+    shape = roles.teacher.image_shape
+    images = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    condition = table.rows(torch.arange(BATCH) % 4)
+    if family == "edm":
+        condition = Exact(table).rows(torch.arange(BATCH) % 4)
+    run = Distillation(
+        roles=roles, inputs=FreshInputs(StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table)),
+        generator_terms=[
+            DistributionMatching(roles.teacher, roles.fake_score, 2.0 if family != "edm" else 1.0, 20, 980),
+            GeneratorAdversarial(roles.fake_score, roles.discriminator, 0.3),  # type: ignore[arg-type]
+        ],
+        fake_score_terms=[
+            FakeScoreDenoising(roles.fake_score),
+            DiscriminatorAdversarial(roles.fake_score, roles.discriminator, 0.2),  # type: ignore[arg-type]
+        ],
+        generator_update=update(roles.generator_parameters()), fake_score_update=update(roles.fake_score_parameters()),
+        generator_every=1, microbatch_size=microbatch_size,
+    )  # fmt: skip
+    return run, RealBatch(images, condition)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A table's conditions in float64."""
+
+    table: Any
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.table.num_rows)
+
+    def rows(self, index: Tensor) -> Condition:
+        found = self.table.rows(index)
+        return Condition.from_one_hot(found["class_labels"].double())
+
+
+def randomise(roles: Roles) -> None:
+    for number, network in enumerate((roles.generator, roles.fake_score, roles.discriminator)):
+        assert network is not None
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for part in network.parameters():
+                part.add_(0.05 * torch.randn(part.shape, generator=generator))
+    for network in (roles.teacher, roles.generator, roles.fake_score, roles.discriminator):
+        assert network is not None
+        network.double()
+
+
+def update(parameters: dict[str, Any]) -> Update:
+    return Update(parameters, 1.0, torch.optim.SGD(parameters.values(), lr=1.0), 1e9)
+
+
+def gradients(kind: str, microbatch_size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What one step changed in generator, and in fake score and head, at rate 1; and its metrics."""
+    run, real = build(kind, microbatch_size)
+    before = [flat(update) for update in (run.generator_update, run.fake_score_update)]
+    draws = ExactDraws.of_batch(3, 5, BATCH)
+    metrics = two_time_scale_step(run, 5, real, draws)
+    after = [flat(update) for update in (run.generator_update, run.fake_score_update)]
+    return before[0] - after[0], before[1] - after[1], metrics
+
+
+def flat(update: Update) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in update.parameters.values()]).clone()
+
+
+@pytest.mark.parametrize("kind", ["edm", "sd full", "sdxl lora_generator", "sd shared_base", "sd3 full"])
+def test_micro_batches_give_the_whole_batchs_gradients(kind: str) -> None:
+    whole = gradients(kind, 0)
+    assert all(float(part.norm()) > 1e-3 for part in whole[:2])
+    for size in (4, 3, 2):
+        parts = gradients(kind, size)
+        for mine, theirs in zip(parts[:2], whole[:2], strict=True):
+            assert float((mine - theirs).norm() / theirs.norm()) < 1e-10
+        assert parts[2].keys() == whole[2].keys()
+        for name, value in whole[2].items():
+            assert float(parts[2][name]) == pytest.approx(float(value), rel=1e-6), name
