@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import numpy as np
 import pytest
@@ -77,6 +78,12 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = ModelCard(role="teacher", class_names=tuple(f"class{i}" for i in range(4)), can_be_guided=True)
     write_model_folder(folder, denoiser.describe(), denoiser.state_dict(), card)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny networks are fastest so, one test runner to a core; a run that asks for more threads leaves them behind."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.app.models import class_models, text_models
 
@@ -32,12 +31,3 @@ def _leftovers() -> Iterator[None]:
         warnings.simplefilter("ignore", ResourceWarning)
         asyncio.set_event_loop(None)
         gc.collect()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny networks are faster so, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

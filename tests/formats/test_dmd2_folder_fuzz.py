@@ -1,4 +1,4 @@
-"""A thousand structurally mutated `.bin` files: each is read or refused in one sentence; none runs or runs away."""
+"""Structurally mutated `.bin` files: each is read or refused in one sentence; none runs or runs away."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A thousand damaged LoRA files in each layout: each is read or refused in one sentence, in bounded time and memory."""
+"""Damaged LoRA files in each layout: each is read or refused in one sentence, in bounded time and memory."""
 
 from pathlib import Path
 

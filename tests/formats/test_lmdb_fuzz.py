@@ -1,4 +1,4 @@
-"""A thousand damaged LMDB files, in a process of their own, because the library maps them and is written in C."""
+"""Damaged LMDB files, in a process of their own, because the library maps them and is written in C."""
 
 import subprocess
 import sys

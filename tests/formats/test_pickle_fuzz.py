@@ -1,4 +1,4 @@
-"""A thousand structurally mutated EDM pickles and prompt lists: each is read or refused; none runs or runs away."""
+"""Structurally mutated EDM pickles and prompt lists: each is read or refused; none runs or runs away."""
 
 import pickle
 from pathlib import Path

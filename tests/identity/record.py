@@ -2,8 +2,8 @@
 
     python -m tests.identity.record tests/identity/before.json
 
-Each run goes through the command line in a process of its own, in float32 with one thread, and is described by what it
-leaves in its folder: every metric of every step as an exact number, and of every trained tensor a digest and its norm.
+Each run goes through the command line, here in a process of its own, in float32 with one thread, and is described by
+what it leaves in its folder: every metric of every step as an exact number, and of every trained tensor a digest and its norm.
 Names of tensors are left out, because they may change where values may not.
 """
 
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def fewstep(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def make_inputs(work: Path) -> None:
+def make_inputs(work: Path, fewstep: Callable[..., None] = fewstep) -> None:
     """Models, pictures, prompts and latents of all runs; the same on every machine but for rounding in the latents."""
     random = np.random.default_rng(0)
     (work / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -114,7 +115,7 @@ def make_inputs(work: Path) -> None:
         )  # fmt: skip
 
 
-def record_run(name: str, work: Path) -> dict[str, Any]:
+def record_run(name: str, work: Path, fewstep: Callable[..., None] = fewstep) -> dict[str, Any]:
     """One run as its exact metrics and trained tensors."""
     family, mode = RUNS[name]
     recipe = work / f"{name}.toml"
