@@ -30,7 +30,8 @@ from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.preconditioning import edm_preconditioning
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import Teacher, load_class_teacher
+from fewstep.models.load import load_teacher
+from fewstep.models.model import Model, build_model
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import build_distillation
 from fewstep.training.step import Distillation, two_time_scale_step
@@ -129,11 +130,11 @@ def settings(batch_size: int, compile_networks: bool) -> TrainSettings:
     )
 
 
-def build(teacher: Teacher, batch_size: int, precision: str, compile_networks: bool = False) -> Distillation:
+def build(teacher: Model, batch_size: int, precision: str, compile_networks: bool = False) -> Distillation:
     """A fresh distillation whose fake score and generator differ from the teacher, as in the middle of a run."""
-    own = Teacher(copy.deepcopy(teacher.denoiser), teacher.card)
+    own = build_model(copy.deepcopy(teacher.denoiser), teacher.card)
     own.denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    run = build_distillation(settings(batch_size, compile_networks), own, own.conditions)
+    run = build_distillation(settings(batch_size, compile_networks), own, own.conditioner.every)
     with torch.no_grad():
         for network, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
             for parameter in network.parameters():
@@ -141,7 +142,7 @@ def build(teacher: Teacher, batch_size: int, precision: str, compile_networks: b
     return run
 
 
-def real_batch(teacher: Teacher, batch_size: int, step: int) -> RealBatch:
+def real_batch(teacher: Model, batch_size: int, step: int) -> RealBatch:
     """Stand-in pictures: speed does not depend on what they show."""
     draws = Draws.of_batch(1, step, batch_size, teacher.device)
     images = draws.normal("diagnostic_noise", teacher.denoiser.image_shape).clamp(-1, 1)
@@ -155,7 +156,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, teacher: Teacher, batch_size: int, cycles: int, compile_networks: bool) -> None:
+def measure(name: str, teacher: Model, batch_size: int, cycles: int, compile_networks: bool) -> None:
     """Time all variants of one network and print the table."""
     ours = build(teacher, batch_size, "bf16")
     variants: dict[str, Callable[[int, RealBatch, Draws], object]] = {
@@ -187,7 +188,7 @@ def measure(name: str, teacher: Teacher, batch_size: int, cycles: int, compile_n
         )
 
 
-def compare_gradients(name: str, teacher: Teacher, batch_size: int) -> None:
+def compare_gradients(name: str, teacher: Model, batch_size: int) -> None:
     """Gradients of generator and fake score: ours against the plain fp32 reading, same weights and draws."""
     reference = _gradients_plain(teacher, batch_size)
     for precision in ("fp32", "bf16"):
@@ -206,7 +207,7 @@ def _flat(parameters: list[torch.nn.Parameter]) -> Tensor:
     ).double()
 
 
-def _gradients_plain(teacher: Teacher, batch_size: int) -> dict[str, Tensor]:
+def _gradients_plain(teacher: Model, batch_size: int) -> dict[str, Tensor]:
     run = build(teacher, batch_size, "fp32")
     plain = PlainStep(run, bf16=False)
     draws, real = Draws.of_batch(0, 0, batch_size, teacher.device), real_batch(teacher, batch_size, 0)
@@ -218,7 +219,7 @@ def _gradients_plain(teacher: Teacher, batch_size: int) -> dict[str, Tensor]:
     return {"generator": generator, "fake score": _flat([*plain.fake.parameters(), *plain.head.parameters()])}
 
 
-def _gradients_ours(teacher: Teacher, batch_size: int, precision: str) -> dict[str, Tensor]:
+def _gradients_ours(teacher: Model, batch_size: int, precision: str) -> dict[str, Tensor]:
     """Through the library's own step, with optimisers that keep the gradient instead of applying it."""
     run = build(teacher, batch_size, precision)
     kept: dict[str, Tensor] = {}
@@ -233,12 +234,12 @@ def _gradients_ours(teacher: Teacher, batch_size: int, precision: str) -> dict[s
     return kept
 
 
-def narrow_adm(device: str) -> Teacher:
+def narrow_adm(device: str) -> Model:
     """An untrained narrow ADM at 64x64 with 1000 classes."""
     torch.manual_seed(0)
     config = build_network_config("imagenet64-narrow", img_resolution=64, img_channels=3, label_dim=1000)
     denoiser = EDMDenoiser(config).to(device).eval()
-    return Teacher(denoiser, ModelCard(role="teacher"))
+    return build_model(denoiser, ModelCard(role="teacher"))
 
 
 def main() -> None:
@@ -257,7 +258,7 @@ def main() -> None:
     flags = torch.backends.cpu.get_cpu_capability()
     print(f"{where} ({flags}), {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "quickstart" in options.networks:
-        teacher = load_class_teacher("bundled:fashion-mnist", device=options.device)
+        teacher = load_teacher("bundled:fashion-mnist", device=options.device)
         measure("quick-start network", teacher, 64, options.cycles, options.compile)
         compare_gradients("quick-start network", teacher, 64)
     if "narrow-adm-64" in options.networks:

@@ -32,7 +32,7 @@ from fewstep.evaluation.features import SmallClassifier, extract_features
 from fewstep.evaluation.measure import Measurement, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.text_following import group_of, measure_text_following
-from fewstep.models.model import load_teacher
+from fewstep.models.load import load_teacher
 from fewstep.networks.components import published_names
 from fewstep.preparation.features import train_feature_network, vary_shape_and_colour
 

@@ -21,7 +21,7 @@ from fewstep.evaluation.features import SmallClassifier, load_features
 from fewstep.evaluation.measure import dataset_features, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.model_folder import read_model_folder, write_model_folder
-from fewstep.models.model import load_teacher
+from fewstep.models.load import load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.settings import DataSettings
 

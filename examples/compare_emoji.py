@@ -22,10 +22,9 @@ from fewstep.evaluation.measure import Measurement
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.pixels import to_uint8
-from fewstep.models.model import load_model
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.load import load_model
+from fewstep.models.model import Model
 
-TextModel = TextTeacher | TextGenerator
 COLUMNS = ("images_per_second", "frechet_distance", "held_out_distance", "agreement", "shuffled", "retrieval")
 TEXT_WIDTH, LINE, GAP = 190, 13, 4
 HEAD = (
@@ -34,34 +33,28 @@ HEAD = (
 )
 
 
-def load(source: str, precision: str) -> TextModel:
+def load(source: str, precision: str) -> Model:
     """A text-to-image model by path or bundled name.
 
     Raises:
         UserError: it is missing, or makes pictures from something else.
     """
     model = load_model(source, device="cpu", precision=precision)
-    if not isinstance(model, TextTeacher | TextGenerator):
-        raise UserError(f"{source} is no text-to-image model")
+    if model.conditioner.takes != "prompts":
+        raise UserError(f"{source} is not a text-to-image model")
     return model
 
 
-def make(model: TextModel, prompts: list[str], options: argparse.Namespace) -> Tensor:
+def make(model: Model, prompts: list[str], options: argparse.Namespace) -> Tensor:
     """One picture a prompt, in the model's own way, (N, 3, H, W)."""
-    if isinstance(model, TextGenerator):
-        return model.sample(prompts, seed=options.seed, batch_size=32)
-    return model.sample(
-        prompts,
-        seed=options.seed,
-        num_steps=options.teacher_steps,
-        guidance_scale=options.guidance_scale,
-        batch_size=32,
-    )
+    guided = {"num_inference_steps": options.teacher_steps, "guidance_scale": options.guidance_scale}
+    how = {} if model.is_generator else guided
+    return model.sample(prompts, seed=options.seed, batch_size=32, output="tensor", **how)
 
 
-def measure(bench: Bench, source: str, model: TextModel, options: argparse.Namespace) -> Measurement:
+def measure(bench: Bench, source: str, model: Model, options: argparse.Namespace) -> Measurement:
     """Figures of one model: shipped ones of a bundled teacher, else measured."""
-    if isinstance(model, TextTeacher) and source.startswith(f"{BUNDLED}emoji-") and not options.measure_teachers:
+    if not model.is_generator and source.startswith(f"{BUNDLED}emoji-") and not options.measure_teachers:
         shipped = json.loads(bundled_path("emoji/teacher_measurement.json").read_text(encoding="utf-8"))
         return Measurement.from_dict(shipped[source.removeprefix(f"{BUNDLED}emoji-")])
     return bench.measure(

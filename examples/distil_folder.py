@@ -9,7 +9,6 @@ from pathlib import Path
 
 import fewstep
 from fewstep.formats.pixels import save_grid
-from fewstep.settings import PretrainSettings, TrainSettings, load_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -23,13 +22,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--both", nargs="*", default=[], help="of the teacher and the distillation")
     args = parser.parse_args(arguments)
     common = [f"data.images={args.images}", *args.both]
-    first = [*common, *args.settings, f"run.folder={args.out / 'teacher'}"]
-    teacher = fewstep.pretrain(load_settings(PretrainSettings, RECIPES / "my_pictures.toml", first))
-    second = [*common, f"teacher.path={teacher}", f"run.folder={args.out / 'generator'}"]
-    generator = fewstep.train(load_settings(TrainSettings, RECIPES / "my_pictures_dmd2.toml", second))
-    save_grid(args.out / "teacher.png", fewstep.load_teacher(teacher).sample(16), columns=4)
-    save_grid(args.out / "generator.png", fewstep.load_generator(generator).sample(16), columns=4)
-    print(f"{generator}: compare {args.out / 'teacher.png'} and {args.out / 'generator.png'}")
+    first = fewstep.load_settings(fewstep.PretrainSettings, RECIPES / "my_pictures.toml", [*common, *args.settings])
+    taught = fewstep.pretrain(first, run__folder=args.out / "teacher")
+    second = fewstep.load_settings(fewstep.TrainSettings, RECIPES / "my_pictures_dmd2.toml", common)
+    distilled = fewstep.train(second, teacher__path=taught.folder, run__folder=args.out / "generator")
+    for name, model in (("teacher", taught.teacher), ("generator", distilled.generator)):
+        save_grid(args.out / f"{name}.png", model.sample(16, output="tensor"), columns=4)
+    print(f"{distilled}: compare {args.out / 'teacher.png'} and {args.out / 'generator.png'}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of
 from fewstep.formats.bundled import bundled_path
-from fewstep.models.model import load_model
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.load import load_model
 
 SIDE, MOST_TOKENS = 160, 64  # pixels EfficientNet reads; tokens MiniLM reads
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
@@ -162,8 +161,8 @@ def embed_texts(texts: list[str], batch_size: int = 64) -> Tensor:
 def made_pictures(source: str, texts: list[str], options: argparse.Namespace) -> Tensor:
     """One picture a text by a teacher or generator, (N, 3, H, W)."""
     model = load_model(source, precision="bf16")
-    if not isinstance(model, TextTeacher | TextGenerator):
-        raise UserError(f"{source} is no text-to-image model")
+    if model.conditioner.takes != "prompts":
+        raise UserError(f"{source} is not a text-to-image model")
     sample, _ = model_sampler(
         model, options.seed, prompts=texts, num_steps=options.teacher_steps, guidance_scale=options.guidance_scale
     )

@@ -21,10 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     generator = fewstep.load_generator(args.generator)
-    if args.prompts:
-        images = generator.sample(args.prompts, seed=args.seed)
-    else:
-        images = generator.sample(len(args.labels), labels=args.labels, seed=args.seed)
+    images = generator.sample(args.prompts or args.labels, seed=args.seed, output="tensor")
     save_grid(args.grid, images, columns=len(images))  # images: (N, C, H, W) in [-1, 1]
     print(f"{args.grid}: {len(images)} pictures, {generator.evaluations()} evaluations each")
 

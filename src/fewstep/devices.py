@@ -27,23 +27,41 @@ def pictures_at_once(height: int, width: int) -> int:
     return max(1, _PIXELS_AT_ONCE // (height * width))
 
 
+def set_precision(denoiser: "Denoiser", precision: str | torch.dtype, device: torch.device) -> None:
+    """Set the precision inside a network; its weights stay as they are.
+
+    Args:
+        precision: a dtype, or its short name; "auto" is what is fast on the device.
+
+    Raises:
+        UserError: another precision than fp32, bf16 and fp16.
+    """
+    if isinstance(precision, str):
+        precision = DTYPES[choose_precision(precision, device)]
+    if precision not in DTYPES.values():
+        raise UserError(f"precision={precision}: choose fp32, bf16 or fp16")
+    denoiser.compute_dtype = precision
+
+
 def prepare_denoiser(denoiser: "Denoiser", device: str, precision: str) -> "Denoiser":
     """Eval mode, on the device, with its compute precision set ("auto" is what is fast there)."""
     place = choose_device(device)
-    denoiser.compute_dtype = DTYPES[choose_precision(precision, place)]
+    set_precision(denoiser, precision, place)
     return denoiser.to(place).eval()
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises UserError for a device that is not there."""
+    """ "auto" is CUDA's GPU where there is one; Apple's is "mps". Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"compute.device={name!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"compute.device={name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"compute.device={name!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"compute.device={name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"compute.device={name!r}: this machine has no usable Apple GPU; use cpu or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"compute.device={name!r}: this machine has no usable CUDA device; use cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

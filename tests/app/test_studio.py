@@ -151,7 +151,7 @@ def test_what_an_operator_is_told(text: Text, classes: Classes, tmp_path: Path) 
         (generator, {"teacher": "bundled:fashion-mnist"}, "makes pictures of another size"),
         (generator, {"teacher_steps": 4}, "--teacher-steps is for a teacher"),
         (generator, {"guidance_scale": 2.0}, "a generator has its guidance built in"),
-        (generator, {"tiny_vae": str(taesd)}, "--tiny-vae is for text-to-image models"),
+        (generator, {"tiny_vae": str(taesd)}, "--tiny-vae: a TAESD .* is for text-to-image models"),
         (run, {"tiny_vae": str(tiny_taesd_folder(tmp_path / "taesd3", latent_channels=16))}, "--tiny-vae: .*channels"),
         (run, {"tiny_vae": str(tmp_path)}, "--tiny-vae: .*config.json is missing"),
         (teacher, {"teacher_steps": 1001}, "has 1000 noise levels"),

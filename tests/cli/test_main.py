@@ -25,7 +25,7 @@ from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid, to_uint8
-from fewstep.models.model import load_generator, load_teacher
+from fewstep.models.load import load_generator, load_teacher
 from fewstep.settings import PretrainSettings, TrainSettings, Tree, describe_settings
 from tests.conftest import tiny_denoiser
 
@@ -238,7 +238,7 @@ def test_sample_a_generator(generator_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert answer.code == 0
     assert "5 pictures, 2 evaluations each" in answer.err
-    images = load_generator(generator_folder, device="cpu").sample(5, labels=[3, 1, 3, 1, 3], seed=4)
+    images = load_generator(generator_folder, device="cpu").sample(5, labels=[3, 1, 3, 1, 3], seed=4, output="tensor")
     with Image.open(grid) as picture:
         assert picture.tobytes() == make_grid(images, columns=2).tobytes()
     assert sorted(path.name for path in out.iterdir()) == [f"{number:05d}.png" for number in range(5)]
@@ -260,7 +260,9 @@ def test_sample_a_teacher(teacher_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert answer.code == 0
     assert "3 pictures, 7 evaluations each" in answer.err
-    images = load_teacher(teacher_folder, device="cpu").sample(3, num_steps=4, guidance_scale=2.0)
+    images = load_teacher(teacher_folder, device="cpu").sample(
+        3, num_inference_steps=4, guidance_scale=2.0, output="tensor"
+    )
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.tobytes() == make_grid(images, columns=2).tobytes()
 
@@ -271,7 +273,11 @@ def test_sample_in_colour(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", denoiser.describe(), denoiser.state_dict(), card)
     answer = fewstep("sample", tmp_path / "model", "--num-images", 1, "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
-    expected = to_uint8(load_generator(tmp_path / "model", device="cpu").sample(1))[0].permute(1, 2, 0).numpy()
+    expected = (
+        to_uint8(load_generator(tmp_path / "model", device="cpu").sample(1, output="tensor"))[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     with Image.open(tmp_path / "out/00000.png") as picture:
         assert np.array_equal(np.asarray(picture), expected)
 

@@ -16,8 +16,8 @@ from fewstep import __version__, devices
 from fewstep.cli import sample as commands_sample
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid, to_uint8
-from fewstep.models.model import Generator, Teacher, load_generator, load_teacher
-from fewstep.models.text_model import TextTeacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape
 from tests.cli.test_main import Answer
 from tests.cli.test_main import fewstep as run
@@ -84,9 +84,9 @@ def assert_shows(out: Path, images: Tensor) -> list[dict[str, str]]:
     return [facts for _, facts in found]
 
 
-def class_model(folder: Path) -> Generator:
+def class_model(folder: Path) -> Model:
     model = load_generator(folder, device="cpu")
-    assert isinstance(model, Generator)
+    assert model.is_generator
     return model
 
 
@@ -96,7 +96,9 @@ def class_model(folder: Path) -> Generator:
 def test_seeds_give_each_seeds_first_picture(classes: Path, tmp_path: Path) -> None:
     """For every batch size the same, and what --seed makes; labels outside, seeds inside."""
     model = class_model(classes)
-    expected = torch.cat([model.sample(1, labels=[label], seed=seed) for label in (3, 1) for seed in (7, 9, 10)])
+    expected = torch.cat(
+        [model.sample(1, labels=[label], seed=seed, output="tensor") for label in (3, 1) for seed in (7, 9, 10)]
+    )
     for size in (1, 4, 64):
         out = tmp_path / str(size)
         grid = tmp_path / "grid.png"
@@ -119,7 +121,9 @@ def test_seeds_of_prompts(text: Path, tmp_path: Path) -> None:
         out = tmp_path / str(len(seeds))
         given = ",".join(map(str, seeds))
         sample(text, "--prompt", "red cat", "--prompt", "a dog", "--seeds", given, "--out", out, "--batch-size", 3)
-        expected = [model.sample([prompt], seed=seed) for prompt in ("red cat", "a dog") for seed in seeds]
+        expected = [
+            model.sample([prompt], seed=seed, output="tensor") for prompt in ("red cat", "a dog") for seed in seeds
+        ]
         assert_shows(out, torch.cat(expected))
 
 
@@ -132,13 +136,13 @@ def test_seeds_refuse_what_does_not_go_with_them(classes: Path, tmp_path: Path) 
 
 def test_python_wants_a_seed_an_image(classes: Path) -> None:
     with pytest.raises(ValueError, match="2 seeds for 3 images"):
-        class_model(classes).sample(3, seed=(1, 2))
+        class_model(classes).sample(3, seed=(1, 2), output="tensor")
 
 
 def test_labels_from_a_file(classes: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("3\n0\n2\n")
     sample(classes, "--labels", tmp_path / "labels.txt", "--out", tmp_path / "out")
-    facts = assert_shows(tmp_path / "out", class_model(classes).sample(3, labels=[3, 0, 2]))
+    facts = assert_shows(tmp_path / "out", class_model(classes).sample(3, labels=[3, 0, 2], output="tensor"))
     assert [fact["label"] for fact in facts] == ["3", "0", "2"]
     (tmp_path / "labels.txt").write_text("3\n4\n")
     words = refused(classes, "--labels", tmp_path / "labels.txt", "--out", tmp_path / "no")
@@ -149,7 +153,7 @@ def test_labels_from_a_file(classes: Path, tmp_path: Path) -> None:
 def test_a_series_in_parts(classes: Path, tmp_path: Path) -> None:
     for first in (0, 3):
         sample(classes, "--first", first, "--num-images", 3, "--seed", 5, "--out", tmp_path / "out")
-    facts = assert_shows(tmp_path / "out", class_model(classes).sample(6, seed=5))
+    facts = assert_shows(tmp_path / "out", class_model(classes).sample(6, seed=5, output="tensor"))
     assert [fact["image"] for fact in facts] == list("012345")
 
 
@@ -193,20 +197,13 @@ def test_throughput_leaves_the_first_batch_out(classes: Path, tmp_path: Path, mo
 def test_a_size_of_its_own(text: Path, tmp_path: Path) -> None:
     """Height first; SDXL's time ids follow; any batch gives the same picture."""
     sample(text, "--prompt", "cat", "--prompt", "dog", "--size", "24x16", "--out", tmp_path / "out")
-    images = load(text).sample(["cat", "dog"], size=(24, 16))
+    images = load(text).sample(["cat", "dog"], size=(24, 16), output="tensor")
     assert images.shape == (2, 3, 24, 16)
     assert_shows(tmp_path / "out", images)
-    assert (load(text).sample(["dog"], size=(24, 16), first=1) - images[1:]).abs().max() < 1e-4
+    assert (load(text).sample(["dog"], size=(24, 16), first=1, output="tensor") - images[1:]).abs().max() < 1e-4
     model = load(text)
-    condition = model.table(commands_prompts(model, ["cat"]), size=(24, 16)).rows(torch.tensor([0]))
-    assert condition["time_ids"] is not None
+    condition = model.conditioner.table(["cat"], (24, 16)).rows(torch.tensor([0]))
     assert condition["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]]
-
-
-def commands_prompts(model: Any, prompts: list[str]) -> Any:
-    from fewstep.models.text_model import LiveEmbeddings
-
-    return LiveEmbeddings(model.encoders, prompts)
 
 
 def test_bad_sizes_are_refused(text: Path, classes: Path, tmp_path: Path) -> None:
@@ -222,7 +219,7 @@ def test_bad_sizes_are_refused(text: Path, classes: Path, tmp_path: Path) -> Non
 
 def test_sd3_has_positions_up_to_its_largest_size(tmp_path: Path) -> None:
     run_folder = write_run(tmp_path, "sd3", (999, 499))
-    images = load(run_folder).sample(["cat"], size=(32, 8))
+    images = load(run_folder).sample(["cat"], size=(32, 8), output="tensor")
     assert images.shape == (1, 3, 32, 8)
     assert images.std() > 0.01
     words = refused(run_folder, "--prompt", "cat", "--size", "64x16", "--out", tmp_path / "out")
@@ -260,16 +257,17 @@ def test_a_few_step_teacher_is_not_guided(teacher: Path, tmp_path: Path) -> None
 def test_a_negative_prompt_leads_the_teacher_away(teacher: Path, tmp_path: Path) -> None:
     """SDXL's unconditional branch is zeros; with a negative prompt it is that prompt, as in diffusers."""
     model = load_teacher(teacher, device="cpu")
-    assert isinstance(model, TextTeacher)
-    options: dict[str, Any] = {"num_steps": 2, "guidance_scale": 4.0}
-    expected = model.sample(["cat"], negative_prompt="red dog", **options)
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    expected = model.sample(["cat"], negative_prompt="red dog", **options, output="tensor")
     command = (teacher, "--prompt", "cat", "--teacher-steps", 2, "--guidance-scale", 4)
     sample(*command, "--negative-prompt", "red dog", "--out", tmp_path / "out")
     assert_shows(tmp_path / "out", expected)
-    plain = model.sample(["cat"], **options)
+    plain = model.sample(["cat"], **options, output="tensor")
     assert (plain - expected).abs().max() > 1e-2
     # guidance between two prompts is symmetric: w (cat - dog) + dog
-    swapped = model.sample(["red dog"], negative_prompt="cat", num_steps=2, guidance_scale=-3.0)
+    swapped = model.sample(
+        ["red dog"], negative_prompt="cat", num_inference_steps=2, guidance_scale=-3.0, output="tensor"
+    )
     assert (swapped - expected).abs().max() < 1e-3
 
 
@@ -298,9 +296,9 @@ def test_a_tiny_vae_decodes(text: Path, tmp_path: Path) -> None:
     tiny = tiny_taesd_folder(tmp_path / "taesd")
     sample(text, "--prompt", "cat", "--tiny-vae", tiny, "--out", tmp_path / "out")
     model = load(text)
-    own = model.sample(["cat"])
-    model.use_tiny_autoencoder(tiny)
-    expected = model.sample(["cat"])
+    own = model.sample(["cat"], output="tensor")
+    model.decoder = model.tiny_decoder(tiny)
+    expected = model.sample(["cat"], output="tensor")
     assert (own - expected).abs().max() > 0.05
     assert assert_shows(tmp_path / "out", expected)[0]["tiny_vae"] == str(tiny)
 
@@ -322,13 +320,13 @@ def test_bad_tiny_vaes_are_refused(text: Path, classes: Path, tmp_path: Path) ->
 def test_half_precision_is_near(text: Path, classes: Path, tmp_path: Path, precision: str) -> None:
     """The network alone: encoders and VAE stay in fp32."""
     model = load(text, precision=precision)
-    images, exact = model.sample(["cat"]), load(text).sample(["cat"])
+    images, exact = model.sample(["cat"], output="tensor"), load(text).sample(["cat"], output="tensor")
     assert 0 < (images - exact).abs().max() < 0.1
-    assert next(model.autoencoder.parameters()).dtype == torch.float32
+    assert next(model.decoder.autoencoder.parameters()).dtype == torch.float32
     sample(text, "--prompt", "cat", "--precision", precision, "--out", tmp_path / "text")
     assert_shows(tmp_path / "text", images)
     sample(classes, "--num-images", 2, "--precision", precision, "--out", tmp_path / "classes")
-    close = class_model(classes).sample(2)
+    close = class_model(classes).sample(2, output="tensor")
     for (pixels, _), wanted in zip(opened(tmp_path / "classes"), to_uint8(close)[:, 0].numpy(), strict=True):
         assert np.abs(pixels.astype(int) - wanted).max() < 8
 
@@ -363,9 +361,9 @@ def test_compile_runs_the_blocks(classes: Path, text: Path, tmp_path: Path, monk
     monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
     sample(classes, "--num-images", 2, "--compile", "--out", tmp_path / "classes")
-    assert_shows(tmp_path / "classes", class_model(classes).sample(2))
+    assert_shows(tmp_path / "classes", class_model(classes).sample(2, output="tensor"))
     sample(text, "--prompt", "cat", "--compile", "--out", tmp_path / "text")
-    assert_shows(tmp_path / "text", load(text).sample(["cat"]))
+    assert_shows(tmp_path / "text", load(text).sample(["cat"], output="tensor"))
     limits: Any = torch._dynamo.config
     assert limits.recompile_limit >= 3 * 2 * 8  # roles, with and without gradients, torch's own limit for one
     assert compiled == [
@@ -386,7 +384,7 @@ def test_compile_without_a_compiler(classes: Path, tmp_path: Path, monkeypatch: 
 def test_compile_for_real(classes: Path, tmp_path: Path) -> None:
     """The same pictures through torch's own CPU backend, the last batch smaller than the others."""
     sample(classes, "--num-images", 5, "--batch-size", 2, "--compile", "--out", tmp_path / "out")
-    assert_shows(tmp_path / "out", class_model(classes).sample(5))
+    assert_shows(tmp_path / "out", class_model(classes).sample(5, output="tensor"))
 
 
 @torch_warns
@@ -395,7 +393,7 @@ def test_a_failed_compilation_is_one_sentence(classes: Path, tmp_path: Path, mon
         raise RuntimeError("C++ compile error\nmany lines")
 
     monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
-    monkeypatch.setattr(Generator, "sample", fail)
+    monkeypatch.setattr(Model, "sample", fail)
     words = refused(classes, "--compile", "--out", tmp_path / "out")
     assert words == "--compile failed (C++ compile error); leave it out"
 
@@ -423,7 +421,7 @@ def test_full_memory_names_the_batch_size(classes: Path, tmp_path: Path, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Generator, "sample", fail)
+    monkeypatch.setattr(Model, "sample", fail)
     words = refused(classes, "--batch-size", 32, "--out", tmp_path / "out")
     assert words == "--batch-size 32: the GPU's memory is full; take fewer pictures at once"
     assert not (tmp_path / "out").exists()
@@ -432,12 +430,14 @@ def test_full_memory_names_the_batch_size(classes: Path, tmp_path: Path, monkeyp
 def test_a_class_teacher_is_sampled_too(teacher_folder: Path, tmp_path: Path) -> None:
     sample(teacher_folder, "--labels", "1", "--seeds", "3,5", "--teacher-steps", 2, "--out", tmp_path / "out")
     model = load_teacher(teacher_folder, device="cpu")
-    assert isinstance(model, Teacher)
-    facts = assert_shows(tmp_path / "out", model.sample(2, labels=[1, 1], seed=(3, 5), num_steps=2))
+    assert not model.is_generator
+    facts = assert_shows(
+        tmp_path / "out", model.sample(2, labels=[1, 1], seed=(3, 5), num_inference_steps=2, output="tensor")
+    )
     assert facts[0]["schedule"] == "2 Heun steps"
     assert (
-        model.sample(2, labels=[1, 1], seed=(3, 5), num_steps=2)[1]
-        - model.sample(1, labels=[1], seed=5, num_steps=2)[0]
+        model.sample(2, labels=[1, 1], seed=(3, 5), num_inference_steps=2, output="tensor")[1]
+        - model.sample(1, labels=[1], seed=5, num_inference_steps=2, output="tensor")[0]
     ).abs().max() < 1e-5
 
 
@@ -448,7 +448,7 @@ def test_an_empty_prompt_is_a_prompt(text: Path, tmp_path: Path) -> None:
     """As in diffusers: the picture of no words, unlike a file of prompts, where an empty line is a slip."""
     answer = sample(text, "--prompt", "", "--prompt", "cat", "--out", tmp_path / "out")
     assert "warning" not in answer.err
-    images = load(text).sample(["", "cat"])
+    images = load(text).sample(["", "cat"], output="tensor")
     assert_shows(tmp_path / "out", images)
     assert (images[0] - images[1]).abs().max() > 1e-3
     assert Image.open(tmp_path / "out/00000.png").text["fewstep:prompt"] == ""  # type: ignore[attr-defined]
@@ -472,10 +472,10 @@ def test_a_long_prompt_is_cut_with_one_warning_of_ours(
     ]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert "truncated" not in "".join(capfd.readouterr()) + answer.err
-    images = load(text).sample([long, kept])
-    assert (load(text).sample([kept])[0] - images[0]).abs().max() < 1e-5
+    images = load(text).sample([long, kept], output="tensor")
+    assert (load(text).sample([kept], output="tensor")[0] - images[0]).abs().max() < 1e-5
     options = ("--teacher-steps", 1, "--guidance-scale", 2, "--prompt", long, "--negative-prompt", f"{long} cat")
     both = sample(teacher, *options, "--out", tmp_path / "both").err
     assert both.count("warning") == 1
     assert "'red dog', and parts of 1 other prompt" in both
-    assert load(text).cut_warning(["cat", kept]) == []
+    assert load(text).conditioner.warnings(["cat", kept]) == []

@@ -10,8 +10,8 @@ from PIL import Image
 from fewstep import __version__
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid, to_uint8
-from fewstep.models.model import load_generator, load_teacher
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.cli.test_main import Answer
 from tests.cli.test_main import fewstep as run
@@ -24,9 +24,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd_folder(tmp_path_factory.mktemp("models") / "sd")
 
 
-def load(folder: Path) -> TextTeacher:
+def load(folder: Path) -> Model:
     teacher = load_teacher(folder, device="cpu")
-    assert isinstance(teacher, TextTeacher)
     return teacher
 
 
@@ -43,7 +42,7 @@ def generator_folder(
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    teacher.write_generator(folder / "generator", network, ModelCard(role="generator", step_indices=(999, 499)))
+    teacher.student(network, ModelCard(role="generator", step_indices=(999, 499))).write(folder / "generator")
     return folder
 
 
@@ -74,7 +73,9 @@ def test_a_teacher_makes_one_picture_a_prompt(teacher_folder: Path, tmp_path: Pa
     )  # fmt: skip
     assert answer.code == 0, answer.err
     assert "2 pictures, 3 evaluations each" in answer.err
-    images = load(teacher_folder).sample(["red cat", "a dog"], seed=4, num_steps=3, guidance_scale=5.0)
+    images = load(teacher_folder).sample(
+        ["red cat", "a dog"], seed=4, num_inference_steps=3, guidance_scale=5.0, output="tensor"
+    )
     assert (images[0] - images[1]).abs().max() > 1e-2
     facts = assert_pictures(tmp_path / "out", images)
     assert facts == [
@@ -94,8 +95,8 @@ def test_a_teacher_is_guided_unless_told_otherwise(teacher_folder: Path, tmp_pat
     """7.5 by default, as the help says."""
     sample(teacher_folder, "--prompt", "cat", "--teacher-steps", 2, "--out", tmp_path / "a")
     sample(teacher_folder, "--prompt", "cat", "--teacher-steps", 2, "--guidance-scale", 1, "--out", tmp_path / "b")
-    guided = load(teacher_folder).sample(["cat"], num_steps=2, guidance_scale=7.5)
-    plain = load(teacher_folder).sample(["cat"], num_steps=2, guidance_scale=1.0)
+    guided = load(teacher_folder).sample(["cat"], num_inference_steps=2, guidance_scale=7.5, output="tensor")
+    plain = load(teacher_folder).sample(["cat"], num_inference_steps=2, guidance_scale=1.0, output="tensor")
     assert not torch.equal(to_uint8(guided), to_uint8(plain))
     assert_pictures(tmp_path / "a", guided)
     assert_pictures(tmp_path / "b", plain)
@@ -111,9 +112,8 @@ def test_a_generator_reads_a_file_of_prompts(generator_folder: Path, tmp_path: P
     assert answer.code == 0, answer.err
     assert "3 pictures, 2 evaluations each" in answer.err
     generator = load_generator(generator_folder, device="cpu")
-    assert isinstance(generator, TextGenerator)
     prompts = ["red cat", "a dog", "blue bird, é"]
-    facts = assert_pictures(tmp_path / "out", generator.sample(prompts, batch_size=2))
+    facts = assert_pictures(tmp_path / "out", generator.sample(prompts, batch_size=2, output="tensor"))
     assert [fact["fewstep:prompt"] for fact in facts] == prompts
     assert {fact["fewstep:evaluations"] for fact in facts} == {"2"}
 
@@ -124,7 +124,7 @@ def test_prompts_take_turns(generator_folder: Path, tmp_path: Path) -> None:
     )
     assert answer.code == 0, answer.err
     generator = load_generator(generator_folder, device="cpu")
-    facts = assert_pictures(tmp_path / "out", generator.sample(["cat", "dog", "cat"]))  # type: ignore[arg-type]
+    facts = assert_pictures(tmp_path / "out", generator.sample(["cat", "dog", "cat"], output="tensor"))  # type: ignore[arg-type]
     assert [fact["fewstep:prompt"] for fact in facts] == ["cat", "dog", "cat"]
     with Image.open(tmp_path / "out/00000.png") as first, Image.open(tmp_path / "out/00002.png") as third:
         assert first.tobytes() != third.tobytes()  # the same prompt from other noise
@@ -176,7 +176,7 @@ def test_an_empty_file_of_prompts_is_refused(teacher_folder: Path, tmp_path: Pat
 def test_a_generator_whose_teacher_is_gone_says_where_it_looked(tmp_path: Path) -> None:
     teacher = load(tiny_sd_folder(tmp_path / "sd"))
     card = ModelCard(role="generator", step_indices=(999,))
-    teacher.write_generator(tmp_path / "generator", teacher.denoiser, card)
+    teacher.student(teacher.denoiser, card).write(tmp_path / "generator")
     (tmp_path / "sd").rename(tmp_path / "moved")
     answer = sample(tmp_path / "generator", "--prompt", "cat", "--out", tmp_path / "out")
     assert (answer.code, answer.out) == (2, "")

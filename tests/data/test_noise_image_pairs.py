@@ -12,7 +12,7 @@ from fewstep.data.noise_image_pairs import PAIRS, NoiseImagePairs, write_shard
 from fewstep.data.shard_folder import MANIFEST, read_manifest, write_manifest
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import Teacher
+from fewstep.models.model import build_model
 from fewstep.preparation.pairs import prepare_pairs
 from tests.conftest import tiny_denoiser
 
@@ -163,7 +163,7 @@ def test_a_manifest_on_disk_is_plain_json(tmp_path: Path) -> None:
 
 
 def test_the_advice_for_a_missing_shard_can_be_followed(tmp_path: Path) -> None:
-    teacher = Teacher(tiny_denoiser(), ModelCard(role="teacher"))
+    teacher = build_model(tiny_denoiser(), ModelCard(role="teacher"))
     for _ in range(2):
         prepare_pairs(teacher, "tiny", tmp_path, num_pairs=2, shard_size=1, num_steps=2)
         path = tmp_path / "pairs_00000.safetensors"

@@ -6,7 +6,6 @@ holds what libraries and the C allocator keep.
 """
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.families.registry import build_on_meta
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.text_model import PromptTable, TextEmbeddings, TextTeacher
+from fewstep.models.conditioner import PromptTable
+from fewstep.models.model import build_model
+from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import build_distillation
 from fewstep.training.step import two_time_scale_step
@@ -72,9 +73,9 @@ class Embeddings:
 def train_two_steps(settings: TrainSettings, network: Denoiser) -> None:
     """What `fewstep train` does with a loaded teacher: build, then two steps; the optimisers' states exist in the second."""
     prepare_denoiser(network, "cpu", settings.compute.precision)
-    teacher = TextTeacher(network, ModelCard(role="teacher", can_be_guided=True), Path(), "", "sdxl")
+    teacher = build_model(network, ModelCard(role="teacher", can_be_guided=True))
     source, size = Embeddings(), (128, 128)
-    table = PromptTable(source, source.rows(torch.zeros(1)), "sdxl", size)
+    table = PromptTable(source, source.rows(torch.zeros(1)), teacher.family, size)
     run = build_distillation(settings, teacher, table)
     batch = settings.training.batch_size
     for step in range(2):

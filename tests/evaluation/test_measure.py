@@ -17,7 +17,8 @@ from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kern
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import Generator, Teacher
+from fewstep.models.conditioner import LabelConditioner
+from fewstep.models.model import Model, build_model
 from fewstep.settings import DataSettings
 from tests.conftest import tiny_denoiser
 
@@ -36,13 +37,13 @@ class Pooled:
 
 
 @pytest.fixture
-def generator() -> Generator:
-    return Generator(tiny_denoiser(), ModelCard("generator", step_indices=(999, 499)))
+def generator() -> Model:
+    return build_model(tiny_denoiser(), ModelCard("generator", step_indices=(999, 499)))
 
 
 @pytest.fixture
-def teacher() -> Teacher:
-    return Teacher(tiny_denoiser(), ModelCard("teacher", can_be_guided=True))
+def teacher() -> Model:
+    return build_model(tiny_denoiser(), ModelCard("teacher", can_be_guided=True))
 
 
 @pytest.fixture
@@ -54,28 +55,27 @@ def reference() -> FeatureStatistics:
 def labels_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Every label a model of this test is sampled with."""
     seen: Counter[int] = Counter()
-    original = Generator._labels
+    original = LabelConditioner.wishes
 
-    def watch(self: Any, *arguments: Any) -> Tensor:
+    def watch(self: Any, *arguments: Any) -> list[int]:
         labels = original(self, *arguments)
-        seen.update(labels.tolist())
+        seen.update(labels)
         return labels
 
-    monkeypatch.setattr(Generator, "_labels", watch)
-    monkeypatch.setattr(Teacher, "_labels", watch)
+    monkeypatch.setattr(LabelConditioner, "wishes", watch)
     return seen
 
 
 @pytest.mark.parametrize("batch_size", [3, 5, 100])
 def test_labels_are_evenly_spread(
-    generator: Generator, reference: FeatureStatistics, labels_seen: Counter[int], batch_size: int
+    generator: Model, reference: FeatureStatistics, labels_seen: Counter[int], batch_size: int
 ) -> None:
     measure_model(generator, "g", Pooled(), reference, num_images=22, seed=0, batch_size=batch_size)
     assert labels_seen == {0: 6, 1: 6, 2: 5, 3: 5}
 
 
 def test_labels_of_a_teacher_are_evenly_spread(
-    teacher: Teacher, reference: FeatureStatistics, labels_seen: Counter[int]
+    teacher: Model, reference: FeatureStatistics, labels_seen: Counter[int]
 ) -> None:
     measure_model(teacher, "t", Pooled(), reference, num_images=8, seed=0, num_steps=1, batch_size=3)
     assert labels_seen == {0: 2, 1: 2, 2: 2, 3: 2}
@@ -85,9 +85,7 @@ def figures_of(measurement: Measurement) -> dict[str, Any]:
     return {name: value for name, value in measurement.to_dict().items() if name != "images_per_second"}
 
 
-def test_figure_does_not_depend_on_the_batch(
-    generator: Generator, teacher: Teacher, reference: FeatureStatistics
-) -> None:
+def test_figure_does_not_depend_on_the_batch(generator: Model, teacher: Model, reference: FeatureStatistics) -> None:
     """The same images in the same order, up to rounding in the network."""
     for model in (generator, teacher):
         networks = Pooled(), Pooled(), Pooled()
@@ -103,12 +101,12 @@ def test_figure_does_not_depend_on_the_batch(
         assert distances == pytest.approx([distances[0]] * 3, rel=1e-3)
 
 
-def test_figure_is_that_of_the_models_images(generator: Generator, reference: FeatureStatistics) -> None:
+def test_figure_is_that_of_the_models_images(generator: Model, reference: FeatureStatistics) -> None:
     real = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 0.2
     found = measure_model(
         generator, "mine", Pooled(), reference, num_images=12, seed=5, real_features=real, batch_size=12
     )
-    images = generator.sample(12, seed=5)
+    images = generator.sample(12, seed=5, output="tensor")
     rounded = ((images + 1) * 127.5).round() / 127.5 - 1
     features = Pooled()(rounded)
     precision, recall = precision_recall(real, features)
@@ -124,18 +122,18 @@ def test_figure_is_that_of_the_models_images(generator: Generator, reference: Fe
     assert found.images_per_second > 0
 
 
-def test_teacher_is_measured_in_its_own_steps(teacher: Teacher, reference: FeatureStatistics) -> None:
+def test_teacher_is_measured_in_its_own_steps(teacher: Model, reference: FeatureStatistics) -> None:
     network = Pooled()
     found = measure_model(
         teacher, "t", network, reference, num_images=4, seed=2, num_steps=3, guidance_scale=2.0, batch_size=4
     )
     assert found.evaluations_per_image == 5
     assert (found.get("kid"), found.get("precision"), found.get("recall")) == (None, None, None)
-    expected = teacher.sample(4, seed=2, num_steps=3, guidance_scale=2.0)
+    expected = teacher.sample(4, seed=2, num_inference_steps=3, guidance_scale=2.0, output="tensor")
     assert (network.seen[0] - expected).abs().max() < 1 / 255
 
 
-def test_seeds_give_other_images(generator: Generator, reference: FeatureStatistics) -> None:
+def test_seeds_give_other_images(generator: Model, reference: FeatureStatistics) -> None:
     first, again, other = (
         measure_model(generator, "g", Pooled(), reference, num_images=8, seed=seed) for seed in (1, 1, 2)
     )
@@ -143,15 +141,15 @@ def test_seeds_give_other_images(generator: Generator, reference: FeatureStatist
     assert first.frechet_distance != other.frechet_distance
 
 
-def test_samplers_continue_where_the_last_batch_ended(generator: Generator, teacher: Teacher) -> None:
-    for model, how in ((generator, {}), (teacher, {"num_steps": 2})):
+def test_samplers_continue_where_the_last_batch_ended(generator: Model, teacher: Model) -> None:
+    for model, how in ((generator, {}), (teacher, {"num_inference_steps": 2})):
         sample, evaluations = model_sampler(model, 4, num_steps=2)
         assert evaluations == model.evaluations(**how)
-        expected = model.sample(5, seed=4, **how)
+        expected = model.sample(5, seed=4, output="tensor", **how)
         torch.testing.assert_close(torch.cat([sample(0, 3), sample(3, 2)]), expected, atol=1e-3, rtol=0)
 
 
-def test_progress_is_told_before_the_first_batch(generator: Generator, reference: FeatureStatistics) -> None:
+def test_progress_is_told_before_the_first_batch(generator: Model, reference: FeatureStatistics) -> None:
     told: list[tuple[int, int]] = []
     measure_model(
         generator, "g", Pooled(), reference, num_images=7, seed=0, batch_size=3, report=lambda *at: told.append(at)

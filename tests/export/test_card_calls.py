@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import fewstep
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.models.text_model import TextGenerator
+from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
 
@@ -30,7 +30,7 @@ ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def exported(tmp_path: Path, kind: str, family: str, steps: tuple[int, ...], **card: Any) -> tuple[Path, TextGenerator]:
+def exported(tmp_path: Path, kind: str, family: str, steps: tuple[int, ...], **card: Any) -> tuple[Path, Model]:
     run = write_run(tmp_path, family, steps, SHAPE if "lora" in kind else None, **card)
     options = ExportOptions(kind=kind, precision="fp32", num_samples=0, device="cpu")
     return export_generator(run, tmp_path / "out", options), load(run)
@@ -47,7 +47,7 @@ def plain_lcm(pipe: Any) -> Any:
 def test_a_lora_in_a_stock_pipeline(tmp_path: Path, kind: str, family: str, steps: tuple[int, ...]) -> None:
     """Loaded, then fused; with the export's scheduler, then with a plain one and typed timesteps; and taken out again."""
     out, generator = exported(tmp_path, kind, family, steps)
-    expected = generator.sample(PROMPTS, seed=3)
+    expected = generator.sample(PROMPTS, seed=3, output="tensor")
     pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
     plain = plain_lcm(pipe)
     options: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1}
@@ -76,7 +76,7 @@ def test_a_unet_under_a_plain_scheduler_with_typed_timesteps(
     pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "teacher", unet=unet)
     pipe.scheduler = plain_lcm(pipe)
     made = render(pipe, generator, 3, num_inference_steps=len(steps), guidance_scale=1, timesteps=list(steps))
-    assert (made - generator.sample(PROMPTS, seed=3)).abs().max() < 1e-3
+    assert (made - generator.sample(PROMPTS, seed=3, output="tensor")).abs().max() < 1e-3
 
 
 def as_tensor(pictures: Any) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_a_t2i_adapter(tmp_path: Path, family: str, steps: tuple[int, ...]) -> N
     options: dict[str, Any] = {
         "image": torch.rand(2, 3, 16, 16), "num_inference_steps": len(steps), "guidance_scale": 1,
     }  # fmt: skip
-    expected = generator.sample(PROMPTS, seed=3)
+    expected = generator.sample(PROMPTS, seed=3, output="tensor")
     off = as_tensor(render(steered, generator, 3, **options, adapter_conditioning_scale=0.0))
     assert (off - expected).abs().max() < 1e-3
     on = as_tensor(render(steered, generator, 3, **options))

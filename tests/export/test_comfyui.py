@@ -21,7 +21,7 @@ from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.comfyui import Graph, build_workflow, plan_workflow, write_workflow
 from fewstep.export.lora import base_denoiser
-from fewstep.models.text_model import LiveEmbeddings, TextGenerator
+from fewstep.models.model import Model
 from tests.export.single_file_models import FOLDERS, load_generator
 from tests.tiny_models import tiny_sd_folder
 
@@ -58,7 +58,7 @@ class Interpreter:
         noises: number of the step -> unit noise, which ComfyUI would draw from the seed.
     """
 
-    def __init__(self, generator: TextGenerator, noises: Callable[[int], Tensor]) -> None:
+    def __init__(self, generator: Model, noises: Callable[[int], Tensor]) -> None:
         self.base, self.noises = base_denoiser(generator), noises
         schedule = self.base.noise_schedule
         assert isinstance(schedule, DiscreteSchedule)
@@ -89,7 +89,7 @@ class Interpreter:
         return model
 
     def CLIPTextEncode(self, output: int, clip: str, text: str) -> Any:
-        table = self.generator.table(LiveEmbeddings(self.generator.encoders, [text]))
+        table = self.generator.conditioner.table([text], self.generator.size)
         return table.rows(torch.tensor([0]))
 
     def EmptyLatentImage(self, output: int, width: int, height: int, batch_size: int) -> Tensor:
@@ -144,7 +144,7 @@ def test_the_graph_makes_the_generators_picture(folder: Path, steps: tuple[int, 
 
     graph = build_workflow(plan_workflow(generator), "model.safetensors", prompt=PROMPT, seed=3)
     theirs = Interpreter(generator, noises).run(graph)
-    table = generator.table(LiveEmbeddings(generator.encoders, [PROMPT]))
+    table = generator.conditioner.table([PROMPT], generator.size)
     condition = table.rows(torch.tensor([0]))
     ours = sample_few_steps(generator.denoiser, noises(0), condition, generator.step_schedule, noises)
     assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
@@ -159,7 +159,7 @@ def test_v_prediction_has_its_node(tmp_path: Path) -> None:
 
     graph = build_workflow(plan_workflow(generator), "model.safetensors", prompt=PROMPT)
     theirs = Interpreter(generator, noises).run(graph)
-    condition = generator.table(LiveEmbeddings(generator.encoders, [PROMPT])).rows(torch.tensor([0]))
+    condition = generator.conditioner.table([PROMPT], generator.size).rows(torch.tensor([0]))
     ours = sample_few_steps(generator.denoiser, noises(0), condition, generator.step_schedule, noises)
     assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
 

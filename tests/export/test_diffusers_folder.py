@@ -21,7 +21,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_pipeline_makes_the_pixels_of_load_generator(folder: Path) -> None:
-    expected = fewstep.load_generator(folder, device="cpu").sample(5, seed=4)
+    expected = fewstep.load_generator(folder, device="cpu").sample(5, seed=4, output="tensor")
     pipeline = FewstepPipeline.from_pretrained(folder)
     torch.testing.assert_close(pipeline(num_images=5, seed=4, output_type="pt").images, expected, rtol=0, atol=0)
     pictures = fewstep.load_pipeline(folder)(num_images=5, seed=4).images

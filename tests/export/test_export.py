@@ -17,10 +17,10 @@ from fewstep.export import shareable
 from fewstep.export.card_usage import hub_name
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.folder import describe_edm_arguments
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.formats.edm_pickle import read_edm_pickle
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.models.model import Generator, describe_edm_arguments
 from fewstep.networks.adapters import LoraShape
 from tests.cli.test_main import fewstep as run_command
 from tests.conftest import golden_denoiser, tiny_denoiser
@@ -107,7 +107,10 @@ def test_class_conditional_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (run / "report.json").write_text(json.dumps({"generator": measured, "curve": [[1, 2]]}))
     (run / "alarms.json").write_text("{")
     out = export_generator(run, tmp_path / "out", ExportOptions(device="cpu"))
-    assert torch.equal(fewstep.load_generator(out).sample(3, seed=1), fewstep.load_generator(run).sample(3, seed=1))  # type: ignore[call-overload, arg-type]
+    assert torch.equal(
+        fewstep.load_generator(out).sample(3, seed=1, output="tensor"),
+        fewstep.load_generator(run).sample(3, seed=1, output="tensor"),
+    )  # type: ignore[call-overload, arg-type]
     readme = (out / "README.md").read_text(encoding="utf-8")
     spaces = execute(readme)
     assert len(spaces[0]["images"]) == 4
@@ -131,8 +134,8 @@ def test_edm_pickle_comes_back(tmp_path: Path, family: str) -> None:
     }
     [space] = execute((out / "README.md").read_text(encoding="utf-8"))
     expected = fewstep.load_generator(run, device="cpu")
-    assert isinstance(expected, Generator)
-    assert torch.equal(space["images"], expected.sample(4, seed=0))
+    assert expected.is_generator
+    assert torch.equal(space["images"], expected.sample(4, seed=0, output="tensor"))
 
 
 def test_folded_networks_are_no_edm_networks(tmp_path: Path) -> None:

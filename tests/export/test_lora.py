@@ -11,7 +11,7 @@ from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.export.lora import base_denoiser, fused_weights, lora_weights
 from fewstep.formats.kohya_lora import read_lora
-from fewstep.models.model import load_teacher
+from fewstep.models.load import load_teacher
 from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.export.text_generators import PROMPTS, load, render, write_run
 from tests.tiny_models import tiny_sd_folder
@@ -23,9 +23,9 @@ SHAPE = LoraShape(4, 1.0)  # a wrong scale would be a factor of 4
 def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, family: str) -> None:
     run = write_run(tmp_path, family, (999, 499), SHAPE)
     generator = load(run)
-    expected = generator.sample(PROMPTS, seed=3)
+    expected = generator.sample(PROMPTS, seed=3, output="tensor")
     without = load_teacher(tmp_path / "teacher", device="cpu").student(base_denoiser(generator), generator.card)  # type: ignore[union-attr, arg-type]
-    assert (without.sample(PROMPTS, seed=3) - expected).abs().max() > 0.05  # type: ignore[arg-type]
+    assert (without.sample(PROMPTS, seed=3, output="tensor") - expected).abs().max() > 0.05  # type: ignore[arg-type]
     for kind, file in (("lora", "pytorch_lora_weights.safetensors"), ("kohya-lora", "kohya-lora.safetensors")):
         out = export_generator(run, tmp_path / kind, ExportOptions(kind=kind, precision="fp32", num_samples=0))
         pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
@@ -38,9 +38,9 @@ def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, family
         role = SharedBase(base, LoraShape(lora.rank, lora.alpha, lora.targets)).add_role("generator")
         role.load_adapter_state(lora.state)
         generator.denoiser = role.eval()
-        assert (generator.sample(PROMPTS, seed=3) - expected).abs().max() < 1e-4
+        assert (generator.sample(PROMPTS, seed=3, output="tensor") - expected).abs().max() < 1e-4
         if kind == "lora":
-            assert (load(out).sample(PROMPTS, seed=3) - expected).abs().max() < 1e-4
+            assert (load(out).sample(PROMPTS, seed=3, output="tensor") - expected).abs().max() < 1e-4
 
 
 def test_sd3_lora(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_sd3_lora(tmp_path: Path) -> None:
     pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")  # older diffusers ask for it offline
     pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
     made = render(pipe, generator, 3, num_inference_steps=2, guidance_scale=1)
-    assert (made - generator.sample(PROMPTS, seed=3)).abs().max() < 1e-3
+    assert (made - generator.sample(PROMPTS, seed=3, output="tensor")).abs().max() < 1e-3
     with pytest.raises(UserError, match="kohya keys are written for U-Nets only"):
         export_generator(run, tmp_path / "kohya", ExportOptions(kind="kohya-lora", num_samples=0))
 

@@ -41,7 +41,7 @@ def test_diffusers_makes_our_pixels(
     """Nothing typed but the number of steps; then with the timesteps typed, too; the export loads here as well."""
     run = write_run(tmp_path, family, steps, lora)
     generator = load(run)
-    expected = generator.sample(PROMPTS, seed=5)
+    expected = generator.sample(PROMPTS, seed=5, output="tensor")
     out = export_generator(run, tmp_path / "out", EXACT)
     pipe = open_pipeline(out)
     options = {"num_inference_steps": len(steps), "guidance_scale": 1}
@@ -50,18 +50,18 @@ def test_diffusers_makes_our_pixels(
         typed = render(pipe, generator, 5, **options, timesteps=list(steps))
         assert (typed - expected).abs().max() < 1e-3
     (tmp_path / "teacher").rename(tmp_path / "gone")
-    assert (load(out).sample(PROMPTS, seed=5) - expected).abs().max() < 1e-3
+    assert (load(out).sample(PROMPTS, seed=5, output="tensor") - expected).abs().max() < 1e-3
     assert expected.std() > 0.02  # no empty pictures
 
 
 def test_text_encoders_have_published_names(tmp_path: Path) -> None:
     """transformers 5 saves them without `text_model.`; transformers 4 would read such an export at random values."""
     run = write_run(tmp_path, "sdxl")
-    expected = load(run).sample(PROMPTS, seed=5)
+    expected = load(run).sample(PROMPTS, seed=5, output="tensor")
     file = tmp_path / "teacher/text_encoder/model.safetensors"
     short = {name.removeprefix("text_model."): value for name, value in load_file(file).items()}
     save_file(short, file, metadata={"format": "pt"})
-    assert (load(run).sample(PROMPTS, seed=5) - expected).abs().max() < 1e-6
+    assert (load(run).sample(PROMPTS, seed=5, output="tensor") - expected).abs().max() < 1e-6
     out = export_generator(run, tmp_path / "out", EXACT)
     assert all(name.startswith("text_model.") for name in load_file(out / "text_encoder/model.safetensors"))
     pipe = open_pipeline(out)
@@ -86,7 +86,7 @@ def test_load_pipeline_needs_a_prompt_only(tmp_path: Path, family: str) -> None:
     assert isinstance(pipe, TextPipeline)
     pipe.pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cat").images[0].size == (16, 16)
-    assert (render(pipe, generator, 2) - generator.sample(PROMPTS, seed=2)).abs().max() < 1e-3
+    assert (render(pipe, generator, 2) - generator.sample(PROMPTS, seed=2, output="tensor")).abs().max() < 1e-3
     assert pipe.to("cpu") is pipe
     assert pipe.vae is pipe.pipe.vae
     with pytest.raises(UserError, match="num_inference_steps=8: this generator makes a picture in 4; leave it out"):
@@ -167,7 +167,7 @@ def test_the_network_alone(tmp_path: Path) -> None:
     """`--as unet`: loads in diffusers beside the teacher's other components, and here."""
     run = write_run(tmp_path, "sdxl", FOUR, LoraShape(4, 2.0))
     generator = load(run)
-    expected = generator.sample(PROMPTS, seed=1)
+    expected = generator.sample(PROMPTS, seed=1, output="tensor")
     out = export_generator(run, tmp_path / "out", ExportOptions(kind="unet", precision="fp32", num_samples=0))
     unet, info = UNet2DConditionModel.from_pretrained(out, subfolder="unet", output_loading_info=True)
     assert not info["missing_keys"]
@@ -176,7 +176,7 @@ def test_the_network_alone(tmp_path: Path) -> None:
     pipe.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
     made = render(pipe, generator, 1, num_inference_steps=4, guidance_scale=1)
     assert (made - expected).abs().max() < 1e-3
-    assert (load(out).sample(PROMPTS, seed=1) - expected).abs().max() < 1e-3
+    assert (load(out).sample(PROMPTS, seed=1, output="tensor") - expected).abs().max() < 1e-3
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)
     typed = render(pipe, generator, 1, num_inference_steps=4, guidance_scale=1, timesteps=list(FOUR))
     assert (typed - expected).abs().max() < 1e-3
@@ -189,7 +189,7 @@ def test_the_size_of_a_picture_is_the_one_it_was_trained_for(tmp_path: Path) -> 
     pipe = open_pipeline(export_generator(run, tmp_path / "out", EXACT))
     pipe.set_progress_bar_config(disable=True)
     assert pipe("cat", num_inference_steps=4, guidance_scale=1).images[0].size == (24, 24)
-    assert load(tmp_path / "out").sample(["cat"]).shape == (1, 3, 24, 24)
+    assert load(tmp_path / "out").sample(["cat"], output="tensor").shape == (1, 3, 24, 24)
 
 
 def test_steps_that_cannot_travel_are_refused_for_a_pipeline_only(tmp_path: Path) -> None:

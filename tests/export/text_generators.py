@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import load_generator, load_teacher
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
@@ -40,27 +40,25 @@ def write_run(
 ) -> Path:
     """A run folder around a generator as `fewstep train` writes it; its teacher lies beside it."""
     teacher = load_teacher(FOLDERS[family](folder / "teacher"), device="cpu")
-    assert isinstance(teacher, TextTeacher)
     network = SharedBase(teacher.denoiser, lora).add_role("generator") if lora else teacher.denoiser
     facts = ModelCard(role="generator", step_indices=steps, **card)
-    teacher.write_generator(folder / "run/generator", moved(network, 0.15 if lora else 0.03), facts)
+    teacher.student(moved(network, 0.15 if lora else 0.03), facts).write(folder / "run/generator")
     return folder / "run"
 
 
-def load(path: Path, **options: Any) -> TextGenerator:
+def load(path: Path, **options: Any) -> Model:
     generator = load_generator(path, device="cpu", **options)
-    assert isinstance(generator, TextGenerator)
     return generator
 
 
-def render(pipe: Any, generator: TextGenerator, seed: int, **options: Any) -> Tensor:
-    """The pipeline's pictures (N, 3, H, W) in [-1, 1] from the noises that `generator.sample(seed=seed)` draws."""
+def render(pipe: Any, generator: Model, seed: int, **options: Any) -> Tensor:
+    """The pipeline's pictures (N, 3, H, W) in [-1, 1] from the noises that `generator.sample(seed=seed, output="tensor")` draws."""
     count = len(PROMPTS)
     noises = [
         sample_noise(generator.denoiser, seed, 0, count, torch.device("cpu"), step=step)
         for step in range(len(generator.card.step_indices) + 1)
     ]
-    module = "scheduling_flow_match_lcm" if generator.family == "sd3" else "scheduling_lcm"
+    module = "scheduling_flow_match_lcm" if generator.family.name == "sd3" else "scheduling_lcm"
     pipe.set_progress_bar_config(disable=True)
     with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=noises[1:]):
         images = pipe(PROMPTS, latents=noises[0].clone(), output_type="pt", **options).images

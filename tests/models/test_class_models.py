@@ -17,19 +17,14 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.folder import describe_edm_arguments
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models import model as generator_module
-from fewstep.models.model import (
-    Generator,
-    Teacher,
-    check_guidance,
-    load_generator,
-    load_model,
-    load_teacher,
-)
+from fewstep.models.load import load_generator, load_model, load_teacher
+from fewstep.models.model import Model, build_model
 from tests.conftest import golden_denoiser, tiny_denoiser
 
 FOUR_STEPS = (999, 749, 499, 249)
@@ -41,12 +36,12 @@ def write(folder: Path, denoiser: EDMDenoiser, card: ModelCard) -> Path:
     return folder
 
 
-def make_generator(indices: tuple[int, ...] = (999,), **options: Any) -> Generator:
-    return Generator(tiny_denoiser(**options), ModelCard("generator", step_indices=indices))
+def make_generator(indices: tuple[int, ...] = (999,), **options: Any) -> Model:
+    return build_model(tiny_denoiser(**options), ModelCard("generator", step_indices=indices))
 
 
-def make_teacher(**options: Any) -> Teacher:
-    return Teacher(tiny_denoiser(**options), ModelCard("teacher", can_be_guided=True))
+def make_teacher(**options: Any) -> Model:
+    return build_model(tiny_denoiser(**options), ModelCard("teacher", can_be_guided=True))
 
 
 @pytest.fixture
@@ -59,37 +54,44 @@ def model_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [(make_generator(), {}), (make_generator(FOUR_STEPS), {}), (make_teacher(), {"num_steps": 3})],
+    [(make_generator(), {}), (make_generator(FOUR_STEPS), {}), (make_teacher(), {"num_inference_steps": 3})],
     ids=["one step", "four steps", "teacher"],
 )
 def test_images_do_not_depend_on_the_batch(model: Any, options: dict[str, Any]) -> None:
     """Image i of a seed is the same alone, in any batch, and in any part of the set."""
-    whole = model.sample(7, seed=3, batch_size=64, **options)
+    whole = model.sample(7, seed=3, batch_size=64, **options, output="tensor")
     assert whole.shape == (7, 1, 16, 16)
     assert (whole.dtype, whole.device.type) == (torch.float32, "cpu")
     assert whole.min() >= -1
     assert whole.max() <= 1
     for batch_size in (1, 2, 5):
-        torch.testing.assert_close(model.sample(7, seed=3, batch_size=batch_size, **options), whole, atol=1e-3, rtol=0)
-    parts = torch.cat([model.sample(3, seed=3, **options), model.sample(4, seed=3, first=3, **options)])
+        torch.testing.assert_close(
+            model.sample(7, seed=3, batch_size=batch_size, **options, output="tensor"), whole, atol=1e-3, rtol=0
+        )
+    parts = torch.cat(
+        [
+            model.sample(3, seed=3, **options, output="tensor"),
+            model.sample(4, seed=3, first=3, **options, output="tensor"),
+        ]
+    )
     torch.testing.assert_close(parts, whole, atol=1e-3, rtol=0)
     assert not torch.allclose(whole[0], whole[4], atol=1e-2)  # same label, another number
-    assert not torch.allclose(model.sample(7, seed=4, **options), whole, atol=1e-2)
+    assert not torch.allclose(model.sample(7, seed=4, **options, output="tensor"), whole, atol=1e-2)
 
 
 def test_classes_take_turns_from_the_first_image_on() -> None:
     model = make_generator()
-    expected = model.sample(6, labels=[0, 1, 2, 3, 0, 1], seed=2)
-    torch.testing.assert_close(model.sample(6, seed=2), expected)
-    torch.testing.assert_close(model.sample(3, seed=2, first=3), expected[3:], atol=1e-3, rtol=0)
+    expected = model.sample(6, labels=[0, 1, 2, 3, 0, 1], seed=2, output="tensor")
+    torch.testing.assert_close(model.sample(6, seed=2, output="tensor"), expected)
+    torch.testing.assert_close(model.sample(3, seed=2, first=3, output="tensor"), expected[3:], atol=1e-3, rtol=0)
 
 
 def test_label_changes_the_image_and_not_the_noise() -> None:
     model = make_generator()
-    images = torch.cat([model.sample(1, labels=[label], seed=2) for label in range(4)])
+    images = torch.cat([model.sample(1, labels=[label], seed=2, output="tensor") for label in range(4)])
     assert len(images.flatten(1).unique(dim=0)) == 4
     free = make_generator(num_classes=0)
-    assert torch.equal(free.sample(2, seed=1), free.sample(2, labels=[0, 0], seed=1))
+    assert torch.equal(free.sample(2, seed=1, output="tensor"), free.sample(2, labels=[0, 0], seed=1, output="tensor"))
 
 
 def test_one_step_from_the_definition() -> None:
@@ -99,7 +101,7 @@ def test_one_step_from_the_definition() -> None:
     condition = Condition.from_labels(torch.tensor([2, 0, 1]), 4)
     with torch.no_grad():
         expected = model.denoiser.denoise(80 * noise, torch.full((3,), 80.0), condition).clamp(-1, 1)
-    torch.testing.assert_close(model.sample(3, labels=[2, 0, 1], seed=9), expected)
+    torch.testing.assert_close(model.sample(3, labels=[2, 0, 1], seed=9, output="tensor"), expected)
     assert model.evaluations() == 1
 
 
@@ -113,7 +115,7 @@ def test_four_steps_from_the_definition() -> None:
         noise = Draws.of_batch(9, number, 2).normal("sample_noise", (1, 16, 16))
         with torch.no_grad():
             x0 = model.denoiser.denoise(x0 * (number > 0) + grid[index] * noise, grid[index].expand(2), condition)
-    torch.testing.assert_close(model.sample(2, seed=9), x0.clamp(-1, 1))
+    torch.testing.assert_close(model.sample(2, seed=9, output="tensor"), x0.clamp(-1, 1))
     assert model.evaluations() == 4
 
 
@@ -124,7 +126,9 @@ def test_a_teacher_in_one_step_from_the_definition() -> None:
     condition = Condition.from_labels(torch.tensor([0, 1, 2]), 4)
     with torch.no_grad():
         expected = model.denoiser.denoise(80 * noise, torch.full((3,), 80.0), condition).clamp(-1, 1)
-    torch.testing.assert_close(model.sample(3, seed=9, num_steps=1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model.sample(3, seed=9, num_inference_steps=1, output="tensor"), expected, atol=1e-4, rtol=0
+    )
 
 
 def test_teacher_and_generator_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +141,10 @@ def test_teacher_and_generator_start_from_the_same_noise(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(generator_module, "sample_noise", watch)
     monkeypatch.setattr(samplers, "sample_noise", watch)
-    make_teacher().sample(3, seed=6, num_steps=1)
+    make_teacher().sample(3, seed=6, num_inference_steps=1, output="tensor")
     teachers = seen[0]
     seen.clear()
-    make_generator().sample(3, seed=6)
+    make_generator().sample(3, seed=6, output="tensor")
     assert torch.equal(teachers, seen[-1])
 
 
@@ -148,15 +152,15 @@ def test_teacher_evaluations_are_counted() -> None:
     model = make_teacher()
     calls: list[int] = []
     model.denoiser.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    model.sample(2, num_steps=18)
+    model.sample(2, num_inference_steps=18, output="tensor")
     assert len(calls) == model.evaluations() == 35
     calls.clear()
-    model.sample(2, num_steps=4, guidance_scale=2.0)
+    model.sample(2, num_inference_steps=4, guidance_scale=2.0, output="tensor")
     assert (len(calls), set(calls)) == (model.evaluations(4), {4})  # both branches in one forward
 
 
 def test_no_image_at_all() -> None:
-    assert make_generator().sample(0).shape == (0, 1, 16, 16)
+    assert make_generator().sample(0, output="tensor").shape == (0, 1, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -165,31 +169,33 @@ def test_no_image_at_all() -> None:
 def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
     for model in (make_generator(), make_teacher()):
         with pytest.raises(UserError, match=message):
-            model.sample(3, labels=labels)
+            model.sample(3, labels=labels, output="tensor")
 
 
 def test_guidance() -> None:
-    check_guidance(Teacher(tiny_denoiser(), ModelCard("teacher")), 1.0)
-    check_guidance(make_teacher(), 2.0)
+    build_model(tiny_denoiser(), ModelCard("teacher")).check_guidance(1.0)
+    make_teacher().check_guidance(2.0)
     with pytest.raises(
         UserError, match=r"guidance_scale=2\.0: this teacher was trained without label dropout .*label_dropout=0\.1"
     ):
-        Teacher(tiny_denoiser(), ModelCard("teacher")).sample(1, guidance_scale=2.0)
+        build_model(tiny_denoiser(), ModelCard("teacher")).sample(1, guidance_scale=2.0, output="tensor")
     with pytest.raises(UserError, match=r"guidance_scale=0\.5: this teacher has no condition to guide; use 1"):
-        make_teacher(num_classes=0).sample(1, guidance_scale=0.5)
+        make_teacher(num_classes=0).sample(1, guidance_scale=0.5, output="tensor")
 
 
 # --- Folders
 
 
 def test_generator_folder_round_trip(model_folder: Path) -> None:
-    expected = Generator(tiny_denoiser(seed=5), ModelCard("generator", step_indices=FOUR_STEPS)).sample(3, seed=1)
+    expected = build_model(tiny_denoiser(seed=5), ModelCard("generator", step_indices=FOUR_STEPS)).sample(
+        3, seed=1, output="tensor"
+    )
     for path in (model_folder, str(model_folder)):
         loaded = load_generator(path, device="cpu")
         assert loaded.card == ModelCard("generator", step_indices=FOUR_STEPS)
         assert loaded.step_schedule.indices == FOUR_STEPS
         assert not loaded.denoiser.training
-        assert torch.equal(loaded.sample(3, seed=1), expected)
+        assert torch.equal(loaded.sample(3, seed=1, output="tensor"), expected)
 
 
 def test_card_round_trip(tmp_path: Path) -> None:
@@ -204,27 +210,27 @@ def test_run_folders_hold_their_models(tmp_path: Path) -> None:
     write(tmp_path / "training/generator", tiny_denoiser(seed=2), ModelCard("generator", (999,)))
     teacher, generator = load_teacher(tmp_path / "pretraining"), load_generator(tmp_path / "training")
     assert_other_weights(teacher, generator)
-    assert isinstance(load_model(tmp_path / "pretraining"), Teacher)
-    assert isinstance(load_model(tmp_path / "training"), Generator)
+    assert not load_model(tmp_path / "pretraining").is_generator
+    assert load_model(tmp_path / "training").is_generator
     shutil.copytree(tmp_path / "training/generator", tmp_path / "pretraining/generator")
-    assert isinstance(load_model(tmp_path / "pretraining"), Generator)
-    assert isinstance(load_teacher(tmp_path / "pretraining"), Teacher)
+    assert load_model(tmp_path / "pretraining").is_generator
+    assert not load_teacher(tmp_path / "pretraining").is_generator
 
 
-def assert_other_weights(a: Teacher | Generator, b: Teacher | Generator) -> None:
+def assert_other_weights(a: Model | Model, b: Model | Model) -> None:
     name = "model.map_label.weight"
     assert not torch.equal(a.denoiser.state_dict()[name], b.denoiser.state_dict()[name])
 
 
 def test_load_model_takes_the_kind_from_the_folder(model_folder: Path, teacher_folder: Path) -> None:
-    assert isinstance(load_model(model_folder, device="cpu"), Generator)
-    assert isinstance(load_model(teacher_folder, device="cpu"), Teacher)
+    assert load_model(model_folder, device="cpu").is_generator
+    assert not load_model(teacher_folder, device="cpu").is_generator
 
 
 def test_a_home_folder_is_found(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(model_folder.parent))
     assert load_generator("~/model", device="cpu").evaluations() == 4
-    assert isinstance(load_model("~/model", device="cpu"), Generator)
+    assert load_model("~/model", device="cpu").is_generator
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
@@ -242,7 +248,7 @@ def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", tiny_denoiser(), ModelCard("generator", (999,)))
     exact, half = load_generator(folder, device="cpu"), load_generator(folder, device="cpu", precision="bf16")
     assert half.denoiser.compute_dtype == torch.bfloat16
-    a, b = exact.sample(8, seed=1), half.sample(8, seed=1)
+    a, b = exact.sample(8, seed=1, output="tensor"), half.sample(8, seed=1, output="tensor")
     assert b.dtype == torch.float32
     assert not torch.equal(a, b)
     assert (a - b).abs().mean() < 0.02 * a.std()
@@ -266,17 +272,17 @@ def test_edm_pickle_gives_the_same_images(tmp_path: Path, family: str) -> None:
     path = tmp_path / "edm-teacher.pkl"
     write_edm_pickle(path, denoiser.state_dict(), as_arguments(denoiser.config))
     loaded = load_teacher(path, device="cpu")
-    assert isinstance(load_model(path, device="cpu"), Teacher)
+    assert not load_model(path, device="cpu").is_generator
     assert loaded.denoiser.describe() == denoiser.describe()
     assert loaded.card == ModelCard("teacher")
-    expected = Teacher(denoiser, ModelCard("teacher")).sample(2, seed=3, num_steps=3)
+    expected = build_model(denoiser, ModelCard("teacher")).sample(2, seed=3, num_inference_steps=3, output="tensor")
     assert expected.std() > 0.1
-    assert torch.equal(loaded.sample(2, seed=3, num_steps=3), expected)
+    assert torch.equal(loaded.sample(2, seed=3, num_inference_steps=3, output="tensor"), expected)
 
 
 def test_released_arguments_that_only_say_what_is_special(tmp_path: Path) -> None:
     """The ImageNet-64 file names resolution, channels and classes; the rest is the family's default."""
-    description = generator_module.describe_edm_arguments(
+    description = describe_edm_arguments(
         {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "use_fp16": True, "model_type": "DhariwalUNet"}
     )
     config = EDMUNetConfig.from_dict(description["network"])
@@ -440,7 +446,7 @@ def test_nothing_of_this_name_ships() -> None:
 def test_devices() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(UserError, match=r"compute\.device='gpu' is no device; use auto, cpu, cuda or cuda:N"):
+    with pytest.raises(UserError, match=r"compute\.device='gpu' is not a device; use auto, cpu, cuda, cuda:N or mps"):
         choose_device("gpu")
 
 

@@ -11,17 +11,16 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from fewstep.errors import UserError
 from fewstep.export.text_pipeline import absent_components
-from fewstep.models.model import load_generator, load_teacher
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.networks import tiny_autoencoder
 from fewstep.networks.tiny_autoencoder import load_tiny_autoencoder
 from tests.export.text_generators import write_run
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder, tiny_taesd_folder
 
 
-def load(folder: Path) -> TextTeacher:
+def load(folder: Path) -> Model:
     teacher = load_teacher(folder, device="cpu")
-    assert isinstance(teacher, TextTeacher)
     return teacher
 
 
@@ -35,9 +34,9 @@ def test_decodes_as_a_pipeline_with_its_vae_replaced(write: Callable[[Path], Pat
     latents = pipe("red cat", output_type="latent", **options).images
     expected = pipe("red cat", output_type="pt", **options).images * 2 - 1
     teacher = load(folder)
-    own = teacher.to_images(latents)
-    teacher.use_tiny_autoencoder(tiny)
-    images = teacher.to_images(latents)
+    own = teacher.decoder.images(latents)
+    teacher.decoder = teacher.tiny_decoder(tiny)
+    images = teacher.decoder.images(latents)
     assert (images - expected).abs().max() < 1e-5
     assert (images - own).abs().max() > 0.05  # the model's own VAE shows something else
     assert expected.std() > 0.01
@@ -47,18 +46,17 @@ def test_the_full_vae_is_not_read(tmp_path: Path) -> None:
     folder = tiny_sd_folder(tmp_path / "model")
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     teacher = load(folder)
-    teacher.use_tiny_autoencoder(tiny_taesd_folder(tmp_path / "taesd"))
+    teacher.decoder = teacher.tiny_decoder(tiny_taesd_folder(tmp_path / "taesd"))
     assert teacher.size == (16, 16)
-    assert teacher.sample(["cat"], num_steps=1).shape == (1, 3, 16, 16)
+    assert teacher.sample(["cat"], num_inference_steps=1, output="tensor").shape == (1, 3, 16, 16)
 
 
 def test_the_full_vae_is_not_read_for_a_generator(tmp_path: Path) -> None:
     run = write_run(tmp_path, "sd", (999,))
     (tmp_path / "teacher/vae/diffusion_pytorch_model.safetensors").unlink()
     generator = load_generator(run, device="cpu")
-    assert isinstance(generator, TextGenerator)
-    generator.use_tiny_autoencoder(tiny_taesd_folder(tmp_path / "taesd"))
-    assert generator.sample(["cat"]).shape == (1, 3, 16, 16)
+    generator.decoder = generator.tiny_decoder(tiny_taesd_folder(tmp_path / "taesd"))
+    assert generator.sample(["cat"], output="tensor").shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_another_familys_latents_are_refused(tmp_path: Path, options: dict[str, 
     teacher = load(tiny_sd_folder(tmp_path / "model"))
     tiny = tiny_taesd_folder(tmp_path / "taesd", **options)
     with pytest.raises(UserError, match=f"decodes latents of {words}, this model makes 4 channels 2x"):
-        teacher.use_tiny_autoencoder(tiny)
+        teacher.decoder = teacher.tiny_decoder(tiny)
     assert "autoencoder" not in teacher.__dict__
 
 

@@ -20,8 +20,7 @@ from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.kohya_lora import lora_from_state, write_kohya_lora, write_peft_lora
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.roles_folder import read_roles
-from fewstep.models.model import Generator, Teacher
-from fewstep.models.text_model import TextGenerator, TextTeacher
+from fewstep.models.model import build_model
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from tests.conftest import tiny_denoiser
 from tests.dmd2_files import edm_arguments, edm_network, head_for, same, save_dmd2
@@ -59,14 +58,12 @@ def unet_of(base: Path, seed: int) -> Any:
 def pictures_of(base: Path, network: Denoiser, steps: tuple[int, ...] = FOUR) -> Tensor:
     """What the network makes as a generator of this base."""
     teacher = fewstep.load_teacher(base, device="cpu")
-    assert isinstance(teacher, TextTeacher)
-    return teacher.student(network, ModelCard("generator", steps)).sample(PROMPTS, seed=5)
+    return teacher.student(network, ModelCard("generator", steps)).sample(PROMPTS, seed=5, output="tensor")
 
 
 def converted_pictures(folder: Path) -> Tensor:
     generator = fewstep.load_generator(folder, device="cpu")
-    assert isinstance(generator, TextGenerator)
-    return generator.sample(PROMPTS, seed=5)
+    return generator.sample(PROMPTS, seed=5, output="tensor")
 
 
 # --- EDM pickles
@@ -80,13 +77,18 @@ def test_edm_pickles_of_every_family(tmp_path: Path, family: str, dtype: torch.d
     write_edm_pickle(tmp_path / "edm.pkl", weights, edm_arguments(network.config))
     convert(tmp_path / "edm.pkl", tmp_path / "out")
     before, after = (fewstep.load_teacher(tmp_path / name, device="cpu") for name in ("edm.pkl", "out"))
-    assert isinstance(before, Teacher)
-    assert isinstance(after, Teacher)
-    assert torch.equal(before.sample(3, seed=2, num_steps=3), after.sample(3, seed=2, num_steps=3))
+    assert not before.is_generator
+    assert not after.is_generator
+    assert torch.equal(
+        before.sample(3, seed=2, num_inference_steps=3, output="tensor"),
+        after.sample(3, seed=2, num_inference_steps=3, output="tensor"),
+    )
     assert after.card.made_with["converted_from"] == "edm.pkl"
     if dtype == torch.float32:
-        network_pictures = Teacher(network, ModelCard("teacher")).sample(3, seed=2, num_steps=3)
-        assert torch.equal(after.sample(3, seed=2, num_steps=3), network_pictures)
+        network_pictures = build_model(network, ModelCard("teacher")).sample(
+            3, seed=2, num_inference_steps=3, output="tensor"
+        )
+        assert torch.equal(after.sample(3, seed=2, num_inference_steps=3, output="tensor"), network_pictures)
 
 
 # --- DMD2 checkpoints of EDM networks
@@ -98,10 +100,10 @@ def test_edm_checkpoint_folder(tmp_path: Path, family: str) -> None:
     source = save_dmd2(tmp_path / "t_checkpoint_model_1", generator, fake, head_for(fake), real=edm_network(2, family))
     convert(source, tmp_path / "out")
     found = fewstep.load_generator(tmp_path / "out", device="cpu")
-    assert isinstance(found, Generator)
+    assert found.is_generator
     assert found.card.step_indices == (999,)
-    expected = Generator(generator, ModelCard("generator", (999,)))
-    assert torch.equal(found.sample(3, seed=2), expected.sample(3, seed=2))
+    expected = build_model(generator, ModelCard("generator", (999,)))
+    assert torch.equal(found.sample(3, seed=2, output="tensor"), expected.sample(3, seed=2, output="tensor"))
     roles = read_roles(tmp_path / "out")
     assert same(roles["fake_score"], fake.state_dict())
     assert same(roles["discriminator"], head_for(fake).state_dict())
@@ -113,8 +115,10 @@ def test_edm_checkpoint_without_buffers_or_prefix_and_with_steps(tmp_path: Path)
     torch.save({**state, "karras_sigmas": torch.ones(1000)}, tmp_path / "generator.bin")
     convert(tmp_path / "generator.bin", tmp_path / "out", step_indices="999,749, 499,249")
     found = fewstep.load_generator(tmp_path / "out", device="cpu")
-    assert isinstance(found, Generator)
-    assert torch.equal(found.sample(3), Generator(network, ModelCard("generator", FOUR)).sample(3))
+    assert found.is_generator
+    assert torch.equal(
+        found.sample(3, output="tensor"), build_model(network, ModelCard("generator", FOUR)).sample(3, output="tensor")
+    )
     assert not (tmp_path / "out/roles").exists()
 
 
@@ -124,8 +128,11 @@ def test_a_base_gives_the_shape_that_weights_do_not_show(tmp_path: Path, teacher
     source = save_dmd2(tmp_path / "t_checkpoint_model_1", network, tiny_denoiser(), head_for(tiny_denoiser()))
     convert(source, tmp_path / "out", teacher_folder)
     found = fewstep.load_generator(tmp_path / "out", device="cpu")
-    assert isinstance(found, Generator)
-    assert torch.equal(found.sample(4), Generator(network, ModelCard("generator", (999,))).sample(4))
+    assert found.is_generator
+    assert torch.equal(
+        found.sample(4, output="tensor"),
+        build_model(network, ModelCard("generator", (999,))).sample(4, output="tensor"),
+    )
     assert found.card.class_names == ("class0", "class1", "class2", "class3")
 
 
@@ -196,14 +203,15 @@ def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
     from fewstep.export.single_file import single_file_tensors
 
     teacher = fewstep.load_teacher(bases["sdxl"], device="cpu")
-    assert isinstance(teacher, TextTeacher)
     generator = teacher.student(teacher.denoiser, ModelCard("generator", FOUR))
     tensors = {name: value.contiguous() for name, value in single_file_tensors(generator).items()}
     save_file(tensors, tmp_path / "sdxl.safetensors")
     convert(tmp_path / "sdxl.safetensors", tmp_path / "out", bases["sdxl"])
-    options: dict[str, Any] = {"seed": 5, "num_steps": 3, "guidance_scale": 2.0}
+    options: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
     again = fewstep.load_teacher(tmp_path / "out", device="cpu")
-    assert torch.equal(again.sample(PROMPTS, **options), teacher.sample(PROMPTS, **options))  # type: ignore[arg-type]
+    assert torch.equal(
+        again.sample(PROMPTS, **options, output="tensor"), teacher.sample(PROMPTS, **options, output="tensor")
+    )  # type: ignore[arg-type]
     with pytest.raises(UserError, match="single-file checkpoint in the LDM layout: give a diffusers folder"):
         convert(tmp_path / "sdxl.safetensors", tmp_path / "other")
 

@@ -15,7 +15,8 @@ from fewstep.diffusion.samplers import sample_heun
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_uint8
-from fewstep.models.model import Teacher, load_teacher
+from fewstep.models.load import load_teacher
+from fewstep.models.model import Model, build_model
 from fewstep.preparation import pairs as pairs_module
 from fewstep.preparation.pairs import prepare_pairs
 from tests.conftest import tiny_denoiser
@@ -24,12 +25,12 @@ JOB: dict[str, Any] = {"num_pairs": 10, "seed": 4, "num_steps": 2, "shard_size":
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher_folder: Path) -> Teacher:
+def teacher(teacher_folder: Path) -> Model:
     return load_teacher(teacher_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def whole(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job nobody interrupted: shards of 4, 4 and 2 pairs."""
     return prepare_pairs(teacher, "teacher", tmp_path_factory.mktemp("pairs") / "whole", **JOB)
 
@@ -38,7 +39,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def images_by_heun(teacher: Teacher, pairs: NoiseImagePairs, **options: Any) -> Tensor:
+def images_by_heun(teacher: Model, pairs: NoiseImagePairs, **options: Any) -> Tensor:
     condition = Condition.from_labels(pairs.labels, teacher.denoiser.num_classes)
     images = sample_heun(teacher.denoiser, pairs.noise.float(), condition, **options)
     return to_uint8(images)
@@ -51,7 +52,7 @@ def assert_same_pictures(actual: Tensor, expected: Tensor) -> None:
     assert difference.float().mean() < 0.01
 
 
-def test_stored_noise_makes_the_stored_image(teacher: Teacher, whole: Path) -> None:
+def test_stored_noise_makes_the_stored_image(teacher: Model, whole: Path) -> None:
     pairs = NoiseImagePairs(whole)
     assert (pairs.noise.dtype, pairs.images.dtype, len(pairs)) == (torch.float16, torch.uint8, 10)
     assert_same_pictures(pairs.images, images_by_heun(teacher, pairs, num_steps=2))
@@ -59,7 +60,7 @@ def test_stored_noise_makes_the_stored_image(teacher: Teacher, whole: Path) -> N
     assert (pairs.images.int() - others.int()).abs().float().mean() > 1  # the comparison can fail
 
 
-def test_labels_and_noises_are_spread(teacher: Teacher, tmp_path: Path) -> None:
+def test_labels_and_noises_are_spread(teacher: Model, tmp_path: Path) -> None:
     folder = prepare_pairs(teacher, "teacher", tmp_path, num_pairs=200, seed=1, num_steps=1, batch_size=200)
     pairs = NoiseImagePairs(folder)
     counts = torch.bincount(pairs.labels, minlength=4)
@@ -69,7 +70,7 @@ def test_labels_and_noises_are_spread(teacher: Teacher, tmp_path: Path) -> None:
     assert len(pairs.noise.flatten(1).unique(dim=0)) == 200
 
 
-def test_guided_pairs(teacher: Teacher, tmp_path: Path) -> None:
+def test_guided_pairs(teacher: Model, tmp_path: Path) -> None:
     folder = prepare_pairs(
         teacher, "teacher", tmp_path, num_pairs=3, seed=4, num_steps=2, guidance_scale=3.0, batch_size=3
     )
@@ -79,13 +80,13 @@ def test_guided_pairs(teacher: Teacher, tmp_path: Path) -> None:
 
 
 def test_teacher_without_classes(tmp_path: Path) -> None:
-    free = Teacher(tiny_denoiser(num_classes=0), ModelCard("teacher"))
+    free = build_model(tiny_denoiser(num_classes=0), ModelCard("teacher"))
     pairs = NoiseImagePairs(prepare_pairs(free, "free", tmp_path, num_pairs=3, num_steps=2))
     assert pairs.labels.tolist() == [0, 0, 0]
     assert_same_pictures(pairs.images, images_by_heun(free, pairs, num_steps=2))
 
 
-def test_progress_is_reported(teacher: Teacher, tmp_path: Path) -> None:
+def test_progress_is_reported(teacher: Model, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     prepare_pairs(teacher, "teacher", tmp_path, **JOB, report=lambda done, total: seen.append((done, total)))
     assert seen == [(4, 10), (8, 10), (10, 10)]
@@ -97,7 +98,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(("finished", "last_batch"), [(0, 3), (1, 7), (2, 8)])
 def test_an_interrupted_job_ends_in_the_same_bytes(
-    teacher: Teacher, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, last_batch: int
+    teacher: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, last_batch: int
 ) -> None:
     """Interrupted while the shard after `finished` whole ones is made; what is done is not made again."""
     folder = tmp_path / "parts"
@@ -122,7 +123,7 @@ def test_an_interrupted_job_ends_in_the_same_bytes(
 
 
 def test_a_job_killed_between_shard_and_manifest(
-    teacher: Teacher, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard the manifest does not know yet is made again."""
     folder, original = tmp_path / "parts", pairs_module.write_manifest
@@ -140,7 +141,7 @@ def test_a_job_killed_between_shard_and_manifest(
     assert files_of(folder) == files_of(whole)
 
 
-def test_a_finished_job_does_nothing(teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_job_does_nothing(teacher: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_pairs(teacher, "teacher", tmp_path, **JOB)
     before = files_of(tmp_path)
     monkeypatch.setattr(pairs_module, "_some_pairs", None)  # calling it would fail
@@ -149,7 +150,7 @@ def test_a_finished_job_does_nothing(teacher: Teacher, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
-def test_a_damaged_shard_is_refused_and_remade(teacher: Teacher, whole: Path, tmp_path: Path, shard: int) -> None:
+def test_a_damaged_shard_is_refused_and_remade(teacher: Model, whole: Path, tmp_path: Path, shard: int) -> None:
     """One flipped bit is noticed on loading, and the command the message names repairs it."""
     prepare_pairs(teacher, "teacher", tmp_path, **JOB)
     path = tmp_path / f"pairs_{shard:05d}.safetensors"
@@ -170,7 +171,7 @@ def test_a_damaged_shard_is_refused_and_remade(teacher: Teacher, whole: Path, tm
         ({"shard_size": 5}, "shard_size was 4, is 5"),
     ],
 )  # fmt: skip
-def test_other_settings_are_refused(teacher: Teacher, whole: Path, changes: dict[str, Any], told: str) -> None:
+def test_other_settings_are_refused(teacher: Model, whole: Path, changes: dict[str, Any], told: str) -> None:
     before = files_of(whole)
     with pytest.raises(UserError) as error:
         prepare_pairs(teacher, "teacher", whole, **{**JOB, **changes})
@@ -178,29 +179,29 @@ def test_other_settings_are_refused(teacher: Teacher, whole: Path, changes: dict
     assert files_of(whole) == before
 
 
-def test_another_teacher_is_refused(teacher: Teacher, whole: Path) -> None:
+def test_another_teacher_is_refused(teacher: Model, whole: Path) -> None:
     with pytest.raises(UserError, match="teacher was 'teacher', is 'other'"):
         prepare_pairs(teacher, "other", whole, **JOB)
-    smaller = Teacher(tiny_denoiser(resolution=8), ModelCard("teacher"))
+    smaller = build_model(tiny_denoiser(resolution=8), ModelCard("teacher"))
     with pytest.raises(UserError, match=r"image_shape was \[1, 16, 16\], is \[1, 8, 8\]"):
         prepare_pairs(smaller, "teacher", whole, **JOB)
 
 
-def test_a_folder_of_other_things(teacher: Teacher, tmp_path: Path) -> None:
+def test_a_folder_of_other_things(teacher: Model, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no pairs; choose another folder"):
         prepare_pairs(teacher, "teacher", tmp_path, **JOB)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_damaged_manifest(teacher: Teacher, tmp_path: Path) -> None:
+def test_a_damaged_manifest(teacher: Model, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=rf"{MANIFEST} is damaged"):
         prepare_pairs(teacher, "teacher", tmp_path, **JOB)
 
 
 def test_impossible_guidance_makes_no_folder(tmp_path: Path) -> None:
-    unguided = Teacher(tiny_denoiser(), ModelCard("teacher"))
+    unguided = build_model(tiny_denoiser(), ModelCard("teacher"))
     with pytest.raises(UserError, match=r"guidance_scale=2\.0: this teacher was trained without label dropout"):
         prepare_pairs(unguided, "teacher", tmp_path / "new", num_pairs=2, guidance_scale=2.0)
     assert not (tmp_path / "new").exists()

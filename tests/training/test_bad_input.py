@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.formats.model_folder import WEIGHTS, ModelCard, write_model_folder
-from fewstep.models.model import load_teacher
+from fewstep.models.load import load_teacher
 from fewstep.preparation.pairs import prepare_pairs
 from tests.cli.test_main import PRETRAIN_RECIPE, TRAIN_RECIPE, Answer, fewstep
 from tests.conftest import tiny_denoiser, write_pictures

@@ -22,7 +22,8 @@ from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.registry import build_released
 from fewstep.formats.model_folder import ModelCard, write_model_folder
-from fewstep.models.model import Teacher, load_generator, load_teacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model, build_model
 from fewstep.networks.perceptual import pixel_distance
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.settings import TrainSettings, parse_settings
@@ -44,12 +45,12 @@ NO_GAN = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher_folder: Path) -> Teacher:
+def teacher(teacher_folder: Path) -> Model:
     return load_teacher(teacher_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def pairs_folder(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs_folder(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "pairs"
     return prepare_pairs(teacher, "teacher", folder, num_pairs=6, seed=11, num_steps=3, shard_size=4)
 
@@ -93,16 +94,16 @@ def differ(a: nn.Module, b: nn.Module) -> bool:
     ],
 )  # fmt: skip
 def test_weights_choose_the_terms(
-    teacher: Teacher, losses: dict[str, float], generator_terms: list[type], fake_score_terms: list[type]
+    teacher: Model, losses: dict[str, float], generator_terms: list[type], fake_score_terms: list[type]
 ) -> None:
-    run = build_distillation(settings_of(losses=losses), teacher, teacher.conditions)
+    run = build_distillation(settings_of(losses=losses), teacher, teacher.conditioner.every)
     assert [type(term) for term in run.generator_terms] == generator_terms
     assert [type(term) for term in run.fake_score_terms] == fake_score_terms
     assert (run.roles.discriminator is not None) == (losses.get("gan_discriminator_weight", 0) > 0)
     assert isinstance(run.inputs, FreshInputs)
 
 
-def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder: Path) -> None:
+def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: Path) -> None:
     run = build_distillation(
         settings_of(
             teacher={"guidance_scale": 1.5},
@@ -115,7 +116,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
             training={"generator_every": 7},
         ),
         teacher,
-        teacher.conditions,
+        teacher.conditioner.every,
     )  # fmt: skip
     matching, adversarial, regression = run.generator_terms
     assert isinstance(matching, DistributionMatching)
@@ -139,8 +140,8 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Teacher, pairs_folder:
         assert [id(parameter) for parameter in group["params"]] == expected
 
 
-def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
-    roles = build_distillation(settings_of(), teacher, teacher.conditions).roles
+def test_roles_start_as_copies_of_the_teacher(teacher: Model) -> None:
+    roles = build_distillation(settings_of(), teacher, teacher.conditioner.every).roles
     assert roles.teacher is teacher.denoiser
     for network in (roles.generator, roles.fake_score):
         assert_same_weights(network, teacher.denoiser.state_dict())
@@ -153,11 +154,11 @@ def test_roles_start_as_copies_of_the_teacher(teacher: Teacher) -> None:
     assert not any(parameter.requires_grad for parameter in roles.teacher.parameters())
 
 
-def test_head_start_follows_the_seed(teacher: Teacher) -> None:
+def test_head_start_follows_the_seed(teacher: Model) -> None:
     gan = {"gan_discriminator_weight": 1e-2}
     heads = [
         build_distillation(
-            settings_of(losses=gan, training={"seed": seed}), teacher, teacher.conditions
+            settings_of(losses=gan, training={"seed": seed}), teacher, teacher.conditioner.every
         ).roles.discriminator
         for seed in (1, 1, 2)
     ]
@@ -165,21 +166,21 @@ def test_head_start_follows_the_seed(teacher: Teacher) -> None:
     assert differ(heads[0], heads[2])  # type: ignore[arg-type]
 
 
-def test_pictures_are_read_only_where_a_term_needs_them(teacher: Teacher) -> None:
+def test_pictures_are_read_only_where_a_term_needs_them(teacher: Model) -> None:
     """Without GAN no pictures are needed at all."""
     assert build_real_data(settings_of(), teacher) is None
     with pytest.raises(UserError, match=r"data\.images is not set"):
         build_real_data(settings_of(losses={"gan_discriminator_weight": 1e-2}), teacher)
 
 
-def test_a_class_conditional_export_carries_any_steps(teacher: Teacher) -> None:
+def test_a_class_conditional_export_carries_any_steps(teacher: Model) -> None:
     assert schedule_warning(settings_of(generator={"step_indices": [999, 666, 333]}), teacher.denoiser) == []
 
 
-def test_step_indices_travel_with_the_run(teacher: Teacher) -> None:
+def test_step_indices_travel_with_the_run(teacher: Model) -> None:
     settings = settings_of(generator={"step_indices": [999, 749, 499, 249]})
     assert build_step_schedule(settings, teacher.denoiser).indices == (999, 749, 499, 249)
-    inputs = build_distillation(settings, teacher, teacher.conditions).inputs
+    inputs = build_distillation(settings, teacher, teacher.conditioner.every).inputs
     assert isinstance(inputs, FreshInputs)
     assert inputs.steps.indices == (999, 749, 499, 249)
 
@@ -187,12 +188,12 @@ def test_step_indices_travel_with_the_run(teacher: Teacher) -> None:
 # --- Starting from an earlier run
 
 
-def roles_like(teacher: Teacher, with_discriminator: bool = True) -> Roles:
+def roles_like(teacher: Model, with_discriminator: bool = True) -> Roles:
     torch.manual_seed(99)
     return build_roles(teacher.denoiser, with_discriminator)
 
 
-def test_start_from_a_run_folder(teacher: Teacher, earlier_run: Path) -> None:
+def test_start_from_a_run_folder(teacher: Model, earlier_run: Path) -> None:
     roles = roles_like(teacher)
     start_roles(roles, earlier_run)
     tensors, _ = read_checkpoint(list_checkpoints(earlier_run / "checkpoints")[-1])
@@ -205,18 +206,18 @@ def test_start_from_a_run_folder(teacher: Teacher, earlier_run: Path) -> None:
     assert_same_weights(roles.teacher, load_teacher_weights(teacher))
 
 
-def load_teacher_weights(teacher: Teacher) -> dict[str, Tensor]:
+def load_teacher_weights(teacher: Model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
 
 
-def test_start_without_head_from_a_run_with_one(teacher: Teacher, earlier_run: Path) -> None:
+def test_start_without_head_from_a_run_with_one(teacher: Model, earlier_run: Path) -> None:
     roles = roles_like(teacher, with_discriminator=False)
     start_roles(roles, earlier_run)
     assert roles.discriminator is None
     assert differ(roles.generator, teacher.denoiser)
 
 
-def test_start_with_gan_from_a_run_without(teacher_folder: Path, teacher: Teacher, tmp_path: Path) -> None:
+def test_start_with_gan_from_a_run_without(teacher_folder: Path, teacher: Model, tmp_path: Path) -> None:
     """The published second phase: the GAN joins a run that had none, its head starts at random."""
     settings = tiny_train_settings(
         teacher_folder, tmp_path, tmp_path / "first", losses=NO_GAN, data={"images": ""},
@@ -232,7 +233,7 @@ def test_start_with_gan_from_a_run_without(teacher_folder: Path, teacher: Teache
     assert not differ(roles.discriminator, untouched.discriminator)
 
 
-def test_start_from_an_exported_generator(teacher: Teacher, earlier_run: Path) -> None:
+def test_start_from_an_exported_generator(teacher: Model, earlier_run: Path) -> None:
     """Only the generator is there; the fake score starts as the teacher."""
     roles = roles_like(teacher)
     start_roles(roles, earlier_run / "generator")
@@ -258,7 +259,7 @@ def test_a_run_starts_from_the_one_before(
             assert torch.allclose(now[name], earlier[name], atol=1e-9), name
 
 
-def test_start_from_another_network(teacher: Teacher, tmp_path: Path) -> None:
+def test_start_from_another_network(teacher: Model, tmp_path: Path) -> None:
     narrow = tiny_denoiser(num_classes=0)
     write_model_folder(tmp_path / "narrow", narrow.describe(), narrow.state_dict(), ModelCard("generator", (999,)))
     with pytest.raises(UserError, match=r"generator\.start_from=.*narrow is another network than the teacher"):
@@ -273,12 +274,12 @@ def test_start_from_a_run_of_another_network(teacher_folder: Path, earlier_run: 
     assert "\n" not in str(error.value)
 
 
-def test_start_from_nothing(teacher: Teacher, tmp_path: Path) -> None:
+def test_start_from_nothing(teacher: Model, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         start_roles(roles_like(teacher), tmp_path / "nowhere")
 
 
-def test_start_from_a_teacher(teacher: Teacher, teacher_folder: Path) -> None:
+def test_start_from_a_teacher(teacher: Model, teacher_folder: Path) -> None:
     with pytest.raises(UserError, match="is a teacher without a step schedule"):
         start_roles(roles_like(teacher), teacher_folder)
 
@@ -311,9 +312,9 @@ def test_the_right_teacher_is_accepted_whatever_its_dropout() -> None:
     with torch.device("meta"):
         wider = EDMDenoiser(build_network_config("ffhq64-ddpmpp", img_resolution=64, img_channels=3, label_dim=10))
     settings = settings_of(teacher={"path": "x", "network": "cifar10-ddpmpp"})
-    check_network(Teacher(denoiser, ModelCard("teacher")), settings)
+    check_network(build_model(denoiser, ModelCard("teacher")), settings)
     with pytest.raises(UserError, match="is no cifar10-ddpmpp"):
-        check_network(Teacher(wider, ModelCard("teacher")), settings)
+        check_network(build_model(wider, ModelCard("teacher")), settings)
 
 
 def test_no_teacher() -> None:
@@ -375,22 +376,22 @@ def test_a_warmup_that_recomputes_activations_is_the_same_run(
     assert losses[0] == losses[1]
 
 
-def test_regression_without_pairs(teacher: Teacher) -> None:
+def test_regression_without_pairs(teacher: Model) -> None:
     with pytest.raises(UserError, match=r"losses\.regression_weight needs data\.pairs"):
-        build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher, teacher.conditions)
+        build_distillation(settings_of(losses={"regression_weight": 0.25}), teacher, teacher.conditioner.every)
 
 
 def test_pairs_of_another_shape(pairs_folder: Path) -> None:
-    other = Teacher(tiny_denoiser(resolution=32), ModelCard("teacher"))
+    other = build_model(tiny_denoiser(resolution=32), ModelCard("teacher"))
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
     with pytest.raises(
         UserError, match=r"data\.pairs=.* holds images of shape \(1, 16, 16\), the teacher makes \(1, 32, 32\)"
     ):
-        build_distillation(settings, other, other.conditions)
+        build_distillation(settings, other, other.conditioner.every)
 
 
 def test_pairs_of_a_teacher_with_more_classes(pairs_folder: Path) -> None:
-    other = Teacher(tiny_denoiser(num_classes=2), ModelCard("teacher"))
+    other = build_model(tiny_denoiser(num_classes=2), ModelCard("teacher"))
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
     with pytest.raises(UserError, match=r"data\.pairs=.* holds labels up to 3, the teacher has 2 classes"):
-        build_distillation(settings, other, other.conditions)
+        build_distillation(settings, other, other.conditioner.every)

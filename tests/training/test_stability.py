@@ -10,7 +10,7 @@ from rich.console import Console
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.models.model import load_generator
+from fewstep.models.load import load_generator
 from fewstep.settings import TrainSettings
 from fewstep.training.gan_weight import suggest_gan_weight
 from fewstep.training.health import SampleStatistics, alarms, sample_statistics

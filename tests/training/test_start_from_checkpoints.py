@@ -16,7 +16,8 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named
 from fewstep.formats.dmd2_folder import DMD2Checkpoint
 from fewstep.formats.fingerprints import vae_fingerprint
-from fewstep.models.model import Teacher, load_teacher
+from fewstep.models.load import load_teacher
+from fewstep.models.model import Model, build_model
 from fewstep.networks.autoencoder import load_autoencoder
 from fewstep.preparation.conversion import convert_dmd2
 from fewstep.preparation.latents import prepare_latents
@@ -111,13 +112,13 @@ def test_text_runs_continue_the_authors_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def teacher() -> Teacher:
+def teacher() -> Model:
     from fewstep.formats.model_folder import ModelCard
 
-    return Teacher(edm_network(0), ModelCard("teacher"))
+    return build_model(edm_network(0), ModelCard("teacher"))
 
 
-def roles_of(teacher: Teacher, with_discriminator: bool = True) -> Roles:
+def roles_of(teacher: Model, with_discriminator: bool = True) -> Roles:
     torch.manual_seed(7)
     return build_roles(teacher.denoiser, with_discriminator)
 
@@ -126,7 +127,7 @@ def is_like(module: Any, other: Any) -> bool:
     return all(torch.equal(value, other.state_dict()[name]) for name, value in module.state_dict().items())
 
 
-def test_a_file_with_the_generator_alone(teacher: Teacher, tmp_path: Path) -> None:
+def test_a_file_with_the_generator_alone(teacher: Model, tmp_path: Path) -> None:
     torch.save(edm_network(1).state_dict(), tmp_path / "generator.bin")
     roles, untouched = roles_of(teacher), roles_of(teacher)
     start_roles(roles, tmp_path / "generator.bin")
@@ -137,7 +138,7 @@ def test_a_file_with_the_generator_alone(teacher: Teacher, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_without_gan_the_head_is_left_out(teacher: Teacher, tmp_path: Path, converted: bool) -> None:
+def test_without_gan_the_head_is_left_out(teacher: Model, tmp_path: Path, converted: bool) -> None:
     source = save_dmd2(tmp_path / "t_checkpoint_model_1", edm_network(1), edm_network(2), head_for(edm_network(2)))
     if converted:
         convert_dmd2(source, tmp_path / "out")
@@ -164,7 +165,7 @@ def refused(roles: Roles, source: Path, *messages: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_refuses_checkpoints_of_other_networks(teacher: Teacher, tmp_path: Path) -> None:
+def test_refuses_checkpoints_of_other_networks(teacher: Model, tmp_path: Path) -> None:
     other = save_dmd2(
         tmp_path / "a_checkpoint_model_1", edm_network(1, label_dim=9), edm_network(1), head_for(edm_network(1))
     )
@@ -181,7 +182,7 @@ def test_refuses_checkpoints_of_other_networks(teacher: Teacher, tmp_path: Path)
     refused(roles_of(teacher), head, "its discriminator has 1 layers with weights (0)")
 
 
-def test_refuses_damaged_checkpoints(teacher: Teacher, tmp_path: Path) -> None:
+def test_refuses_damaged_checkpoints(teacher: Model, tmp_path: Path) -> None:
     source = save_dmd2(tmp_path / "t_checkpoint_model_1", edm_network(1), edm_network(1), head_for(edm_network(1)))
     convert_dmd2(source, tmp_path / "out")
     content = (source / "pytorch_model_1.bin").read_bytes()

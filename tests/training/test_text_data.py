@@ -11,7 +11,6 @@ import fewstep
 from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.errors import UserError
-from fewstep.models.text_model import TextTeacher
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
@@ -48,9 +47,8 @@ def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_pat
     """Nothing of a job holds them, neither the teacher nor its generator; "computed" keeps them, as it must."""
     chosen = settings(model, tmp_path, ["red cat", "a dog"], text_embeddings=kind)
     teacher = open_teacher(chosen)
-    assert isinstance(teacher, TextTeacher)
-    parts = [weakref.ref(part) for part in teacher.encoders.modules]
-    weights = [weakref.ref(weight) for part in teacher.encoders.modules for weight in part.parameters()]
+    parts = [weakref.ref(part) for part in teacher.conditioner.encoders.modules]
+    weights = [weakref.ref(weight) for part in teacher.conditioner.encoders.modules for weight in part.parameters()]
     job = DistillationJob(chosen, teacher)
     job.step(0, 0.0)
     assert job.sample_images(0, 2).shape == (2, 3, 16, 16)
@@ -58,15 +56,14 @@ def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_pat
     alive = [part for part in (*parts, *weights) if part() is not None]
     kept = kind == "computed"
     assert len(alive) == (len(parts) + len(weights) if kept else 0)
-    assert ("encoders" in vars(job.teacher)) == kept
-    assert ("encoders" in vars(job.best_generator())) == kept
+    assert ("encoders" in vars(job.teacher.conditioner)) == kept
+    assert ("encoders" in vars(job.best_generator().conditioner)) == kept
 
 
 @pytest.mark.parametrize("kind", ["stored", "computed"])
 def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_path: Path, kind: str) -> None:
     """However embeddings are made; the remedy is the setting, which exists."""
     teacher = fewstep.load_teacher(model, device="cpu")
-    assert isinstance(teacher, TextTeacher)
     with pytest.raises(UserError) as error:
         open_prompts(settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind), teacher, tmp_path / "run")
     assert str(error.value) == (
@@ -75,7 +72,7 @@ def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_pa
     )
     cut = settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind, truncate_prompts=True)
     table = open_prompts(cut, teacher, tmp_path / "run")
-    fitting = teacher.encoders.encode([" ".join("cat" for _ in range(MAX_TOKENS - 2))])
+    fitting = teacher.conditioner.encoders.encode([" ".join("cat" for _ in range(MAX_TOKENS - 2))])
     found = table.rows(torch.tensor([1]))["text"]
     assert found is not None
     assert (found - fitting.text).abs().max() < 2e-3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.distillation import terms
 from fewstep.errors import UserError
-from fewstep.models.model import load_generator, load_teacher
+from fewstep.models.load import load_generator, load_teacher
 from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 from fewstep.training import run_log, trainer
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
@@ -304,10 +304,10 @@ def test_sample_pictures_are_those_of_the_generator(teacher_folder: Path, pictur
     from fewstep.formats.pixels import make_grid
 
     result = train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 3}))
-    expected = make_grid(load_generator(result, device="cpu").sample(4, seed=0), columns=4)
+    expected = make_grid(load_generator(result, device="cpu").sample(4, seed=0, output="tensor"), columns=4)
     with Image.open(tmp_path / "run/samples/generator_00000003.png") as picture:
         assert picture.tobytes() == expected.tobytes()
-    teacher = make_grid(load_teacher(teacher_folder, device="cpu").sample(4, seed=0), columns=4)
+    teacher = make_grid(load_teacher(teacher_folder, device="cpu").sample(4, seed=0, output="tensor"), columns=4)
     with Image.open(tmp_path / "run/samples/teacher_00000001.png") as picture:
         assert picture.tobytes() == teacher.tobytes()
 

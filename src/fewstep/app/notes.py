@@ -7,7 +7,7 @@ def about_model(studio: Studio) -> str:
     """Heading: name, kind, size and steps of the model, in Markdown."""
     model = studio.models["model"]
     _, height, width = model.picture_shape
-    kind = "text to image" if studio.is_text else "classes to images" if studio.classes else "images"
+    kind = "text to image" if studio.takes_prompts else "classes to images" if studio.classes else "images"
     facts = [kind, f"{width}×{height}"]
     if studio.is_generator:
         indices = model.card.step_indices
@@ -37,7 +37,7 @@ def comparison_of(generator: Result, teacher: Result) -> str:
 def notes_of(studio: Studio) -> list[str]:
     """What to know before pressing the button."""
     notes = []
-    if studio.is_text:
+    if studio.takes_prompts:
         if studio.is_generator:
             notes.append("No negative prompt: few-step generators run without guidance, so nothing could use one.")
         if studio.checker is not None:

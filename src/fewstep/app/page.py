@@ -128,7 +128,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _controls(studio: Studio, settings: AppSettings) -> tuple[list[Any], gr.Button]:
     """Inputs in the order of `PageFunctions.generate`; what the model does not have stays hidden."""
     prompt = gr.Textbox(
-        label="Prompt", placeholder="what the picture shows", lines=2, max_lines=4, visible=studio.is_text,
+        label="Prompt", placeholder="what the picture shows", lines=2, max_lines=4, visible=studio.takes_prompts,
         max_length=settings.max_prompt, submit_btn=False, autofocus=True, elem_id="prompt",
     )  # fmt: skip
     classes = studio.classes

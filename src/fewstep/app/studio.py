@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -16,20 +16,11 @@ from fewstep.app.settings import MAX_SEED, AppSettings
 from fewstep.devices import DTYPES, choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
-from fewstep.models.model import (
-    AnyModel,
-    Generator,
-    Teacher,
-    check_guidance,
-    default_guidance,
-    load_model,
-    load_teacher,
-)
-from fewstep.models.picture_list import Picture, list_pictures
+from fewstep.models.decoder import Decoder
+from fewstep.models.load import load_model, load_teacher
+from fewstep.models.model import Model
+from fewstep.models.picture_list import Picture, list_pictures, wishes_of
 from fewstep.progress import say
-
-if TYPE_CHECKING:
-    from fewstep.networks.autoencoder import Autoencoder
 
 ALL_CLASSES = -1
 Role: TypeAlias = Literal["model", "teacher"]
@@ -89,19 +80,18 @@ class Studio:
     """
 
     def __init__(
-        self, settings: AppSettings, model: AnyModel, teacher: "AnyModel | None" = None,
-        checker: SafetyChecker | None = None,
-    ) -> None:  # fmt: skip
+        self, settings: AppSettings, model: Model, teacher: Model | None = None, checker: SafetyChecker | None = None
+    ) -> None:
         self.settings, self.checker = settings, checker
-        self.models: dict[Role, Any] = {"model": model}
-        self.is_text = not isinstance(model, Generator | Teacher)
-        self.is_generator = bool(model.card.step_indices)
+        self.models: dict[Role, Model] = {"model": model}
+        self.takes_prompts = model.conditioner.takes == "prompts"
+        self.is_generator = model.is_generator
         if teacher is not None:
             self._check_teacher(model, teacher)
             self.models["teacher"] = teacher
         self._check_sampling()
-        self._full: dict[Role, Autoencoder] = {}
-        self._tiny: Autoencoder | None = None
+        self._full: dict[Role, Decoder] = {}
+        self._tiny: Decoder | None = None
         self._prepare_decoders()
         self._warm: set[tuple[Role, bool, int]] = set()
         self._lock = threading.Lock()
@@ -115,7 +105,7 @@ class Studio:
     def classes(self) -> list[tuple[str, int]]:
         """Names and numbers to choose from; empty without classes."""
         model = self.models["model"]
-        count = 0 if self.is_text else model.denoiser.num_classes
+        count = model.denoiser.num_classes
         names = model.card.class_names or tuple(f"class {number}" for number in range(count))
         return [("all classes in turn", ALL_CLASSES), *zip(names, range(count), strict=False)] if count > 1 else []
 
@@ -124,16 +114,16 @@ class Studio:
         """Numbers of steps the model may be run in: a generator's one schedule, or what a teacher is good at."""
         if self.is_generator:
             return [len(self.models["model"].card.step_indices)]
-        usual = {20, 50, 100} if self.is_text else {8, 18, 32}
-        limit = self.models["model"].denoiser.noise_schedule.num_levels if self.is_text else 1000
-        return sorted(number for number in {*usual, self.default_steps} if number <= limit)
+        usual, model = self.models["model"].family.default_num_steps, self.models["model"]
+        numbers = {max(1, round(usual * part / 5)) for part in (2, 5, 10)} | {self.default_steps}
+        return sorted(number for number in numbers if number <= model.max_num_steps)
 
     @property
     def default_steps(self) -> int:
         """Steps unless chosen otherwise."""
         if self.is_generator:
             return len(self.models["model"].card.step_indices)
-        return self.settings.teacher_steps or (50 if self.is_text else 18)
+        return self.settings.teacher_steps or self.models["model"].family.default_num_steps
 
     def make(self, request: Request, role: Role = "model") -> Result:
         """The pictures that `fewstep sample` makes of the same seed with the same options.
@@ -174,13 +164,13 @@ class Studio:
         if request.tiny_vae and not self.has_tiny_vae:
             raise UserError("This page was started without a tiny VAE.")
         prompts, labels = self._prompts(request), self._labels(request)
-        num_classes = 0 if self.is_text else self.models["model"].denoiser.num_classes
+        num_classes = self.models["model"].denoiser.num_classes
         return list_pictures(
             labels=labels, prompts=prompts, num_classes=num_classes, num_images=count, seed=int(seed), seeds=[], first=0
         ).pictures
 
     def _prompts(self, request: Request) -> list[str]:
-        if not self.is_text:
+        if not self.takes_prompts:
             return []
         prompt, most = request.prompt, self.settings.max_prompt
         if not prompt.strip():
@@ -201,7 +191,7 @@ class Studio:
         """Options of `sample` and the evaluations they cost; what is not set is the sampler's own default."""
         model = self.models[role]
         how: dict[str, Any] = {}
-        if model.card.step_indices:
+        if model.is_generator:
             if request.num_steps not in (None, len(model.card.step_indices)):
                 raise UserError("A generator runs in the steps it was trained for, and no others.")
             return {}, model.evaluations()
@@ -211,30 +201,24 @@ class Studio:
                 raise UserError(f"Choose one of {self.step_choices} steps.")
             num_steps = request.num_steps
         if num_steps:
-            how["num_steps"] = num_steps
-        evaluations = model.evaluations(**how)
-        given = self.settings.guidance_scale
-        how["guidance_scale"] = default_guidance(model) if given is None else given
-        return how, evaluations
+            how["num_inference_steps"] = num_steps
+        how["guidance_scale"] = self.settings.guidance_scale
+        return how, model.evaluations(num_steps)
 
     def _sample(
-        self, model: Any, role: Role, wanted: tuple[Picture, ...], how: dict[str, Any], tiny_vae: bool
+        self, model: Model, role: Role, wanted: tuple[Picture, ...], how: dict[str, Any], tiny_vae: bool
     ) -> Tensor:
-        place: dict[str, Any] = {"seed": wanted[0].seed, "first": wanted[0].number}
+        place: dict[str, Any] = {"seed": wanted[0].seed, "first": wanted[0].number, "num_images": len(wanted)}
+        model.decoder = self._tiny if tiny_vae and self._tiny is not None else self._full[role]
         try:
-            if self.is_text:
-                decoder = self._tiny if tiny_vae else self._full[role]
-                model.autoencoder = decoder
-                return model.sample([picture.prompt for picture in wanted], **place, **how)
-            labels = None if wanted[0].label is None else [picture.label for picture in wanted]
-            return model.sample(len(wanted), labels=labels, **place, **how)
+            return model.sample(wishes_of(wanted), output="tensor", progress=False, **place, **how)
         except torch.OutOfMemoryError:
             raise UserError("The GPU's memory is full: ask for fewer pictures, or try again later.") from None
 
     def _notes(self, request: Request) -> tuple[str, ...]:
-        if not self.is_text:
+        if not self.takes_prompts:
             return ()
-        encoders = self.models["model"].encoders
+        encoders = self.models["model"].conditioner.encoders
         count = encoders.count_tokens(request.prompt)
         if count <= encoders.max_tokens:
             return ()
@@ -246,41 +230,34 @@ class Studio:
 
     def _prepare_decoders(self) -> None:
         """Read encoders and VAE now, so that nothing is missing later; the TAESD beside it."""
-        tiny_vae = self.settings.tiny_vae
-        if not self.is_text:
-            if tiny_vae:
-                raise UserError("--tiny-vae is for text-to-image models; this one makes pixels, not latents")
-            return
+        first = self.models["model"]
         for role, model in self.models.items():
-            other = self.models["model"]
-            if model is not other and model.folder == other.folder:  # a generator beside the teacher it came from
-                model.encoders, model.autoencoder = other.encoders, self._full["model"]
-            self._full[role] = model.autoencoder
-            assert model.encoders is not None
-        if tiny_vae:
-            model = self.models["model"]
+            if model is not first and model.folder == first.folder:  # a generator beside the teacher it came from
+                model.conditioner, model.decoder = first.conditioner, first.decoder
+            model.read_components()
+            self._full[role] = model.decoder
+        if self.settings.tiny_vae:
             try:
-                model.use_tiny_autoencoder(tiny_vae)
+                self._tiny = first.tiny_decoder(self.settings.tiny_vae)
             except UserError as error:
                 raise UserError(f"--tiny-vae: {error}") from error
-            self._tiny, model.autoencoder = model.autoencoder, self._full["model"]
 
-    def _check_teacher(self, model: AnyModel, teacher: AnyModel) -> None:
+    def _check_teacher(self, model: Model, teacher: Model) -> None:
         name = self.settings.teacher
         if not self.is_generator:
             raise UserError("--teacher is shown beside a generator; the model is a teacher itself, leave it out")
-        if teacher.card.step_indices:
+        if teacher.is_generator:
             raise UserError(f"--teacher {name} is a generator; give the model it was distilled from")
-        if (not isinstance(teacher, Teacher)) != self.is_text:
+        if teacher.conditioner.takes != model.conditioner.takes:
             raise UserError(f"--teacher {name}: one of the two is a text-to-image model, the other has classes")
         if model.denoiser.image_shape != teacher.denoiser.image_shape:
             raise UserError(f"--teacher {name} makes pictures of another size than the generator")
-        if not self.is_text and model.denoiser.num_classes != teacher.denoiser.num_classes:
+        if model.denoiser.num_classes != teacher.denoiser.num_classes:
             raise UserError(f"--teacher {name} has other classes than the generator")
 
     def _check_sampling(self) -> None:
         """Steps and guidance of whichever is a teacher."""
-        teachers = [model for model in self.models.values() if not model.card.step_indices]
+        teachers = [model for model in self.models.values() if not model.is_generator]
         scale, num_steps = self.settings.guidance_scale, self.settings.teacher_steps
         if not teachers:
             if num_steps is not None:
@@ -288,11 +265,11 @@ class Studio:
             if scale is not None:
                 raise UserError(f"--guidance-scale {scale}: a generator has its guidance built in; leave it out")
             return
-        num_levels = teachers[0].denoiser.noise_schedule.num_levels
-        if self.is_text and num_steps is not None and num_steps > num_levels:
-            raise UserError(f"--teacher-steps {num_steps}: the model has {num_levels} noise levels, so at most as many")
+        most = teachers[0].max_num_steps
+        if num_steps is not None and num_steps > most:
+            raise UserError(f"--teacher-steps {num_steps}: the model has {most} noise levels, so at most as many")
         if scale is not None:
-            check_guidance(teachers[0], scale)
+            teachers[0].check_guidance(scale)
 
 
 def load_studio(settings: AppSettings) -> Studio:
@@ -309,7 +286,7 @@ def load_studio(settings: AppSettings) -> Studio:
     model = load_model(settings.model, **place)
     teacher = load_teacher(settings.teacher, **place) if settings.teacher else None
     checker = None
-    if settings.safety_checker and not isinstance(model, Generator | Teacher):
+    if settings.safety_checker and model.folder is not None:
         checker = load_safety_checker(model.folder, model.device)
     return Studio(settings, model, teacher, checker)
 

@@ -17,7 +17,7 @@ from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
-from fewstep.models.model import Generator, Teacher, default_guidance, load_model, load_teacher
+from fewstep.models.load import load_model, load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.progress import say
@@ -35,14 +35,10 @@ def evaluate_model(
     if reference is None and not images:
         raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
     model = load_model(source, device=device, precision=_precision(precision, device))
-    text = not isinstance(model, Generator | Teacher)
-    if text != bool(prompts):
+    if (model.conditioner.takes == "prompts") != bool(prompts):
         raise UserError(f"{source}: text-to-image models are measured with --prompts FILE, all others without")
-    if guidance_scale is not None and model.card.step_indices:
+    if guidance_scale is not None and model.is_generator:
         raise UserError(f"--guidance-scale {guidance_scale}: a generator has its guidance built in; leave it out")
-    scale = 1.0
-    if not model.card.step_indices:
-        scale = default_guidance(model) if guidance_scale is None else guidance_scale
     network = load_features(features, model.device)
     real = None
     if images:
@@ -58,14 +54,12 @@ def evaluate_model(
             f"--reference {reference} has {len(statistics.mean)} features, {network.name} has {probe}: "
             "it was made with another feature network"
         )
-    if text:
-        for line in model.cut_warning(prompts):  # type: ignore[union-attr]
-            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for line in model.conditioner.warnings(prompts):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     figure = measure_model(
-        model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts,
-        num_steps=teacher_steps,
-        guidance_scale=scale, real_features=None if real is None else real[:num_images],
-        batch_size=batch_size or (4 if text else 250),
+        model, source, network, statistics, num_images=num_images, seed=seed, prompts=prompts, num_steps=teacher_steps,
+        guidance_scale=guidance_scale, real_features=None if real is None else real[:num_images],
+        batch_size=batch_size or model.family.default_batch_size,
     )  # fmt: skip
     print(figure.sentence())
     for line in figure.cautions():
@@ -81,22 +75,21 @@ def make_pairs(
 ) -> None:  # fmt: skip
     """`fewstep prepare pairs`."""
     model = load_teacher(teacher, device=device, precision=_precision(precision, device))
-    conditions = None
-    if not isinstance(model, Teacher):
+    conditions = model.conditioner.every
+    if conditions is None:
         from fewstep.cli.commands_text import pair_prompts
 
         conditions = pair_prompts(model, prompts, folder, truncate)
     elif prompts or truncate:
         raise UserError("--prompts and --truncate-prompts are for text-to-image teachers; this one has classes")
-    num_steps = teacher_steps or (18 if conditions is None else 50)
     started = time.perf_counter()
 
     def report(done: int, total: int) -> None:
         console.print(f"{done} of {total} pairs, {time.perf_counter() - started:.0f} s")
 
     print(prepare_pairs(
-        model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale,
-        batch_size=batch_size or (100 if conditions is None else 4), conditions=conditions, report=report,
+        model, teacher, folder, num_pairs=num_pairs, seed=seed, num_steps=teacher_steps, guidance_scale=guidance_scale,
+        batch_size=batch_size or model.family.default_batch_size, conditions=conditions, report=report,
     ))  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from fewstep.errors import UserError
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 
 if TYPE_CHECKING:
-    from fewstep.models.text_model import PromptTable, TextTeacher
+    from fewstep.diffusion.condition import ConditionTable
+    from fewstep.models.model import Model
 
 console = Console(stderr=True)
 Fit = Literal["crop", "pad", "exact"]
@@ -102,7 +103,7 @@ def import_pairs(
     ))  # fmt: skip
 
 
-def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path, truncate: bool) -> "PromptTable":
+def pair_prompts(teacher: "Model", prompts: str, folder: Path, truncate: bool) -> "ConditionTable":
     """The prompts that pairs are made of; their embeddings are stored beside the pairs."""
     from fewstep.preparation.embeddings import prepare_embeddings
     from fewstep.training.text_data import stored_prompts
@@ -111,7 +112,7 @@ def pair_prompts(teacher: "TextTeacher", prompts: str, folder: Path, truncate: b
         raise UserError("pairs of a text-to-image teacher need --prompts FILE")
     target = folder / PROMPT_EMBEDDINGS
     prepare_embeddings(
-        teacher.encoders, load_prompts(prompts), target, truncate=truncate, cut_with="--truncate-prompts",
+        teacher.conditioner.encoders, load_prompts(prompts), target, truncate=truncate, cut_with="--truncate-prompts",
         report=_progress("prompts"),
     )  # fmt: skip
     return stored_prompts(teacher, target)

@@ -146,7 +146,7 @@ def text_quickstart(
     seed: Annotated[int, typer.Option(help="every random number follows from it")] = 0,
 ) -> None:
     """The same for text: the bundled emoji teacher becomes a four-step LoRA, prompts beside pictures in one HTML report."""
-    from fewstep.models.model import need_text_libraries
+    from fewstep.models.load import need_text_libraries
 
     need_text_libraries()
     from fewstep.demos.emoji import run_text_quickstart

@@ -21,4 +21,4 @@ def pretrain(recipe: TeacherRecipe = None, overrides: Overrides = None, dry_run:
         return
     from fewstep.training.run import pretrain as run
 
-    print(run(settings))
+    print(run(settings).model_folder)

@@ -17,8 +17,17 @@ from fewstep import __version__
 from fewstep.cli.picture_writer import PictureWriter, Speed
 from fewstep.devices import DTYPES, check_compiler, choose_device, choose_precision
 from fewstep.errors import UserError
-from fewstep.models.model import AnyModel, Generator, Teacher, check_guidance, default_guidance, load_model
-from fewstep.models.picture_list import Picture, PictureList, list_pictures, parse_size, read_labels, read_seeds
+from fewstep.models.load import load_model
+from fewstep.models.model import Model
+from fewstep.models.picture_list import (
+    Picture,
+    PictureList,
+    list_pictures,
+    parse_size,
+    read_labels,
+    read_seeds,
+    wishes_of,
+)
 from fewstep.progress import say
 
 console = Console(stderr=True)
@@ -53,20 +62,17 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
     options = replace(options, precision=read_precision(options.precision, options.device))
     size, seeds, labels = parse_size(options.size), read_seeds(options.seeds), read_labels(options.labels)
     model = load_model(source, device=options.device, precision=options.precision)
-    text = not isinstance(model, Teacher | Generator)
-    how = _text_options(model, options, size) if text else _class_options(model, options, labels)
-    how |= _steps_and_guidance(model, options, text)
+    takes = model.conditioner.takes
+    how = _text_options(model, options, size) if takes == "prompts" else _class_options(model, options, labels)
+    how |= _steps_and_guidance(model, options)
     wanted = list_pictures(
-        labels=labels, prompts=options.prompts, num_classes=0 if text else model.denoiser.num_classes,
-        num_images=options.num_images, seed=options.seed, seeds=seeds, first=options.first,
+        labels=labels, prompts=options.prompts, num_classes=model.denoiser.num_classes, num_images=options.num_images, seed=options.seed, seeds=seeds, first=options.first,
     )  # fmt: skip
-    if text:
-        prompts = dict.fromkeys([*options.prompts, options.negative_prompt or ""])
-        for line in model.cut_warning(prompts):  # type: ignore[union-attr]
-            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for line in model.conditioner.warnings(dict.fromkeys([*options.prompts, options.negative_prompt or ""])):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if options.compile:
         _compile(model)
-    batch_size = options.batch_size or (4 if text else 64)
+    batch_size = options.batch_size or model.family.default_batch_size
     facts = _facts(model, source, options, how)
     writer = PictureWriter(options.out, options.grid, wanted, facts, model.card.class_names)
     speed = Speed(batch_size)
@@ -103,13 +109,13 @@ def _check_output(options: SampleOptions) -> None:
         raise UserError(f"--grid {grid}: give a file in a folder that exists")
 
 
-def _text_options(model: Any, options: SampleOptions, size: tuple[int, int] | None) -> dict[str, Any]:
+def _text_options(model: Model, options: SampleOptions, size: tuple[int, int] | None) -> dict[str, Any]:
     """Arguments of a text-to-image model's `sample`; with --tiny-vae it decodes with that from now on."""
     if options.labels or not options.prompts:
         raise UserError("a text-to-image model takes --prompt or --prompts (and no --labels)")
     try:
         if options.tiny_vae:
-            model.use_tiny_autoencoder(options.tiny_vae)
+            model.decoder = model.tiny_decoder(options.tiny_vae)
     except UserError as error:
         raise UserError(f"--tiny-vae: {error}") from error
     if size is None:
@@ -121,7 +127,7 @@ def _text_options(model: Any, options: SampleOptions, size: tuple[int, int] | No
     return {"size": size}
 
 
-def _class_options(model: Any, options: SampleOptions, labels: list[int]) -> dict[str, Any]:
+def _class_options(model: Model, options: SampleOptions, labels: list[int]) -> dict[str, Any]:
     """Refuse what only text-to-image models have, and labels that are not there."""
     _, height, width = model.picture_shape
     reasons = {
@@ -139,9 +145,9 @@ def _class_options(model: Any, options: SampleOptions, labels: list[int]) -> dic
     return {}
 
 
-def _steps_and_guidance(model: AnyModel, options: SampleOptions, text: bool) -> dict[str, Any]:
+def _steps_and_guidance(model: Model, options: SampleOptions) -> dict[str, Any]:
     """A teacher's steps and guidance; a generator has its own of both."""
-    if model.card.step_indices:
+    if model.is_generator:
         if options.guidance_scale not in (None, 1):
             raise UserError(
                 f"--guidance-scale {options.guidance_scale}: a generator has its guidance built in; leave it out"
@@ -156,27 +162,27 @@ def _steps_and_guidance(model: AnyModel, options: SampleOptions, text: bool) -> 
                 "--teacher-steps is for teachers; a generator's steps travel with its weights; leave it out"
             )
         return {}
-    scale = default_guidance(model) if options.guidance_scale is None else options.guidance_scale
+    scale = model.default_guidance if options.guidance_scale is None else options.guidance_scale
     if not math.isfinite(scale):
         raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 7.5")
     try:
-        check_guidance(model, scale)
+        model.check_guidance(scale)
     except UserError as error:
         raise UserError(f"--guidance-scale: {error}") from error
-    num_steps, num_levels = options.teacher_steps or (50 if text else 18), model.denoiser.noise_schedule.num_levels
-    if text and num_steps > num_levels:
+    num_steps = options.teacher_steps or model.family.default_num_steps
+    if num_steps > model.max_num_steps:
         raise UserError(
-            f"--teacher-steps {num_steps}: the model has {num_levels} noise levels, so at most as many steps"
+            f"--teacher-steps {num_steps}: the model has {model.max_num_steps} noise levels, so at most as many steps"
         )
-    how: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": scale}
-    if text and options.negative_prompt is not None:
+    how: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": scale}
+    if options.negative_prompt is not None:
         if scale == 1:
             raise UserError("--negative-prompt acts through guidance, which --guidance-scale 1 switches off")
         how["negative_prompt"] = options.negative_prompt
     return how
 
 
-def _compile(model: AnyModel) -> None:
+def _compile(model: Model) -> None:
     try:
         check_compiler(model.device)
         model.denoiser.compile_network()
@@ -188,7 +194,7 @@ def _compile(model: AnyModel) -> None:
 
 
 def _batches(
-    model: Any, wanted: PictureList, batch_size: int, how: dict[str, Any], options: SampleOptions, speed: Speed
+    model: Model, wanted: PictureList, batch_size: int, how: dict[str, Any], options: SampleOptions, speed: Speed
 ) -> Iterator[tuple[tuple[Picture, ...], Tensor]]:
     """Pictures with their images (B, C, H, W) in [-1, 1], in order."""
     for start in range(0, len(wanted.pictures), batch_size):
@@ -196,14 +202,11 @@ def _batches(
         first = pictures[0]
         one_each = all(picture.number == first.number for picture in pictures)  # else a seed's pictures in a row
         seed = tuple(picture.seed for picture in pictures) if one_each else first.seed
-        place = {"seed": seed, "first": first.number, "batch_size": len(pictures)}
+        place: dict[str, Any] = {"seed": seed, "first": first.number, "num_images": len(pictures)}
+        place["batch_size"] = len(pictures)
         started = time.perf_counter()
         try:
-            if options.prompts:
-                images = model.sample([picture.prompt for picture in pictures], **place, **how)
-            else:
-                labels = None if first.label is None else [picture.label for picture in pictures]
-                images = model.sample(len(pictures), labels=labels, **place, **how)
+            images = model.sample(wishes_of(pictures), **place, **how, output="tensor", progress=False)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"--batch-size {batch_size}: the GPU's memory is full; take fewer pictures at once"
@@ -219,17 +222,16 @@ def _batches(
         yield pictures, images
 
 
-def _facts(model: AnyModel, source: str, options: SampleOptions, how: dict[str, Any]) -> dict[str, object]:
+def _facts(model: Model, source: str, options: SampleOptions, how: dict[str, Any]) -> dict[str, object]:
     """What every picture of this call has in common."""
     card = model.card
-    text = not isinstance(model, Teacher | Generator)
-    if card.step_indices:
-        evaluations, schedule = model.evaluations(), ",".join(map(str, card.step_indices)) + f" of {card.num_levels}"
+    num_steps = how.get("num_inference_steps")
+    if model.is_generator:
+        schedule = ",".join(map(str, card.step_indices)) + f" of {card.num_levels}"
     else:
-        evaluations = model.evaluations(how["num_steps"])  # type: ignore[call-arg]
-        schedule = f"{how['num_steps']} {'DDIM' if text else 'Heun'} steps"
+        schedule = f"{num_steps} {model.family.sampler_name} steps"
     facts: dict[str, object] = {
-        "model": source, "schedule": schedule, "evaluations": evaluations, "precision": options.precision,
+        "model": source, "schedule": schedule, "evaluations": model.evaluations(num_steps), "precision": options.precision,
         "version": __version__,
     }  # fmt: skip
     facts |= {name: how[name] for name in ("guidance_scale", "negative_prompt") if name in how}

@@ -34,4 +34,4 @@ def train(
         return
     from fewstep.training.run import train as run
 
-    print(run(settings))
+    print(run(settings).model_folder)

@@ -9,6 +9,7 @@ from fewstep.data.prompts import check_column
 from fewstep.data.tables import load_parquet, parquet_files, split_files, tell, unreadable
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
+from fewstep.formats.source import Source
 
 _CHUNK = 64
 
@@ -170,7 +171,7 @@ def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
         return load_parquet([path], streaming=streaming)
     if path.is_dir():
         return load_parquet(split_files(path, split, source), streaming=streaming)
-    if path.exists() or path.is_absolute() or source.count("/") > 1 or source.startswith("."):
+    if not Source.parse(source).dataset_id:
         raise UserError(f"{source}: no such folder, parquet file or tar")
     return load_dataset(source, split=split, streaming=streaming)
 

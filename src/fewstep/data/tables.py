@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.data.listing import SPLITS
 from fewstep.errors import UserError
+from fewstep.formats.source import Source
 
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings
@@ -106,7 +107,7 @@ def open_table(settings: "DataSettings") -> Any:
             return load_parquet([path])
         if path.is_dir():
             return load_parquet(split_files(path, settings.split, where))
-        if path.exists() or path.is_absolute() or settings.images.count("/") > 1 or settings.images.startswith("."):
+        if not Source.parse(settings.images).dataset_id:
             raise UserError(f"{where}: no such folder or parquet file")
         return datasets.load_dataset(settings.images, split=settings.split)
     except UserError:

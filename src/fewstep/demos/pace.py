@@ -9,7 +9,7 @@ import torch
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.features import extract_features
 from fewstep.evaluation.protocol import model_sampler
-from fewstep.models.model import AnyTeacher
+from fewstep.models.model import Model
 
 MEASURING_SHARE = 0.5  # of the training time that everything beside it may take
 LEAST_SECONDS = 40.0
@@ -52,7 +52,7 @@ class Counts:
     sampled: int
 
 
-def measure_pace(teacher: AnyTeacher, bench: Bench, batch_size: int, prompts: Sequence[str]) -> Pace:
+def measure_pace(teacher: Model, bench: Bench, batch_size: int, prompts: Sequence[str]) -> Pace:
     """Time the teacher's network in a few steps and in more, on growing batches, for about three seconds."""
     spent, batch = {}, min(4, batch_size)
     timed_steps = (1, 4)
@@ -67,7 +67,7 @@ def measure_pace(teacher: AnyTeacher, bench: Bench, batch_size: int, prompts: Se
     return Pace(evaluation / batch, max(spent[1] - few * evaluation, 0.0) / batch)
 
 
-def _seconds(teacher: AnyTeacher, bench: Bench, batch: int, num_steps: int, prompts: Sequence[str]) -> float:
+def _seconds(teacher: Model, bench: Bench, batch: int, num_steps: int, prompts: Sequence[str]) -> float:
     sample, _ = model_sampler(teacher, 0, prompts=prompts, num_steps=num_steps)
     started = time.perf_counter()
     extract_features(bench.classifier, [sample(0, batch)], teacher.device)

@@ -27,7 +27,8 @@ from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
-from fewstep.models.model import AnyGenerator, AnyModel, AnyTeacher, load_generator
+from fewstep.models.load import load_generator
+from fewstep.models.model import Model
 from fewstep.progress import Report, say, working
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
@@ -191,7 +192,7 @@ def run_quickstart(
 
 
 def _fit_to_machine(
-    facts: DemoFacts, settings: TrainSettings, teacher: AnyTeacher, bench: Bench, console: Console
+    facts: DemoFacts, settings: TrainSettings, teacher: Model, bench: Bench, console: Console
 ) -> Counts:
     """How many pictures this machine has time for, said aloud."""
     evaluations = facts.shipped()[0].evaluations_per_image
@@ -217,7 +218,7 @@ def _fit_to_machine(
 
 
 def _measure(
-    facts: DemoFacts, settings: TrainSettings, bench: Bench, teacher: AnyTeacher, generator: AnyGenerator, counts: Counts,
+    facts: DemoFacts, settings: TrainSettings, bench: Bench, teacher: Model, generator: Model, counts: Counts,
     curve: Watch, console: Console,
 ) -> Result:  # fmt: skip
     """The generator's figures and the pictures of both."""
@@ -240,7 +241,7 @@ def _measure(
 
 
 def show_both(
-    bench: Bench, teacher: AnyTeacher, generator: AnyGenerator, count: int, guidance_scale: float, report: Report
+    bench: Bench, teacher: Model, generator: Model, count: int, guidance_scale: float, report: Report
 ) -> Shown:
     """`count` pictures of each model (of prompts: one of each group, half of them unseen), timed in the same batches."""
     each = max(1, count // 2)
@@ -259,7 +260,7 @@ def show_both(
 
 def _timed(
     sample: Callable[[int, int], Tensor],
-    model: AnyModel,
+    model: Model,
     count: int,
     batch: int,
     prompts: Sequence[str],

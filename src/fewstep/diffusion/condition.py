@@ -107,8 +107,15 @@ class ConditionTable(Protocol):
     def num_rows(self) -> int:
         """How many there are."""
 
+    @property
+    def noun(self) -> str:
+        """What they are, in the plural: "classes" or "prompts"."""
+
     def rows(self, index: Tensor) -> Condition:
         """The conditions at these numbers (B,), on the index's device."""
+
+    def names(self, index: Tensor) -> list[str]:
+        """What the conditions at these numbers (B,) are, for people: a class or prompt each; nothing where there is but one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class ClassTable:
     """Condition i is class i; without classes there is one row, the empty condition."""
 
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    noun: str = "classes"
 
     @property
     def num_rows(self) -> int:
@@ -124,6 +133,13 @@ class ClassTable:
 
     def rows(self, index: Tensor) -> Condition:
         return Condition.from_labels(index, self.num_classes)
+
+    def names(self, index: Tensor) -> list[str]:
+        """Names of the classes, or "class 3" where they have none; nothing without classes."""
+        if not self.num_classes:
+            return []
+        named = len(self.class_names) == self.num_classes
+        return [self.class_names[number] if named else f"class {number}" for number in index.tolist()]
 
 
 def _twin(part: Tensor, row: Empty) -> Tensor:

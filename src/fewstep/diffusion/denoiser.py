@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.per_sample import twice
 from fewstep.diffusion.schedules import NoiseSchedule
+from fewstep.errors import UserError
 
 Want = Literal["x0", "bottleneck", "both"]
 Checkpoint = Callable[..., Any]  # (block, *inputs) -> its output, recomputed in the backward pass
@@ -91,6 +92,41 @@ class Denoiser(nn.Module):
     def describe(self) -> dict[str, Any]:
         """JSON-able dict from which `families.registry.build_denoiser` makes the same network."""
         raise NotImplementedError("a Denoiser subclass implements describe")
+
+    @property
+    def base_network(self) -> "Denoiser":
+        """The network itself; adapters answer with the one they sit on."""
+        return self
+
+    @property
+    def own_prefix(self) -> str:
+        """What the state dict puts before the names of `own_weights`."""
+        return ""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """What a folder of this model stores, under the names that the tools of its family use."""
+        return self.state_dict()
+
+    def load_own_weights(self, weights: dict[str, Tensor]) -> None:
+        """Inverse of `own_weights`; the names and shapes are the network's."""
+        self.load_state_dict(weights)
+
+    def check_size(self, height: int, width: int, factor: int) -> None:
+        """Refuse pictures the network cannot make.
+
+        Args:
+            height, width: of the pictures, in pixels.
+            factor: pixels a side of x0 stands for.
+
+        Raises:
+            UserError: another size than the network was built for.
+        """
+        own = tuple(side * factor for side in self.image_shape[-2:])
+        if (height, width) != own:
+            raise UserError(
+                f"size {height}x{width}: this network was built for {own[0]}x{own[1]} alone; other sizes are for "
+                "text-to-image models"
+            )
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """alpha(level) x0 + sigma(level) noise, per sample. x0, noise: (B, ...); level: (B,)."""

@@ -7,7 +7,7 @@ CPU, in torch elsewhere, in one fused kernel on CUDA. All give the same words.
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.philox import MASK, FusedDraws, fused_draws, philox
+from fewstep.diffusion.precision import has_float64
 
 Purpose = Literal[
     "generator_noise", "generator_label", "pair_order", "pair_noise", "pair_label", "data_order", "data_flip", "label_dropout",
@@ -51,6 +52,8 @@ class Draws:
 
     def normal(self, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
         """Unit Gaussian, (B, *shape), float32; `number` tells several of one purpose apart."""
+        if not has_float64(self.positions.device):
+            return self._on_cpu().normal(purpose, shape, number).to(self.positions.device)
         count, code = math.prod(shape), _code(purpose, number)
         blocks, fused = -(-count // 4), self._fused()
         if fused is not None and isinstance(self.seed, int):
@@ -76,6 +79,8 @@ class Draws:
 
     def _first_word(self, purpose: Purpose) -> Tensor:
         """The first 32-bit word of a purpose for every sample, int64 (B,)."""
+        if not has_float64(self.positions.device):
+            return self._on_cpu()._first_word(purpose).to(self.positions.device)
         code = _code(purpose, 0)
         if len(self.positions) > _MANY:
             return self._words(code, 1)[0][:, 0]
@@ -99,6 +104,10 @@ class Draws:
             return _philox_words(torch, self.positions[:, None], blocks, code, step, self.seed)
         words = _philox_words(np, self.positions.numpy()[:, None], blocks, code, step, self.seed)
         return tuple(torch.from_numpy(word) for word in words)
+
+    def _on_cpu(self) -> "Draws":
+        """The same draws made on the CPU, for devices without float64."""
+        return replace(self, positions=self.positions.cpu())
 
     def _in_numpy(self) -> bool:
         """Whether the positions are plain memory of this machine (a rehearsal has fake ones)."""

@@ -11,6 +11,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.precision import wide
 from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule, karras_sigmas
 from fewstep.errors import UserError
 
@@ -29,7 +30,7 @@ def sample_heun(
 ) -> Tensor:  # fmt: skip
     """Deterministic second-order sampling of a variance-exploding model.
 
-    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (no churn). The state is integrated in float64.
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 (no churn). The state is integrated in float64 where the device has it.
 
     Args:
         denoiser: an EDM model (alpha = 1).
@@ -46,12 +47,12 @@ def sample_heun(
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: the sampler needs at least 1 step")
     sigmas = [*karras_sigmas(num_steps, sigma_min, sigma_max, rho).flip(0).tolist(), 0.0]
-    x = noise.double() * sigmas[0]
+    x = wide(noise) * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         level = torch.full((len(x),), sigma, device=x.device)
         x0 = guided_denoise(denoiser, x.float(), level, condition, guidance_scale)
-        return (x - x0.double()) / sigma
+        return (x - wide(x0)) / sigma
 
     for now, after in itertools.pairwise(sigmas):
         first = slope(x, now)
@@ -81,7 +82,7 @@ def sample_ddim(
 ) -> Tensor:
     """Deterministic first-order sampling in any schedule's own alpha and sigma, trailing spacing; one evaluation a step.
 
-    For flow models this is Euler's method. The state is integrated in float64.
+    For flow models this is Euler's method. The state is integrated in float64 where the device has it.
     Source: Song et al. 2021 (arXiv:2010.02502), eq. 12 with eta = 0.
 
     Args:
@@ -99,17 +100,17 @@ def sample_ddim(
     schedule = denoiser.noise_schedule
     indices = trailing_indices(num_steps, schedule.num_levels)
     levels = [schedule.expanded(index, len(noise), noise.device) for index in indices]
-    x = schedule.initial(noise, levels[0]).double()
+    x = wide(schedule.initial(noise, levels[0]))
     for number, level in enumerate(levels):
-        x0 = guided_denoise(denoiser, x.float(), level, condition, guidance_scale).double()
+        x0 = wide(guided_denoise(denoiser, x.float(), level, condition, guidance_scale))
         if number == len(levels) - 1:
             return x0.float()
-        alpha, sigma = (per_sample(part(level).double(), x) for part in (schedule.alpha, schedule.sigma))
+        alpha, sigma = (per_sample(wide(part(level)), x) for part in (schedule.alpha, schedule.sigma))
         after = levels[number + 1]
         estimated_noise = (x - alpha * x0) / sigma
         x = (
-            per_sample(schedule.alpha(after).double(), x) * x0
-            + per_sample(schedule.sigma(after).double(), x) * estimated_noise
+            per_sample(wide(schedule.alpha(after)), x) * x0
+            + per_sample(wide(schedule.sigma(after)), x) * estimated_noise
         )
     raise AssertionError("the last step returns")
 
@@ -178,9 +179,12 @@ def sample_noise(
 
 
 def check_seeds(seed: Seed, num_images: int) -> None:
-    """Raise UserError where a list of seeds does not have one an image."""
+    """Raise UserError for seeds that are none, and where a list of them does not have one per image."""
+    for one in (seed,) if isinstance(seed, int) else seed:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**64:
+            raise UserError(f"seed={one}: a seed is a whole number from 0 to 2^64 - 1")
     if not isinstance(seed, int) and len(seed) != num_images:
-        raise UserError(f"{len(seed)} seeds for {num_images} images: give one seed, or one an image")
+        raise UserError(f"{len(seed)} seeds for {num_images} images: give one seed, or one per image")
 
 
 def batch_of_images(seed: Seed, first: int, start: int, size: int) -> tuple[Seed, int]:

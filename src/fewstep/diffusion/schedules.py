@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.precision import has_float64
 
 
 class NoiseSchedule(ABC):
@@ -117,11 +118,11 @@ class DiscreteSchedule(NoiseSchedule):
         return self.sigma64(level).float()
 
     def alpha64(self, level: Tensor) -> Tensor:
-        """`alpha` in float64, for conversions that divide by it."""
+        """`alpha` in float64 where the device has it, for conversions that divide by it."""
         return self._table("alpha", self._alphas, level.device)[level.long()]
 
     def sigma64(self, level: Tensor) -> Tensor:
-        """`sigma` in float64."""
+        """`sigma` in float64 where the device has it."""
         return self._table("sigma", self._sigmas, level.device)[level.long()]
 
     def initial(self, noise: Tensor, level: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ class DiscreteSchedule(NoiseSchedule):
 
     def _table(self, name: str, values: Tensor, device: torch.device) -> Tensor:
         if (name, device) not in self._tables:
-            self._tables[name, device] = values.to(device)
+            exact = values if has_float64(device) else values.float()
+            self._tables[name, device] = exact.to(device)
         return self._tables[name, device]
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.devices import DTYPES, choose_precision, pictures_at_once
+from fewstep.devices import DTYPES, choose_precision
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, PairedInputs, RealBatch
@@ -34,7 +34,7 @@ from fewstep.estimate.stand_ins import (
     untrained_autoencoder,
     untrained_distance,
 )
-from fewstep.models.model import AnyTeacher
+from fewstep.models.model import Model
 from fewstep.settings import ComputeSettings, TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
@@ -125,13 +125,13 @@ def estimate_run(
         vae = None if autoencoder is None else untrained_autoencoder(autoencoder)
         if vae is not None:
             meter.assign(FROZEN, vae.parameters())
-        teacher = teacher_of(network)
+        teacher = teacher_of(network, vae)
         if is_warmup(settings):
-            job = _rehearse_warmup(settings, teacher, vae, meter, estimate)
+            job = _rehearse_warmup(settings, teacher, meter, estimate)
         else:
-            job = _rehearse_distillation(settings, teacher, vae, meter, estimate)
+            job = _rehearse_distillation(settings, teacher, meter, estimate)
         if pictures:
-            _rehearse_pictures(settings, teacher, vae, gpu, meter, estimate)
+            _rehearse_pictures(settings, teacher, gpu, meter, estimate)
             estimate.close(PICTURES, meter)
         estimate.flops = {phase: count * whole // size for phase, count in estimate.flops.items()}
         del job  # until here: what it holds lies in memory beside the pictures
@@ -146,7 +146,7 @@ def settled_precision(compute: ComputeSettings, gpu: bool) -> str:
 
 
 def _rehearse_distillation(
-    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: Meter, estimate: Estimate
+    settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate
 ) -> SimpleNamespace:
     conditions = conditions_of(teacher.denoiser)
     losses = settings.losses
@@ -156,7 +156,7 @@ def _rehearse_distillation(
         steps = build_step_schedule(settings, teacher.denoiser)
         pairs = PairedInputs(steps, conditions, cast(Any, Pairs(teacher.denoiser.image_shape)))
         run.inputs = FreshAndPairedInputs(FreshInputs(steps, conditions), pairs)
-        run.generator_terms.append(Regression(untrained_distance(settings, teacher, vae), losses.regression_weight))
+        run.generator_terms.append(Regression(untrained_distance(settings, teacher), losses.regression_weight))
     roles = run.roles
     average = _average(settings, roles.generator)
     head = roles.discriminator
@@ -179,9 +179,7 @@ def _rehearse_distillation(
     return job
 
 
-def _rehearse_warmup(
-    settings: TrainSettings, teacher: AnyTeacher, vae: Any, meter: Meter, estimate: Estimate
-) -> SimpleNamespace:
+def _rehearse_warmup(settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate) -> SimpleNamespace:
     steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
     denoiser.requires_grad_(False)
     generator = build_twin(denoiser, "generator").requires_grad_(True)
@@ -193,7 +191,7 @@ def _rehearse_warmup(
     job = SimpleNamespace(
         settings=settings, device=teacher.device, generator=generator, average=average, update=update,
         inputs=PairedInputs(steps, conditions_of(denoiser), cast(Any, Pairs(denoiser.image_shape))),
-        terms=[Regression(untrained_distance(settings, teacher, vae), settings.losses.regression_weight)],
+        terms=[Regression(untrained_distance(settings, teacher), settings.losses.regression_weight)],
         _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
     )  # fmt: skip
     WarmupJob.step(cast(Any, job), 0, 0.0)
@@ -202,24 +200,18 @@ def _rehearse_warmup(
 
 
 @torch.no_grad()
-def _rehearse_pictures(
-    settings: TrainSettings, teacher: AnyTeacher, vae: Any, gpu: bool, meter: Meter, estimate: Estimate
-) -> None:
+def _rehearse_pictures(settings: TrainSettings, teacher: Model, gpu: bool, meter: Meter, estimate: Estimate) -> None:
     """The largest forward of the first sample pictures, and for latents the decoder, beside what is finished."""
     count, network = settings.run.sample_images, teacher.denoiser
-    if vae is not None:
-        vars(teacher)["autoencoder"] = vae
-    _, height, width = teacher.picture_shape if vae is not None else network.image_shape
     finished = [torch.zeros(count, *network.image_shape)]  # x0 of all; on a GPU their pictures go to the host
     if not gpu:
-        finished.append(torch.zeros(count, 3, height, width))
-    index = torch.zeros(min(count, pictures_at_once(height, width)), dtype=torch.int64)
+        finished.append(torch.zeros(count, *teacher.picture_shape))
+    index = torch.zeros(min(count, teacher.pictures_at_once), dtype=torch.int64)
     noisy, condition = torch.zeros(len(index), *network.image_shape), conditions_of(network).rows(index)
     level = network.noise_schedule.at(index)
     x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
     estimate.forward_flops = meter.flops // (len(index) * (1 if settings.teacher.guidance_scale == 1 else 2))
-    if vae is not None:
-        teacher.to_images(x0)
+    teacher.decoder.images(x0)
     del finished
 
 

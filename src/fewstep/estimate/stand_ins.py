@@ -1,7 +1,6 @@
 """What a rehearsed run reads instead of files: conditions, pairs, a VAE and a distance of the right shapes."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from fewstep.errors import UserError
 from fewstep.families.registry import build_on_meta, build_released, family_of, recognise
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import AnyTeacher, Teacher
+from fewstep.models.decoder import LatentDecoder
+from fewstep.models.model import Model, build_model
 from fewstep.networks.perceptual import LPIPS, pixel_distance
 from fewstep.settings import TrainSettings
 
@@ -24,6 +24,11 @@ class Prompts:
 
     denoiser: Denoiser
     num_rows: int = 1
+    noun: str = "prompts"
+
+    def names(self, index: Tensor) -> list[str]:
+        """Nothing: no prompt is known."""
+        return []
 
     def rows(self, index: Tensor) -> Condition:
         return family_of(self.denoiser.describe()).example_condition(self.denoiser, len(index))
@@ -49,14 +54,12 @@ def conditions_of(denoiser: Denoiser) -> ConditionTable:
     return Prompts(denoiser)
 
 
-def teacher_of(network: Denoiser) -> AnyTeacher:
-    """A teacher around a network, without a folder to read anything else from."""
-    card = ModelCard(role="teacher", can_be_guided=True)
-    if family_of(network.describe()).takes == "labels":
-        return Teacher(network, card)
-    from fewstep.models.text_model import TextTeacher
-
-    return TextTeacher(network, card, Path(), "", "")
+def teacher_of(network: Denoiser, autoencoder: Any = None) -> Model:
+    """A teacher around a network and perhaps a VAE, without a folder to read anything else from."""
+    teacher = build_model(network, ModelCard(role="teacher", can_be_guided=True))
+    if autoencoder is not None:
+        teacher.decoder = LatentDecoder.around(autoencoder)
+    return teacher
 
 
 def untrained_autoencoder(config: dict[str, Any]) -> Any:
@@ -68,21 +71,19 @@ def untrained_autoencoder(config: dict[str, Any]) -> Any:
     return Autoencoder(AutoencoderKL.from_config(config))
 
 
-def untrained_distance(settings: TrainSettings, teacher: AnyTeacher, vae: Any) -> Any:
+def untrained_distance(settings: TrainSettings, teacher: Model) -> Any:
     """The regression's distance with untrained weights; latents are decoded before LPIPS."""
     if settings.losses.regression_distance == "pixel":
         return pixel_distance
-    lpips = LPIPS()
-    if isinstance(teacher, Teacher) or vae is None:
-        return lpips
-    decoder = vae
+    lpips, decoder = LPIPS(), teacher.decoder
     if settings.losses.regression_autoencoder:  # a small one, as TAESD
         from diffusers import AutoencoderTiny
 
         from fewstep.networks.autoencoder import Autoencoder
 
-        decoder = Autoencoder(AutoencoderTiny(latent_channels=teacher.denoiser.image_shape[0]))
-    return lambda x0, target: lpips(decoder.decode(x0), decoder.decode(target))
+        tiny = AutoencoderTiny(latent_channels=teacher.denoiser.image_shape[0])
+        decoder = LatentDecoder.around(Autoencoder(tiny))
+    return lambda x0, target: lpips(decoder.pixels(x0), decoder.pixels(target))
 
 
 def teacher_network(settings: TrainSettings) -> tuple[Denoiser, dict[str, Any] | None] | None:

@@ -17,7 +17,7 @@ from fewstep.evaluation.measure import Clocked, Measurement, Value, distance_of,
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of, measure_text_following, retrieval_recall
-from fewstep.models.model import AnyModel
+from fewstep.models.model import Model
 from fewstep.progress import Report
 
 NEIGHBOURS = 10
@@ -51,8 +51,8 @@ class Bench:
         return [group_of(text) for text in self.held_out]
 
     def measure(
-        self, model: AnyModel, name: str, *, num_images: int, seed: int = 0, num_steps: int | None = None,
-        guidance_scale: float = 1.0, batch_size: int = 32, report: Report | None = None,
+        self, model: Model, name: str, *, num_images: int, seed: int = 0, num_steps: int | None = None,
+        guidance_scale: float | None = 1.0, batch_size: int = 32, report: Report | None = None,
     ) -> Measurement:  # fmt: skip
         """Measure a generator in its own steps, or a teacher in `num_steps` guided ones."""
         in_all = num_images + len(self.held_out)

@@ -19,7 +19,7 @@ from fewstep.evaluation.metrics import (
     precision_recall,
 )
 from fewstep.evaluation.protocol import Sampler, model_sampler
-from fewstep.models.model import AnyModel
+from fewstep.models.model import Model
 from fewstep.progress import Report
 
 NAMES = {  # every value a measurement may have, with what people call it
@@ -240,8 +240,8 @@ def distance_of(features: Tensor, reference: FeatureStatistics, resamples: int =
 
 
 def measure_model(
-    model: AnyModel, name: str, network: FeatureNetwork, reference: FeatureStatistics, *,
-    num_images: int, seed: int, num_steps: int | None = None, guidance_scale: float = 1.0,
+    model: Model, name: str, network: FeatureNetwork, reference: FeatureStatistics, *,
+    num_images: int, seed: int, num_steps: int | None = None, guidance_scale: float | None = 1.0,
     real_features: Tensor | None = None, batch_size: int = 250, prompts: list[str] | None = None,
     report: Report | None = None, resamples: int = 20,
 ) -> Measurement:  # fmt: skip

@@ -1,18 +1,17 @@
 """Which pictures a figure is measured on: those of one seed, classes or prompts in turn, in the model's own way of sampling."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from fewstep.models.model import AnyModel
+from fewstep.models.model import Model
 
 Sampler = Callable[[int, int], Tensor]  # (first image, number) -> images (B, C, H, W) in [-1, 1]
 
 
 def model_sampler(
-    model: AnyModel, seed: int, *, prompts: Sequence[str] | None = None, num_steps: int | None = None,
-    guidance_scale: float = 1.0,
+    model: Model, seed: int, *, prompts: Sequence[str] | None = None, num_steps: int | None = None,
+    guidance_scale: float | None = 1.0,
 ) -> tuple[Sampler, int]:  # fmt: skip
     """Pictures of a seed, and the network evaluations behind each.
 
@@ -20,20 +19,16 @@ def model_sampler(
 
     Args:
         prompts: in turn; None or empty: all classes in turn.
-        num_steps: of a teacher; None is its default.
-        guidance_scale: of a teacher.
+        num_steps, guidance_scale: of a teacher; None is its family's.
     """
-    asked: Any = model  # classes and prompts have one calling convention, the first argument apart
-    how: dict[str, Any] = {}
-    if not model.card.step_indices:
-        steps = {} if num_steps is None else {"num_steps": num_steps}
-        how = {**steps, "guidance_scale": guidance_scale}
-        evaluations = asked.evaluations(**steps)
-    else:
-        evaluations = asked.evaluations()
+    if model.is_generator:
+        num_steps = guidance_scale = None
 
     def sample(first: int, count: int) -> Tensor:
-        wanted = [prompts[number % len(prompts)] for number in range(first, first + count)] if prompts else count
-        return asked.sample(wanted, seed=seed, batch_size=count, first=first, **how)
+        wanted = [prompts[number % len(prompts)] for number in range(first, first + count)] if prompts else None
+        return model.sample(
+            wanted, num_images=count, seed=seed, first=first, num_inference_steps=num_steps,
+            guidance_scale=guidance_scale, batch_size=count, output="tensor", progress=False,
+        )  # fmt: skip
 
-    return sample, evaluations
+    return sample, model.evaluations(num_steps)

@@ -10,23 +10,21 @@ from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.model_folder import write_model_folder
-from fewstep.models.model import Generator
+from fewstep.models.model import Model
 
 
 def export_class_folder(
-    folder: Path, generator: Generator, name: str, dtype: torch.dtype, header: Mapping[str, str]
+    folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]
 ) -> None:
     """A folder that `load_generator` reads and `load_pipeline` makes pictures with."""
     weights = cast_weights(generator.denoiser.state_dict(), dtype)
     write_model_folder(folder, generator.denoiser.describe(), weights, generator.card, dtype)
 
 
-def export_edm_pickle(
-    folder: Path, generator: Generator, name: str, dtype: torch.dtype, header: Mapping[str, str]
-) -> None:
+def export_edm_pickle(folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]) -> None:
     """`<name>.pkl`: EDM's own names for the constructor's arguments; inverse of `generator.describe_edm_arguments`."""
     denoiser = generator.denoiser
-    assert isinstance(denoiser, EDMDenoiser)
+    assert isinstance(denoiser, EDMDenoiser)  # the only family whose networks EDM's own code can read
     values = denoiser.config.to_dict()
     family, fold = values.pop("family"), values.pop("fold")
     if fold != 1:

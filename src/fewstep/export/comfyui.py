@@ -19,7 +19,7 @@ from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser
 from fewstep.export.single_file import generator_sigmas
 from fewstep.formats.atomic import replaced_file
-from fewstep.models.text_model import TextGenerator
+from fewstep.models.model import Model
 
 Graph = dict[str, dict[str, Any]]
 
@@ -41,7 +41,7 @@ class WorkflowPlan:
     size: tuple[int, int]
 
 
-def plan_workflow(generator: TextGenerator) -> WorkflowPlan:
+def plan_workflow(generator: Model) -> WorkflowPlan:
     """The plan of a Stable Diffusion 1.x or SDXL generator.
 
     Raises:
@@ -94,7 +94,7 @@ def build_workflow(plan: WorkflowPlan, checkpoint: str, *, lora: str = "", promp
 
 
 def write_workflow(
-    generator: TextGenerator, out: Path, checkpoint: str, *, lora: str = "", prompt: str = "", seed: int = 0
+    generator: Model, out: Path, checkpoint: str, *, lora: str = "", prompt: str = "", seed: int = 0
 ) -> Path:
     """Write `build_workflow`'s graph of a generator as JSON; `out` must not exist.
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
@@ -22,9 +20,10 @@ from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.diffusers_index import refuse_foreign_code
 from fewstep.formats.model_folder import ModelCard
-from fewstep.formats.pixels import to_uint8
+from fewstep.formats.pixels import to_pictures
+from fewstep.formats.source import Source
 from fewstep.formats.text_generator_folder import is_generator_folder
-from fewstep.models.model import Generator
+from fewstep.models.model import build_model
 
 if TYPE_CHECKING:
     from fewstep.export.text_pipeline import TextPipeline
@@ -94,20 +93,15 @@ class FewstepPipeline(DiffusionPipeline):
         Args:
             num_images: how many.
             class_labels: one an image; None takes all classes in turn.
-            seed: as in `Generator.sample`.
+            seed: as in `Model.sample`.
             output_type: "pil" or "pt".
         """
         card = ModelCard("generator", self.scheduler.step_indices, self.scheduler.num_levels)
-        images = Generator(self.unet.denoiser, card).sample(num_images, labels=class_labels, seed=seed)
-        if output_type == "pt":
-            return FewstepPipelineOutput(images)
-        if output_type != "pil":
+        if output_type not in ("pil", "pt"):
             raise UserError(f"output_type={output_type!r}: choose 'pil' or 'pt'")
-        pixels = to_uint8(images).numpy()
-        pictures = [
-            Image.fromarray(p[0] if len(p) == 1 else np.ascontiguousarray(p.transpose(1, 2, 0))) for p in pixels
-        ]
-        return FewstepPipelineOutput(pictures)
+        model = build_model(self.unet.denoiser, card)
+        images = model.sample(num_images, labels=class_labels, seed=seed, output="tensor", progress=False)
+        return FewstepPipelineOutput(images if output_type == "pt" else to_pictures(images))
 
 
 def load_pipeline(folder: str | Path) -> "FewstepPipeline | TextPipeline":
@@ -118,8 +112,7 @@ def load_pipeline(folder: str | Path) -> "FewstepPipeline | TextPipeline":
     Raises:
         UserError: no exported generator.
     """
-    path = Path(folder).expanduser()
-    path = path / "generator" if (path / "generator").is_dir() else path
+    path = Source.parse(folder).of_role("generator") or Path(folder)
     if is_generator_folder(path):
         from fewstep.export.text_pipeline import load_text_pipeline
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,25 @@ from fewstep.export.card_usage import CardFacts
 from fewstep.export.hub import check_repo_name
 from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
 from fewstep.export.shareable import without_local_paths
-from fewstep.families.registry import family_of
 from fewstep.formats.atomic import written_aside
-from fewstep.formats.bundled import resolve_path
 from fewstep.formats.casting import DTYPES
 from fewstep.formats.pixels import make_grid
+from fewstep.formats.source import Source
 from fewstep.formats.text_generator_folder import is_generator_folder
-from fewstep.models.model import AnyGenerator, Generator, load_generator
+from fewstep.models.load import load_generator
+from fewstep.models.model import Model
 
-if TYPE_CHECKING:
-    from fewstep.models.text_model import TextGenerator
-
-KINDS = ("diffusers", "unet", "lora", "kohya-lora", "single-file", "edm")
-CLASS_KINDS = ("diffusers", "edm")
+# what each kind of conditioner's generators export as: kind -> (module below export, function, default precision)
+_WRITERS = {
+    "prompts": {
+        "diffusers": ("text_pipeline", "export_text_pipeline"), "unet": ("text_pipeline", "export_network"),
+        "lora": ("lora", "export_lora"), "kohya-lora": ("lora", "export_kohya_lora"),
+        "single-file": ("export", "_write_single_file"),
+    },
+    "labels": {"diffusers": ("class_folder", "export_class_folder"), "edm": ("class_folder", "export_edm_pickle")},
+}  # fmt: skip
+_PRECISIONS = {"prompts": "fp16", "labels": "fp32"}
+KINDS = tuple(dict.fromkeys(kind for kinds in _WRITERS.values() for kind in kinds))
 PROMPTS = (
     "a red cat on a green sofa", "a lighthouse in a storm at night", "a bowl of fruit, oil painting",
     "an old man reading a newspaper in a cafe", "a blue bicycle against a yellow wall", "a mountain lake in autumn",
@@ -69,17 +75,17 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
     options, target = options or ExportOptions(), Path(out).expanduser()
     _check(options, source, target)
     generator = load_generator(source, device=options.device, base=options.base)
-    text = not isinstance(generator, Generator)
-    if options.kind not in (KINDS[:-1] if text else CLASS_KINDS):
-        takes = "text-to-image" if text else "class-conditional"
-        kinds = ", ".join(KINDS[:-1] if text else CLASS_KINDS)
-        raise UserError(f"--as {options.kind}: {source} is a {takes} generator, which exports as {kinds}")
-    precision = options.precision or ("fp16" if text else "fp32")
+    takes = generator.conditioner.takes
+    if options.kind not in _WRITERS[takes]:
+        what = {"prompts": "text-to-image", "labels": "class-conditional"}[takes]
+        kinds = ", ".join(_WRITERS[takes])
+        raise UserError(f"--as {options.kind}: {source} is a {what} generator, which exports as {kinds}")
+    precision = options.precision or _PRECISIONS[takes]
     card = generator.card
-    base = options.base or card.base or getattr(generator, "base", "")
+    base = options.base or card.base or generator.base
     card = replace(card, licence=options.licence or card.licence, base=base)
     generator.card = card = without_local_paths(card, keep_base=not options.repo)
-    write, family = _writer(options.kind, text), family_of(generator.denoiser.describe())
+    write, family = _writer(options.kind, takes), generator.family
     with written_aside(target) as aside:
         write(aside, generator, target.name, DTYPES[precision], file_header(card))
         has_scheduler = (aside / "scheduler").is_dir() or _write_scheduler(aside, generator, options.kind)
@@ -90,7 +96,8 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
             base=card.base, component=family.component, network_class=family.network_class,
-            scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow, num_samples=len(images), prompts=_prompts(options) if text else (),
+            scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
+            num_samples=len(images), prompts=_prompts(options) if takes == "prompts" else (),
             absent=_absent(generator), figures=run_figures(_folder(source), card),
         )  # fmt: skip
         (aside / "README.md").write_text(render_card(facts), encoding="utf-8")
@@ -125,29 +132,18 @@ def _check(options: ExportOptions, source: str | Path, target: Path) -> None:
 
 def _folder(source: str | Path) -> Path:
     """The generator's own folder, of a run or of itself."""
-    folder = resolve_path(source)
-    return folder / "generator" if (folder / "generator").is_dir() else folder
+    return Source.parse(source).of_role("generator") or Path(source)
 
 
-def _is_sd3(generator: AnyGenerator) -> bool:
-    return getattr(generator, "family", "") == "sd3"
-
-
-def _writer(kind: str, text: bool) -> Callable[..., None]:
+def _writer(kind: str, takes: str) -> Callable[..., None]:
     """The function that writes one kind; its libraries are imported only here."""
-    text_writers = {
-        "diffusers": ("text_pipeline", "export_text_pipeline"), "unet": ("text_pipeline", "export_network"),
-        "lora": ("lora", "export_lora"), "kohya-lora": ("lora", "export_kohya_lora"),
-        "single-file": ("export", "_write_single_file"),
-    }  # fmt: skip
-    class_writers = {"diffusers": ("class_folder", "export_class_folder"), "edm": ("class_folder", "export_edm_pickle")}
-    module, name = (text_writers if text else class_writers)[kind]
+    module, name = _WRITERS[takes][kind]
     writer: Callable[..., None] = getattr(import_module(f"fewstep.export.{module}"), name)
     return writer
 
 
 def _write_single_file(
-    folder: Path, generator: "TextGenerator", name: str, dtype: torch.dtype, header: Mapping[str, str]
+    folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]
 ) -> None:
     try:
         export: Any = import_module("fewstep.export.single_file").export_single_file
@@ -156,7 +152,7 @@ def _write_single_file(
     export(generator, folder / f"{name}.safetensors", dtype)
 
 
-def _write_workflow(folder: Path, generator: AnyGenerator, name: str, kind: str) -> bool:
+def _write_workflow(folder: Path, generator: Model, name: str, kind: str) -> bool:
     """Beside files that ComfyUI loads, a workflow for it; False where none can say this generator's noise levels."""
     if kind not in ("single-file", "kohya-lora"):
         return False
@@ -170,25 +166,20 @@ def _write_workflow(folder: Path, generator: AnyGenerator, name: str, kind: str)
     return True
 
 
-def _write_scheduler(folder: Path, generator: AnyGenerator, kind: str) -> bool:
+def _write_scheduler(folder: Path, generator: Model, kind: str) -> bool:
     """Beside a network or a LoRA, the scheduler that knows the steps; False where no stock scheduler can."""
-    if isinstance(generator, Generator) or kind == "single-file":
+    if not generator.family.scheduler_class or kind == "single-file":
         return False
-    from fewstep.export.lora import base_denoiser
-
-    base = base_denoiser(generator)
     try:
-        scheduler = family_of(base.describe()).few_step_scheduler(base, generator.step_schedule)
+        scheduler = generator.family.few_step_scheduler(generator.denoiser.base_network, generator.step_schedule)
     except UserError:
-        if _is_sd3(generator):
-            raise
         return False
     scheduler.save_pretrained(folder / "scheduler")
     return True
 
 
-def _absent(generator: AnyGenerator) -> tuple[str, ...]:
-    if isinstance(generator, Generator):
+def _absent(generator: Model) -> tuple[str, ...]:
+    if generator.folder is None:
         return ()
     from fewstep.export.text_pipeline import absent_components
 
@@ -200,10 +191,9 @@ def _prompts(options: ExportOptions) -> tuple[str, ...]:
     return tuple(given[number % len(given)] for number in range(options.num_samples))
 
 
-def _samples(generator: AnyGenerator, options: ExportOptions) -> Tensor:
+def _samples(generator: Model, options: ExportOptions) -> Tensor:
     """Sample pictures of seed 0, (N, C, H, W) in [-1, 1]."""
     if not options.num_samples:
         return torch.empty(0)
-    if isinstance(generator, Generator):
-        return generator.sample(options.num_samples, seed=0)
-    return generator.sample(list(_prompts(options)), seed=0)
+    prompts = list(_prompts(options)) if generator.conditioner.takes == "prompts" else None
+    return generator.sample(prompts, num_images=options.num_samples, output="tensor")

@@ -14,25 +14,24 @@ from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.formats.kohya_lora import LoraWeights, lora_from_state, write_kohya_lora, write_peft_lora
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.text_generator_folder import LORA
-from fewstep.models.text_model import TextGenerator
+from fewstep.models.model import Model
 from fewstep.networks.adapters import AdapterRole
 
 
-def base_denoiser(generator: TextGenerator) -> DiffusersDenoiser:
+def base_denoiser(generator: Model) -> DiffusersDenoiser:
     """The generator's network, or the one its LoRA sits on."""
-    denoiser = generator.denoiser
-    base = denoiser.shared.base if isinstance(denoiser, AdapterRole) else denoiser
+    base = generator.denoiser.base_network
     assert isinstance(base, DiffusersDenoiser)
     return base
 
 
-def component_name(generator: TextGenerator) -> str:
+def component_name(generator: Model) -> str:
     """What diffusers calls the network: "unet" or "transformer"."""
-    return "transformer" if generator.family == "sd3" else "unet"
+    return generator.family.component
 
 
 @torch.no_grad()
-def fused_weights(generator: TextGenerator) -> dict[str, Tensor]:
+def fused_weights(generator: Model) -> dict[str, Tensor]:
     """State dict of the whole network under diffusers' keys; a LoRA is added to its base's weights."""
     base, denoiser = base_denoiser(generator), generator.denoiser
     if not isinstance(denoiser, AdapterRole):
@@ -50,7 +49,7 @@ def fused_weights(generator: TextGenerator) -> dict[str, Tensor]:
     return weights
 
 
-def lora_weights(generator: TextGenerator) -> LoraWeights:
+def lora_weights(generator: Model) -> LoraWeights:
     """The generator's LoRA.
 
     Raises:
@@ -66,9 +65,7 @@ def lora_weights(generator: TextGenerator) -> LoraWeights:
     return lora_from_state(denoiser.adapter_state(), lora.rank, lora.alpha)
 
 
-def export_lora(
-    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
-) -> None:
+def export_lora(folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]) -> None:
     """`pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` takes, and `fewstep.json`."""
     lora = lora_weights(generator)
     write_peft_lora(folder / LORA, lora, component_name(generator), header, dtype)
@@ -78,14 +75,12 @@ def export_lora(
     (folder / CARD).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def export_kohya_lora(
-    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
-) -> None:
+def export_kohya_lora(folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]) -> None:
     """`<name>.safetensors` with kohya's keys.
 
     Raises:
         UserError: a Stable Diffusion 3 generator, for which kohya's layout has other keys.
     """
-    if generator.family == "sd3":
+    if generator.family.component != "unet":
         raise UserError("kohya keys are written for U-Nets only; export a Stable Diffusion 3 LoRA with --as lora")
     write_kohya_lora(folder / f"{name}.safetensors", lora_weights(generator), header, dtype)

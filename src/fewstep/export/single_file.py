@@ -18,12 +18,12 @@ from fewstep.formats.casting import DTYPES, cast_weights
 from fewstep.formats.ldm_keys import to_ldm
 from fewstep.formats.single_file import V_MARKER, ZERO_SNR_MARKER
 from fewstep.formats.tensor_files import write_tensor_file
-from fewstep.models.text_model import TextGenerator
+from fewstep.models.model import Model
 
 _ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
-def export_single_file(generator: TextGenerator, out: Path, dtype: torch.dtype) -> Path:
+def export_single_file(generator: Model, out: Path, dtype: torch.dtype) -> Path:
     """Write U-Net (a LoRA fused into its base), VAE and text encoders into one file; it appears whole or not at all.
 
     Args:
@@ -59,35 +59,35 @@ def export_single_file(generator: TextGenerator, out: Path, dtype: torch.dtype) 
     return out
 
 
-def refuse_other_layouts(generator: TextGenerator) -> None:
+def refuse_other_layouts(generator: Model) -> None:
     """Raise UserError for models that have no single file with LDM keys, with the reason."""
-    if generator.family not in _ARCHITECTURES:
+    if generator.family.name not in _ARCHITECTURES:
         raise UserError(
-            f"a single file holds Stable Diffusion 1.x or SDXL: {generator.family} keeps its transformer under other "
+            f"a single file holds Stable Diffusion 1.x or SDXL: {generator.family.name} keeps its transformer under other "
             "keys, which this library does not write; export it as a diffusers folder"
         )
-    if not isinstance(generator.autoencoder.vae, AutoencoderKL):
+    if not isinstance(generator.decoder.autoencoder.vae, AutoencoderKL):
         raise UserError("a single file holds a whole VAE; this model's is a tiny one: export it as a diffusers folder")
-    text_config = cast(Any, generator.encoders.modules[0].config)
-    if generator.family == "sd" and text_config.hidden_act != "quick_gelu":
+    text_config = cast(Any, generator.conditioner.encoders.modules[0].config)
+    if generator.family.name == "sd" and text_config.hidden_act != "quick_gelu":
         raise UserError(
             "a single file holds Stable Diffusion 1.x or SDXL: this model has the text encoder of 2.x, whose file has "
             "a layer more than diffusers keeps; export it as a diffusers folder"
         )
 
 
-def single_file_tensors(generator: TextGenerator) -> dict[str, Tensor]:
+def single_file_tensors(generator: Model) -> dict[str, Tensor]:
     """Every tensor of the file under its LDM key, in the precision it has in memory."""
-    network, vae = cast(Any, base_denoiser(generator).network), generator.autoencoder.vae
-    family = generator.family
+    network, vae = cast(Any, base_denoiser(generator).network), generator.decoder.autoencoder.vae
+    family = generator.family.name
     tensors = to_ldm(family, "unet", fused_weights(generator), dict(network.config))
     tensors |= to_ldm(family, "vae", vae.state_dict(), dict(vae.config))
-    for name, encoder in zip(("text_encoder", "text_encoder_2"), generator.encoders.modules, strict=False):
+    for name, encoder in zip(("text_encoder", "text_encoder_2"), generator.conditioner.encoders.modules, strict=False):
         tensors |= to_ldm(family, name, encoder.state_dict(), {})
     return tensors
 
 
-def marker_tensors(generator: TextGenerator) -> dict[str, Tensor]:
+def marker_tensors(generator: Model) -> dict[str, Tensor]:
     """Empty tensors by whose names ComfyUI and stable-diffusion.cpp know v-prediction and a schedule without signal."""
     base = base_denoiser(generator)
     if base.prediction != "v_prediction":
@@ -97,16 +97,16 @@ def marker_tensors(generator: TextGenerator) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name in names}
 
 
-def generator_sigmas(generator: TextGenerator) -> list[float]:
+def generator_sigmas(generator: Model) -> list[float]:
     """sigma / alpha at the generator's steps, noisiest first: the noise levels of programs that keep alpha at 1."""
     schedule = generator.denoiser.noise_schedule
     if not isinstance(schedule, DiscreteSchedule):
-        raise UserError(f"{generator.family} has no levels of this kind; Stable Diffusion 1.x and SDXL do")
+        raise UserError(f"{generator.family.name} has no levels of this kind; Stable Diffusion 1.x and SDXL do")
     steps = torch.tensor(generator.step_schedule.indices)
     return (schedule.sigma64(steps) / schedule.alpha64(steps)).tolist()
 
 
-def single_file_metadata(generator: TextGenerator) -> dict[str, str]:
+def single_file_metadata(generator: Model) -> dict[str, str]:
     """The header's entries: modelspec's, and what running the generator takes; none names a folder of this machine."""
     card, (height, width) = generator.card, generator.size
     prediction = base_denoiser(generator).prediction
@@ -116,7 +116,7 @@ def single_file_metadata(generator: TextGenerator) -> dict[str, str]:
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES[generator.family],
+        "modelspec.architecture": _ARCHITECTURES[generator.family.name],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": f"{name} in {steps}",
         "modelspec.description": (

@@ -22,7 +22,7 @@ from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.formats.text_generator_folder import CONFIG, NETWORK
-from fewstep.models.text_model import TextGenerator
+from fewstep.models.model import Model
 from fewstep.networks.components import published_names
 
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
@@ -30,7 +30,7 @@ _OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt"
 
 
 def export_text_pipeline(
-    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
+    folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]
 ) -> None:
     """The teacher's pipeline with the generator as its network and a scheduler that knows the generator's steps.
 
@@ -41,12 +41,12 @@ def export_text_pipeline(
     base = base_denoiser(generator)
     scheduler = family_of(base.describe()).few_step_scheduler(base, generator.step_schedule)
     network = component_name(generator)
-    index = json.loads((generator.folder / "model_index.json").read_text(encoding="utf-8"))
-    for part, (_, kind) in read_model_index(generator.folder).items():
+    index = json.loads((generator.components / "model_index.json").read_text(encoding="utf-8"))
+    for part, (_, kind) in read_model_index(generator.components).items():
         if part in (network, "scheduler"):
             continue
-        if (generator.folder / part).is_dir():
-            _copy_component(generator.folder / part, folder / part, dtype, kind)
+        if (generator.components / part).is_dir():
+            _copy_component(generator.components / part, folder / part, dtype, kind)
         else:
             index[part] = [None, None]
     scheduler.save_pretrained(folder / "scheduler")
@@ -57,9 +57,7 @@ def export_text_pipeline(
     export_network(folder, generator, name, dtype, header)
 
 
-def export_network(
-    folder: Path, generator: TextGenerator, name: str, dtype: torch.dtype, header: Mapping[str, str]
-) -> None:
+def export_network(folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]) -> None:
     """`unet/` (or `transformer/`) as diffusers reads it, and `fewstep.json`, so that `load_generator` reads it too."""
     base, part = base_denoiser(generator), component_name(generator)
     (folder / part).mkdir()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
 from fewstep.diffusion.per_sample import per_sample
+from fewstep.diffusion.precision import wide
 from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import UserError
 from fewstep.families.prediction import Prediction, native_denoising_weight, predicted_x0
@@ -63,7 +64,7 @@ class DiffusersDenoiser(Denoiser):
         if raw is None:
             return DenoiserOutput(None, bottleneck)
         alpha, sigma = (per_sample(part, noisy) for part in self._alpha_sigma(level))
-        x0 = predicted_x0(self.prediction, raw.double(), noisy.double(), alpha, sigma)
+        x0 = predicted_x0(self.prediction, wide(raw), wide(noisy), alpha, sigma)
         return DenoiserOutput(x0.to(noisy.dtype), bottleneck)
 
     def denoising_weight(self, level: Tensor) -> Tensor:
@@ -76,7 +77,17 @@ class DiffusersDenoiser(Denoiser):
         for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
             block.compile()
 
-    def check_latent_size(self, height: int, width: int, factor: int) -> None:
+    @property
+    def own_prefix(self) -> str:
+        return "network."
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def load_own_weights(self, weights: dict[str, Tensor]) -> None:
+        self.network.load_state_dict(weights)
+
+    def check_size(self, height: int, width: int, factor: int) -> None:
         """Refuse latents the network cannot take.
 
         Args:
@@ -98,11 +109,11 @@ class DiffusersDenoiser(Denoiser):
         self.network.enable_gradient_checkpointing(checkpoint or plain_checkpoint)  # type: ignore[operator]
 
     def _alpha_sigma(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B,) in float64."""
+        """alpha and sigma (B,) in float64 where the device has it."""
         schedule = self.noise_schedule
         if isinstance(schedule, DiscreteSchedule):
             return schedule.alpha64(level), schedule.sigma64(level)
-        return schedule.alpha(level.double()), schedule.sigma(level.double())
+        return schedule.alpha(wide(level)), schedule.sigma(wide(level))
 
 
 def plain_config(config: Any) -> dict[str, Any]:

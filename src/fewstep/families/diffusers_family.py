@@ -13,7 +13,7 @@ from fewstep.diffusion.samplers import sample_ddim
 from fewstep.errors import UserError
 from fewstep.families.config_keys import KnownKeys, refuse_other_keys
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
-from fewstep.families.diffusers_folder import has_guidance_built_in
+from fewstep.families.diffusers_folder import has_guidance_built_in, is_diffusers_folder
 from fewstep.families.family import Description, Family
 from fewstep.formats.diffusers_index import (
     INDEX,
@@ -63,7 +63,7 @@ class DiffusersFamily(Family):
         """The family's denoiser around a diffusers network; raises ValueError for configs it does not understand."""
 
     def recognise(self, folder: Path) -> bool:
-        if not (folder / INDEX).is_file() or self.component not in read_model_index(folder):
+        if not is_diffusers_folder(folder) or self.component not in read_model_index(folder):
             return False
         config = self._network_config(folder)
         return config.get("_class_name") == self.network_class and self.has_network(config)

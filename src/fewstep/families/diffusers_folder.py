@@ -5,28 +5,28 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.families.family import Family
-from fewstep.formats.bundled import resolve_path
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index, read_scheduler
+from fewstep.formats.source import Source
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
-def resolve_model_folder(source: str | Path) -> Path:
+def resolve_model_folder(source: str | Path | Source) -> Path:
     """A local or bundled diffusers folder as it is; a hub id ("org/name") downloaded to the hub's cache, safetensors only.
 
     Raises:
         UserError: none of these; or the download fails.
     """
-    folder = resolve_path(source)
-    if folder.exists():
-        read_model_index(folder)
-        return folder
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    place = Source.parse(source)
+    if place.path is not None and place.path.exists():
+        read_model_index(place.path)
+        return place.path
+    if not place.hub_id:
         raise UserError(f"{source} does not exist and is not a hub id (org/name); give a diffusers folder or a hub id")
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(str(source), use_safetensors=True))
+        return Path(DiffusionPipeline.download(place.hub_id, use_safetensors=True))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

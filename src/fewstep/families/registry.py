@@ -60,12 +60,23 @@ def recognise(folder: Path) -> "Family":
     for family in all_families():
         if family.recognise(folder):
             return family
-    from fewstep.families.diffusers_folder import refuse_unknown_network
+    _refuse_unknown(folder)
+    raise AssertionError("a model that is not recognised is refused")
 
-    if (folder / "model_index.json").is_file():
+
+def _refuse_unknown(folder: Path) -> None:
+    """Raise UserError that says why the model in a folder or file is of no family."""
+    from fewstep.families.diffusers_folder import is_diffusers_folder, refuse_unknown_network
+    from fewstep.formats.model_folder import read_card
+
+    if folder.is_file():
+        raise UserError(f"{folder} is neither a model folder nor an EDM .pkl")
+    if is_diffusers_folder(folder):
         refuse_unknown_network(folder, all_families())
-    titles = ", ".join(family.title for family in all_families())
-    raise UserError(f"{folder} is not a model this version knows; it knows {titles}")
+    description, _ = read_card(folder)  # says which of our files is missing or damaged
+    raise UserError(
+        f"{folder}: model family {description.get('family')!r} is unknown; this version knows {sorted(FAMILIES)}"
+    )
 
 
 def build_denoiser(description: dict[str, Any]) -> "Denoiser":

@@ -16,6 +16,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images (N, C, H, W) in [-1, 1] as N pictures: grey ones of one channel, RGB of three."""
+    pixels = to_uint8(images).numpy()
+    return [
+        Image.fromarray(one[0] if len(one) == 1 else np.ascontiguousarray(one.transpose(1, 2, 0))) for one in pixels
+    ]
+
+
 def make_grid(images: Tensor, columns: int) -> Image.Image:
     """Tile images (N, C, H, W) in [-1, 1] into one RGB picture with one pixel between them."""
     pixels = to_uint8(images)

@@ -1,368 +1,341 @@
-"""The public face of a model: load a teacher or a generator, sample from it."""
+"""The public face of a model: one class for classes and text, teachers and generators."""
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from fewstep.devices import prepare_denoiser
-from fewstep.diffusion.condition import ClassTable, Condition, ConditionTable
+from fewstep.devices import choose_device, pictures_at_once, set_precision
+from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.samplers import (
-    Seed,
-    batch_of_images,
-    check_seeds,
-    heun_evaluations,
-    sample_generator,
-    sample_heun,
-    sample_noise,
-)
+from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
-from fewstep.families.registry import build_denoiser
-from fewstep.formats.atomic import standing
-from fewstep.formats.bundled import BUNDLED, resolve_path
-from fewstep.formats.edm_pickle import read_edm_pickle
-from fewstep.formats.model_folder import ModelCard, read_model_folder, write_model_folder
-from fewstep.formats.text_generator_folder import is_generator_folder
+from fewstep.families.family import Family
+from fewstep.families.registry import family_of
+from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.formats.pixels import to_pictures
+from fewstep.formats.text_generator_folder import write_generator_folder
+from fewstep.models.conditioner import Conditioner, LabelConditioner, PromptConditioner
+from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder
+from fewstep.models.progress import counted_evaluations
 
 if TYPE_CHECKING:
-    from fewstep.models.text_model import TextGenerator, TextTeacher
+    from PIL.Image import Image
 
-AnyTeacher: TypeAlias = "Teacher | TextTeacher"
-AnyGenerator: TypeAlias = "Generator | TextGenerator"
-AnyModel: TypeAlias = "Teacher | TextTeacher | Generator | TextGenerator"
+    from fewstep.networks.autoencoder import Autoencoder
+
+Wishes: TypeAlias = "str | int | Sequence[str] | Sequence[int] | None"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Model:
-    """A loaded network with its card.
+    """A teacher or a generator, ready to make pictures; `fewstep.load_model` and its siblings give one.
 
     Attributes:
-        denoiser: in eval mode, on the device it was loaded to.
-        card: role, step schedule, class names.
+        denoiser: the network, in eval mode.
+        card: role, step schedule, class names, licence.
+        family: what is special about this kind of model.
+        conditioner: turns labels or prompts into conditions.
+        decoder: turns x0 into pictures.
+        folder: where its other components are read from; None where the network is everything.
+        base: what the user called that folder (a path or hub id); empty where the network is everything.
     """
 
     denoiser: Denoiser
     card: ModelCard
+    family: Family
+    conditioner: Conditioner
+    decoder: Decoder
+    folder: Path | None = None
+    base: str = ""
+
+    @overload
+    def sample(
+        self, what: Wishes = None, *, labels: Sequence[int] | None = None, num_images: int | None = None,
+        seed: int | Sequence[int] = 0, first: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, negative_prompt: str | None = None, size: tuple[int, int] | None = None,
+        batch_size: int | None = None, output: Literal["pil"] = "pil", progress: bool = True,
+    ) -> "list[Image]": ...  # fmt: skip
+
+    @overload
+    def sample(
+        self, what: Wishes = None, *, labels: Sequence[int] | None = None, num_images: int | None = None,
+        seed: int | Sequence[int] = 0, first: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, negative_prompt: str | None = None, size: tuple[int, int] | None = None,
+        batch_size: int | None = None, output: Literal["tensor"], progress: bool = True,
+    ) -> Tensor: ...  # fmt: skip
+
+    def sample(
+        self, what: Wishes = None, *, labels: Sequence[int] | None = None, num_images: int | None = None,
+        seed: int | Sequence[int] = 0, first: int = 0, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, negative_prompt: str | None = None, size: tuple[int, int] | None = None,
+        batch_size: int | None = None, output: Literal["pil", "tensor"] = "pil", progress: bool = True,
+    ) -> "list[Image] | Tensor":  # fmt: skip
+        """Make pictures.
+
+            model.sample("red apple")              # one picture
+            model.sample(["red apple", "a dog"])   # one for each prompt
+            model.sample(16)                       # 16 pictures, all classes in turn
+            model.sample(labels=[3, 3, 7])         # one for each label
+
+        Picture i depends on (seed, first + i, its label or prompt) and on nothing else: not on the batch it was made
+        in, and it shares its starting noise with the same picture of a generator's teacher.
+
+        Args:
+            what: a prompt or a list of them, a list of labels, or a number of pictures; nothing is one picture.
+            labels: class numbers; without any, all classes take turns.
+            num_images: how many; prompts or classes take turns.
+            seed: a whole number, or one for each picture, which is then picture `first` of its own seed.
+            first: number of the first picture of the seed.
+            num_inference_steps: of a teacher's sampler; None is its family's usual number. A generator has its own.
+            guidance_scale: of a teacher, 1 is off; None is its family's usual one. A generator has it built in.
+            negative_prompt: what guidance leads away from, instead of the empty prompt.
+            size: height and width in pixels; None is the model's own, the only one a generator is good at.
+            batch_size: pictures made at once; None is the family's usual number.
+            output: "pil" gives a list of PIL images, "tensor" (N, C, H, W) in [-1, 1], float32, on the CPU.
+            progress: show a bar, where there is a terminal or notebook to show it in.
+
+        Raises:
+            UserError: something the model does not have or cannot do, named in one sentence.
+        """
+        if output not in ("pil", "tensor"):
+            raise UserError(f"output={output!r}: choose 'pil' or 'tensor'")
+        num_steps, scale = self._steps_and_guidance(num_inference_steps, guidance_scale)
+        empty = self._negative(negative_prompt, scale)
+        wishes = self.conditioner.wishes(what, labels, num_images, first)
+        seeds: Seed = seed if isinstance(seed, int) else tuple(seed)
+        check_seeds(seeds, len(wishes))
+        if size is not None:
+            self.check_size(*size)
+        size = size or self.size
+        batch_size = self.family.default_batch_size if batch_size is None else batch_size
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: make at least one picture at once")
+        parts = [torch.empty(0, *self._picture_shape(size))]
+        total = self.evaluations(num_inference_steps) * -(-len(wishes) // batch_size)
+        with counted_evaluations(self.denoiser, total, shown=progress):
+            table = self.conditioner.table(wishes, size, empty)
+            for start in range(0, len(wishes), batch_size):
+                rows = torch.arange(start, min(start + batch_size, len(wishes)), device=self.device)
+                place = batch_of_images(seeds, first, start, len(rows))
+                x0 = self._x0(table, rows, place, self._latent_shape(size), num_steps, scale)
+                parts.append(self.decoder.images(x0).cpu())
+        images = torch.cat(parts)
+        return images if output == "tensor" else to_pictures(images)
+
+    def _x0(
+        self, table: ConditionTable, rows: Tensor, place: tuple[Seed, int], shape: tuple[int, ...], num_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:  # fmt: skip
+        """x0 (B, ...) of some rows; `place` is their seed or seeds and the number of the first."""
+        (seed, first), condition = place, table.rows(rows)
+        if self.is_generator:
+            return sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=first, shape=shape)
+        noise = sample_noise(self.denoiser, seed, first, len(rows), self.device, shape=shape)
+        return self.family.sample(
+            self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale
+        )  # fmt: skip
+
+    def _steps_and_guidance(self, num_steps: int | None, scale: float | None) -> tuple[int, float]:
+        """The steps and guidance a call asks for, refused where the model cannot have them."""
+        if not self.is_generator:
+            scale = self.default_guidance if scale is None else scale
+            self.check_guidance(scale)
+            self.evaluations(num_steps)
+            return self.family.default_num_steps if num_steps is None else num_steps, scale
+        own = len(self.card.step_indices)
+        if num_steps not in (None, own):
+            steps = f"{own} step{'s' * (own != 1)}"
+            raise UserError(
+                f"num_inference_steps={num_steps}: this generator makes a picture in {steps}, which travel with its "
+                "weights; leave it out"
+            )
+        if scale not in (None, 1):
+            raise UserError(f"guidance_scale={scale}: a generator has its guidance built in; leave it out")
+        return own, 1.0
+
+    def _negative(self, prompt: str | None, scale: float) -> Any:
+        """The unconditional row of a negative prompt, None without one."""
+        if prompt is None:
+            return None
+        if self.is_generator:
+            raise UserError(
+                "negative_prompt: a generator runs without guidance (its teacher's was distilled in), so there is no "
+                "negative branch that could use it; leave it out"
+            )
+        if scale == 1 and self.conditioner.takes == "prompts":
+            raise UserError("negative_prompt acts through guidance, which guidance_scale=1 switches off")
+        return self.conditioner.negative(prompt)
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether it is distilled: a generator brings the few steps it runs in, a teacher does not."""
+        return bool(self.card.step_indices)
+
+    @property
+    def step_schedule(self) -> StepSchedule:
+        """The grid indices a generator runs at.
+
+        Raises:
+            UserError: it is a teacher.
+        """
+        if not self.is_generator:
+            raise UserError("a teacher has no step schedule; distil it with fewstep.train, or load a generator")
+        return StepSchedule(self.card.step_indices, self.card.num_levels)
+
+    def evaluations(self, num_inference_steps: int | None = None) -> int:
+        """Network evaluations a picture takes; guidance makes each one of a teacher's twice as large."""
+        if self.is_generator:
+            return len(self.card.step_indices)
+        num_steps = self.family.default_num_steps if num_inference_steps is None else num_inference_steps
+        if num_steps < 1:
+            raise UserError(f"num_inference_steps={num_steps}: a sampler needs at least 1 step")
+        return self.family.evaluations(num_steps)
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale unless told otherwise: the family's, or 1 (off) where the model cannot be guided."""
+        can = self.card.can_be_guided and not self.is_generator
+        return self.family.default_guidance_scale if can else 1.0
+
+    @property
+    def max_num_steps(self) -> int:
+        """Most steps of a teacher's sampler: each needs a noise level of its own."""
+        return self.denoiser.noise_schedule.num_levels
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise UserError where the model has no unconditional branch, as far as its card says so."""
+        if guidance_scale != 1:
+            self.family.refuse_guidance(self.denoiser, self.card, guidance_scale)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.denoiser.parameters()).device
+        return next(self.denoiser.base_network.parameters()).device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> "Model":
+        """Move the model, and set the precision inside its network; weights and pictures stay float32.
+
+        Args:
+            device: "auto", "cpu", "cuda", "cuda:N", "mps".
+            dtype: torch.float32, torch.bfloat16 or torch.float16, or "auto" (what is fast there), "fp32", "bf16", "fp16".
+
+        Returns:
+            The model itself.
+
+        Raises:
+            UserError: no such device or precision.
+        """
+        network = self.denoiser.base_network
+        place = self.device if device is None else choose_device(str(device))
+        if dtype is not None:
+            set_precision(network, dtype, place)
+        if device is not None:
+            network.to(place)
+            self.denoiser.to(place)
+            self.conditioner.to(place)
+            self.decoder.to(place)
+        return self
 
     @property
-    def conditions(self) -> ConditionTable:
-        """Everything the model can be conditioned on, by number."""
-        return ClassTable(self.denoiser.num_classes)
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        return self.picture_shape[1:]
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the pictures."""
-        return self.denoiser.image_shape
-
-    def to_images(self, x0: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] from the model's own x0."""
-        return x0.clamp(-1, 1)
-
-    def _in_batches(
-        self, sample_chunk: Callable[[Tensor, Condition, Seed, int], Tensor], num_images: int,
-        labels: list[int] | None, seed: Seed, first: int, batch_size: int,
-    ) -> Tensor:  # fmt: skip
-        """Call `sample_chunk(noise, condition, its seed or seeds, number of its first image)` batch by batch."""
-        check_seeds(seed, num_images)
-        all_labels = self._labels(num_images, labels, first)
-        parts = [torch.empty(0, *self.denoiser.image_shape)]
-        for start in range(0, num_images, batch_size):
-            chunk = all_labels[start : start + batch_size]
-            condition = Condition.from_labels(chunk.to(self.device), self.denoiser.num_classes)
-            seeds, number = batch_of_images(seed, first, start, len(chunk))
-            noise = sample_noise(self.denoiser, seeds, number, len(chunk), self.device)
-            parts.append(sample_chunk(noise, condition, seeds, number).cpu())
-        return torch.cat(parts)
-
-    def _labels(self, num_images: int, labels: list[int] | None, first: int) -> Tensor:
-        """Given labels, or all classes in turn."""
-        classes = max(1, self.denoiser.num_classes)
-        if labels is None:
-            return torch.arange(first, first + num_images) % classes
-        if len(labels) != num_images:
-            raise UserError(f"{len(labels)} labels for {num_images} images: give one label an image")
-        if labels and not all(0 <= label < classes for label in labels):
-            raise UserError(f"labels {sorted(set(labels))} do not fit the model's {self.denoiser.num_classes} classes")
-        return torch.tensor(labels)
-
-
-class Teacher(Model):
-    """A diffusion model sampled in many steps."""
-
-    def sample(
-        self, num_images: int, *, labels: list[int] | None = None, seed: Seed = 0, num_steps: int = 18,
-        guidance_scale: float = 1.0, batch_size: int = 64, first: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """Images first..first + N - 1 of a seed by the deterministic Heun sampler, (N, C, H, W), in [-1, 1], on the CPU.
-
-        Image i depends on (seed, i, its label) only, not on the batch it was made in. Without `labels` all
-        classes take turns. 18 steps are 35 network evaluations. With a tuple of seeds, one an image, each is
-        image `first` of its own seed.
-
-        Raises:
-            UserError: labels or guidance the model does not have.
-        """
-        check_guidance(self, guidance_scale)
-
-        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
-            return self.to_images(
-                sample_heun(self.denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
-            )
-
-        return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
-
-    def evaluations(self, num_steps: int = 18) -> int:
-        """Network evaluations an image."""
-        return heun_evaluations(num_steps)
-
-    def student(self, network: Denoiser, card: ModelCard) -> "Generator":
-        """A generator trained from this teacher."""
-        return Generator(network, card)
-
-    def write_generator(self, folder: Path, network: Denoiser, card: ModelCard) -> None:
-        """Write a generator trained from this teacher as a model folder."""
-        write_model_folder(folder, network.describe(), network.state_dict(), card)
-
-
-class Generator(Model):
-    """A distilled model sampled in the few steps that travel with its weights."""
+        return self.decoder.picture_shape(self.denoiser.image_shape)
 
     @property
-    def step_schedule(self) -> StepSchedule:
-        """The grid indices the generator runs at."""
-        return StepSchedule(self.card.step_indices, self.card.num_levels)
+    def components(self) -> Path:
+        """The folder that text encoders and VAE are read from; raises UserError where the network is everything."""
+        if self.folder is None:
+            raise UserError("this model has no text encoders and no VAE: its network makes pixels")
+        return self.folder
 
-    def evaluations(self) -> int:
-        """Network evaluations an image."""
-        return len(self.card.step_indices)
-
-    def sample(
-        self, num_images: int, *, labels: list[int] | None = None, seed: Seed = 0, batch_size: int = 64,
-        first: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """Images first..first + N - 1 of a seed in its own few evaluations, (N, C, H, W), in [-1, 1], on the CPU.
-
-        Image i depends on (seed, i, its label) only, not on the batch it was made in, and shares its starting
-        noise with the teacher's image i of the same seed. Without `labels` all classes take turns. With a tuple of
-        seeds, one an image, each is image `first` of its own seed.
+    def read_components(self) -> None:
+        """Read text encoders and VAE now, where there are any, so that nothing is missing later.
 
         Raises:
-            UserError: labels the model does not have.
+            UserError: one is missing or damaged.
         """
+        self.conditioner.read()
+        self.decoder.read()
 
-        def sample_chunk(noise: Tensor, condition: Condition, seed: Seed, first: int) -> Tensor:
-            return self.to_images(
-                sample_generator(self.denoiser, self.step_schedule, condition, seed=seed, first=first)
-            )
+    def tiny_decoder(self, source: str | Path) -> Decoder:
+        """A decoder that uses a TAESD (a folder or hub id) instead of the VAE; assign it to `decoder` to use it.
 
-        return self._in_batches(sample_chunk, num_images, labels, seed, first, batch_size)
+        Raises:
+            UserError: no TAESD, one for other latents, or a model without latents.
+        """
+        return self.decoder.with_tiny(source, self.denoiser.image_shape[0])
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError where the network cannot make pictures of this size (pixels)."""
+        self.denoiser.base_network.check_size(height, width, self.decoder.factor)
 
-def default_guidance(model: "AnyModel") -> float:
-    """7.5 for text-to-image models, 1 (off) for classes and for models that cannot be guided."""
-    return 1.0 if isinstance(model, Teacher) or not model.card.can_be_guided else 7.5
+    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of x0 for pictures of a size."""
+        channels, factor = self.denoiser.image_shape[0], self.decoder.factor
+        return (channels, size[0] // factor, size[1] // factor)
 
+    def _picture_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        return (self.picture_shape[0], *size)
 
-def check_guidance(model: "AnyModel", guidance_scale: float) -> None:
-    """Refuse guidance for a model without an unconditional branch, as far as the model says so."""
-    if guidance_scale == 1:
-        return
-    if not isinstance(model, Teacher):
-        if not model.card.can_be_guided:
-            raise UserError(
-                f"guidance_scale={guidance_scale}: the scheduler of this model is one for few steps, its guidance is built in; "
-                "use 1, or give the model it was distilled from"
-            )
-        return
-    if not model.denoiser.num_classes:
-        raise UserError(f"guidance_scale={guidance_scale}: this teacher has no condition to guide; use 1")
-    if not model.card.can_be_guided:
-        raise UserError(
-            f"guidance_scale={guidance_scale}: this teacher was trained without label dropout and has no "
-            "unconditional branch; use 1, or train one with network.label_dropout=0.1"
+    @property
+    def pictures_at_once(self) -> int:
+        """How many pictures of its size are made, or decoded, together without much memory."""
+        return pictures_at_once(*self.size)
+
+    def student(self, network: Denoiser, card: ModelCard) -> "Model":
+        """A generator trained from this teacher; it shares conditioner and decoder."""
+        return replace(self, denoiser=network, card=replace(card, role="generator", base=self.base))
+
+    def write(self, folder: Path) -> None:
+        """Write the model's own weights with its card; of one with a base, the rest is read from there again."""
+        description, weights = self.denoiser.describe(), self.denoiser.own_weights()
+        write = write_generator_folder if self.base else write_model_folder
+        write(folder, description, weights, self.card)
+
+    def __repr__(self) -> str:
+        channels, height, width = self.picture_shape
+        count = sum(parameter.numel() for parameter in self.denoiser.base_network.parameters()) / 1e6
+        steps, sampler = self.evaluations(), f"{self.family.default_num_steps} {self.family.sampler_name} steps"
+        if self.is_generator:
+            indices = ", ".join(map(str, self.card.step_indices))
+            sampler = f"{steps} step{'s' * (steps != 1)} ({indices} of {self.card.num_levels})"
+        takes = {"prompts": "prompts", "labels": f"{self.denoiser.num_classes} classes"}[self.conditioner.takes]
+        precision = str(self.denoiser.compute_dtype).removeprefix("torch.")
+        return (
+            f"<fewstep {'generator' if self.is_generator else 'teacher'}: {self.family.title}, {takes}, "
+            f"{height}x{width}x{channels} pictures, {sampler},\n {count:,.1f} M parameters, {precision} on {self.device}>"
         )
 
 
-def load_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32", resolution: int = 0) -> AnyTeacher:
-    """Load a diffusion model.
+def _read_autoencoder(family: Family, folder: Path) -> "Autoencoder":
+    autoencoder = family.autoencoder(folder)
+    assert autoencoder is not None
+    return autoencoder
+
+
+def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None, base: str = "") -> Model:
+    """A model around a network: conditioner and decoder are its family's.
 
     Args:
-        path: a model folder, a run folder of `fewstep pretrain`, an EDM .pkl (read without executing anything in
-            it), "bundled:fashion-mnist"; or a text-to-image model: a diffusers folder, hub id or "bundled:emoji-sd".
-        device: "auto", "cpu", "cuda", "cuda:N".
-        precision: "fp32", "bf16" or "fp16" inside the network.
-        resolution: side of a text-to-image model's pictures in pixels; 0 takes its own.
-
-    Raises:
-        UserError: no such model, or a damaged one.
+        folder: of a text-to-image model, the diffusers folder with text encoders and VAE.
+        base: what the user called that folder.
     """
-    if _names_text_model(path):
-        from fewstep.models.text_model import load_text_teacher
-
-        return load_text_teacher(path, device=device, precision=precision, resolution=resolution)
-    return load_class_teacher(path, device=device, precision=precision)
-
-
-def load_class_teacher(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Teacher:
-    """As `load_teacher`, for models conditioned on class labels or on nothing."""
-    if _names_text_model(path):
-        raise UserError(f"{path} is a text-to-image model; this command works on class-conditional models")
-    denoiser, card = _load(path, "teacher")
-    return Teacher(prepare_denoiser(denoiser, device, precision), card)
-
-
-def load_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32", base: str = "") -> AnyGenerator:
-    """Load a distilled generator: an exported folder or a run folder of `fewstep train`.
-
-    Args:
-        base: for text-to-image generators, where the teacher lies that text encoders and VAE are read from;
-            empty: where it was during training.
-
-    Raises:
-        UserError: no such model, a damaged one, or one that is a teacher (it has no step schedule).
-    """
-    folder = _generator_folder(path)
-    if is_generator_folder(folder):
-        need_text_libraries()
-        from fewstep.models.text_model import load_text_generator
-
-        return load_text_generator(folder, device=device, precision=precision, base=base)
-    return load_class_generator(path, device=device, precision=precision)
-
-
-def load_class_generator(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Generator:
-    """As `load_generator`, for models conditioned on class labels or on nothing."""
-    denoiser, card = _load(path, "generator")
-    if not card.step_indices:
-        raise UserError(f"{path} is a {card.role} without a step schedule; load it with fewstep.load_teacher")
-    return Generator(prepare_denoiser(denoiser, device, precision), card)
-
-
-def load_model(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> AnyModel:
-    """Load whichever the path holds; of a run folder with both, the generator.
-
-    Raises:
-        UserError: no such model, or a damaged one.
-    """
-    folder = Path(path).expanduser()
-    if is_generator_folder(_generator_folder(path)):
-        return load_generator(path, device=device, precision=precision)
-    if _names_text_model(path):
-        return load_teacher(path, device=device, precision=precision)
-    is_teacher = str(path).startswith(BUNDLED) or folder.is_file() or (folder / "teacher").is_dir()
-    if is_teacher and not (folder / "generator").is_dir():
-        return load_class_teacher(path, device=device, precision=precision)
-    denoiser, card = _load(path, "generator")
-    kind = Generator if card.step_indices else Teacher
-    return kind(prepare_denoiser(denoiser, device, precision), card)
-
-
-def _generator_folder(path: str | Path) -> Path:
-    folder = standing(Path(path).expanduser())
-    inner = standing(folder / "generator")
-    return inner if inner.is_dir() else folder
-
-
-def _names_text_model(path: str | Path) -> bool:
-    """Whether a path is a diffusers text-to-image folder (bundled ones too), or a hub id that is no local path."""
-    folder, name = resolve_path(path), str(path)
-    if folder.exists():
-        if not _has_text_encoder(folder / "model_index.json"):
-            return False
-    elif name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1 or name.endswith(".pkl"):
-        return False
-    need_text_libraries()
-    return True
-
-
-def _has_text_encoder(index: Path) -> bool:
-    if not index.is_file():
-        return False
-    try:
-        return any(name.startswith("text_encoder") for name in json.loads(index.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index} is damaged ({error}); download or export the model again") from error
-
-
-def need_text_libraries() -> None:
-    """Raise UserError where what text-to-image models need is not installed."""
-    missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")
-
-
-def _load(path: str | Path, role: str) -> tuple[Denoiser, ModelCard]:
-    folder = resolve_path(path)
-    if not folder.exists():
-        raise UserError(f"{role} {path} does not exist; give a model folder, a run folder or an EDM .pkl")
-    if folder.is_file():
-        return _load_pickle(folder)
-    if standing(folder / role).is_dir():
-        folder = standing(folder / role)
-    description, weights, card = read_model_folder(folder)
-    return _with_weights(description, weights, str(folder)), card
-
-
-def _load_pickle(path: Path) -> tuple[Denoiser, ModelCard]:
-    if path.suffix != ".pkl":
-        raise UserError(f"{path} is neither a model folder nor an EDM .pkl")
-    pickle = read_edm_pickle(path)
-    if pickle.class_name != "EDMPrecond":
-        raise UserError(f"{path} holds a {pickle.class_name}; only EDM's own preconditioning (EDMPrecond) is supported")
-    description = describe_edm_arguments(pickle.init_kwargs)
-    return _with_weights(description, pickle.state_dict, str(path)), ModelCard(role="teacher")
-
-
-def describe_edm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Our description of an EDM preconditioning module from its constructor arguments.
-
-    Raises:
-        UserError: a network family this library does not have.
-    """
-    families = {"DhariwalUNet": "adm", "SongUNet": "song"}
-    model_type = arguments.get("model_type", "DhariwalUNet")
-    if model_type not in families or arguments.get("encoder_type") == "skip":
-        raise UserError(f"EDM network {model_type!r} with encoder {arguments.get('encoder_type')!r} is not supported")
-    names = {
-        "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_emb",
-        "num_blocks", "attn_resolutions", "dropout", "augment_dim", "embedding_type", "encoder_type",
-        "channel_mult_noise", "resample_filter",
-    }  # fmt: skip
-    network = {name: value for name, value in arguments.items() if name in names}
-    defaults: dict[str, Any] = {"channel_mult": (1, 2, 3, 4), "model_channels": 192, "num_blocks": 3}
-    if families[model_type] == "adm":
-        network = {**defaults, "attn_resolutions": (32, 16, 8), "dropout": 0.1, **network}
-    return {
-        "family": "edm", "sigma_data": arguments.get("sigma_data", 0.5),
-        "network": {"family": families[model_type], **network},
-    }  # fmt: skip
-
-
-def _with_weights(description: dict[str, Any], weights: dict[str, Tensor], where: str) -> Denoiser:
-    try:
-        denoiser = build_denoiser(description)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: the description of the network is wrong: {error}") from error
-    weights = {name: value.float() for name, value in weights.items()}
-    own = denoiser.state_dict()
-    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{where} holds another network than it describes: missing {missing[:3]}, unexpected {unexpected[:3]}, "
-            f"of another shape {shapes[:3]}"
-        )
-    denoiser.load_state_dict(weights)
-    return denoiser
+    family = family_of(denoiser.base_network.describe())
+    device = next(denoiser.base_network.parameters()).device
+    conditioner: Conditioner = LabelConditioner(denoiser.num_classes, card.class_names)
+    decoder: Decoder = PixelDecoder()
+    if folder is not None:
+        conditioner = PromptConditioner(family, folder)
+        decoder = LatentDecoder(family.pixels_per_latent(folder), partial(_read_autoencoder, family, folder))
+    return Model(denoiser, card, family, conditioner.to(device), decoder.to(device), folder, base)

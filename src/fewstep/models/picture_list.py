@@ -78,6 +78,13 @@ def list_pictures(
     return PictureList(tuple(pictures), (seed or 0,), max(1, round(count**0.5)))
 
 
+def wishes_of(pictures: Sequence[Picture]) -> list[str] | list[int] | None:
+    """The prompts or labels of pictures as `Model.sample` takes them; None for unconditional models."""
+    prompts = [picture.prompt for picture in pictures if picture.prompt is not None]
+    labels = [picture.label for picture in pictures if picture.label is not None]
+    return prompts or labels or None
+
+
 def parse_numbers(text: str, option: str) -> list[int]:
     """Whole numbers and ranges, "1,2,5-8" to [1, 2, 5, 6, 7, 8]; empty text is an empty list.
 

@@ -150,6 +150,16 @@ class AdapterRole(Denoiser):
         return self._shared[0]
 
     @property
+    def base_network(self) -> Denoiser:
+        return self.shared.base
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return self.adapter_state()
+
+    def load_own_weights(self, weights: dict[str, Tensor]) -> None:
+        self.load_adapter_state(weights)
+
+    @property
     def compute_dtype(self) -> torch.dtype:  # type: ignore[override]
         """Precision inside the network: the base's."""
         return self.shared.base.compute_dtype

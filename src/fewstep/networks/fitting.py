@@ -7,9 +7,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.formats.compare import compare_state
-from fewstep.networks.adapters import AdapterRole
 
-_NETWORK = "network."  # where a Denoiser keeps its diffusers network
 _CONSTANT = ".resample_filter"
 
 
@@ -25,10 +23,10 @@ def fit_network(tensors: Mapping[str, Tensor], network: Denoiser, what: str, whe
     Raises:
         UserError: tensors are missing, unexpected or of another shape (names some), or `network` is a LoRA.
     """
-    if isinstance(network, AdapterRole):
+    if network.base_network is not network:
         raise UserError(f"{where}: its {what} is a full network, and no LoRA can start as one; set memory.mode=full")
     own = network.state_dict()
-    prefix = _NETWORK if all(name.startswith(_NETWORK) for name in own) else ""
+    prefix = network.own_prefix
     found = {prefix + name.removeprefix(prefix): value for name, value in tensors.items()}
     constants = {name: value for name, value in own.items() if name.endswith(_CONSTANT)}
     needed = {name: value for name, value in found.items() if name in own or not name.endswith(_CONSTANT)}

@@ -6,6 +6,7 @@ import huggingface_hub
 
 from fewstep.errors import UserError
 from fewstep.formats.json_files import read_json_object
+from fewstep.formats.source import Source
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -52,12 +53,12 @@ def check_tiny_autoencoder(tiny: Autoencoder, source: str | Path, latent_channel
 
 
 def _resolve(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder / "vae" if (folder / "vae").is_dir() else folder
-    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    place = Source.parse(source)
+    if place.path is None:
+        return _download(place.hub_id)
+    if not place.path.is_dir():
         raise UserError(f"{source} is neither a folder nor a hub id (org/name) of a TAESD, e.g. madebyollin/taesd")
-    return _download(str(source))
+    return place.path / "vae" if (place.path / "vae").is_dir() else place.path
 
 
 def _download(name: str) -> Path:

@@ -25,8 +25,9 @@ from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_
 from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
+from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import common_half_precision, refuse_infinities, tensor_names
-from fewstep.models.model import load_class_teacher, need_text_libraries
+from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.fitting import fit_network
 
@@ -111,7 +112,7 @@ def recognise(source: Path) -> Kind:
 
 def convert_edm_pickle(source: Path, out: Path) -> str:
     """EDM pickle to model folder; says what was written."""
-    teacher = load_class_teacher(source, device="cpu")
+    teacher = load_teacher(source, device="cpu")
     card = replace(teacher.card, made_with=_origin(source, "EDM pickle"))
     write_model_folder(out, teacher.denoiser.describe(), teacher.denoiser.state_dict(), card)
     return f"{out}: teacher, {_pictures(teacher.denoiser)}"
@@ -153,7 +154,9 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
 def _convert_edm(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str, indices: tuple[int, ...]) -> str:
     class_names: tuple[str, ...] = ()
     if base:
-        teacher = load_class_teacher(base, device="cpu")
+        teacher = load_teacher(base, device="cpu")
+        if teacher.base:
+            raise UserError(f"{base} is a text-to-image model; {source} is a checkpoint of a class-conditional one")
         description, class_names = teacher.denoiser.describe(), teacher.card.class_names
     else:
         description = _describe_edm(checkpoint, source)
@@ -204,8 +207,7 @@ def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
         )
     folder = resolve_model_folder(base)
     description = recognise_family(folder).describe_folder(folder)
-    name = str(folder.resolve()) if Path(base).expanduser().exists() else base
-    return description, build_on_meta(description), name
+    return description, build_on_meta(description), Source.parse(base).lasting_name
 
 
 def _fitted_roles(checkpoint: DMD2Checkpoint, denoiser: Denoiser, where: str) -> dict[str, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import UserError
+from fewstep.formats.source import Source
 from fewstep.preparation.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
 
 
@@ -22,7 +23,10 @@ def convert_weights(source: str | Path, out: str | Path, *, base: str = "", step
     Raises:
         UserError: `out` exists, nothing there to convert, a damaged file, no base or another one, no steps known.
     """
-    source, out, indices = Path(source).expanduser(), Path(out).expanduser(), tuple(step_indices)
+    place, out, indices = Source.parse(source), Path(out).expanduser(), tuple(step_indices)
+    if place.path is None:
+        raise UserError(f"{source} does not exist here; download the weights and give the file or folder")
+    source = place.path
     if out.exists():
         raise UserError(f"{out} exists already; choose another output folder, or remove it first")
     kind = recognise(source)

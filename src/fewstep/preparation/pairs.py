@@ -10,14 +10,12 @@ from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
 from fewstep.data.shard_folder import start_or_continue, write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_teacher
 from fewstep.formats.fingerprints import network_fingerprint
-from fewstep.formats.pixels import to_uint8
-from fewstep.models.model import AnyTeacher, Teacher, check_guidance
+from fewstep.models.model import Model
 
 
 def prepare_pairs(
-    teacher: AnyTeacher, teacher_name: str, folder: Path, *, num_pairs: int, seed: int = 0, num_steps: int = 18,
+    teacher: Model, teacher_name: str, folder: Path, *, num_pairs: int, seed: int = 0, num_steps: int | None = None,
     guidance_scale: float = 1.0, shard_size: int = 1000, batch_size: int = 100,
     conditions: ConditionTable | None = None, report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
@@ -28,23 +26,24 @@ def prepare_pairs(
 
     Args:
         folder: new, or one that an interrupted call with the same arguments left unfinished.
-        conditions: what to draw from; None: the teacher's classes. A text-to-image teacher needs its prompts here.
+        conditions: what to draw from; None: all classes. A teacher that takes prompts needs them here.
+        num_steps: of the teacher's sampler; None: its family's usual number.
         report: called with (finished pairs, all pairs) after each shard.
 
     Raises:
         UserError: the folder holds other pairs, guidance the teacher lacks, the disk is full.
     """
-    check_guidance(teacher, guidance_scale)
+    teacher.check_guidance(guidance_scale)
+    num_steps = teacher.family.default_num_steps if num_steps is None else num_steps
     job = {
         "teacher": teacher_name, "num_pairs": num_pairs, "seed": seed, "num_steps": num_steps,
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
         "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
+    conditions = teacher.conditioner.every if conditions is None else conditions
     if conditions is None:
-        if not isinstance(teacher, Teacher):
-            raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
-        conditions = teacher.conditions
-    elif not isinstance(teacher, Teacher):
+        raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
+    if teacher.folder is not None:
         job["network"] = network_fingerprint(teacher.folder)
     manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
@@ -63,13 +62,12 @@ def prepare_pairs(
 
 
 def _some_pairs(
-    teacher: AnyTeacher, conditions: ConditionTable, draws: Draws, num_steps: int, guidance_scale: float
+    teacher: Model, conditions: ConditionTable, draws: Draws, num_steps: int, guidance_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     denoiser = teacher.denoiser
     labels = draws.integers("pair_label", 0, conditions.num_rows)
     noise = draws.normal("pair_noise", denoiser.image_shape).half()  # not the noise that evaluation starts from
-    x0 = sample_teacher(
+    x0 = teacher.family.sample(
         denoiser, noise.float(), conditions.rows(labels), num_steps=num_steps, guidance_scale=guidance_scale
     )
-    stored = to_uint8(x0) if isinstance(teacher, Teacher) else x0.half().cpu()
-    return noise.cpu(), stored, labels.cpu()
+    return noise.cpu(), teacher.decoder.stored(x0), labels.cpu()

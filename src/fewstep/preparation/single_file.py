@@ -14,10 +14,10 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named, recognise
 from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
 from fewstep.formats.atomic import written_aside
-from fewstep.formats.bundled import resolve_path
 from fewstep.formats.diffusers_index import read_json, read_model_index
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
+from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import first_line, write_tensor_file
 from fewstep.networks.components import published_names
 from fewstep.networks.untrained import build_untrained
@@ -124,15 +124,17 @@ def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -
 
 
 def _config_folder(source: str | Path, absent: Sequence[str]) -> Path:
-    folder = resolve_path(source)
-    if folder.exists():
-        read_model_index(folder)
-        return folder
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(f"{source} does not exist and is no hub id (org/name); give a diffusers folder or a hub id")
+    place = Source.parse(source)
+    if place.path is not None:
+        if not place.path.exists():
+            raise UserError(
+                f"{source} does not exist and is not a hub id (org/name); give a diffusers folder or a hub id"
+            )
+        read_model_index(place.path)
+        return place.path
     try:
         weights = [f"{name}/*.safetensors" for name in absent]
-        return Path(snapshot_download(str(source), allow_patterns=[*_CONFIGS, *weights]))
+        return Path(snapshot_download(place.hub_id, allow_patterns=[*_CONFIGS, *weights]))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         raise UserError(
             f"{source} is no local folder and its configs cannot be fetched from the hub "

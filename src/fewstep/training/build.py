@@ -31,7 +31,8 @@ from fewstep.errors import UserError
 from fewstep.families.registry import build_released, family_of
 from fewstep.formats.compare import state_difference
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
-from fewstep.models.model import AnyTeacher, Teacher, check_guidance, load_generator, load_teacher
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.networks.perceptual import load_lpips, pixel_distance
 from fewstep.settings import LossSettings, TrainSettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
@@ -67,13 +68,13 @@ def schedule_warning(settings: TrainSettings, teacher: Denoiser) -> list[str]:
     return []
 
 
-def build_distillation(settings: TrainSettings, teacher: AnyTeacher, conditions: ConditionTable) -> Distillation:
+def build_distillation(settings: TrainSettings, teacher: Model, conditions: ConditionTable) -> Distillation:
     """Roles, inputs, terms and optimisers of one run.
 
     Raises:
         UserError: guidance the teacher cannot give, missing pairs or weights, a start that does not fit.
     """
-    check_guidance(teacher, settings.teacher.guidance_scale)
+    teacher.check_guidance(settings.teacher.guidance_scale)
     steps, levels = build_step_schedule(settings, teacher.denoiser), teacher.denoiser.noise_schedule.num_levels
     if settings.losses.max_level_index >= levels:
         raise UserError(
@@ -165,7 +166,7 @@ def _named(source: Path) -> Iterator[None]:
         raise UserError(f"generator.start_from={source}: {error}") from None
 
 
-def open_teacher(settings: TrainSettings) -> AnyTeacher:
+def open_teacher(settings: TrainSettings) -> Model:
     """The teacher of a run, on its device and in its precision."""
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
@@ -178,7 +179,7 @@ def open_teacher(settings: TrainSettings) -> AnyTeacher:
     return teacher
 
 
-def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
+def check_network(teacher: Model, settings: TrainSettings) -> None:
     """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
     try:
         expected = build_released(settings.teacher.network).state_dict()
@@ -192,7 +193,7 @@ def check_network(teacher: AnyTeacher, settings: TrainSettings) -> None:
 
 
 def _build_generator_terms(
-    settings: TrainSettings, roles: Roles, teacher: AnyTeacher, scale: LossScale
+    settings: TrainSettings, roles: Roles, teacher: Model, scale: LossScale
 ) -> list[GeneratorTerm]:
     losses, terms = settings.losses, list[GeneratorTerm]()
     if losses.distribution_matching_weight:
@@ -212,7 +213,7 @@ def _build_generator_terms(
     return terms
 
 
-def build_distance(losses: LossSettings, teacher: AnyTeacher) -> Callable[[Tensor, Tensor], Tensor]:
+def build_distance(losses: LossSettings, teacher: Model) -> Callable[[Tensor, Tensor], Tensor]:
     """What the regression compares in: x0 itself, or LPIPS on pictures (latents are decoded first).
 
     Raises:
@@ -221,13 +222,10 @@ def build_distance(losses: LossSettings, teacher: AnyTeacher) -> Callable[[Tenso
     if losses.regression_distance == "pixel":
         return pixel_distance
     lpips = load_lpips(losses.vgg_weights, losses.lpips_weights).to(teacher.device)
-    if isinstance(teacher, Teacher):
-        return lpips
-    from fewstep.networks.autoencoder import load_autoencoder
-
-    tiny = losses.regression_autoencoder
-    vae = load_autoencoder(Path(tiny).expanduser()).to(teacher.device) if tiny else teacher.autoencoder
-    return lambda x0, target: lpips(vae.decode(x0), vae.decode(target))
+    decoder = teacher.decoder
+    if losses.regression_autoencoder:
+        decoder = decoder.with_autoencoder(losses.regression_autoencoder)
+    return lambda x0, target: lpips(decoder.pixels(x0), decoder.pixels(target))
 
 
 def _build_fake_score_terms(losses: LossSettings, roles: Roles) -> list[FakeScoreTerm]:

@@ -10,7 +10,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
-from fewstep.models.model import AnyTeacher
+from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
@@ -27,7 +27,7 @@ class DistillationJob(GeneratorJob):
 
     phase = "distill"
 
-    def __init__(self, settings: TrainSettings, teacher: AnyTeacher) -> None:
+    def __init__(self, settings: TrainSettings, teacher: Model) -> None:
         conditions = build_conditions(settings, teacher, Path(settings.run.folder))
         self.real_data = build_real_data(settings, teacher)
         self.run = build_distillation(settings, teacher, conditions)

@@ -2,34 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fewstep import __version__
-from fewstep.devices import pictures_at_once
 from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.samplers import sample_generator, sample_noise, sample_teacher
+from fewstep.diffusion.samplers import sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.roles import build_twin
 from fewstep.formats.model_folder import ModelCard
-from fewstep.models.model import AnyGenerator, AnyTeacher
+from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
 from fewstep.training.health import sample_statistics
 from fewstep.training.run_log import RunLog
 from fewstep.training.update import Update
-
-
-@runtime_checkable
-class HasTexts(Protocol):
-    """Conditions that can be read."""
-
-    def texts(self, index: Tensor) -> list[str]:
-        """The prompts at these numbers."""
 
 
 class GeneratorJob:
@@ -46,7 +36,7 @@ class GeneratorJob:
     phase: str
 
     def __init__(
-        self, settings: TrainSettings, teacher: AnyTeacher, steps: StepSchedule, conditions: ConditionTable,
+        self, settings: TrainSettings, teacher: Model, steps: StepSchedule, conditions: ConditionTable,
         generator: Denoiser,
     ) -> None:  # fmt: skip
         self.settings, self.teacher, self.device = settings, teacher, teacher.device
@@ -85,7 +75,7 @@ class GeneratorJob:
         for name, update in self.updates().items():
             update.restore(name, tensors)
 
-    def best_generator(self) -> AnyGenerator:
+    def best_generator(self) -> Model:
         """The averaged generator where there is an average, else the current one; shares its weights."""
         network: Denoiser = self.generator if self.average is None else self.average.module
         return self.teacher.student(network, self._card(0))
@@ -104,9 +94,9 @@ class GeneratorJob:
             made = self._decoded(self._in_groups(self._from_teacher, 0, count))
             log.picture("teacher", step, made, columns=min(10, count))
             log.keep_reference(sample_statistics(made))
-            if isinstance(self.conditions, HasTexts):
-                numbers = torch.arange(count, device=self.device)
-                log.note("prompts", self.conditions.texts(numbers % self.conditions.num_rows))
+            names = self.conditions.names(torch.arange(count) % self.conditions.num_rows)
+            if names:
+                log.note(self.conditions.noun, names)
         log.samples(step, sample_statistics(images))
 
     def _generated(self, first: int, count: int, seed: int) -> Tensor:
@@ -121,9 +111,12 @@ class GeneratorJob:
 
     def _from_teacher(self, numbers: Tensor) -> Tensor:
         """The teacher's x0 for images of these numbers, from the noise that the generator's start from."""
-        network, guidance = self.teacher.denoiser, self.settings.teacher.guidance_scale
+        network, family = self.teacher.denoiser, self.teacher.family
         noise = sample_noise(network, 0, int(numbers[0]), len(numbers), self.device)
-        return sample_teacher(network, noise, self._condition(numbers), guidance_scale=guidance)
+        return family.sample(
+            network, noise, self._condition(numbers), num_steps=family.default_num_steps,
+            guidance_scale=self.settings.teacher.guidance_scale,
+        )  # fmt: skip
 
     def _condition(self, numbers: Tensor) -> Condition:
         """All conditions in turn."""
@@ -136,12 +129,11 @@ class GeneratorJob:
 
     def _decoded(self, x0: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1], each group moved to the CPU before the next is decoded."""
-        return torch.cat([self.teacher.to_images(part).cpu() for part in x0.split(self._group)])
+        return torch.cat([self.teacher.decoder.images(part).cpu() for part in x0.split(self._group)])
 
     @property
     def _group(self) -> int:
-        _, height, width = self.teacher.picture_shape
-        return pictures_at_once(height, width)
+        return self.teacher.pictures_at_once
 
     def _card(self, num_steps: int) -> ModelCard:
         made_with = {
@@ -155,5 +147,6 @@ class GeneratorJob:
 
     def save_result(self, folder: Path, num_steps: int) -> Path:
         """Write the generator (the average where there is one) with its step schedule."""
-        self.teacher.write_generator(folder / "generator", self.best_generator().denoiser, self._card(num_steps))
+        generator = self.best_generator()
+        self.teacher.student(generator.denoiser, self._card(num_steps)).write(folder / "generator")
         return folder / "generator"

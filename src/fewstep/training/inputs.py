@@ -21,7 +21,7 @@ from fewstep.distillation.inputs import (
 )
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import network_fingerprint
-from fewstep.models.model import AnyTeacher, Teacher
+from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 
 
@@ -44,33 +44,34 @@ class RealImages:
         return RealBatch(images, self.conditions.rows(labels))
 
 
-def build_real_data(settings: TrainSettings, teacher: AnyTeacher) -> RealData | None:
+def build_real_data(settings: TrainSettings, teacher: Model) -> RealData | None:
     """Batches of real data, or None where no term reads them."""
     if not settings.losses.gan_discriminator_weight:
         return None
-    if not isinstance(teacher, Teacher):
+    if teacher.conditioner.every is None:
         from fewstep.training.text_data import open_latents
 
         return open_latents(settings, teacher)
-    channels, resolution, _ = teacher.denoiser.image_shape
+    channels, resolution, _ = teacher.picture_shape
     dataset = load_images(
         settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
     )
     check_class_names(dataset, teacher)
     batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
-    return RealImages(batches, teacher.conditions)
+    return RealImages(batches, teacher.conditioner.every)
 
 
-def build_conditions(settings: TrainSettings, teacher: AnyTeacher, folder: Path) -> ConditionTable:
+def build_conditions(settings: TrainSettings, teacher: Model, folder: Path) -> ConditionTable:
     """What the generator is asked for: all classes, or the prompts of the run (their embeddings go into `folder`)."""
-    if isinstance(teacher, Teacher):
-        return teacher.conditions
+    every = teacher.conditioner.every
+    if every is not None:
+        return every
     from fewstep.training.text_data import open_prompts
 
     return open_prompts(settings, teacher, folder)
 
 
-def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
+def check_class_names(dataset: ImageDataset, teacher: Model) -> None:
     """Refuse pictures whose named classes are not the teacher's."""
     names, known = dataset.class_names, teacher.card.class_names
     if names and known and tuple(names) != known:
@@ -81,7 +82,7 @@ def check_class_names(dataset: ImageDataset, teacher: Teacher) -> None:
 
 
 def build_inputs(
-    settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher, conditions: ConditionTable
+    settings: TrainSettings, steps: StepSchedule, teacher: Model, conditions: ConditionTable
 ) -> GeneratorInputs:
     """What the generator is fed each step.
 
@@ -95,9 +96,9 @@ def build_inputs(
     return FreshAndPairedInputs(FreshInputs(steps, conditions), build_paired_inputs(settings, steps, teacher))
 
 
-def pairs_warning(settings: TrainSettings, teacher: AnyTeacher) -> list[str]:
+def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
     """A line where the run reads pairs of a text-to-image teacher that do not say whose they are."""
-    if isinstance(teacher, Teacher) or not settings.losses.regression_weight or not settings.data.pairs:
+    if teacher.folder is None or not settings.losses.regression_weight or not settings.data.pairs:
         return []
     if "network" in read_manifest(Path(settings.data.pairs).expanduser(), PAIRS).get("job", {}):
         return []
@@ -107,7 +108,7 @@ def pairs_warning(settings: TrainSettings, teacher: AnyTeacher) -> list[str]:
     ]
 
 
-def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: AnyTeacher) -> PairedInputs:
+def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Model) -> PairedInputs:
     """Stored noise-image pairs of this teacher.
 
     Raises:
@@ -122,22 +123,20 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: A
             f"data.pairs={settings.data.pairs} holds images of shape {tuple(pairs.images.shape[1:])}, "
             f"the teacher makes {teacher.denoiser.image_shape}: prepare pairs with this teacher"
         )
-    if isinstance(teacher, Teacher):
-        conditions: ConditionTable = teacher.conditions
-    else:
+    conditions = teacher.conditioner.every
+    if conditions is None:
         from fewstep.training.text_data import stored_prompts
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
-        made_by = pairs.manifest.get("job", {}).get("network")
-        if made_by not in (None, network_fingerprint(teacher.folder)):
-            raise UserError(
-                f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
-                f"({pairs.manifest['job'].get('teacher')}): prepare pairs with this teacher"
-            )
-    what = "classes" if isinstance(teacher, Teacher) else "prompts"
+    made_by = pairs.manifest.get("job", {}).get("network")
+    if made_by is not None and teacher.folder is not None and made_by != network_fingerprint(teacher.folder):
+        raise UserError(
+            f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
+            f"({pairs.manifest['job'].get('teacher')}): prepare pairs with this teacher"
+        )
     if int(pairs.labels.max()) >= conditions.num_rows:
         raise UserError(
             f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "
-            f"{conditions.num_rows} {what}: prepare pairs with this teacher"
+            f"{conditions.num_rows} {conditions.noun}: prepare pairs with this teacher"
         )
     return PairedInputs(steps, conditions, pairs)

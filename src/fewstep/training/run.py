@@ -2,21 +2,25 @@
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from functools import partial
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from fewstep.models.model import Teacher
 from fewstep.progress import say
 from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings, refuse_unread
+from fewstep.settings.python import gather_settings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import pairs_warning
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
+from fewstep.training.results import Run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -26,22 +30,34 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pretrain(
-    settings: PretrainSettings, *, observers: tuple[Observer, ...] = (), console: Console | None = None
-) -> Path:
+    settings: PretrainSettings | Mapping[str, Any] | str | PathLike[str], *, observers: tuple[Observer, ...] = (),
+    console: Console | None = None, **overrides: Any,
+) -> Run:  # fmt: skip
     """Train a teacher on pictures; continues an interrupted run of the same folder.
 
+        run = fewstep.pretrain("recipes/my_pictures.toml", data__images="photos", run__folder="runs/teacher")
+        run.teacher.sample(16)
+
+    Args:
+        settings: a recipe's path, a dictionary of settings, or `PretrainSettings`.
+        observers: called with (finished steps, training seconds) after every step.
+        console: where progress goes; standard error by default.
+        overrides: settings to change, as section__name=value; `**{"section.name": value}` says the same.
+
     Returns:
-        Folder of the finished teacher, for `load_teacher`.
+        The finished run: its folder, teacher, metrics and sample pictures.
 
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
     console = console or Console(stderr=True)
+    settings = gather_settings(PretrainSettings, settings, overrides)
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
     job = Pretraining(settings)
     claim_run_folder(settings, folder)
-    return run_job(job, settings, folder, observers=observers, console=console)
+    run_job(job, settings, folder, observers=observers, console=console)
+    return Run(folder, settings)
 
 
 def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
@@ -49,27 +65,41 @@ def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
     return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 
-def train(settings: TrainSettings, *, observers: tuple[Observer, ...] = (), console: Console | None = None) -> Path:
+def train(
+    settings: TrainSettings | Mapping[str, Any] | str | PathLike[str], *, observers: tuple[Observer, ...] = (),
+    console: Console | None = None, **overrides: Any,
+) -> Run:  # fmt: skip
     """Distil a generator; continues an interrupted run of the same folder.
 
+        run = fewstep.train("recipes/emoji_dmd2_4step_lora.toml", training__num_steps=200)
+        run.generator.sample("red apple")
+
+    Args:
+        settings: a recipe's path, a dictionary of settings, or `TrainSettings`.
+        observers: called with (finished steps, training seconds) after every step.
+        console: where progress goes; standard error by default.
+        overrides: settings to change, as section__name=value; `**{"section.name": value}` says the same.
+
     Returns:
-        Folder of the finished generator, for `load_generator`.
+        The finished run: its folder, generator, metrics and sample pictures.
 
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
     console = console or Console(stderr=True)
+    settings = gather_settings(TrainSettings, settings, overrides)
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
     teacher = open_teacher(settings)
-    refuse_unread(settings, takes_prompts=not isinstance(teacher, Teacher))
+    refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
     for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
         say(console, line)
     job: GeneratorJob = kind(settings, teacher)
     watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
     claim_run_folder(settings, folder)
-    return run_job(job, settings, folder, watches=watches, observers=observers, console=console)
+    run_job(job, settings, folder, watches=watches, observers=observers, console=console)
+    return Run(folder, settings)
 
 
 def print_gan_weight(settings: TrainSettings) -> None:

@@ -14,7 +14,7 @@ from fewstep.distillation.inputs import RealBatch
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
-from fewstep.models.text_model import LiveEmbeddings, PromptTable, TextTeacher
+from fewstep.models.model import Model
 from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.settings import TrainSettings
@@ -49,7 +49,7 @@ class RealLatents:
     """Batches of stored latents with their captions' conditions; the order of each pass follows from the seed."""
 
     stored: StoredLatents
-    captions: PromptTable
+    captions: ConditionTable
     seed: int
     batch_size: int
     orders: dict[int, Tensor] = field(default_factory=dict)  # the permutation of the passes being read
@@ -61,7 +61,7 @@ class RealLatents:
         return RealBatch(latents, self.captions.rows(index.to(device)))
 
 
-def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) -> ConditionTable:
+def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> ConditionTable:
     """The run's prompts; by default encoded once into `folder`, after which the text encoders are freed.
 
     Raises:
@@ -76,13 +76,13 @@ def open_prompts(settings: TrainSettings, teacher: TextTeacher, folder: Path) ->
         return stored_prompts(teacher, path)
     prompts, truncate = load_prompts(path, settings.data.prompt_column), settings.data.truncate_prompts
     if settings.data.text_embeddings == "computed":
-        check_prompts(teacher.encoders, prompts, truncate, CUT_WITH)
-        return teacher.table(LiveEmbeddings(teacher.encoders, prompts))
-    prepare_embeddings(teacher.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH)
+        check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
+        return teacher.conditioner.table(prompts, teacher.size)
+    prepare_embeddings(teacher.conditioner.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH)
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 
-def open_latents(settings: TrainSettings, teacher: TextTeacher) -> RealLatents:
+def open_latents(settings: TrainSettings, teacher: Model) -> RealLatents:
     """Real latents for the GAN.
 
     Raises:
@@ -95,22 +95,24 @@ def open_latents(settings: TrainSettings, teacher: TextTeacher) -> RealLatents:
         )
     stored = StoredLatents(Path(settings.data.latents).expanduser())
     check_latents_fit(
-        stored, vae_fingerprint=vae_fingerprint(teacher.folder), text_fingerprint=text_fingerprint(teacher.folder),
+        stored, vae_fingerprint=vae_fingerprint(teacher.components), text_fingerprint=text_fingerprint(teacher.components),
         latent_shape=teacher.denoiser.image_shape,
     )  # fmt: skip
     captions = EmbeddingsOnDisk(stored.captions)
     training = settings.training
-    return RealLatents(stored, teacher.table(captions, captions.empty), training.seed, training.batch_size)
+    return RealLatents(
+        stored, teacher.conditioner.table(captions, teacher.size, captions.empty), training.seed, training.batch_size
+    )
 
 
-def stored_prompts(teacher: TextTeacher, folder: Path) -> PromptTable:
+def stored_prompts(teacher: Model, folder: Path) -> ConditionTable:
     """Prompts embedded earlier, checked to be of this teacher's text encoders, which are freed.
 
     Raises:
         UserError: no stored embeddings, or another encoder's.
     """
     stored = StoredEmbeddings(folder)
-    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher.folder))
+    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher.components))
     source = EmbeddingsOnDisk(stored)
-    teacher.release_encoders()
-    return teacher.table(source, source.empty)
+    teacher.conditioner.release()
+    return teacher.conditioner.table(source, teacher.size, source.empty)

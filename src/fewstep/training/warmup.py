@@ -10,7 +10,7 @@ from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import build_twin
 from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
-from fewstep.models.model import AnyTeacher
+from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distance, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
@@ -27,7 +27,7 @@ class WarmupJob(GeneratorJob):
 
     phase = "warmup"
 
-    def __init__(self, settings: TrainSettings, teacher: AnyTeacher) -> None:
+    def __init__(self, settings: TrainSettings, teacher: Model) -> None:
         if settings.memory.mode != "full" or settings.generator.start_from:
             raise UserError(
                 "a warm-up (regression alone) trains the full network from the teacher: leave memory.mode at 'full' and "

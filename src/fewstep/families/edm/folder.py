@@ -28,8 +28,9 @@ def is_edm_folder(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".pkl"
     try:
-        return "description" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        description = json.loads((path / CONFIG).read_text(encoding="utf-8"))["description"]
+        return bool(description["family"] == "edm")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
 

@@ -1,0 +1,152 @@
+"""Where a path leads: teachers, generators, or whichever of the two it holds."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import UserError
+from fewstep.families.diffusers_folder import resolve_model_folder
+from fewstep.families.registry import build_denoiser, recognise
+from fewstep.formats.source import Source
+from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
+from fewstep.models.model import Model, build_model
+
+
+def load_teacher(
+    source: str | Path, *, device: str = "auto", precision: str = "fp32", resolution: int = 0
+) -> Model:  # fmt: skip
+    """Load a diffusion model, the teacher of a distillation.
+
+    Args:
+        source: a model folder, a run folder of `fewstep pretrain`, an EDM .pkl (read without executing anything in
+            it), "bundled:fashion-mnist"; or a text-to-image model: a diffusers folder, hub id or "bundled:emoji-sd".
+        device: "auto", "cpu", "cuda", "cuda:N", "mps".
+        precision: "fp32", "bf16" or "fp16" inside the network.
+        resolution: side of a text-to-image model's pictures in pixels; 0 takes its own.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    place = Source.parse(source)
+    folder = place.of_role("teacher")
+    if folder is None:
+        need_text_libraries()
+        folder = resolve_model_folder(place)
+    _refuse_absent(folder, f"teacher {source}")
+    family = recognise(folder)
+    if family.takes == "prompts":
+        need_text_libraries()
+    denoiser, card = family.load(folder, resolution), family.read_card(folder)
+    components = (folder, place.lasting_name) if family.takes == "prompts" else (None, "")
+    return build_model(denoiser.eval(), card, *components).to(device, precision)
+
+
+def load_generator(
+    source: str | Path, *, device: str = "auto", precision: str = "fp32", base: str = ""
+) -> Model:  # fmt: skip
+    """Load a distilled generator: an exported folder or a run folder of `fewstep train`.
+
+    Args:
+        source: the folder.
+        device: "auto", "cpu", "cuda", "cuda:N", "mps".
+        precision: "fp32", "bf16" or "fp16" inside the network.
+        base: for text-to-image generators, where the teacher lies that text encoders and VAE are read from;
+            empty: where it was during training.
+
+    Raises:
+        UserError: no such model, a damaged one, or one that is a teacher (it has no step schedule).
+    """
+    place = Source.parse(source)
+    folder = place.of_role("generator")
+    if folder is None:
+        raise UserError(f"{source} does not exist; download the generator and give its folder")
+    if is_generator_folder(folder):
+        need_text_libraries()
+        return _load_on_base(folder, base).to(device, precision)
+    _refuse_absent(folder, f"generator {source}")
+    family = recognise(folder)
+    card = family.read_card(folder)
+    if not card.step_indices:
+        raise UserError(f"{source} is a {card.role} without a step schedule; load it with fewstep.load_teacher")
+    return build_model(family.load(folder).eval(), card).to(device, precision)
+
+
+def load_model(source: str | Path, *, device: str = "auto", precision: str = "fp32") -> Model:
+    """Load whichever the path holds, a teacher or a generator; of a run folder with both, the generator.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    place = Source.parse(source)
+    folder = place.of_role("generator")
+    if folder is None:
+        return load_teacher(source, device=device, precision=precision)
+    is_generator = is_generator_folder(folder)
+    if not is_generator:
+        teacher = place.of_role("teacher")
+        holds_teacher = teacher != place.path and folder == place.path
+        _refuse_absent(folder, f"model {source}")
+        is_generator = not holds_teacher and bool(recognise(folder).read_card(folder).step_indices)
+    load = load_generator if is_generator else load_teacher
+    return load(source, device=device, precision=precision)
+
+
+def need_text_libraries() -> None:
+    """Raise UserError where what text-to-image models need is not installed."""
+    missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")
+
+
+def _refuse_absent(folder: Path, what: str) -> None:
+    if not folder.exists():
+        raise UserError(f"{what} does not exist; give a model folder, a run folder or an EDM .pkl")
+
+
+def _load_on_base(folder: Path, base: str) -> Model:
+    """A generator whose text encoders, VAE and perhaps network lie in its teacher's folder."""
+    description, weights, card = read_generator_folder(folder)
+    whole = not base and (folder / "model_index.json").is_file()  # an exported pipeline brings its own components
+    source = str(folder) if whole else base or card.base
+    try:
+        components = resolve_model_folder(source)
+    except UserError as error:
+        raise UserError(f"{folder} reads its text encoders and VAE from {source}: {error}") from error
+    if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
+        denoiser = build_denoiser(description)
+    else:
+        family = recognise(components)
+        denoiser = family.load(components, int(description["latent_size"]) * family.pixels_per_latent(components))
+    if "lora" in description:
+        denoiser = _with_adapter(denoiser, description, weights, folder, source)
+    else:
+        _load_network(denoiser, weights, folder)
+    return build_model(denoiser.eval(), card, components, source)
+
+
+def _with_adapter(
+    denoiser: Denoiser, description: dict[str, object], weights: dict[str, Tensor], folder: Path, source: str
+) -> Denoiser:
+    from fewstep.networks.adapters import LoraShape, SharedBase
+
+    lora = description["lora"]
+    assert isinstance(lora, dict)
+    shape = LoraShape(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
+    role = SharedBase(denoiser, shape).add_role("generator")
+    try:
+        role.load_adapter_state(weights)
+    except UserError as error:
+        raise UserError(f"{folder} is a LoRA for another base than {source}: {error}") from error
+    denoiser.eval()
+    return role
+
+
+def _load_network(denoiser: Denoiser, weights: dict[str, Tensor], folder: Path) -> None:
+    own = denoiser.own_weights()
+    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    wrong += [name for name in weights if name not in own]
+    if wrong:
+        raise UserError(f"{folder} holds another network than its base: {len(wrong)} tensors differ, e.g. {wrong[:2]}")
+    denoiser.load_own_weights(weights)
