@@ -60,6 +60,6 @@ def _shape(value: HasShape | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _some(names: Iterable[str]) -> str:
-    names = [name[:100] for name in names]
+    names = [" ".join(name[:100].split()) for name in names]  # a damaged file's may be anything
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"e.g. {', '.join(names[:_SHOWN])}{more}" if len(names) > 1 else names[0]

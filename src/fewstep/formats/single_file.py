@@ -126,13 +126,13 @@ def _refuse_unknown(path: Path, others: Mapping[str, Tensor]) -> None:
     """Raise UserError for tensors that belong to no component and that might change what the model computes."""
     if edm := [key for key in others if key.startswith(_EDM_MARKERS)]:
         raise UserError(
-            f"{path} holds {edm[0]}: its U-Net takes EDM's noise levels, which Stable Diffusion 1.x and SDXL here do not; "
+            f"{path} holds {edm[0][:60]!r}: its U-Net takes EDM's noise levels, which Stable Diffusion 1.x and SDXL here do not; "
             "give a model that predicts epsilon or v"
         )
     known = (V_MARKER, ZERO_SNR_MARKER)
     if unknown := [key for key in others if key not in known and not _LEFT_BEHIND.fullmatch(key)]:
         raise UserError(
-            f"{path}: {len(unknown)} of its tensors belong to no part of such a model, e.g. {unknown[0][:100]}; what they "
+            f"{path}: {len(unknown)} of its tensors belong to no part of such a model, e.g. {unknown[0][:100]!r}; what they "
             "change is not known here: save the model again without them"
         )
 

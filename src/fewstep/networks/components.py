@@ -60,7 +60,9 @@ def load_component(kind: Any, folder: Path) -> Any:
     try:
         stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
     except UserError as error:
-        raise UserError(f"{folder} cannot be loaded ({str(error).partition('; ')[0]}); download it again") from error
+        raise UserError(
+            f"{folder} cannot be loaded ({_reason(error.__cause__ or error)}); download it again"
+        ) from error
     if files and num_values(untrained) > 2 * stored + _SPARE:  # before anything is allocated
         raise UserError(
             f"{folder / 'config.json'} describes a network of {num_values(untrained)} parameters, its weights have {stored}; "
