@@ -1,5 +1,7 @@
 """The published recipes are the rows of METHOD section 5, number by number."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,12 @@ RESULTS = {
     "sdxl_dmd2_1step": ("COCO-10k FID 19.01", "24k steps", "57 h"),
     "sdxl_regression_warmup": ("2k steps",),
 }
+# name: updates until the rate is whole. DMD's paper says 500 updates; DMD2's runs count 500 in steps of all processes
+# together, on 7 GPUs for ImageNet and on 64 for the others.
+WARMUP_STEPS = {
+    name: 500 if name == "imagenet64_dmd" else round(500 / (7 if name.startswith("imagenet64") else 64))
+    for name in PUBLISHED
+}
 # name: weight and distance of the regression
 REGRESSIONS = {"imagenet64_dmd": (0.25, "lpips"), "sdxl_regression_warmup": (1.0, "lpips")}
 
@@ -54,10 +62,10 @@ def test_published_numbers(name: str) -> None:
         settings.memory.mode, settings.generator.start_from,
     )  # fmt: skip
     assert found == PUBLISHED[name]
-    assert settings.optimizer.warmup_steps == 500
+    assert settings.optimizer.warmup_steps == WARMUP_STEPS[name]
     assert settings.optimizer.betas == (0.9, 0.999)
     assert settings.optimizer.weight_decay == 0.01
-    assert settings.optimizer.max_grad_norm == 10
+    assert settings.optimizer.max_grad_norm == (0 if name == "sdxl_regression_warmup" else 10)  # 0: not clipped
     assert settings.optimizer.decay == "constant"
     assert (settings.losses.min_level_index, settings.losses.max_level_index) == (20, 980)
     assert settings.generator.ema_half_life_images == 0  # the authors keep none
@@ -98,3 +106,30 @@ def test_one_gpu_recipe_shares_one_base() -> None:
     assert settings.memory.frozen_precision == "bf16"
     assert settings.memory.checkpoint_activations
     assert settings.training.batch_size == 1
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "sdxl_dmd2_4step_one_gpu"])
+def test_each_recipe_says_how_its_warm_up_counts(name: str) -> None:
+    """Beside the number, in the recipe or the one it extends."""
+    lines = [line for path in _with_parents(name) for line in path.read_text().splitlines()]
+    line = next(line for line in lines if line.startswith("warmup_steps"))
+    assert re.search(
+        r"# (published as 500, counted in steps of all \d+ processes|as the paper counts|one process)", line
+    )
+
+
+def test_one_process_counts_all_of_its_steps() -> None:
+    assert load_settings(TrainSettings, RECIPES / "sdxl_dmd2_4step_one_gpu.toml").optimizer.warmup_steps == 500
+
+
+def _with_parents(name: str) -> list[Path]:
+    """A recipe and the ones it extends, nearest first."""
+    path = RECIPES / f"{name}.toml"
+    parent = tomllib.loads(path.read_text()).get("extends")
+    return [path, *(_with_parents(parent.removesuffix(".toml")) if parent else [])]
+
+
+def test_pairs_of_dmd_have_256_steps() -> None:
+    command = "fewstep prepare pairs teachers/edm-imagenet-64x64-cond-adm.pkl data/imagenet64-pairs --teacher-steps 256"
+    assert command in (RECIPES / "imagenet64_dmd.toml").read_text()
+    assert command in (RECIPES.parent / "docs/imagenet64.md").read_text()

@@ -13,6 +13,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.inputs import (
     FreshAndPairedInputs,
     FreshInputs,
+    NoisedDataInputs,
     PairedInputs,
     RealBatch,
     simulated_input,
@@ -167,3 +168,21 @@ def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: P
     torch.testing.assert_close(batch.noisy[4:], sigma * noise[rows].float())
     torch.testing.assert_close(batch.target, images[rows].float() / 127.5 - 1)
     assert batch.condition["class_labels"][4:].argmax(1).tolist() == [[3, 2, 1, 0, 3][row] for row in rows]
+
+
+def test_the_ablation_draws_a_step_for_each_sample(generator: EDMDenoiser) -> None:
+    """Real data noised to that sample's step with its own condition; pure noise at the first."""
+    size = 200
+    real = RealBatch(torch.randn(size, *SHAPE), labels(size))
+    draws = Draws.of_batch(0, 3, size)
+    batch = NoisedDataInputs(FOUR)(generator, draws, real)
+    assert batch.condition is real.condition
+    sigmas = generator.noise_schedule.grid[list(FOUR.indices)]
+    fresh = noises(draws)
+    counts = [int((batch.level == sigma).sum()) for sigma in sigmas]
+    assert sum(counts) == size
+    assert min(counts) > 30  # 50 expected of each
+    for number in range(size):
+        sigma = batch.level[number]
+        expected = sigma * fresh[0][number] if sigma == sigmas[0] else real.images[number] + sigma * fresh[1][number]
+        torch.testing.assert_close(batch.noisy[number], expected)

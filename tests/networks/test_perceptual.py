@@ -55,14 +55,14 @@ def pictures(seed: int, height: int = 32, width: int = 32, batch: int = 2, chann
 
 
 def recomputed(vgg: Weights, heads: Weights, a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS in float64, as the paper's eq. 1 reads."""
+    """LPIPS in float64, as the paper's eq. 1 reads, on the VGG16 of DMD's regression: with average pooling."""
     shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64).view(3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64).view(3, 1, 1)
     x = (torch.cat([a, b]).double() - shift) / scale
     total = torch.zeros(len(a), dtype=torch.float64)
     for i, stage in enumerate(STAGES):
         if i:
-            x = F.max_pool2d(x, 2)
+            x = F.avg_pool2d(x, 2)  # DMD's regression and SDXL's warm-up; VGG16 itself has max pooling
         for index in stage:
             weight, bias = vgg[f"features.{index}.weight"].double(), vgg[f"features.{index}.bias"].double()
             x = F.conv2d(x, weight, bias, padding=1).clamp(min=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distillation.loss_scale import LossScale
+from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.errors import UserError
 from fewstep.settings import OptimizerSettings
 from fewstep.training.update import SMALLEST_SCALE, Update, build_adamw, build_update
@@ -224,3 +224,22 @@ def test_the_state_of_other_parameters_is_refused() -> None:
         fresh.restore("optimizer", tensors | {"optimizer.0.weight.exp_avg": torch.zeros(3)})
     with pytest.raises(UserError, match=r"optimizer is that of another network: it has 7\.weight"):
         fresh.restore("optimizer", tensors | {"optimizer.7.weight.exp_avg": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("scale", [NO_SCALE, half_scale()])
+def test_a_norm_of_zero_never_clips(scale: LossScale) -> None:
+    """As the published warm-up is trained: the gradients are those of the loss, however long."""
+    module = network()
+    loss_of(module, 1e4 * batch()).backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]  # type: ignore[union-attr]
+    module.zero_grad()
+    update = build_update(dict(module.named_parameters()), 1e-2, OptimizerSettings(max_grad_norm=0.0), scale)
+    kept = list[Tensor]()
+    update.optimizer.register_step_pre_hook(
+        lambda *_: kept.extend(parameter.grad.clone() for parameter in module.parameters())  # type: ignore[union-attr]
+    )
+    update.backward(loss_of(module, 1e4 * batch()))
+    norm = update.step()["grad_norm"]
+    assert norm > 1e3
+    for found, gradient in zip(kept, expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=0)

@@ -10,6 +10,7 @@ from fewstep.data.noise_image_pairs import NoiseImagePairs
 from fewstep.diffusion.condition import Condition, ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import StepSchedule
 
 
@@ -101,19 +102,18 @@ class PairedInputs:
 class NoisedDataInputs:
     """The ablation of backward simulation: real data noised to a step, pure noise at the first, with its own conditions.
 
-    Training and inference inputs then differ. Source: DMD2 (arXiv:2405.14867), section 4.5.
+    Each sample has a step of its own. Training and inference inputs then differ. Source: DMD2 (arXiv:2405.14867), section 4.5.
     """
 
     steps: StepSchedule
 
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
-        chosen = draws.shared_integer("simulated_step", len(self.steps))
         schedule, shape = generator.noise_schedule, generator.image_shape
-        level = schedule.expanded(self.steps.indices[chosen], len(real.images), real.images.device)
-        if chosen == 0:
-            noisy = schedule.initial(draws.normal("generator_noise", shape), level)
-        else:
-            noisy = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
+        chosen = draws.integers("simulated_step", 0, len(self.steps))
+        level = schedule.at(torch.tensor(self.steps.indices, device=chosen.device)[chosen])
+        pure = schedule.initial(draws.normal("generator_noise", shape), level)
+        noised = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
+        noisy = torch.where(per_sample(chosen == 0, pure), pure, noised)
         return GeneratorInput(noisy, level, real.condition, num_fresh=len(noisy))
 
 

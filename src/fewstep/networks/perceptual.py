@@ -25,10 +25,12 @@ _HEADS_DOWNLOAD = "lpips/weights/v0.1/vgg.pth of https://github.com/richzhang/Pe
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance on VGG16, version 0.1.
+    """Learned perceptual distance on VGG16, version 0.1, with average pooling in the place of VGG16's max pooling.
 
-    Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1. Differs: images smaller than `resize_to` are enlarged,
-    which the published module leaves to its caller; EDM and DMD enlarge ImageNet's 64-pixel images to 224.
+    Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1. Differs: the average pooling is that of DMD's regression and of
+    SDXL's warm-up (with max pooling the gradient is another: a cosine of 0.91 to 0.94 and 0.83 of the norm); images
+    smaller than `resize_to` are enlarged, which the published module leaves to its caller (EDM and DMD enlarge
+    ImageNet's 64-pixel images to 224).
 
     A new instance has random weights; `load_lpips` gives it the published ones. The weights are frozen;
     gradients flow to both images, are finite and can be differentiated again. That includes identical images
@@ -55,7 +57,7 @@ class LPIPS(nn.Module):
         channels = 3
         for num_convs, width in _VGG16_STAGES:
             if layers:
-                layers.append(nn.MaxPool2d(2))
+                layers.append(nn.AvgPool2d(2))
             for _ in range(num_convs):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width

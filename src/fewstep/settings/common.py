@@ -12,13 +12,13 @@ class OptimizerSettings(Tree):
     """AdamW; its learning rate belongs to each command."""
 
     generator_lr: float = Field(2e-6, gt=0, description="learning rate of the generator")
-    warmup_steps: int = Field(500, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(500, ge=0, description="steps of linear warm-up, of all processes together")
     final_lr_fraction: Fraction = Field(
         1.0, description="the rate falls along a cosine to this share of itself at the end; 1: it stays"
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas")
     weight_decay: NonNegative = Field(0.01, description="AdamW weight decay")
-    max_grad_norm: float = Field(10.0, gt=0, description="gradient norm of each optimiser is clipped at this")
+    max_grad_norm: NonNegative = Field(10.0, description="gradient norm of each optimiser is clipped at this; 0: never")
 
     @property
     def decay(self) -> str:

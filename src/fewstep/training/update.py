@@ -26,7 +26,7 @@ class Update:
         parameters: what is trained, by name; looked up when the update is built, so after sharding.
         lr: base learning rate.
         optimizer: over exactly these parameters, in their order.
-        max_grad_norm: the norm of all gradients together is clipped at this.
+        max_grad_norm: the norm of all gradients together is clipped at this; 0: never.
         scale: loss scale; the terms that ask for gradients at the role's output share it.
         prefix: of the metrics' names.
     """
@@ -60,7 +60,7 @@ class Update:
         """
         scaler = self.scale.scaler
         scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf).detach()
         scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scale.is_on:
