@@ -55,3 +55,18 @@ def test_recipes_point_at_files_that_exist() -> None:
     for path in (ROOT / "recipes").glob("*.toml"):
         for name in re.findall(r"(?:docs|src)/[\w./-]+\.(?:md|py|toml)", path.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{path.name} points at {name}"
+
+
+def test_nobody_asks_a_model_for_its_class() -> None:
+    """Classes or text, teacher or generator: the model says it, and one place tells a path from a hub id."""
+    asked = re.compile(
+        r"isinstance\(.*\b(Teacher|Generator|TextModel|TextTeacher|TextGenerator|EDMDenoiser)\b|load_class_|AnyTeacher"
+        r"|AnyModel|AnyGenerator|HasTexts|is_text\b"
+    )
+    guess = re.compile(r"""(source|images|path|base|name)\)?\.count\("/"\)""")
+    for path in SOURCES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            assert not asked.search(line), f"{path}:{number} {line.strip()}"
+            assert not guess.search(line), f"{path}:{number} guesses what Source.parse knows"
+    names = {path.name for path in SOURCES if path.parent.name == "models"}
+    assert not names & {"text_model.py", "prompt_table.py"}

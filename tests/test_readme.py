@@ -59,7 +59,7 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "clothes.png").stat().st_size > 1000
+    assert (tmp_path / "clothes.png").stat().st_size > 200  # one small grey picture
 
 
 def test_make_targets_of_the_pages_exist() -> None:

@@ -120,7 +120,8 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
     yield from schedule_warning(settings, denoiser)
     if settings.expected:
         yield f"published: {settings.expected}"
-    if isinstance(denoiser, EDMDenoiser) or is_warmup(settings):  # no LoRA without targets, none in a warm-up
+    family = family_of(denoiser.describe())
+    if not family.lora_targets or is_warmup(settings):  # no LoRA without targets, none in a warm-up
         return
     for mode in _MODES:
         estimate = chosen
@@ -138,7 +139,7 @@ def _on_gpu(settings: TrainSettings | PretrainSettings) -> bool:
 def _describe_network(denoiser: Denoiser, estimate: Estimate) -> str:
     channels, height, width = denoiser.image_shape
     line = f"network: {estimate.parameters['teacher'] / 1e6:.1f} M parameters, {height}x{width}x{channels}"
-    line += f", {denoiser.num_classes} classes" if isinstance(denoiser, EDMDenoiser) else " latents"
+    line += " latents" if family_of(denoiser.describe()).autoencoder_config else f", {denoiser.num_classes} classes"
     parts = {"generator": "generator's LoRA", "discriminator": "discriminator"}
     for name, words in parts.items():
         count = estimate.parameters.get(name, 0)

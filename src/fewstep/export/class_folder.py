@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -23,8 +24,7 @@ def export_class_folder(
 
 def export_edm_pickle(folder: Path, generator: Model, name: str, dtype: torch.dtype, header: Mapping[str, str]) -> None:
     """`<name>.pkl`: EDM's own names for the constructor's arguments; inverse of `generator.describe_edm_arguments`."""
-    denoiser = generator.denoiser
-    assert isinstance(denoiser, EDMDenoiser)  # the only family whose networks EDM's own code can read
+    denoiser = cast(EDMDenoiser, generator.denoiser)  # the only family whose networks EDM's own code can read
     values = denoiser.config.to_dict()
     family, fold = values.pop("family"), values.pop("fold")
     if fold != 1:
