@@ -74,7 +74,7 @@ def test_another_models_state(models: Path, tmp_path: Path, name: str) -> None:
     model, weights = copied(models, name, tmp_path)
     other = {"classes": "network", "network": "lora", "lora": "network"}[name]
     shutil.copyfile(models / other / WEIGHTS[other], weights)
-    keys = {"classes": "unexpected ['conv_in.bias'", "network": "e.g. ['conv_in.weight'", "lora": "e.g. network."}
+    keys = {"classes": "unexpected (e.g. conv_in.bias", "network": "e.g. conv_in.weight", "lora": "e.g. network."}
     for words in both(name, model, tmp_path):
         assert keys[name] in words
         assert str(model) in words

@@ -2,14 +2,17 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
-from fewstep.families.registry import build_denoiser, recognise
+from fewstep.families.registry import build_denoiser, build_on_meta, recognise
+from fewstep.formats.compare import state_difference
 from fewstep.formats.source import Source
+from fewstep.formats.tensor_files import first_line
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
 
@@ -115,7 +118,7 @@ def _load_on_base(folder: Path, base: str) -> Model:
     except UserError as error:
         raise UserError(f"{folder} reads its text encoders and VAE from {source}: {error}") from error
     if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
-        denoiser = build_denoiser(description)
+        denoiser = _described_network(description, weights, folder)
     else:
         family = recognise(components)
         denoiser = family.load(components, int(description["latent_size"]) * family.pixels_per_latent(components))
@@ -124,6 +127,19 @@ def _load_on_base(folder: Path, base: str) -> Model:
     else:
         _load_network(denoiser, weights, folder)
     return build_model(denoiser.eval(), card, components, source)
+
+
+def _described_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> Denoiser:
+    """The untrained network of a card's description, compared with the weights before anything is allocated."""
+    try:
+        untrained = build_on_meta(description)
+    except UserError:
+        raise
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+        raise UserError(f"{folder}: the description of the network is wrong ({first_line(error)})") from error
+    if "lora" not in description and (fault := state_difference(weights, untrained.own_weights())):
+        raise UserError(f"{folder} holds another network than it describes: {fault}")
+    return build_denoiser(description)
 
 
 def _with_adapter(
@@ -144,9 +160,6 @@ def _with_adapter(
 
 
 def _load_network(denoiser: Denoiser, weights: dict[str, Tensor], folder: Path) -> None:
-    own = denoiser.own_weights()
-    wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    wrong += [name for name in weights if name not in own]
-    if wrong:
-        raise UserError(f"{folder} holds another network than its base: {len(wrong)} tensors differ, e.g. {wrong[:2]}")
+    if fault := state_difference(weights, denoiser.own_weights()):
+        raise UserError(f"{folder} holds another network than its base: {fault}")
     denoiser.load_own_weights(weights)
