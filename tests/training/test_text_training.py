@@ -90,11 +90,12 @@ MODES = {
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [
-        *(("sd", mode) for mode in MODES),
+    [  # each family, each mode, with and without recomputing; the other pairs in the long run
+        ("sd", "lora_generator"),
         ("sdxl", "full, recomputed"),
-        ("sdxl", "shared_base"),
         ("sd3", "shared_base, recomputed"),
+        *(pytest.param("sd", mode, marks=pytest.mark.long) for mode in MODES if mode != "lora_generator"),
+        pytest.param("sdxl", "shared_base", marks=pytest.mark.long),
     ],
 )
 def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, mode: str, tmp_path: Path) -> None:
