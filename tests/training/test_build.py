@@ -331,7 +331,7 @@ def test_dmd_with_regression_end_to_end(teacher_folder: Path, pairs_folder: Path
         teacher_folder, tmp_path, folder, data={"images": "", "pairs": str(pairs_folder)},
         losses={**NO_GAN, "regression_weight": 0.25}, training={"num_steps": 3, "generator_every": 1},
     )  # fmt: skip
-    result = train(settings)
+    result = train(settings).model_folder
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "regression_loss" in line]
     assert [line["step"] for line in steps] == [0, 1, 2]

@@ -100,9 +100,9 @@ MODES = {
 )
 def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, mode: str, tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {"memory": MODES[mode]}
-    whole = train(settings(work, family, tmp_path / "whole", **changes))
+    whole = train(settings(work, family, tmp_path / "whole", **changes)).model_folder
     train(settings(work, family, tmp_path / "parts", training={"num_steps": 2}, **changes))
-    parts = train(settings(work, family, tmp_path / "parts", **changes))
+    parts = train(settings(work, family, tmp_path / "parts", **changes)).model_folder
     expected, _ = read_checkpoint(list_checkpoints(tmp_path / "whole/checkpoints")[-1])
     found, _ = read_checkpoint(list_checkpoints(tmp_path / "parts/checkpoints")[-1])
     assert found.keys() == expected.keys()
@@ -166,7 +166,7 @@ def test_noised_data_ablation_trains(work: Path, tmp_path: Path) -> None:
 
 
 def test_a_one_step_generator_at_399(work: Path, tmp_path: Path) -> None:
-    result = train(settings(work, "sdxl", tmp_path / "run", generator={"step_indices": [399]}))
+    result = train(settings(work, "sdxl", tmp_path / "run", generator={"step_indices": [399]})).model_folder
     generator = fewstep.load_generator(result, device="cpu")
     assert generator.card.step_indices == (399,)
     assert generator.evaluations() == 1
@@ -174,7 +174,9 @@ def test_a_one_step_generator_at_399(work: Path, tmp_path: Path) -> None:
 
 def test_average_of_a_lora_generator(work: Path, tmp_path: Path) -> None:
     generator = {"step_indices": [999], "ema_half_life_images": 5}
-    result = train(settings(work, "sd", tmp_path / "run", generator=generator, memory=MODES["shared_base"]))
+    result = train(
+        settings(work, "sd", tmp_path / "run", generator=generator, memory=MODES["shared_base"])
+    ).model_folder
     tensors, _ = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])
     names = [name for name in tensors if name.startswith("average.")]
     assert names
@@ -238,7 +240,7 @@ def test_a_schedule_that_no_stock_scheduler_carries_is_told_at_the_start(work: P
     steps = {"step_indices": [999, 666, 333]}
     odd = settings(work, "sd", tmp_path / "run", generator=steps, training={"num_steps": 1})
     console = Console(file=io.StringIO(), width=300)
-    result = train(odd, console=console)
+    result = train(odd, console=console).model_folder
     with pytest.raises(
         UserError, match=r"cannot travel .*: the nearest are generator\.step_indices=\[998, 665, 332\]$"
     ) as error:
@@ -265,7 +267,9 @@ def test_steps_beyond_the_teachers_grid_are_refused(work: Path, tmp_path: Path) 
 
 def test_a_stable_diffusion_2_teacher(work: Path, tmp_path: Path) -> None:
     """Two steps on what 2.x has and 1.x has not: gelu encoders, linear projections, heads per block, v-prediction."""
-    result = train(settings(work, "sd2", tmp_path / "run", memory=MODES["shared_base"], training={"num_steps": 2}))
+    result = train(
+        settings(work, "sd2", tmp_path / "run", memory=MODES["shared_base"], training={"num_steps": 2})
+    ).model_folder
     generator = fewstep.load_generator(result, device="cpu")
     assert generator.denoiser.base_network.prediction == "v_prediction"
     assert generator.conditioner.encoders.encode(["red cat"]).text.shape == (1, 16, 32)
@@ -281,7 +285,7 @@ def test_eight_steps_train_and_travel(work: Path, tmp_path: Path, family: str) -
     eight = list(range(999, 0, -125))
     result = train(
         settings(work, family, tmp_path / "run", generator={"step_indices": eight}, training={"num_steps": 1})
-    )
+    ).model_folder
     generator = fewstep.load_generator(result, device="cpu")
     assert generator.evaluations() == 8
     pictures = generator.sample(["red cat"], seed=4, output="tensor")

@@ -248,7 +248,7 @@ def test_everything_a_distillation_writes(teacher_folder: Path, pictures: Path, 
     settings = tiny_train_settings(
         teacher_folder, pictures, folder, training={"num_steps": 5}, run={"sample_every": 2, "tensorboard": True}
     )
-    result = train(settings)
+    result = train(settings).model_folder
     assert result == folder / "generator"
 
     fake_score = {"fake_score_loss", "gan_discriminator_loss", "fake_score_grad_norm"}
@@ -266,7 +266,7 @@ def test_everything_a_distillation_writes(teacher_folder: Path, pictures: Path, 
 
     pictured = {path.name for path in (folder / "samples").iterdir()}
     steps = (1, 2, 4, 5)
-    assert pictured == {"teacher_00000001.png"} | {
+    assert pictured == {"teacher_00000001.png", "classes.txt"} | {
         f"{name}_{step:08d}.png" for name in ("generator", "teacher_score", "fake_score") for step in steps
     }
     with Image.open(folder / "samples/generator_00000005.png") as picture:
@@ -303,7 +303,9 @@ def test_sample_pictures_are_those_of_the_generator(teacher_folder: Path, pictur
     """The grid at a fixed seed is what `load_generator` makes of the exported weights."""
     from fewstep.formats.pixels import make_grid
 
-    result = train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 3}))
+    result = train(
+        tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 3})
+    ).model_folder
     expected = make_grid(load_generator(result, device="cpu").sample(4, seed=0, output="tensor"), columns=4)
     with Image.open(tmp_path / "run/samples/generator_00000003.png") as picture:
         assert picture.tobytes() == expected.tobytes()
@@ -315,7 +317,7 @@ def test_sample_pictures_are_those_of_the_generator(teacher_folder: Path, pictur
 def test_everything_pretraining_writes(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = tiny_pretrain_settings(pictures, folder, training={"num_steps": 3})
-    result = pretrain(settings)
+    result = pretrain(settings).model_folder
     assert result == folder / "teacher"
     for line in step_lines(folder):
         assert line.keys() == {"step", "loss", "grad_norm", "images_per_second", "seconds"}
