@@ -141,8 +141,12 @@ class AdapterRole(Denoiser):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """`load_adapter_state`; the names that earlier checkpoints have are read too."""
+        self.load_adapter_state(self.renamed(state_dict))
+
+    def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict under the names of today, where it has those of earlier checkpoints."""
         older = {_OLDER_PREFIX + _older_name(name.removesuffix(".weight")): name for name in self.adapter_state()}
-        self.load_adapter_state({older.get(name, name): value for name, value in state_dict.items()})
+        return {older.get(name, name): value for name, value in state.items()}
 
     @property
     def shared(self) -> SharedBase:

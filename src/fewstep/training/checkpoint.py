@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
+from fewstep.networks.adapters import AdapterRole
 
 TENSORS = "tensors.safetensors"
 _PREFIX = "step_"
@@ -93,6 +94,8 @@ def restore_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> 
     """Inverse of `module_tensors`; raises UserError when the checkpoint holds another network."""
     prefix = f"{name}."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if isinstance(module, AdapterRole):
+        own = module.renamed(own)
     if fault := state_difference(own, module.state_dict()):
         raise UserError(f"the checkpoint's {name} is another network: {fault}")
     module.load_state_dict(own)
