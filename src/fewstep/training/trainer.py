@@ -120,7 +120,8 @@ class Loop:
                 self.stop.at_once(partial(watch.resume, self.step, self.clock.seconds()))
             while not self.stop.signal and not self.is_over():
                 self.one_step(bar)
-                for observe in (*watches, *observers):
+                due: list[Observer] = [*watches, *observers]
+                for observe in due:
                     self.stop.at_once(partial(observe, self.step, self.clock.seconds()))
             if not self.stop.signal and self.step != self.saved_step:
                 bar.show(self.progress(), "last pictures")
