@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import UserError
-from fewstep.training.run_data import FILE, claim_data, read_content
+from fewstep.training.run_data import FILE, note_data, read_content, read_contents, same_data
 
 
 def write(folder: Path, **files: bytes) -> Path:
@@ -24,12 +24,16 @@ def data(tmp_path: Path) -> Path:
 def run(tmp_path: Path, data: Path) -> Path:
     """A run that began with the data."""
     folder = write(tmp_path / "run")
-    claim_data(folder, {"data.images": str(data), "teacher.path": ""}, None)
+    note_data(folder, read_contents({"data.images": str(data), "teacher.path": ""}))
     return folder
 
 
 def go_on(run: Path, began: Path, now: str, **options: bool) -> set[str]:
-    return claim_data(run, {"data.images": now}, {"data.images": str(began)}, **options)
+    values = {"data.images": now}
+    contents = read_contents(values)
+    same = same_data(run, contents, values, {"data.images": str(began)}, **options)
+    note_data(run, contents)
+    return same
 
 
 def test_the_same_folder_by_another_spelling_and_after_a_move(
@@ -68,9 +72,28 @@ def test_hidden_files_do_not_count(run: Path, data: Path) -> None:
     assert go_on(run, data, str(data)) == {"data.images"}
 
 
+def test_a_run_as_a_user_continues_it(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from fewstep.training.run import train
+    from tests.training.helpers import tiny_train_settings
+
+    shutil.copytree(pictures, tmp_path / "here")
+    settings = tiny_train_settings(teacher_folder, tmp_path / "here", tmp_path / "run", training={"num_steps": 2})
+    train(settings)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tiny_train_settings(teacher_folder, tmp_path / "there", tmp_path / "run", training={"num_steps": 4})
+    assert sum("fake_score_loss" in row for row in train(moved).metrics) == 4
+    next((tmp_path / "there").rglob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"\(24 then, 23 now; .* repeat with --data-changed"):
+        train(moved)
+    train(moved, data_changed=True)
+
+
 def test_a_run_of_before_compares_texts(run: Path, data: Path) -> None:
     (run / FILE).unlink()
     assert go_on(run, data, f"{data}/") == set()
+    (run / FILE).unlink()
     assert go_on(run, data, str(data)) == {"data.images"}
 
 

@@ -475,7 +475,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_welcome(tmp_path: Path) -> None:
     claim_run_folder(counting_settings(tmp_path), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "data.json", ".lock"}
 
 
 def test_a_folder_of_the_other_kind_of_run(pictures: Path, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ TeacherRecipe = Annotated[Path | None, typer.Argument(help="TOML recipe, e.g. re
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings as section.key=value; `fewstep settings` lists all")
 ]
+DataChanged = Annotated[
+    bool, typer.Option("--data-changed", help="go on with other data than the interrupted run began with")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]

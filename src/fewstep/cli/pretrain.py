@@ -1,10 +1,15 @@
 """`fewstep pretrain`: train a teacher on pictures."""
 
-from fewstep.cli.options import DryRun, Overrides, TeacherRecipe, tell
+from fewstep.cli.options import DataChanged, DryRun, Overrides, TeacherRecipe, tell
 from fewstep.cli.recipe_runs import print_dry_run, settled, show_how_to_begin, with_folder
 
 
-def pretrain(recipe: TeacherRecipe = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(
+    recipe: TeacherRecipe = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    data_changed: DataChanged = False,
+) -> None:
     """Train a teacher on a folder of pictures. The same command continues an interrupted run."""
     if recipe is None:
         show_how_to_begin("pretrain", ("network",))
@@ -21,4 +26,4 @@ def pretrain(recipe: TeacherRecipe = None, overrides: Overrides = None, dry_run:
         return
     from fewstep.training.run import pretrain as run
 
-    print(run(settings).model_folder)
+    print(run(settings, data_changed=data_changed).model_folder)

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import DryRun, Overrides, Recipe, tell
+from fewstep.cli.options import DataChanged, DryRun, Overrides, Recipe, tell
 from fewstep.cli.recipe_runs import print_dry_run, settled, show_how_to_begin, with_folder
 
 
 def train(
     recipe: Recipe = None, overrides: Overrides = None, dry_run: DryRun = False,
     suggest_gan_weight: Annotated[bool, typer.Option("--suggest-gan-weight", help="measure gradient norms for a few updates in memory, print a GAN weight, then stop")] = False,
+    data_changed: DataChanged = False,
 ) -> None:  # fmt: skip
     """Distil a teacher into a generator. The same command continues an interrupted run."""
     if recipe is None:
@@ -34,4 +35,4 @@ def train(
         return
     from fewstep.training.run import train as run
 
-    print(run(settings).model_folder)
+    print(run(settings, data_changed=data_changed).model_folder)

@@ -31,7 +31,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 def pretrain(
     settings: PretrainSettings | Mapping[str, Any] | str | PathLike[str], *, observers: tuple[Observer, ...] = (),
-    console: Console | None = None, **overrides: Any,
+    console: Console | None = None, data_changed: bool = False, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Train a teacher on pictures; continues an interrupted run of the same folder.
 
@@ -42,6 +42,7 @@ def pretrain(
         settings: a recipe's path, a dictionary of settings, or `PretrainSettings`.
         observers: called with (finished steps, training seconds) after every step.
         console: where progress goes; standard error by default.
+        data_changed: go on with other data than an interrupted run began with, which is refused otherwise.
         overrides: settings to change, as section__name=value; `**{"section.name": value}` says the same.
 
     Returns:
@@ -55,7 +56,7 @@ def pretrain(
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
     job = Pretraining(settings)
-    claim_run_folder(settings, folder)
+    claim_run_folder(settings, folder, data_changed=data_changed)
     run_job(job, settings, folder, observers=observers, console=console)
     return Run(folder, settings)
 
@@ -67,7 +68,7 @@ def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
 
 def train(
     settings: TrainSettings | Mapping[str, Any] | str | PathLike[str], *, observers: tuple[Observer, ...] = (),
-    console: Console | None = None, **overrides: Any,
+    console: Console | None = None, data_changed: bool = False, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Distil a generator; continues an interrupted run of the same folder.
 
@@ -78,6 +79,7 @@ def train(
         settings: a recipe's path, a dictionary of settings, or `TrainSettings`.
         observers: called with (finished steps, training seconds) after every step.
         console: where progress goes; standard error by default.
+        data_changed: go on with other data than an interrupted run began with, which is refused otherwise.
         overrides: settings to change, as section__name=value; `**{"section.name": value}` says the same.
 
     Returns:
@@ -97,7 +99,7 @@ def train(
         say(console, line)
     job: GeneratorJob = kind(settings, teacher)
     watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
-    claim_run_folder(settings, folder)
+    claim_run_folder(settings, folder, data_changed=data_changed)
     run_job(job, settings, folder, watches=watches, observers=observers, console=console)
     return Run(folder, settings)
 

@@ -57,36 +57,44 @@ def read_content(source: str) -> Content:
     return Content(source, digest.hexdigest()[:32], len(files))
 
 
-def claim_data(
-    folder: Path, values: dict[str, Any], before: dict[str, Any] | None, *, data_changed: bool = False
+def read_contents(values: dict[str, Any]) -> dict[str, Content]:
+    """What each setting that names data leads to, by dotted key, from flat settings."""
+    return {key: read_content(str(values[key])) for key in SOURCES if values.get(key)}
+
+
+def same_data(
+    folder: Path, now: dict[str, Content], values: dict[str, Any], before: dict[str, Any], *, data_changed: bool = False
 ) -> set[str]:
-    """Note what a new run reads, or compare what a continued one reads with what it read before.
+    """Compare what a continued run reads with what it read before.
 
     Args:
         folder: of the run.
-        values: its settings, flat, by dotted key.
-        before: the settings it began with; None for a new run.
-        data_changed: take other data than before, and note it.
+        now: from `read_contents`.
+        values, before: its settings, flat, now and when it began.
+        data_changed: take other data than before.
 
     Returns:
-        Keys whose text differs from before while what they lead to is the same.
+        Keys whose text may differ from before because what they lead to is the same, or may differ.
 
     Raises:
         UserError: other data than before; names the setting and how many files there were.
     """
-    now = {key: read_content(str(values[key])) for key in SOURCES if values.get(key)}
-    known = {} if before is None else _read(folder / FILE)
-    same: set[str] = set()
+    known, same = _read(folder / FILE), set[str]()
     for key, content in now.items():
         earlier = known.get(key)
-        if before is None or (earlier is None and before.get(key) != values[key]):
-            continue  # new; or of a version without this file, where the texts are compared
+        if earlier is None and before.get(key) != values[key]:
+            continue  # of a version without this file: the texts are compared
         if earlier is not None and earlier.fingerprint != content.fingerprint and not data_changed:
             raise UserError(_changed(key, earlier, content))
         same.add(key)
-    with replaced_file(folder / FILE) as aside:
-        aside.write_text(json.dumps({key: asdict(content) for key, content in now.items()}, indent=1), encoding="utf-8")
     return same
+
+
+def note_data(folder: Path, contents: dict[str, Content]) -> None:
+    """Write down what a run reads, for its continuation."""
+    with replaced_file(folder / FILE) as aside:
+        text = json.dumps({key: asdict(content) for key, content in contents.items()}, indent=1)
+        aside.write_text(text, encoding="utf-8")
 
 
 def _changed(key: str, earlier: Content, content: Content) -> str:

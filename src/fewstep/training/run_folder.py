@@ -7,6 +7,7 @@ from typing import IO, Any
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
+from fewstep.training.run_data import Content, note_data, read_contents, same_data
 
 try:
     import fcntl
@@ -23,11 +24,12 @@ _FREE = (
 _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
 
-def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -> None:
+def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False) -> None:
     """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
 
     The number of steps, the time limit, `optimizer.*`, `compute.*` and `run.*` may change between sessions of one run;
-    bit-identical continuation is promised when they do not. What a killed process left half-written is removed.
+    bit-identical continuation is promised when they do not. Data and teacher are compared by content, wherever they lie
+    (training/run_data.py); with `data_changed` other data than before are taken. What a killed process left half-written is removed.
 
     Raises:
         UserError: another process trains there, the folder holds a run of other settings (they are named), or it
@@ -46,11 +48,13 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path) -
         raise UserError(f"cannot make run folder {folder}: {error}; choose another run.folder") from error
     hold(folder)
     try:
+        contents = read_contents(flatten_settings(settings))
         if path.exists():
-            _refuse_other_settings(settings, folder, path)
+            _refuse_other_settings(settings, folder, path, contents, data_changed)
         remove_leftovers(folder)
         with replaced_file(path) as aside:
             aside.write_text(settings.model_dump_json(indent=1), encoding="utf-8")
+        note_data(folder, contents)
     except BaseException:
         release(folder)
         raise
@@ -88,7 +92,13 @@ def release(folder: Path) -> None:
         file.close()
 
 
-def _refuse_other_settings(settings: TrainSettings | PretrainSettings, folder: Path, path: Path) -> None:
+def _refuse_other_settings(
+    settings: TrainSettings | PretrainSettings,
+    folder: Path,
+    path: Path,
+    contents: dict[str, Content],
+    data_changed: bool,
+) -> None:
     try:
         earlier = parse_settings(type(settings), _read_json(path), str(path))
     except UserError as error:
@@ -96,7 +106,8 @@ def _refuse_other_settings(settings: TrainSettings | PretrainSettings, folder: P
             f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
         ) from None
     before, now = flatten_settings(earlier), flatten_settings(settings)
-    changed = [key for key in now if before[key] != now[key] and not key.startswith(_FREE)]
+    free = (*_FREE, *same_data(folder, contents, now, before, data_changed=data_changed))
+    changed = [key for key in now if before[key] != now[key] and not key.startswith(free)]
     if changed:
         pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
         raise UserError(f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder")
