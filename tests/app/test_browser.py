@@ -131,7 +131,7 @@ def test_wrong_input_is_a_message(page: Any, server: tuple[str, Path], prompt: s
     page.fill("#prompt textarea", prompt)
     page.fill("#seed textarea", seed)
     page.click("#generate")
-    page.get_by_text(sentence).wait_for(timeout=WAIT)
+    page.locator("#problem").get_by_text(sentence).wait_for(timeout=WAIT)
     assert "Traceback" not in page.locator("body").inner_text() + server[1].read_text()
     assert page.locator("#model img").count() == 0
     pictures, _ = generate(page, "3")  # the page goes on
@@ -144,3 +144,33 @@ def test_what_the_page_says(page: Any) -> None:
         assert part in text
     assert page.locator("#steps input").is_disabled()
     assert not page.locator("#class").is_visible()
+
+
+def test_enter_generates_and_wrong_input_keeps_the_pictures(page: Any) -> None:
+    page.fill("#seed textarea", "7")
+    page.fill("#prompt textarea", "red")
+    page.locator("#prompt textarea").press("Shift+Enter")
+    page.locator("#prompt textarea").press_sequentially("cat")
+    assert page.locator("#prompt textarea").input_value() == "red\ncat"
+    page.locator("#prompt textarea").press("Enter")
+    page.locator("#teacher img").first.wait_for(timeout=WAIT)
+    page.get_by_text("The teacher is at work").wait_for(state="detached", timeout=WAIT)
+    before = [image.get_attribute("src") for image in page.locator("#model img").all()]
+    page.fill("#seed textarea", "abc")
+    page.click("#generate")
+    page.locator("#problem").get_by_text("The seed must be a whole number").wait_for(timeout=WAIT)
+    assert [image.get_attribute("src") for image in page.locator("#model img").all()] == before != []
+    generate(page, "8")
+    assert page.locator("#problem").inner_text().strip() == ""
+
+
+def test_a_program_asks_the_named_endpoint(server: tuple[str, Path]) -> None:
+    """As docs/app.md shows it."""
+    from gradio_client import Client
+
+    client = Client(server[0], verbose=False)
+    made = client.predict("red cat", -1, "5", 2, api_name="/generate")
+    assert [entry["caption"] for entry in made] == [f"red cat · seed 5 · picture {number}" for number in range(2)]
+    assert all(Path(entry["image"]).read_bytes().startswith(b"\x89PNG") for entry in made)
+    with pytest.raises(Exception, match="The seed must be a whole number"):
+        client.predict("red cat", -1, "abc", 2, api_name="/generate")

@@ -40,7 +40,8 @@ def components(page: Studio) -> dict[str, dict[str, Any]]:
 
 def test_a_press_shows_pictures_facts_and_history(text: Text) -> None:
     page = studio(text[0], history=3)
-    ((shown, facts, teacher, waiting, strip, history),) = press(page)
+    ((problem, shown, facts, teacher, waiting, strip, history),) = press(page)
+    assert problem == ""
     assert [caption for _, caption in shown["value"]] == ["picture 0", "picture 1"]
     assert "2 pictures · 2 evaluations each" in facts
     assert (teacher["value"], waiting) == ([], "")
@@ -53,18 +54,18 @@ def test_a_press_shows_pictures_facts_and_history(text: Text) -> None:
 def test_the_teacher_comes_second_from_the_same_request(text: Text) -> None:
     page = studio(text[0], teacher=str(text[1]), teacher_steps=2)
     first, second = press(page)
-    assert "at work" in first[3]
-    assert "2 evaluations each" in second[3]
+    assert "at work" in first[4]
+    assert "2 evaluations each" in second[4]
     expected = page.make(Request(prompt="red cat", seed="5", num_images=2), "teacher").pictures
-    for (picture, _), other in zip(second[2]["value"], expected, strict=True):
+    for (picture, _), other in zip(second[3]["value"], expected, strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(other))
     assert len(press(page, compare=False)) == 1
 
 
 def test_generators_ignore_nothing_and_teachers_take_their_steps(classes: Classes) -> None:
-    made = press(studio(classes[1]), label=1, steps=8)
-    assert "15 evaluations each" in made[0][1]
-    assert [caption for _, caption in made[0][0]["value"]] == ["bag", "bag"]
+    made = press(studio(classes[1]), label=1, steps=7)
+    assert "13 evaluations each" in made[0][2]
+    assert [caption for _, caption in made[0][1]["value"]] == ["bag", "bag"]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +78,10 @@ def test_generators_ignore_nothing_and_teachers_take_their_steps(classes: Classe
         ({"num_images": float("nan")}, "This page makes 1 to 8 pictures"),
     ],
 )
-def test_wrong_input_is_one_sentence(text: Text, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(gr.Error, match=sentence) as caught:
-        press(studio(text[0]), **changes)
-    assert not caught.value.print_exception
+def test_wrong_input_is_one_sentence_and_keeps_the_pictures(text: Text, changes: dict[str, Any], sentence: str) -> None:
+    ((problem, *others),) = press(studio(text[0]), **changes)
+    assert sentence in problem
+    assert others == [gr.skip()] * 6
 
 
 def test_surprises_go_to_the_log(text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,9 +106,16 @@ def test_words_in_a_message_stay_text(classes: Classes, monkeypatch: pytest.Monk
         raise UserError("no <img src=x onerror=alert(1)>")
 
     monkeypatch.setattr(page, "make", refuse)
-    with pytest.raises(gr.Error) as caught:
-        press(page)
-    assert caught.value.message == "no &lt;img src=x onerror=alert(1)&gt;"
+    assert press(page)[0][0] == "**no &lt;img src=x onerror=alert(1)&gt;**"
+
+
+def test_examples_are_prompts_of_the_model(text: Text, classes: Classes, tmp_path: Path) -> None:
+    assert studio(classes[0]).examples == []
+    (text[0] / "samples").mkdir(exist_ok=True)
+    (text[0] / "samples/prompts.txt").write_text("red cat\nred cat\n\na dog\n" + "x" * 90 + "\n")
+    assert studio(text[0]).examples == ["red cat", "a dog"]
+    shown = [part["props"].get("samples") for part in build_page(studio(text[0])).get_config_file()["components"]]
+    assert [["red cat"], ["a dog"]] in shown
 
 
 def test_notes_are_warnings(text: Text) -> None:
@@ -144,5 +152,6 @@ def test_queue_and_interface_are_closed(classes: Classes) -> None:
     assert page._queue.max_size == 3
     assert all(block.concurrency_limit == 1 for block in page.fns.values() if block.name == "generate")
     assert not page.api_open
-    assert page.get_api_info()["named_endpoints"] == {}
+    (name,) = page.get_api_info()["named_endpoints"]
+    assert name == "/generate"
     assert page.analytics_enabled is False

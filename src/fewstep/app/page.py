@@ -28,6 +28,7 @@ main.app {width: 100%; max-width: none !important}
 #new-seed {align-self: end; height: 42px; margin-bottom: 13px}
 .quiet {opacity: 0.75; font-size: 0.9em}
 #about h2 {margin-bottom: 0}
+#problem {color: var(--error-text-color, #b91c1c)}
 #model .grid-wrap, #teacher .grid-wrap {max-height: none; overflow: visible; min-height: 240px}
 .caption-label {font-size: 11px !important; padding: 1px 6px !important}
 #history .grid-wrap {max-height: none; min-height: 0; overflow-x: auto; overflow-y: hidden}
@@ -54,30 +55,62 @@ class PageFunctions:
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """The model's pictures, then the teacher's where they are to be compared.
 
+        What is wrong with the input is said beside it, and the pictures that were there stay.
+
         Yields:
-            pictures with captions, facts, the teacher's pictures, its facts, the history strip, the history.
+            a problem, pictures with captions, facts, the teacher's pictures, its facts, the history strip, the history.
         """
-        if visitor is not None and not _is_listening(visitor.session_hash):
-            log.info("nobody waits for a request of session %s any more", visitor.session_hash)
-            raise _message("Nobody waits for this request any more.")
+        self._await_listener(visitor)
         with_teacher = compare and "teacher" in self.studio.models
         request = Request(
             prompt or "", ALL_CLASSES if label is None else label, str(seed), _whole(num_images),
             None if self.studio.is_generator else steps, bool(tiny_vae),
         )  # fmt: skip
-        result = self._ask(request, "model")
+        try:
+            result = self._ask(request, "model")
+        except UserError as error:
+            yield _problem(str(error)), *[gr.skip()] * 6
+            return
         history = [*_thumbnails(result), *(history or [])][: self.studio.settings.history]
         waiting = "The teacher is at work …" if with_teacher else ""
-        yield _gallery(result), facts_of(result), _gallery(None), waiting, history, history
+        yield "", _gallery(result), facts_of(result), _gallery(None), waiting, history, history
         if with_teacher:
-            other = self._ask(request, "teacher")
-            yield gr.skip(), gr.skip(), _gallery(other), comparison_of(result, other), gr.skip(), gr.skip()
+            try:
+                other = self._ask(request, "teacher")
+            except UserError as error:
+                yield _problem(str(error)), *[gr.skip()] * 3, "", *[gr.skip()] * 2
+                return
+            yield *[gr.skip()] * 3, _gallery(other), comparison_of(result, other), gr.skip(), gr.skip()
+
+    def pictures(
+        self, prompt: str, label: int, seed: str, num_images: float, visitor: gr.Request | None = None
+    ) -> list[Entry]:
+        """What programs call, by the name /generate: the model's pictures with how each was made.
+
+        Raises:
+            gradio.Error: a request that cannot be answered, in words.
+        """
+        self._await_listener(visitor)
+        request = Request(
+            prompt or "", ALL_CLASSES if label is None else label, str(seed), _whole(num_images), None if self.studio.is_generator else self.studio.default_steps
+        )  # fmt: skip
+        try:
+            result = self._ask(request, "model")
+        except UserError as error:
+            raise _message(str(error)) from None
+        return list(zip(result.pictures, result.origins, strict=True))
+
+    @staticmethod
+    def _await_listener(visitor: gr.Request | None) -> None:
+        if visitor is not None and not _is_listening(visitor.session_hash):
+            log.info("nobody waits for a request of session %s any more", visitor.session_hash)
+            raise _message("Nobody waits for this request any more.")
 
     def _ask(self, request: Request, role: Role) -> Result:
         try:
             result = self.studio.make(request, role)
-        except UserError as error:
-            raise _message(str(error)) from None
+        except UserError:
+            raise
         except Exception:
             log.exception("a request failed")
             raise _message("Something went wrong on the server. Its log says what.") from None
@@ -106,6 +139,11 @@ def build_page(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 inputs, button = _controls(studio, settings)
+                problem = gr.Markdown(elem_id="problem")
+                if examples := studio.examples:
+                    gr.Examples(
+                        [[text] for text in examples], inputs=[inputs[0]], label="For example", cache_examples=False
+                    )
             with gr.Column(scale=4, min_width=320):
                 outputs = _pictures(studio)
                 gr.Markdown("\n".join(f"- {note}" for note in notes_of(studio)), elem_classes="quiet", elem_id="notes")
@@ -117,10 +155,20 @@ def build_page(studio: Studio) -> gr.Blocks:
                 buttons=[], elem_id="history", elem_classes=_look(studio),
             )  # fmt: skip
         event = functools.partial(
-            gr.on, fn=functions.generate, inputs=[*inputs, history], outputs=[*outputs, strip, history],
-            api_visibility="private", concurrency_limit=1, concurrency_id="models", show_progress_on=[outputs[0]],
+            gr.on, fn=functions.generate, inputs=[*inputs, history], outputs=[problem, *outputs, strip, history],
+            api_name="press", api_visibility="private", concurrency_limit=1, concurrency_id="models", show_progress_on=[outputs[0]],
         )  # fmt: skip
         event(triggers=[button.click, inputs[0].submit])
+        # for programs: a button and a gallery that nobody sees
+        endpoint = gr.Gallery(visible=False, format="png")
+        gr.Button(visible=False).click(
+            functions.pictures,
+            [*inputs[:4]],
+            endpoint,
+            api_name="generate",
+            concurrency_limit=1,
+            concurrency_id="models",
+        )
     page.queue(max_size=settings.max_queue, api_open=False)
     return page
 
@@ -128,7 +176,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 def _controls(studio: Studio, settings: AppSettings) -> tuple[list[Any], gr.Button]:
     """Inputs in the order of `PageFunctions.generate`; what the model does not have stays hidden."""
     prompt = gr.Textbox(
-        label="Prompt", placeholder="what the picture shows", lines=2, max_lines=4, visible=studio.takes_prompts,
+        label="Prompt", placeholder="what the picture shows; Enter generates, Shift-Enter breaks the line", lines=1, max_lines=6, visible=studio.takes_prompts,
         max_length=settings.max_prompt, submit_btn=False, autofocus=True, elem_id="prompt",
     )  # fmt: skip
     classes = studio.classes
@@ -202,6 +250,11 @@ def _whole(number: float) -> int:
 
 def _new_seed() -> str:
     return str(secrets.randbelow(2**32))
+
+
+def _problem(sentence: str) -> str:
+    """What is wrong, beside the field it is about; the visitor's own words in it stay text."""
+    return f"**{html.escape(sentence, quote=False)}**"
 
 
 def _message(sentence: str) -> gr.Error:

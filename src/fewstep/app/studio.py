@@ -16,6 +16,7 @@ from fewstep.app.settings import MAX_SEED, AppSettings
 from fewstep.devices import DTYPES, choose_device, choose_precision
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
+from fewstep.formats.source import Source
 from fewstep.models.decoder import Decoder
 from fewstep.models.load import load_model, load_teacher
 from fewstep.models.model import Model
@@ -23,6 +24,7 @@ from fewstep.models.picture_list import Picture, list_pictures, wishes_of
 from fewstep.progress import say
 
 ALL_CLASSES = -1
+NUM_EXAMPLES = 5
 Role: TypeAlias = Literal["model", "teacher"]
 
 
@@ -108,6 +110,13 @@ class Studio:
         count = model.denoiser.num_classes
         names = model.card.class_names or tuple(f"class {number}" for number in range(count))
         return [("all classes in turn", ALL_CLASSES), *zip(names, range(count), strict=False)] if count > 1 else []
+
+    @property
+    def examples(self) -> list[str]:
+        """Prompts to begin with: of the run's own sample pictures, else of what the model knows; empty without prompts."""
+        if not self.takes_prompts:
+            return []
+        return example_prompts(self.settings.model)
 
     @property
     def step_choices(self) -> list[int]:
@@ -300,3 +309,20 @@ def _origin(picture: Picture, name: str) -> str:
     return " · ".join(
         [picture.prompt.strip(), *parts] if picture.prompt else [name, *parts] if picture.label is not None else parts
     )
+
+
+def example_prompts(model: str) -> list[str]:
+    """The first prompts that lie with a model: those of a run's sample pictures, or of the set a bundled one was trained on."""
+    path = Source.parse(model).path
+    places = (
+        []
+        if path is None
+        else [path / "samples/prompts.txt", path.parent / "samples/prompts.txt", path.parent / "prompts_train.txt"]
+    )
+    for place in places:
+        if place.is_file():
+            lines = dict.fromkeys(
+                line.strip() for line in place.read_text(encoding="utf-8", errors="replace").splitlines()
+            )
+            return [line for line in lines if 0 < len(line) <= 80][:NUM_EXAMPLES]
+    return []
