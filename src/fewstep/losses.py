@@ -24,10 +24,11 @@ def distribution_matching_gradient(x0: Tensor, real_x0: Tensor, fake_x0: Tensor)
 
     Args:
         x0: generator output, (B, ...).
-        real_x0, fake_x0: the teacher's and the fake score's x0 estimates at one noise level, same shape.
+        real_x0, fake_x0: the teacher's and the fake score's x0 estimates at one noise level, same shape. In float64 their
+            difference, which may be a small part of them, is rounded after the division only.
 
     Returns:
-        (B, ...), float32, no gradient attached. A descent step along it moves x0 toward real_x0.
+        (B, ...), of x0's dtype, no gradient attached. A descent step along it moves x0 toward real_x0.
 
     Raises:
         ValueError: the shapes differ.
@@ -36,7 +37,7 @@ def distribution_matching_gradient(x0: Tensor, real_x0: Tensor, fake_x0: Tensor)
     with torch.no_grad():
         scale = mean_per_sample((x0 - real_x0).abs())
         direction = (fake_x0 - real_x0) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        return torch.where(scale == 0, 0.0, direction)  # NaN stays NaN, so that a diverging network is noticed
+        return torch.where(scale == 0, 0.0, direction).to(x0.dtype)  # NaN stays NaN, so that a diverging network is noticed
 
 
 def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fewstep.distillation.terms import (
 )
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.networks.discriminator import Discriminator
-from fewstep.training.step import combined_gradient, fake_score_loss
+from fewstep.training.step import MicroBatch, Tally, combined_gradient, fake_score_loss, micro_batches
 from tests.conftest import relative_error, tiny_denoiser
 
 FRESH, PAIRED = 3, 2
@@ -63,6 +63,12 @@ def x0() -> Tensor:
 @pytest.fixture
 def noise() -> Tensor:
     return torch.randn(FRESH, *SHAPE, generator=torch.Generator().manual_seed(6))
+
+
+def whole_batch(size: int) -> MicroBatch:
+    """A step's batch in one part, without real data."""
+    (part,) = micro_batches(Draws.of_batch(0, 0, size), RealBatch(torch.empty(0, *SHAPE), Condition(0)), 0)
+    return part
 
 
 def column(values: Tensor) -> Tensor:
@@ -385,8 +391,9 @@ def test_combined_gradient_sums_the_weighted_terms(batch: GeneratorInput, x0: Te
         ConstantTerm("b", 0.003, second, 6.0),
         ConstantTerm("c", 1.0, third, 7),
     ]
-    metrics: dict[str, Tensor] = {}
-    total = combined_gradient(terms, x0, batch, Draws.of_batch(0, 0, FRESH), metrics)
+    tally = Tally()
+    total = combined_gradient(terms, x0, batch, whole_batch(FRESH), tally)
+    metrics = tally.metrics()
     torch.testing.assert_close(total, 2 * first + 0.003 * second + third)
     assert torch.equal(first, kept)
     assert [metrics[f"{name}_loss"].item() for name in "abc"] == [5, 6, 7]
@@ -405,7 +412,7 @@ def test_one_backward_of_the_combined_gradient_is_the_weighted_sum_of_losses(bat
     x0 = generator.denoise(batch.noisy.double(), batch.level.double(), condition)
     inputs = GeneratorInput(batch.noisy, batch.level, condition, FRESH, batch.target.double())
     terms: list[Any] = [Regression(weighted_distance, 0.25), Regression(lambda a, b: (a - b).abs().sum((1, 2, 3)), 3.0)]
-    gradient = combined_gradient(terms, x0.detach(), inputs, Draws.of_batch(0, 0, FRESH), {})
+    gradient = combined_gradient(terms, x0.detach(), inputs, whole_batch(FRESH), Tally())
     parameters = list(generator.parameters())
     ours = torch.autograd.grad(x0, parameters, gradient, retain_graph=True)
     paired, target = x0[FRESH:], inputs.target
@@ -424,14 +431,48 @@ def test_fake_score_loss_sums_the_weighted_terms(x0: Tensor, batch: GeneratorInp
         def __call__(self, *arguments: Any) -> Tensor:
             return value**2
 
-    metrics: dict[str, Tensor] = {}
-    real = RealBatch(torch.empty(0, *SHAPE), Condition(0))
+    tally = Tally()
     terms: list[Any] = [Quadratic("fake_score", 1.0), Quadratic("gan_discriminator", 0.01)]
-    total = fake_score_loss(terms, x0, batch.condition, real, Draws.of_batch(0, 0, 5), metrics)
+    total = fake_score_loss(terms, x0, batch.condition, whole_batch(5), tally)
     total.backward()
+    metrics = tally.metrics()
     assert total.item() == pytest.approx(4.04)
     assert value.grad.item() == pytest.approx(4.04)
     assert {name: metric.item() for name, metric in metrics.items()} == {
         "fake_score_loss": 4, "gan_discriminator_loss": 4,
     }  # fmt: skip
     assert not any(metric.requires_grad for metric in metrics.values())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 8.0])
+def test_a_small_difference_of_two_estimates_is_not_rounded(
+    teacher: EDMDenoiser, batch: GeneratorInput, x0: Tensor, noise: Tensor, guidance_scale: float
+) -> None:
+    """The direction is that of what the float32 networks give, computed in float64 from there on."""
+    near = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.mul_(1 + 1e-5)
+    result = DistributionMatching(teacher, near, guidance_scale, 20, 980).at(x0, batch, INDEX, noise)
+
+    fresh, sigma = x0[:FRESH], KarrasSchedule().grid[INDEX]
+    noisy = fresh + sigma[:, None, None, None] * noise
+    scaled = noisy * (1 / (sigma**2 + 0.5**2).sqrt())[:, None, None, None]
+    labels = batch.condition["class_labels"][:FRESH]
+
+    def raw(network: EDMDenoiser, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network.model(scaled, sigma.log() / 4, labels)[0].double()
+
+    wide = column(sigma)
+    skip, out = 0.25 / (wide**2 + 0.25), wide * 0.5 / (wide**2 + 0.25).sqrt()
+    real, fake = raw(teacher, labels), raw(near, labels)
+    if guidance_scale != 1:
+        both = torch.cat([torch.zeros_like(labels), labels])
+        with torch.no_grad():
+            twice = teacher.model(torch.cat([scaled] * 2), (sigma.log() / 4).repeat(2), both)[0].double()
+        real = twice[:FRESH] + guidance_scale * (twice[FRESH:] - twice[:FRESH])
+    distance = (fresh.double() - (skip * noisy.double() + out * real)).abs().mean((1, 2, 3), keepdim=True)
+    expected = out * (fake - real) / distance / fresh.numel()
+    assert relative_error(result.gradient[:FRESH], expected) < 1e-6
+    assert result.gradient.dtype == torch.float32

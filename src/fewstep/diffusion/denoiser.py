@@ -50,7 +50,8 @@ class Denoiser(nn.Module):
         """Estimate x0 and/or return the bottleneck feature.
 
         Args:
-            noisy: alpha(level) x0 + sigma(level) noise, (B, ...), float32, in the model's own units.
+            noisy: alpha(level) x0 + sigma(level) noise, (B, ...), in the model's own units. float32; in float64 the x0 comes
+                in float64 too: what the network sees is the same, nothing after it is rounded.
             level: the schedule's own noise coordinate, (B,).
             condition: B conditions.
             want: "bottleneck" alone runs the encoder only.
@@ -62,7 +63,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError("a Denoiser subclass implements denoising_weight")
 
     def denoise(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """The x0 estimate, (B, ...), float32."""
+        """The x0 estimate, (B, ...), of `noisy`'s dtype."""
         x0 = self(noisy, level, condition, "x0").x0
         assert x0 is not None
         return x0
@@ -146,6 +147,13 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
     return torch.autocast("cpu" if device.type == "meta" else device.type, dtype)
 
 
+def network_input(network: nn.Module, noisy: Tensor) -> Tensor:
+    """What a network reads of `noisy` (B, ...): float64 only where its weights are."""
+    if noisy.dtype != torch.float64 or next(network.parameters()).dtype == torch.float64:
+        return noisy
+    return noisy.float()
+
+
 def guided_denoise(
     denoiser: Denoiser, noisy: Tensor, level: Tensor, condition: Condition, guidance_scale: float
 ) -> Tensor:
@@ -160,7 +168,7 @@ def guided_denoise(
         guidance_scale: w. Source: Ho & Salimans 2022 (arXiv:2207.12598); some papers write w + 1 for it.
 
     Returns:
-        (B, ...), float32.
+        (B, ...), of `noisy`'s dtype.
     """
     if guidance_scale == 1:
         return denoiser.denoise(noisy, level, condition)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.precision import wide
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.losses import (
@@ -48,7 +49,8 @@ class GeneratorTerm(Protocol):
 class DistributionMatching:
     """Where the teacher and the fake score disagree about noised generator images.
 
-    Source: Yin et al. 2023 (arXiv:2311.18828), section 3.2; levels uniform over min_index..max_index inclusive.
+    Source: Yin et al. 2023 (arXiv:2311.18828), section 3.2; levels uniform over min_index..max_index inclusive. Both
+    estimates stay in float64 until guidance, difference and division are done, so that rounding them costs nothing.
     """
 
     teacher: Denoiser
@@ -69,7 +71,7 @@ class DistributionMatching:
         """The term at given grid indices (n,) and noises (n, C, H, W), n = batch.num_fresh."""
         fresh, condition = x0[: batch.num_fresh], batch.condition[: batch.num_fresh]
         level = self.teacher.noise_schedule.at(index)
-        noisy = self.teacher.add_noise(fresh, noise, level)
+        noisy = wide(self.teacher.add_noise(fresh, noise, level))
         real_x0 = guided_denoise(self.teacher, noisy, level, condition, self.guidance_scale)
         fake_x0 = self.fake_score.denoise(noisy, level, condition)
         direction = distribution_matching_gradient(fresh, real_x0, fake_x0)

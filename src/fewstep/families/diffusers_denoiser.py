@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
+from fewstep.diffusion.denoiser import (
+    Checkpoint,
+    Denoiser,
+    DenoiserOutput,
+    Want,
+    computing_in,
+    network_input,
+    plain_checkpoint,
+)
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.precision import wide
 from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
@@ -59,8 +67,9 @@ class DiffusersDenoiser(Denoiser):
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         with computing_in(self.compute_dtype, noisy.device):
-            raw, feature = self.run_network(noisy, level, condition, want)
-        bottleneck = None if feature is None else feature.to(noisy.dtype)
+            seen = network_input(self.network, noisy)
+            raw, feature = self.run_network(seen, level, condition, want)
+        bottleneck = None if feature is None else feature.to(seen.dtype)
         if raw is None:
             return DenoiserOutput(None, bottleneck)
         alpha, sigma = (per_sample(part, noisy) for part in self._alpha_sigma(level))

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, computing_in, plain_checkpoint
+from fewstep.diffusion.denoiser import (
+    Checkpoint,
+    Denoiser,
+    DenoiserOutput,
+    Want,
+    computing_in,
+    network_input,
+    plain_checkpoint,
+)
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import KarrasSchedule
 from fewstep.families.edm.preconditioning import edm_denoising_weight, edm_preconditioning
@@ -35,14 +43,17 @@ class EDMDenoiser(Denoiser):
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         c = edm_preconditioning(level, self.sigma_data)
         network_want = {"x0": "output", "bottleneck": "bottleneck", "both": "both"}[want]
+        seen = network_input(self.model, noisy)
         with computing_in(self.compute_dtype, noisy.device):
             raw, feature = self.model(
-                per_sample(c.c_in, noisy) * noisy, c.c_noise, condition.get("class_labels"), network_want
+                per_sample(c.c_in, seen) * seen, c.c_noise, condition.get("class_labels"), network_want
             )
         if raw is None:
-            return DenoiserOutput(None, feature.to(noisy.dtype))
+            return DenoiserOutput(None, feature.to(seen.dtype))
+        if seen.dtype != noisy.dtype:  # the x0 is wanted in float64
+            c = edm_preconditioning(level.to(noisy.dtype), self.sigma_data)
         x0 = per_sample(c.c_skip, noisy) * noisy + per_sample(c.c_out, noisy) * raw.to(noisy.dtype)
-        return DenoiserOutput(x0, None if feature is None else feature.to(noisy.dtype))
+        return DenoiserOutput(x0, None if feature is None else feature.to(seen.dtype))
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return edm_denoising_weight(level, self.sigma_data)
