@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs
+from fewstep.diffusion.draws import Draws
+from fewstep.distillation.inputs import FreshAndPairedInputs, FreshInputs, RealBatch
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -38,7 +39,8 @@ from fewstep.training.build import (
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.inputs import build_real_data
 from fewstep.training.run import train
-from tests.conftest import tiny_denoiser, write_pictures
+from fewstep.training.step import two_time_scale_step
+from tests.conftest import relative_error, tiny_denoiser, write_pictures
 from tests.training.helpers import tiny_train_settings
 
 NO_GAN = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
@@ -395,3 +397,36 @@ def test_pairs_of_a_teacher_with_more_classes(pairs_folder: Path) -> None:
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
     with pytest.raises(UserError, match=r"data\.pairs=.* holds labels up to 3, the teacher has 2 classes"):
         build_distillation(settings, other, other.conditioner.every)
+
+
+def test_a_bf16_teacher_beside_full_networks(teacher_folder: Path) -> None:
+    """The teacher is stored in half; generator and fake score start as its float32 weights and stay float32."""
+    settings = settings_of(
+        memory={"frozen_precision": "bf16"}, compute={"precision": "bf16", "device": "cpu"},
+        losses={"gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3},
+    )  # fmt: skip
+    teacher = load_teacher(teacher_folder, device="cpu", precision="bf16")
+    weights = {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
+    run = build_distillation(settings, teacher, teacher.conditioner.every)
+    roles = run.roles
+    assert {parameter.dtype for parameter in roles.teacher.parameters()} == {torch.bfloat16}
+    for role in (roles.generator, roles.fake_score):
+        assert {parameter.dtype for parameter in role.parameters()} == {torch.float32}
+        assert all(torch.equal(value, weights[name]) for name, value in role.state_dict().items())
+    noisy, level = torch.randn(2, 1, 16, 16), torch.full((2,), 1.0)
+    condition = teacher.conditioner.every.rows(torch.tensor([0, 1]))
+    with torch.no_grad():
+        half, whole = (network.denoise(noisy, level, condition) for network in (roles.teacher, roles.fake_score))
+    assert half.dtype == torch.float32
+    assert relative_error(half, whole) < 0.02  # the fake score computes in bf16 too
+    draws = Draws.of_batch(0, 0, 2)
+    real = RealBatch(torch.randn(2, 1, 16, 16), condition)
+    metrics = two_time_scale_step(run, 0, real, draws)
+    assert all(value.isfinite() for value in metrics.values())
+    assert {parameter.dtype for parameter in roles.generator.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_frozen_bf16_does_not_go_with_fp32(mode: str) -> None:
+    with pytest.raises(UserError, match=r"memory\.frozen_precision='bf16' needs compute\.precision='bf16'"):
+        settings_of(memory={"mode": mode, "frozen_precision": "bf16"}, compute={"precision": "fp32"})

@@ -45,15 +45,19 @@ class Roles:
         }
 
 
-def build_roles(teacher: Denoiser, with_discriminator: bool) -> Roles:
-    """Three full copies of the teacher's weights; generator and fake score are trained, without dropout."""
+def build_roles(teacher: Denoiser, with_discriminator: bool, frozen_dtype: torch.dtype = torch.float32) -> Roles:
+    """Three full copies of the teacher's weights; generator and fake score are trained, in float32 and without dropout.
+
+    Args:
+        frozen_dtype: how the teacher itself is stored from then on.
+    """
     generator, fake_score = build_twin(teacher, "generator"), build_twin(teacher, "fake_score")
     for network in (generator, fake_score):
         network.eval().requires_grad_(True)  # eval: distillation uses no dropout
     teacher.eval().requires_grad_(False)
     device = next(teacher.parameters()).device
     head = Discriminator(teacher.bottleneck_shape).to(device) if with_discriminator else None
-    return Roles(teacher, generator, fake_score, head)
+    return Roles(teacher.to(frozen_dtype), generator, fake_score, head)
 
 
 def build_twin(network: Denoiser, name: str) -> Denoiser:

@@ -194,9 +194,8 @@ def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
 
 
 def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
-    """The settings in another memory mode; all weights of mode full are float32."""
-    changes = {"mode": mode} | ({"frozen_precision": "fp32"} if mode == "full" else {})
-    return settings.model_copy(update={"memory": settings.memory.model_copy(update=changes)})
+    """The settings in another memory mode."""
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update={"mode": mode})})
 
 
 def describe_pretraining(settings: PretrainSettings) -> list[str]:

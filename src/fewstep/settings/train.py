@@ -65,7 +65,10 @@ class MemorySettings(Tree):
     lora_rank: Positive = Field(64, description="rank of each LoRA")
     lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
     lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
-    frozen_precision: Literal["fp32", "bf16"] = Field("fp32", description="storage of weights that are never trained")
+    frozen_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="storage of weights that are never trained: the teacher's, which LoRAs sit on; trained ones are fp32",
+    )
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
 
 
@@ -133,10 +136,9 @@ class TrainSettings(Tree):
 
 def _impossible_memory(settings: TrainSettings) -> str:
     memory, compute = settings.memory, settings.compute
-    if memory.frozen_precision == "bf16" and (memory.mode == "full" or compute.precision == "fp32"):
+    if memory.frozen_precision == "bf16" and compute.precision == "fp32":
         return (
-            "memory.frozen_precision='bf16' needs a frozen base (memory.mode='lora_generator' or 'shared_base') "
-            "and compute.precision='bf16'"
+            "memory.frozen_precision='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
         )
     if memory.mode != "full" and compute.compile:
         return "compute.compile=true does not go with LoRA (memory.mode); set it to false"

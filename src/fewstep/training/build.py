@@ -109,8 +109,9 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     """Roles in the memory mode of the settings."""
     memory = settings.memory
     with_discriminator = settings.losses.gan_discriminator_weight > 0
+    dtype = frozen_dtype(settings)
     if memory.mode == "full":
-        roles = build_roles(teacher, with_discriminator)
+        roles = build_roles(teacher, with_discriminator, dtype)
         if memory.checkpoint_activations:
             for network in (roles.generator, roles.fake_score):
                 network.checkpoint_activations()
@@ -119,9 +120,13 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     from fewstep.networks.adapters import LoraShape
 
     lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets)
-    dtype = torch.bfloat16 if memory.frozen_precision == "bf16" else torch.float32
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
     return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations)
+
+
+def frozen_dtype(settings: TrainSettings) -> torch.dtype:
+    """How weights are stored that are never trained."""
+    return torch.bfloat16 if settings.memory.frozen_precision == "bf16" else torch.float32
 
 
 def start_roles(roles: Roles, source: Path) -> None:

@@ -12,7 +12,7 @@ from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
 from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
-from fewstep.training.build import build_distance, build_step_schedule
+from fewstep.training.build import build_distance, build_step_schedule, frozen_dtype
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_paired_inputs
 from fewstep.training.step import Tally, combined_gradient, micro_batches
@@ -37,6 +37,7 @@ class WarmupJob(GeneratorJob):
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
         generator = build_twin(teacher.denoiser, "generator").eval().requires_grad_(True)
+        teacher.denoiser.to(frozen_dtype(settings))
         if settings.memory.checkpoint_activations:
             generator.checkpoint_activations()
         if settings.compute.compile:
