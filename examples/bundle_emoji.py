@@ -160,7 +160,7 @@ def bundle_teachers(run: Path, num_images: int, seed: int) -> None:
             teacher, name, bench.classifier, bench.reference, num_images=min(FACTS.curve_images, num_images), seed=seed,
             num_steps=50, guidance_scale=guidance, batch_size=32, prompts=bench.prompts,
         )  # fmt: skip
-        figures[name] = {
+        figures[f"emoji-{name}"] = {
             **found.to_dict(), "num_steps": 50, "guidance_scale": guidance, "on_curve": on_curve.to_dict(),
         }  # fmt: skip
         print(found.sentence(), flush=True)
@@ -178,7 +178,7 @@ def write_provenance(command: str, split: Split) -> None:
     )
     measured = {name: Measurement.from_dict(found) for name, found in figures.items()}
     lines = [
-        f"| {name} | {found.frechet_distance:.3f} ({found.num_images}) | {found['held_out_distance']:.3f} "
+        f"| {name.removeprefix('emoji-')} | {found.frechet_distance:.3f} ({found.num_images}) | {found['held_out_distance']:.3f} "
         f"| {found['agreement']:.3f} | {found['shuffled']:.3f} |"
         for name, found in measured.items()
     ]

@@ -14,10 +14,12 @@ from fewstep.app.safety import load_safety_checker
 from fewstep.app.settings import AppSettings
 from fewstep.app.studio import Request, Result, load_studio
 from fewstep.errors import UserError
+from fewstep.families.registry import family_named
 from tests.app.models import add_safety_checker
 from tests.tiny_models import tiny_sd_folder
 
 CPU = torch.device("cpu")
+KIND = family_named("sd").safety_checker
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_it_can_be_switched_off(model: Path) -> None:
 
 def test_flags_follow_the_picture(model: Path) -> None:
     """A threshold between two pictures' scores separates them: the pixels do reach the network."""
-    checker = load_safety_checker(add_safety_checker(model, threshold=2), CPU)
+    checker = load_safety_checker(KIND, add_safety_checker(model, threshold=2), CPU)
     assert checker is not None
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     pictures = [Image.new("RGB", (40, 40), "red"), Image.fromarray(noise)]
@@ -67,21 +69,23 @@ def test_flags_follow_the_picture(model: Path) -> None:
 
 
 def test_a_model_without_one_and_damaged_ones(model: Path) -> None:
-    assert load_safety_checker(model, CPU) is None
+    assert load_safety_checker(KIND, model, CPU) is None
     add_safety_checker(model, threshold=2)
+    with pytest.raises(UserError, match="has a safety checker, of a kind that is not known for its family"):
+        load_safety_checker("", model, CPU)
     weights = model / "safety_checker/model.safetensors"
     whole = load_file(weights)
     save_file({k: v for k, v in whole.items() if k != "concept_embeds"}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, e\.g\. concept_embeds; repair it, or start without"):
-        load_safety_checker(model, CPU)
+        load_safety_checker(KIND, model, CPU)
     weights.write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"safety_checker cannot be loaded .* --no-safety-checker"):
-        load_safety_checker(model, CPU)
+        load_safety_checker(KIND, model, CPU)
     shutil.rmtree(model / "feature_extractor")
     with pytest.raises(UserError, match="has a safety checker, but no feature_extractor"):
-        load_safety_checker(model, CPU)
+        load_safety_checker(KIND, model, CPU)
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(UserError, match=r"has no model\.safetensors \(other formats are not read\)"):
-        load_safety_checker(model, CPU)
+        load_safety_checker(KIND, model, CPU)
     (model / "safety_checker/pytorch_model.bin").unlink()  # the configuration alone is no checker
-    assert load_safety_checker(model, CPU) is None
+    assert load_safety_checker(KIND, model, CPU) is None

@@ -87,7 +87,7 @@ def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
     assert all(distance > 0 and count == 8 for _, distance, count in figures["curve"])
     assert "8 pictures behind each point, 8 behind the last, 2 behind the teacher&#39;s line" in page
     assert page.count("fewer than a Frechet distance") == 4  # 8, 2 and 4 pictures for 128 features
-    on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["sd"]["on_curve"]
+    on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["emoji-sd"]["on_curve"]
     assert re.search(rf"teacher {on_curve['frechet_distance']:.2f}|teacher {on_curve['frechet_distance']:.3g}", page)
     speeds = [figures[role]["images_per_second"] for role in ("generator", "teacher")]
     assert figures["speedup"] == pytest.approx(speeds[0] / speeds[1])
@@ -205,7 +205,7 @@ def test_the_set_ships_whole() -> None:
     assert "teacher_measurement.json" in named
     assert [name for name in named if not (ASSETS / "emoji" / name).exists()] == []
     measured = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())
-    assert measured.keys() == {"sd", "sdxl"}
+    assert measured.keys() == {"emoji-sd", "emoji-sdxl"}
 
 
 def test_making_the_set_again_takes_what_ships_took() -> None:
@@ -245,7 +245,7 @@ def test_shipped_figures_can_be_repeated() -> None:
     real = bench.real()
     assert real["agreement"] == pytest.approx(features["held_out"]["agreement"], abs=0.02)
     assert real["held_out_distance"] == pytest.approx(features["floor"], rel=0.02)
-    shipped = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())["sd"]
+    shipped = json.loads((ASSETS / "emoji/teacher_measurement.json").read_text())["emoji-sd"]
     teacher = fewstep.load_teacher("bundled:emoji-sd", device="cpu", precision="fp32")
     assert not teacher.is_generator
     part = bench.held_out[:48]  # all 153 would take minutes

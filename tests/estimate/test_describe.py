@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,9 +216,13 @@ def tiny_config(resolution: int = 16) -> EDMUNetConfig:
     return replace(config, attn_resolutions=())
 
 
+def tiny_description(resolution: int = 16) -> dict[str, Any]:
+    return EDMDenoiser(tiny_config(resolution)).describe()
+
+
 def test_meta_count_equals_the_real_parameters() -> None:
     real = EDMDenoiser(tiny_config())
-    size = network_size(tiny_config())
+    size = network_size(tiny_description())
     assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
     head = Discriminator(real.bottleneck_shape)
     assert size.head_parameters == sum(parameter.numel() for parameter in head.parameters())
@@ -248,14 +253,14 @@ def real_saved_bytes(denoiser: EDMDenoiser, want: str, size: int) -> int:
 def test_activations_are_those_of_a_real_forward() -> None:
     """The growth from 4 to 8 samples, so that nothing of fixed size counts; attention's workspace may differ."""
     denoiser = EDMDenoiser(tiny_config())
-    size = network_size(tiny_config())
+    size = network_size(tiny_description())
     for want, counted in (("x0", size.activation_bytes), ("bottleneck", size.encoder_activation_bytes)):
         grown = (real_saved_bytes(denoiser, want, 8) - real_saved_bytes(denoiser, want, 4)) / 4
         assert counted == pytest.approx(grown, rel=0.05)
 
 
 def test_activations_scale_with_the_picture() -> None:
-    small, large = network_size(tiny_config(16)), network_size(tiny_config(32))
+    small, large = network_size(tiny_description(16)), network_size(tiny_description(32))
     assert small.parameters == large.parameters
     assert large.activation_bytes == pytest.approx(4 * small.activation_bytes, rel=0.05)
     assert 0.2 < small.encoder_activation_bytes / small.activation_bytes < 0.6
@@ -326,6 +331,6 @@ def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(denoiser, want)  # type: ignore[arg-type]
 
     monkeypatch.setattr(estimate, "_saved_bytes", watch)
-    network_size(tiny_config())
+    network_size(tiny_description())
     assert seen
     assert {device.type for device in seen} == {"meta"}

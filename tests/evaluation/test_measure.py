@@ -226,7 +226,7 @@ def test_measurements_of_earlier_versions_are_read() -> None:
     found = Measurement.from_dict(shipped)
     assert (found.frechet_distance, found.num_images, found.seed) == (shipped["frechet_distance"], 5000, 0)
     assert "precision" not in found.values  # null in the file: not measured
-    text = json.loads(bundled_path("emoji/teacher_measurement.json").read_text())["sd"]
+    text = json.loads(bundled_path("emoji/teacher_measurement.json").read_text())["emoji-sd"]
     found = Measurement.from_dict(text)
     assert found.frechet_distance == text["trained"]["frechet_distance"]
     assert found.cells(("frechet_distance", "held_out_distance", "agreement", "shuffled", "retrieval")) == [

@@ -54,7 +54,7 @@ def test_sd3_lora(tmp_path: Path) -> None:
     pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
     made = render(pipe, generator, 3, num_inference_steps=2, guidance_scale=1)
     assert (made - generator.sample(PROMPTS, seed=3, output="tensor")).abs().max() < 1e-3
-    with pytest.raises(UserError, match="kohya keys are written for U-Nets only"):
+    with pytest.raises(UserError, match="kohya keys are not written for Stable Diffusion 3"):
         export_generator(run, tmp_path / "kohya", ExportOptions(kind="kohya-lora", num_samples=0))
 
 

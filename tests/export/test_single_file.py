@@ -18,9 +18,8 @@ from fewstep.export.lora import base_denoiser
 from fewstep.export.single_file import export_single_file, generator_sigmas, single_file_tensors
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.formats.model_folder import ModelCard
-from fewstep.formats.single_file import read_single_file
 from fewstep.models.model import Model
-from fewstep.preparation.single_file import single_file_to_folder
+from fewstep.preparation.single_file import read_model_file, single_file_to_folder
 from tests.export.single_file_models import FOLDERS, load_generator
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder
 
@@ -174,8 +173,8 @@ def test_the_file_becomes_a_teacher_with_the_same_weights(folder: Path, tmp_path
     """Out and in again: the folder made from the file is the same model."""
     generator = load_generator(folder, 999, 499)
     path = export_single_file(generator, tmp_path / "model.safetensors", torch.float32)
-    single = read_single_file(path)
-    assert single.family == generator.family.name
+    single = read_model_file(path)
+    assert single.layout.family == generator.family.name
     made = single_file_to_folder(path, folder, tmp_path / "folder")
     teacher = fewstep.load_teacher(made, device="cpu")
     again = teacher.student(teacher.denoiser, generator.card)

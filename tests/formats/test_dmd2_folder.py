@@ -28,7 +28,7 @@ def edm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_reads_an_edm_folder(edm_folder: Path) -> None:
     found = read_dmd2(edm_folder)
-    assert found.family == "edm"
+    assert found.layout == "edm"
     assert same(found.generator, edm_network(0).state_dict())
     assert same(found.fake_score, edm_network(1).state_dict())
     assert same(found.discriminator, head_for(edm_network(1)).state_dict())
@@ -42,7 +42,7 @@ def test_reads_a_diffusers_folder(tmp_path: Path, family: str) -> None:
             parameter.add_(0.1)
     save_dmd2(tmp_path / "x_checkpoint_model_1", generator.network, fake.network, head_for(fake))
     found = read_dmd2(tmp_path / "x_checkpoint_model_1")
-    assert found.family == "diffusers-unet"
+    assert found.layout == "diffusers"
     assert same(found.generator, generator.network.state_dict())
     assert same(found.fake_score, fake.network.state_dict())
 

@@ -21,7 +21,7 @@ def state() -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "valid.bin")
-    assert read_dmd2(tmp_path / "valid.bin").family == "edm"
+    assert read_dmd2(tmp_path / "valid.bin").layout == "edm"
 
     def check(found: Any, path: Path) -> None:
         assert all(type(tensor) is Tensor for tensor in found.generator.values())

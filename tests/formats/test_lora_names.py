@@ -1,7 +1,7 @@
 """A LoRA's keys and shapes against real layer lists: tiny U-Nets, and Stable Diffusion 1.5 and SDXL in full."""
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.families.registry import build_released, family_named
+from fewstep.families.stable_diffusion.ldm_keys import ldm_layers, ldm_name
 from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
-from fewstep.formats.ldm_keys import ldm_layers, ldm_name
 from fewstep.networks.adapters import LoraShape, SharedBase
-from tests.formats.test_ldm_keys import TINY_UNET, TINY_UNETS, released_unet
+from tests.families.test_ldm_keys import TINY_UNET, TINY_UNETS, released_unet
 
 RELEASED = [("sd15", 278), ("sdxl", 788)]
 # Embeddings and ends, which a LoRA of every layer adapts too
@@ -82,9 +82,9 @@ def test_both_vocabularies_of_kohya_are_one_lora(tmp_path: Path, name: str) -> N
     path = with_ldm_names(tmp_path / "lora.safetensors", unet)
     keys = set(load_file(path))
     assert not {key for key in keys if "down_blocks" in key or "attentions" in key}
-    same(read_lora(tmp_path / "lora.safetensors", modules, unet.config), lora)
-    same(read_lora(path, modules, unet.config), lora)
-    plain = read_lora(path, [module for module, _ in unet.named_modules()], unet.config)
+    same(read_lora(tmp_path / "lora.safetensors", modules, partial(ldm_layers, config=unet.config)), lora)
+    same(read_lora(path, modules, partial(ldm_layers, config=unet.config)), lora)
+    plain = read_lora(path, [module for module, _ in unet.named_modules()], partial(ldm_layers, config=unet.config))
     assert sorted(plain.targets) == sorted(target.removeprefix("network.") for target in lora.targets)
     with pytest.raises(UserError, match=r"is a LoRA for another base: .* keys name layers that this network does not"):
         read_lora(path, modules)
@@ -117,7 +117,7 @@ def test_diffusers_reads_the_same_layers_of_an_sdxl_file(tmp_path: Path) -> None
     lora = factors(layers)
     write_kohya_lora(tmp_path / "lora.safetensors", lora, {})
     path = with_ldm_names(tmp_path / "lora.safetensors", unet)
-    ours = read_lora(path, [module for module, _ in unet.named_modules()], unet.config)
+    ours = read_lora(path, [module for module, _ in unet.named_modules()], partial(ldm_layers, config=unet.config))
     mapped = _maybe_map_sgm_blocks_to_diffusers(load_file(path), unet.config)
     theirs = in_peft_names(mapped)
     assert theirs.keys() == ours.state.keys()
@@ -161,7 +161,7 @@ def test_real_models_have_one_layer_a_key_with_its_shapes(tmp_path: Path, name: 
     path = tmp_path / "lora.safetensors"
     for write in (lambda: write_kohya_lora(path, lora, {}), lambda: write_peft_lora(path, lora, "unet", {})):
         write()
-        found = read_lora(path, names, unet.config)
+        found = read_lora(path, names, partial(ldm_layers, config=unet.config))
         assert len(found.targets) == layers
         assert_factors_fit(found.state, unet, rank=2)
     assert_factors_fit({key.removeprefix("unet."): value for key, value in load_file(path).items()}, unet, rank=2)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from fewstep.errors import UserError
-from fewstep.formats.single_file import read_single_file
+from fewstep.preparation.single_file import read_model_file
 from tests.mutations import (
     assert_read_or_refused,
     cut_or_grown,
@@ -33,9 +33,9 @@ def valid_file() -> bytes:
 def test_a_thousand_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "valid.safetensors"
     path.write_bytes(valid_file())
-    assert read_single_file(path).prediction_type == "v_prediction"
+    assert read_model_file(path).prediction_type == "v_prediction"
     mutations = (safetensors_header, safetensors_header, safetensors_header, safetensors_swap, cut_or_grown)
-    assert_read_or_refused(tmp_path, "model.safetensors", valid_file(), mutations, read_single_file, seconds=15)
+    assert_read_or_refused(tmp_path, "model.safetensors", valid_file(), mutations, read_model_file, seconds=15)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F64", "I64"])
@@ -48,7 +48,7 @@ def test_unusual_dtypes_are_read_or_named(dtype: str, tmp_path: Path) -> None:
             entry["dtype"], entry["shape"] = dtype, [48 // size]
     path = tmp_path / "model.safetensors"
     path.write_bytes(join_safetensors(json.dumps(header).encode(), data))
-    single = read_single_file(path)
+    single = read_model_file(path)
     config: dict[str, Any] = {}
     shapes = {"final_layer_norm.weight": torch.Size([48 // size]), "final_layer_norm.bias": torch.Size([48 // size])}
     if dtype == "I64":

@@ -13,10 +13,9 @@ from torch import Tensor
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.single_file import single_file_tensors
-from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
-from fewstep.formats.single_file import read_single_file
+from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
 from fewstep.preparation.convert import convert_weights
-from fewstep.preparation.single_file import single_file_to_folder
+from fewstep.preparation.single_file import read_model_file, single_file_to_folder
 from tests.export.single_file_models import FOLDERS, load_generator
 
 
@@ -94,10 +93,10 @@ def test_contradictions_and_strange_predictions_are_refused(tensors: Any, tmp_pa
     path, marked = tmp_path / "v.safetensors", {**tensors["sd"], "v_pred": torch.empty(0)}
     save_file(marked, path, metadata={"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError, match=r"contradicts itself: its tensor v_pred"):
-        read_single_file(path)
+        read_model_file(path)
     save_file(tensors["sd"], path, metadata={"modelspec.prediction_type": "edm"})
     with pytest.raises(UserError, match=r"modelspec\.prediction_type='edm'"):
-        read_single_file(path)
+        read_model_file(path)
 
 
 def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_base_without_the_weights_that_the_file_lacks(folders: dict[str, Path]
 def test_a_ckpt_of_tensors_is_read(folders: dict[str, Path], tensors: Any, tmp_path: Path, nested: bool) -> None:
     state: Any = OrderedDict(tensors["sd"])
     torch.save({"state_dict": state, "global_step": 7} if nested else state, tmp_path / "model.ckpt")
-    single = read_single_file(tmp_path / "model.ckpt")
+    single = read_model_file(tmp_path / "model.ckpt")
     unet = single.parts["unet"]
     assert torch.equal(unet["out.2.weight"], tensors["sd"]["model.diffusion_model.out.2.weight"])
 
@@ -166,7 +165,7 @@ def test_a_ckpt_with_more_than_tensors_is_refused_and_nothing_runs(tensors: Any,
     torch.save([1, 2], tmp_path / "e.ckpt")
     for name in "abcde":
         with pytest.raises(UserError, match=r"convert it to \.safetensors"):
-            read_single_file(tmp_path / f"{name}.ckpt")
+            read_model_file(tmp_path / f"{name}.ckpt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -189,7 +188,7 @@ def test_a_ckpt_with_more_than_tensors_is_refused_and_nothing_runs(tensors: Any,
 def test_other_models_are_named(keys: list[str], message: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(2) for key in keys}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=message):
-        read_single_file(tmp_path / "m.safetensors")
+        read_model_file(tmp_path / "m.safetensors")
 
 
 def test_damaged_files_and_other_formats(tensors: Any, tmp_path: Path) -> None:
@@ -206,11 +205,11 @@ def test_damaged_files_and_other_formats(tensors: Any, tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as safetensors") as error:
-            read_single_file(path)
+            read_model_file(path)
         assert "\n" not in str(error.value)
     for missing in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UserError, match="does not exist or is no file"):
-            read_single_file(missing)
+            read_model_file(missing)
 
 
 def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:

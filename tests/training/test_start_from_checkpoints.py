@@ -40,14 +40,14 @@ def last(run: Path) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith(ROLES)}
 
 
-def as_dmd2(run: Path, folder: Path, family: Any) -> Path:
+def as_dmd2(run: Path, folder: Path, layout: Any) -> Path:
     """A run's last checkpoint in DMD2's layout."""
-    tensors, drop = last(run), "network." if family == "diffusers-unet" else ""
+    tensors, drop = last(run), "network." if layout == "diffusers" else ""
     parts = [
         {name.removeprefix(role).removeprefix(drop): v for name, v in tensors.items() if name.startswith(role)}
         for role in ROLES
     ]
-    write_dmd2_folder(folder, DMD2Checkpoint(family, *parts))
+    write_dmd2_folder(folder, DMD2Checkpoint(layout, *parts))
     return folder
 
 
@@ -102,7 +102,7 @@ def test_text_runs_continue_the_authors_checkpoints(tmp_path: Path) -> None:
         return tiny_train_settings(base, tmp_path, folder, generator=generator, data=data, **changes)
 
     train(settings(tmp_path / "earlier", **TWO_STEPS))
-    dmd2 = as_dmd2(tmp_path / "earlier", tmp_path / "t_checkpoint_model_2", "diffusers-unet")
+    dmd2 = as_dmd2(tmp_path / "earlier", tmp_path / "t_checkpoint_model_2", "diffusers")
     convert_dmd2(dmd2, tmp_path / "converted", base=str(base), step_indices=(999, 749, 499, 249))
     sources = {"ours": tmp_path / "earlier", "dmd2": dmd2, "converted": tmp_path / "converted"}
     assert_same_step(settings, sources, tmp_path / "runs")

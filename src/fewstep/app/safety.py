@@ -1,5 +1,6 @@
-"""The safety checker that Stable Diffusion 1.x folders carry, on finished pictures."""
+"""The safety checker that some model folders carry, on finished pictures."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class SafetyChecker:
     """Says which pictures to withhold.
 
     Args:
-        network: a `StableDiffusionSafetyChecker`.
+        network: says of CLIP's view of a picture whether it is to be withheld.
         processor: a CLIP image processor, which fits pictures to the network.
     """
 
@@ -40,30 +41,38 @@ def has_safety_checker(folder: Path) -> bool:
     return any(place.glob("*.safetensors")) or any(place.glob("*.bin"))
 
 
-def load_safety_checker(folder: Path, device: torch.device) -> SafetyChecker | None:
+def load_safety_checker(kind: str, folder: Path, device: torch.device) -> SafetyChecker | None:
     """The checker of a diffusers folder (`safety_checker/`, `feature_extractor/`), None where it has none.
+
+    Args:
+        kind: "module:class" of the network, as the family says it; empty: none is known.
 
     Raises:
         UserError: it is damaged or incomplete. A page that was meant to be checked does not start unchecked.
     """
     if not has_safety_checker(folder):
         return None
+    if not kind:
+        raise UserError(
+            f"{folder} has a safety checker, of a kind that is not known for its family; start without with --no-safety-checker"
+        )
     advice = "repair it, or start without with --no-safety-checker"
     if not (folder / CHECKER / "model.safetensors").is_file():
         raise UserError(f"{folder / CHECKER} has no model.safetensors (other formats are not read); {advice}")
     if not (folder / PROCESSOR).is_file():
         raise UserError(f"{folder} has a safety checker, but no {PROCESSOR}, which it needs; {advice}")
     import transformers
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     from fewstep.networks.text_encoders import quiet_loading
 
+    module, _, name = kind.partition(":")
+    checker: Any = getattr(import_module(module), name)
     # transformers 5 has a variant without torchvision under a name of its own; before, it was the only one
     processors: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     options: dict[str, Any] = {"local_files_only": True}
     try:
         with quiet_loading():
-            loaded: Any = StableDiffusionSafetyChecker.from_pretrained(
+            loaded: Any = checker.from_pretrained(
                 folder / CHECKER, use_safetensors=True, output_loading_info=True, **options
             )
             network, report = loaded

@@ -296,7 +296,7 @@ def load_studio(settings: AppSettings) -> Studio:
     teacher = load_teacher(settings.teacher, **place) if settings.teacher else None
     checker = None
     if settings.safety_checker and model.folder is not None:
-        checker = load_safety_checker(model.folder, model.device)
+        checker = load_safety_checker(model.family.safety_checker, model.folder, model.device)
     return Studio(settings, model, teacher, checker)
 
 

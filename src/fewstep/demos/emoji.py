@@ -69,7 +69,7 @@ def _notes(result: Result) -> list[str]:
 FACTS = DemoFacts(
     name="emoji",
     title="Four steps instead of 50: emoji from text, distilled on this machine",
-    measurement=("sd",),
+    measurement=("emoji-sd",),
     measured=1_000, curve_points=6, curve_images=400, shown=18, sampled=20, fewest=200, batch_size=32,
     columns={
         "images_per_second": "images/s", "frechet_distance": "Frechet distance, training texts",
@@ -88,7 +88,7 @@ FACTS = DemoFacts(
         ('fewstep sample {folder} --prompt "red apple, food & drink" --out apple', "make a picture of your own"),
         ("fewstep export {folder} {folder}/lora --as lora", "the LoRA for diffusers, with a model card"),
         ("fewstep text-quickstart --minutes 30 --folder runs/text-quickstart-30", "the same with more patience"),
-        ("fewstep train recipes/emoji_sdxl_dmd2_4step_lora.toml", "the teacher in the shape of SDXL"),
-        ("fewstep train recipes/sdxl_dmd2_4step_one_gpu.toml --dry-run", "what SDXL itself would need"),
+        ("fewstep train recipes/emoji_sdxl_dmd2_4step_lora.toml", "a larger teacher of the same pictures"),
+        ("fewstep train recipes/sdxl_dmd2_4step_one_gpu.toml --dry-run", "what a teacher of 2.6 billion parameters would need"),
     ],
 )  # fmt: skip

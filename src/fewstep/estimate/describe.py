@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,11 @@ from fewstep.estimate.memory import (
     settled_precision,
 )
 from fewstep.estimate.stand_ins import teacher_network
-from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.edm.shapes import build_network_config
-from fewstep.families.edm.unet import EDMUNetConfig
-from fewstep.families.registry import family_of
+from fewstep.families.registry import build_on_meta, describe_new, family_of
 from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
+from fewstep.training.pretrain import pictures_of
 from fewstep.training.warmup import is_warmup
 
 _GIB = 2**30
@@ -58,10 +57,10 @@ class NetworkSize:
     head_parameters: int
 
 
-def network_size(config: EDMUNetConfig) -> NetworkSize:
+def network_size(description: dict[str, Any]) -> NetworkSize:
     """Count parameters and the tensors autograd keeps, on the meta device."""
+    denoiser = build_on_meta(description).train()
     with torch.device("meta"):
-        denoiser = EDMDenoiser(config).train()
         head = Discriminator(denoiser.bottleneck_shape)
     return NetworkSize(
         sum(p.numel() for p in denoiser.parameters()),
@@ -200,14 +199,11 @@ def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
 
 def describe_pretraining(settings: PretrainSettings) -> list[str]:
     """Lines for `fewstep pretrain --dry-run`."""
-    net = settings.network
     try:
-        config = build_network_config(
-            net.name, img_resolution=net.img_resolution, img_channels=net.img_channels, label_dim=net.label_dim
-        )
+        description = describe_new(settings.network.name, pictures_of(settings))
     except ValueError as error:
         raise UserError(str(error)) from None
-    size = network_size(config)
+    size = network_size(description)
     precision = settled_precision(settings.compute, _on_gpu(settings))
     half = 0.5 if precision == "bf16" else 1.0
     states = size.parameters * 4 * 4

@@ -42,7 +42,7 @@ class WorkflowPlan:
 
 
 def plan_workflow(generator: Model) -> WorkflowPlan:
-    """The plan of a Stable Diffusion 1.x or SDXL generator.
+    """The plan of a generator whose noise levels ComfyUI counts as sigma / alpha.
 
     Raises:
         UserError: another family, or a first level without any signal, which no number can give.

@@ -15,9 +15,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
-from fewstep.diffusion.denoiser import DenoiserOutput
+from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput
 from fewstep.errors import UserError
-from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.registry import build_denoiser
 from fewstep.formats.diffusers_index import refuse_foreign_code
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.pixels import to_pictures
@@ -30,20 +30,21 @@ if TYPE_CHECKING:
 
 
 class EDMUNetModel(ModelMixin, ConfigMixin):
-    """The EDM network with its preconditioning, under diffusers' loading and saving.
+    """A network and what turns its output into an x0 estimate, under diffusers' loading and saving.
 
     Args:
-        description: as `EDMDenoiser.describe` gives it; stored in `config.json`.
+        description: as `Denoiser.describe` gives it; stored in `config.json`.
     """
 
     @register_to_config
     def __init__(self, description: dict[str, Any]) -> None:
         super().__init__()
-        self._denoiser = [EDMDenoiser.from_description(description)]  # in a list: its keys are registered below
-        self.model = self._denoiser[0].model
+        self._denoiser = [build_denoiser(description)]  # in a list: its parts are registered under their own names
+        for name, part in self._denoiser[0].named_children():
+            self.add_module(name, part)
 
     @property
-    def denoiser(self) -> EDMDenoiser:
+    def denoiser(self) -> Denoiser:
         """The same network behind the library's own contract."""
         return self._denoiser[0]
 

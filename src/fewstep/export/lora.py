@@ -79,8 +79,11 @@ def export_kohya_lora(folder: Path, generator: Model, name: str, dtype: torch.dt
     """`<name>.safetensors` with kohya's keys.
 
     Raises:
-        UserError: a Stable Diffusion 3 generator, for which kohya's layout has other keys.
+        UserError: kohya's layout has names of its own for the layers of this family.
     """
-    if generator.family.component != "unet":
-        raise UserError("kohya keys are written for U-Nets only; export a Stable Diffusion 3 LoRA with --as lora")
+    if not generator.family.has_kohya_names:
+        raise UserError(
+            f"kohya keys are not written for {generator.family.title}, whose layers have other names there; export the LoRA "
+            "with --as lora"
+        )
     write_kohya_lora(folder / f"{name}.safetensors", lora_weights(generator), header, dtype)

@@ -1,4 +1,4 @@
-"""A text-to-image generator as one .safetensors with LDM keys, as ComfyUI and others load whole models."""
+"""A text-to-image generator as one .safetensors in its family's layout, as ComfyUI and others load whole models."""
 
 import json
 from pathlib import Path
@@ -13,21 +13,19 @@ from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser, fused_weights
 from fewstep.export.shareable import shareable_base, without_local_paths
+from fewstep.families.registry import single_file_layouts
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
-from fewstep.formats.ldm_keys import to_ldm
-from fewstep.formats.single_file import V_MARKER, ZERO_SNR_MARKER
+from fewstep.formats.single_file import V_MARKER, ZERO_SNR_MARKER, SingleFileLayout
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.models.model import Model
-
-_ARCHITECTURES = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
 def export_single_file(generator: Model, out: Path, dtype: torch.dtype) -> Path:
     """Write U-Net (a LoRA fused into its base), VAE and text encoders into one file; it appears whole or not at all.
 
     Args:
-        generator: of a Stable Diffusion 1.x or SDXL teacher.
+        generator: of a teacher whose family has such files.
         out: a new file that ends in .safetensors.
         dtype: torch.float16, bfloat16 or float32.
 
@@ -46,7 +44,6 @@ def export_single_file(generator: Model, out: Path, dtype: torch.dtype) -> Path:
         raise UserError(f"{out} exists already; choose another file")
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors: that is what programs know these files by")
-    refuse_other_layouts(generator)
     tensors = cast_weights(single_file_tensors(generator), dtype) | marker_tensors(generator)
     header = single_file_metadata(generator)
     try:
@@ -59,31 +56,30 @@ def export_single_file(generator: Model, out: Path, dtype: torch.dtype) -> Path:
     return out
 
 
-def refuse_other_layouts(generator: Model) -> None:
-    """Raise UserError for models that have no single file with LDM keys, with the reason."""
-    if generator.family.name not in _ARCHITECTURES:
+def layout_of(generator: Model) -> SingleFileLayout:
+    """How the generator's family lies in a single file; raises UserError for models that have no such file, with the reason."""
+    layout, known = generator.family.single_file, " or ".join(layout.title for layout in single_file_layouts())
+    if layout is None:
         raise UserError(
-            f"a single file holds Stable Diffusion 1.x or SDXL: {generator.family.name} keeps its transformer under other "
-            "keys, which this library does not write; export it as a diffusers folder"
+            f"a single file holds {known}: {generator.family.name} keeps its {generator.family.component} under other keys, "
+            "which this library does not write; export it as a diffusers folder"
         )
     if not isinstance(generator.decoder.autoencoder.vae, AutoencoderKL):
         raise UserError("a single file holds a whole VAE; this model's is a tiny one: export it as a diffusers folder")
     text_config = cast(Any, generator.conditioner.encoders.modules[0].config)
-    if generator.family.name == "sd" and text_config.hidden_act != "quick_gelu":
-        raise UserError(
-            "a single file holds Stable Diffusion 1.x or SDXL: this model has the text encoder of 2.x, whose file has "
-            "a layer more than diffusers keeps; export it as a diffusers folder"
-        )
+    if reason := layout.refuse_text_encoder(text_config.to_dict()):
+        raise UserError(f"a single file holds {known}: {reason}")
+    return layout
 
 
 def single_file_tensors(generator: Model) -> dict[str, Tensor]:
-    """Every tensor of the file under its LDM key, in the precision it has in memory."""
+    """Every tensor of the file under its key there, in the precision it has in memory."""
+    layout = layout_of(generator)
     network, vae = cast(Any, base_denoiser(generator).network), generator.decoder.autoencoder.vae
-    family = generator.family.name
-    tensors = to_ldm(family, "unet", fused_weights(generator), dict(network.config))
-    tensors |= to_ldm(family, "vae", vae.state_dict(), dict(vae.config))
+    tensors = layout.to_file(generator.family.component, fused_weights(generator), dict(network.config))
+    tensors |= layout.to_file("vae", vae.state_dict(), dict(vae.config))
     for name, encoder in zip(("text_encoder", "text_encoder_2"), generator.conditioner.encoders.modules, strict=False):
-        tensors |= to_ldm(family, name, encoder.state_dict(), {})
+        tensors |= layout.to_file(name, encoder.state_dict(), {})
     return tensors
 
 
@@ -101,7 +97,7 @@ def generator_sigmas(generator: Model) -> list[float]:
     """sigma / alpha at the generator's steps, noisiest first: the noise levels of programs that keep alpha at 1."""
     schedule = generator.denoiser.noise_schedule
     if not isinstance(schedule, DiscreteSchedule):
-        raise UserError(f"{generator.family.name} has no levels of this kind; Stable Diffusion 1.x and SDXL do")
+        raise UserError(f"{generator.family.title} has no levels of this kind: models with a schedule of betas do")
     steps = torch.tensor(generator.step_schedule.indices)
     return (schedule.sigma64(steps) / schedule.alpha64(steps)).tolist()
 
@@ -116,7 +112,7 @@ def single_file_metadata(generator: Model) -> dict[str, str]:
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES[generator.family.name],
+        "modelspec.architecture": layout_of(generator).architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": f"{name} in {steps}",
         "modelspec.description": (

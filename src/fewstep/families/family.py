@@ -5,22 +5,42 @@ module that defines the object imports diffusers and transformers inside its met
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.single_file import SingleFileLayout
+from fewstep.formats.text_generator_folder import NetworkPart
 
 if TYPE_CHECKING:
     from fewstep.networks.autoencoder import Autoencoder
     from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 Description = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewNetwork:
+    """What a network that is trained from nothing makes.
+
+    Attributes:
+        resolution, channels: of the pictures.
+        num_classes: 0 for pictures without labels.
+        sigma_data: standard deviation of the data in [-1, 1].
+    """
+
+    resolution: int
+    channels: int
+    num_classes: int
+    sigma_data: float = 0.5
 
 
 class Family(ABC):
@@ -38,7 +58,13 @@ class Family(ABC):
         default_guidance_scale: of the many-step sampler; 1 is off.
         default_batch_size: pictures made at once unless told otherwise.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
+        has_kohya_names: whether kohya's trainer names its LoRA layers as diffusers does, or by `layer_aliases`.
+        single_file: how its models lie in one file; None: such files are neither read nor written.
+        unread_files: beginnings of keys by which files of its models in other layouts are known -> what people call them.
+        file_words: what the file names of DMD2's generators call its models.
+        safety_checker: "module:class" of the checker that its folders may carry; empty: none.
         shapes: released networks by name (as `teacher.network` has them), as descriptions that `build` takes.
+        new_shapes: networks that `fewstep pretrain` can train, as `network.name` has them.
         one_step_indices: grid index that DMD2's published one-step generators run at.
         autoencoder_config: the released models' VAE, for estimates; empty where x0 are the pictures themselves.
     """
@@ -54,7 +80,13 @@ class Family(ABC):
     default_guidance_scale: float = 1.0
     default_batch_size: int
     lora_targets: tuple[str, ...] = ()
+    has_kohya_names: bool = False
+    single_file: SingleFileLayout | None = None
+    unread_files: Mapping[str, str] = {}
+    file_words: tuple[str, ...] = ()
+    safety_checker: str = ""
     shapes: Mapping[str, Description] = {}
+    new_shapes: tuple[str, ...] = ()
     one_step_indices: tuple[int, ...] = (999,)
     autoencoder_config: Mapping[str, Any] = {}
 
@@ -98,6 +130,11 @@ class Family(ABC):
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         """The description of the network in a folder, without reading its weights."""
 
+    @property
+    def network_part(self) -> NetworkPart:
+        """What diffusers calls the network, of families that diffusers has."""
+        return NetworkPart(self.component, self.network_class)
+
     def describe_released(self, name: str, resolution: int = 0) -> Description:
         """The description of a released network, one of `shapes`, for pictures of this side; 0 takes its own.
 
@@ -105,6 +142,18 @@ class Family(ABC):
             ValueError: no x0 of this model has this resolution.
         """
         return dict(self.shapes[name])
+
+    def describe_weights(self, weights: Mapping[str, Tensor]) -> Description | None:
+        """The description of the network that a state dict alone belongs to; None where it is not this family's.
+
+        Raises:
+            ValueError: it is, but does not say the whole network.
+        """
+        return None
+
+    def describe_new(self, name: str, pictures: NewNetwork) -> Description:
+        """The description of a network to be trained from nothing, one of `new_shapes`."""
+        raise NotImplementedError(f"{self.title} is not trained from nothing here")
 
     @abstractmethod
     def resolution(self, folder: Path) -> int:
@@ -176,9 +225,17 @@ class Family(ABC):
 
     # --- a generator on its way to and from other programs
 
-    def kohya_config(self, description: Description) -> Mapping[str, Any] | None:
-        """The network config that kohya's names of LoRA layers follow from; None: they have other names there."""
-        return None
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
+        """{another name that LoRA files have for a layer: its name among `modules`}, for a network so described."""
+        return {}
+
+    def write_original(self, path: Path, denoiser: Denoiser, dtype: torch.dtype) -> None:
+        """Write a network in the format of the code that its authors published.
+
+        Raises:
+            UserError: that format cannot hold this network.
+        """
+        raise NotImplementedError(f"{self.title} has no format of its own")
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         """The stock diffusers scheduler whose `set_timesteps(len(steps))` gives exactly these steps.

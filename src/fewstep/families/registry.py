@@ -1,5 +1,6 @@
 """Every family by name: the one place where a new family is entered."""
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fewstep.diffusion.denoiser import Denoiser
-    from fewstep.families.family import Family
+    from fewstep.families.family import Family, NewNetwork
+    from fewstep.formats.single_file import SingleFileLayout
 
 # name -> "module below families: class"; imported when first asked for
 FAMILIES = {
@@ -77,6 +81,43 @@ def _refuse_unknown(folder: Path) -> None:
     raise UserError(
         f"{folder}: model family {description.get('family')!r} is unknown; this version knows {sorted(FAMILIES)}"
     )
+
+
+def component_of(description: dict[str, Any]) -> str:
+    """What diffusers calls the network of a description; raises ValueError where no family knows it."""
+    return family_of(description).component
+
+
+def describe_weights(weights: "Mapping[str, Tensor]") -> dict[str, Any]:
+    """The description of the network that a state dict alone belongs to; raises ValueError where none follows."""
+    for family in all_families():
+        if (description := family.describe_weights(weights)) is not None:
+            return description
+    raise ValueError("its tensors alone do not say which network they are")
+
+
+def describe_new(name: str, pictures: "NewNetwork") -> dict[str, Any]:
+    """The description of a network to be trained from nothing, by its shape's name.
+
+    Raises:
+        ValueError: no family has this shape.
+    """
+    names: list[str] = []
+    for family in all_families():
+        if name in family.new_shapes:
+            return family.describe_new(name, pictures)
+        names += family.new_shapes
+    raise ValueError(f"network.name={name!r} is unknown; choose one of {', '.join(sorted(names))}")
+
+
+def single_file_layouts() -> "list[SingleFileLayout]":
+    """How whole models lie in one file, of every family that has such files."""
+    return [family.single_file for family in all_families() if family.single_file is not None]
+
+
+def unread_files() -> dict[str, str]:
+    """Beginnings of keys of single files that are not read, of every family: what messages call them."""
+    return {prefix: name for family in all_families() for prefix, name in family.unread_files.items()}
 
 
 def build_denoiser(description: dict[str, Any]) -> "Denoiser":

@@ -16,7 +16,7 @@ from fewstep.errors import UserError
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.tensor_files import read_tensors, refuse_infinities
 
-Family = Literal["edm", "diffusers-unet"]
+Layout = Literal["edm", "diffusers"]  # whose keys
 
 _GENERATOR_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 _GUIDANCE_FILES = ("model_1.safetensors", "pytorch_model_1.safetensors", "pytorch_model_1.bin")
@@ -38,13 +38,13 @@ class DMD2Checkpoint:
     """What one checkpoint holds.
 
     Attributes:
-        family: whose keys the networks have.
+        layout: whose keys the networks have.
         generator: state dict; EDM's keys with their prefix `model.`, diffusers' keys as a U-Net has them.
         fake_score: the same for the fake score; empty where the checkpoint has none.
         discriminator: keys below `cls_pred_branch.`; empty where the checkpoint has none.
     """
 
-    family: Family
+    layout: Layout
     generator: dict[str, Tensor]
     fake_score: dict[str, Tensor] = field(default_factory=dict)
     discriminator: dict[str, Tensor] = field(default_factory=dict)
@@ -66,17 +66,17 @@ def read_dmd2(path: str | Path) -> DMD2Checkpoint:
     """
     path = Path(path).expanduser()
     if path.is_file():
-        family, generator = _read_generator(path)
-        return DMD2Checkpoint(family, generator)
+        layout, generator = _read_generator(path)
+        return DMD2Checkpoint(layout, generator)
     file = _find(path, _GENERATOR_FILES)
     if file is None:
         raise UserError(_no_weights(path))
-    family, generator = _read_generator(file)
+    layout, generator = _read_generator(file)
     guidance = _find(path, _GUIDANCE_FILES)
     if guidance is None:
-        return DMD2Checkpoint(family, generator)
-    fake_score, discriminator = _read_guidance(guidance, family)
-    return DMD2Checkpoint(family, generator, fake_score, discriminator)
+        return DMD2Checkpoint(layout, generator)
+    fake_score, discriminator = _read_guidance(guidance, layout)
+    return DMD2Checkpoint(layout, generator, fake_score, discriminator)
 
 
 def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -109,15 +109,15 @@ def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
     return found
 
 
-def _read_generator(path: Path) -> tuple[Family, dict[str, Tensor]]:
+def _read_generator(path: Path) -> tuple[Layout, dict[str, Tensor]]:
     tensors = _unwrapped(read_tensors(path))
-    family = _family(tensors, path)
-    generator = _network(tensors, family)
+    layout = _layout(tensors, path)
+    generator = _network(tensors, layout)
     refuse_infinities(generator, str(path))
-    return family, generator
+    return layout, generator
 
 
-def _read_guidance(path: Path, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _read_guidance(path: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(fake score, discriminator) of the second file."""
     tensors = _unwrapped(read_tensors(path, lambda name: not _plain(name).startswith(_FROZEN)))
     fake, head = _below(tensors, _FAKE), _below(tensors, _HEAD)
@@ -128,25 +128,25 @@ def _read_guidance(path: Path, family: Family) -> tuple[dict[str, Tensor], dict[
             f"and holds {(strange or sorted(tensors))[:3]}"
         )
     fake = _unwrapped(fake)
-    if _family(fake, path) != family:
+    if _layout(fake, path) != layout:
         raise UserError(f"{path}: its fake score is another kind of network than the generator beside it")
     refuse_infinities(tensors, str(path))
-    return _network(fake, family), head
+    return _network(fake, layout), head
 
 
-def _network(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+def _network(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The network alone, under the keys our own networks have."""
-    if family == "diffusers-unet":
+    if layout == "diffusers":
         return {name: value for name, value in tensors.items() if name not in _CONSTANTS}
     bare = _renamed(tensors, lambda name: name.removeprefix("model."))
     return {f"model.{name}": value for name, value in bare.items() if name not in _CONSTANTS}
 
 
-def _family(tensors: Mapping[str, Tensor], path: Path) -> Family:
+def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     if {"map_layer0.weight", "model.map_layer0.weight"} & set(tensors):
         return "edm"
     if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
-        return "diffusers-unet"
+        return "diffusers"
     raise UserError(
         f"{path} holds neither an EDM network (map_layer0.weight, enc.*, dec.*) nor a diffusers U-Net "
         f"(conv_in.weight, down_blocks.*): its keys are {list(tensors)[:3]} and {max(0, len(tensors) - 3)} more"

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,13 @@ from fewstep.formats.lora_scale import LoraScale, read_lora_scale
 from fewstep.formats.lora_spellings import (
     KOHYA,
     NETWORK,
+    LayerAliases,
     dotted_part,
     is_kohya,
     kohya_part,
     layer_table,
     modern_spelling,
+    no_aliases,
 )
 from fewstep.formats.tensor_files import read_safetensors, read_tensors, write_tensor_file
 
@@ -84,11 +85,11 @@ def write_peft_lora(
     write_tensor_file(path, cast_weights(named, dtype), metadata)
 
 
-def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str, Any] | None = None) -> LoraWeights:
+def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = no_aliases) -> LoraWeights:
     """Read a LoRA in kohya's, PEFT's or one of diffusers' older layouts for a network with these modules.
 
-    kohya's trainer names the blocks of SDXL as the original code does (`lora_unet_input_blocks_4_1_...`) and those of
-    Stable Diffusion 1.x and 2.x as diffusers does (`lora_unet_down_blocks_...`); both are read for every U-Net.
+    kohya's trainer names the blocks of some models as their original code does (`lora_unet_input_blocks_4_1_...`) and
+    those of others as diffusers does (`lora_unet_down_blocks_...`); with `aliases`, both are read for every model.
 
     Layers of other rank or alpha than the most frequent ones are padded with zeros and rescaled, so that one rank and
     alpha hold for all while every layer's update stays the same.
@@ -97,7 +98,7 @@ def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str
         path: a .safetensors file, or one that torch saved.
         modules: names of the network's modules (`named_modules`), with or without "network." before them; kohya's
             underscored names are ambiguous without them.
-        unet_config: the U-Net's diffusers config; without it, only diffusers' block names are known.
+        aliases: the layers' names in the original code, as the family says them.
 
     Returns:
         The LoRA under the names of `modules`, float32.
@@ -109,7 +110,7 @@ def read_lora(path: str | Path, modules: Iterable[str], unet_config: Mapping[str
     path = Path(path).expanduser()
     tensors, header = read_safetensors(path) if path.suffix.lower() == ".safetensors" else (read_tensors(path), {})
     kohya = is_kohya(tensors)
-    table = layer_table(modules, unet_config, "_" if kohya else ".")
+    table = layer_table(modules, aliases, "_" if kohya else ".")
     spelled = {key: [(key, value)] for key, value in tensors.items()} if kohya else modern_spelling(tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     strange, foreign, twice = [], [], []

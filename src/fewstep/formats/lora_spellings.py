@@ -5,15 +5,14 @@ exact for any number of blocks, where diffusers replaces parts of names, each ve
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from fewstep.formats.ldm_keys import ldm_layers
-
 KOHYA = "lora_unet_"
 NETWORK = "network."  # where a Denoiser keeps its diffusers network
+# from the names of a network's modules to {another name of a layer: its name}
+LayerAliases = Callable[[Iterable[str]], Mapping[str, str]]
 _PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
 }  # fmt: skip
@@ -22,6 +21,11 @@ _ADAPTER_NAME = re.compile(
     r"\.lora_([AB])\.(?!weight$|bias$)\w+\.weight$"
 )  # of PEFT's own state dict: lora_A.default.weight
 _LORA_KEY = re.compile(r"(^|[._])lora([._]|$)")
+
+
+def no_aliases(modules: Iterable[str]) -> Mapping[str, str]:
+    """Of networks whose layers have one name each."""
+    return {}
 
 
 def is_lora_key(name: str) -> bool:
@@ -62,18 +66,17 @@ def kohya_part(key: str) -> tuple[str, str] | None:
     return (layer.removeprefix(KOHYA), _PARTS[f".{part}"]) if known else None
 
 
-def layer_table(modules: Iterable[str], unet_config: Mapping[str, Any] | None, separator: str) -> dict[str, list[str]]:
-    """{a layer's name, in diffusers' and in LDM's words: the modules it can mean}.
+def layer_table(modules: Iterable[str], aliases: LayerAliases, separator: str) -> dict[str, list[str]]:
+    """{a layer's name, in diffusers' and in its family's other words: the modules it can mean}.
 
     Args:
         modules: names of the network's modules.
-        unet_config: the U-Net's config; without it only diffusers' words are known.
+        aliases: the family's other words.
         separator: what stands between the words: "_" for kohya's keys, "." otherwise.
     """
     full = {name.removeprefix(NETWORK): name for name in modules}
-    aliases = ldm_layers(full, unet_config) if unet_config else {}
     table: dict[str, list[str]] = {}
-    for words, name in [*((name, name) for name in full), *aliases.items()]:
+    for words, name in [*((name, name) for name in full), *aliases(full).items()]:
         means = table.setdefault(words.replace(".", separator), [])
         if full[name] not in means or separator == "_":
             means.append(full[name])

@@ -1,28 +1,24 @@
-"""A whole Stable Diffusion 1.x or SDXL model in one file, with LDM keys: read without executing anything in it."""
+"""A whole model in one file, in the layout that its family hands out: read without executing anything in it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.ldm_keys import PREFIXES, from_ldm
 from fewstep.formats.tensor_files import first_line, read_safetensors
 from fewstep.formats.torch_archive import read_torch_archive
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Older merges leave this out of CLIP's keys
 _OPTIONAL_PREFIX = "text_model."
-# Models that come in single files too, but not in these two layouts: where they are known by
+# What comes in single files too and is of no family here: where it is known by
 _OTHERS = {
-    "cond_stage_model.model.": "Stable Diffusion 2.x",
-    "conditioner.embedders.0.model.": "the SDXL refiner",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",
     "lora_unet_": "a LoRA",
@@ -45,13 +41,51 @@ _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pr
 
 
 @dataclass(frozen=True)
+class SingleFileLayout:
+    """How one family's models lie in a single file.
+
+    Attributes:
+        family: its name.
+        title: what messages call such models.
+        architecture: what the header's modelspec calls them.
+        prefixes: component -> what its keys begin with, the network first.
+        classes: component -> its class in diffusers or transformers.
+        to_file: (component, state dict, config) -> the tensors under the file's keys; raises UserError for another
+            network than the layout has.
+        from_file: (component, tensors by their keys without prefix, config, shapes by diffusers' names) -> state dict;
+            raises UserError for another network than the config says.
+        alphas_cumprod: (T,) of a scheduler's config.
+        marks: beginnings of keys that only this layout has; empty: its network's prefix is its only sign.
+        foreign_marks: beginnings of keys that files with `marks` have where they are another model all the same.
+        refuse_text_encoder: config of the first text encoder -> why it has no place in such a file; "": it has one.
+    """
+
+    family: str
+    title: str
+    architecture: str
+    prefixes: Mapping[str, str]
+    classes: Mapping[str, str]
+    to_file: Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+    from_file: Callable[[str, Mapping[str, Tensor], Mapping[str, Any], Mapping[str, torch.Size]], dict[str, Tensor]]
+    alphas_cumprod: Callable[[dict[str, Any]], Tensor]
+    marks: tuple[str, ...] = ()
+    foreign_marks: tuple[str, ...] = ()
+    refuse_text_encoder: Callable[[Mapping[str, Any]], str] = lambda config: ""
+
+    @property
+    def network_prefix(self) -> str:
+        """What the network's keys begin with."""
+        return next(iter(self.prefixes.values()))
+
+
+@dataclass(frozen=True)
 class SingleFile:
     """The components of a single-file checkpoint.
 
     Attributes:
         path: the file.
-        family: "sd" or "sdxl".
-        parts: component -> its tensors by their LDM keys without the component's prefix; those it has, the U-Net always.
+        layout: its family's.
+        parts: component -> its tensors by their keys without the component's prefix; those it has, the network always.
         prediction_type: "epsilon" or "v_prediction" where a marker tensor or the header says so, else "".
         zero_snr: whether a marker says that the noise schedule ends without signal.
         alphas_cumprod: the noise schedule, where the file has it.
@@ -59,7 +93,7 @@ class SingleFile:
     """
 
     path: Path
-    family: str
+    layout: SingleFileLayout
     parts: dict[str, dict[str, Tensor]]
     prediction_type: str = ""
     zero_snr: bool = False
@@ -69,7 +103,7 @@ class SingleFile:
     @property
     def absent(self) -> tuple[str, ...]:
         """Components of the family that the file has nothing of."""
-        return tuple(name for name in PREFIXES[self.family] if name not in self.parts)
+        return tuple(name for name in self.layout.prefixes if name not in self.parts)
 
     def diffusers_state(
         self, component: str, config: Mapping[str, Any], shapes: Mapping[str, torch.Size]
@@ -85,17 +119,21 @@ class SingleFile:
             UserError: the file holds another network, or numbers that are none; names the tensor.
         """
         try:
-            state = from_ldm(component, self.parts[component], config, shapes)
+            state = self.layout.from_file(component, self.parts[component], config, shapes)
             return {name: _weight(name, value) for name, value in state.items()}
         except (UserError, RuntimeError) as error:
             raise UserError(f"{self.path}: {error}") from error
 
 
-def read_single_file(path: Path) -> SingleFile:
-    """The components of a single-file checkpoint, its tensors still under their LDM keys.
+def read_single_file(
+    path: Path, layouts: Sequence[SingleFileLayout], unread: Mapping[str, str] = MappingProxyType({})
+) -> SingleFile:
+    """The components of a single-file checkpoint, its tensors still under the file's keys.
 
     Args:
         path: a .safetensors; or a .ckpt whose pickle holds nothing but tensors.
+        layouts: those it may be in.
+        unread: beginnings of keys of models that are not read -> what messages call them.
 
     Raises:
         UserError: no such file, a damaged one, a pickle with anything but tensors, or another kind of model.
@@ -104,8 +142,8 @@ def read_single_file(path: Path) -> SingleFile:
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give a single-file checkpoint (.safetensors)")
     tensors, metadata = _read_pickle(path) if path.suffix.lower() in _PICKLES else read_safetensors(path)
-    family = _family(tensors, path)
-    prefixes = PREFIXES[family]
+    layout = _layout(list(tensors), path, layouts, unread)
+    prefixes = layout.prefixes
     parts: dict[str, dict[str, Tensor]] = {component: {} for component in prefixes}
     for key, value in tensors.items():
         for component, prefix in prefixes.items():
@@ -115,18 +153,18 @@ def read_single_file(path: Path) -> SingleFile:
                 parts[component][short.removeprefix(optional)] = value
     stems = tuple(prefix.removesuffix(_OPTIONAL_PREFIX) for prefix in prefixes.values())
     others = {key: value for key, value in tensors.items() if not key.startswith(stems)}
-    _refuse_unknown(path, others)
+    _refuse_unknown(path, others, _titles(layouts, "and"))
     return SingleFile(
-        path, family, {component: part for component, part in parts.items() if part}, _prediction(path, others, metadata),
+        path, layout, {component: part for component, part in parts.items() if part}, _prediction(path, others, metadata),
         ZERO_SNR_MARKER in others, others.get(_ALPHAS), metadata,
     )  # fmt: skip
 
 
-def _refuse_unknown(path: Path, others: Mapping[str, Tensor]) -> None:
+def _refuse_unknown(path: Path, others: Mapping[str, Tensor], titles: str) -> None:
     """Raise UserError for tensors that belong to no component and that might change what the model computes."""
     if edm := [key for key in others if key.startswith(_EDM_MARKERS)]:
         raise UserError(
-            f"{path} holds {edm[0][:60]!r}: its U-Net takes EDM's noise levels, which Stable Diffusion 1.x and SDXL here do not; "
+            f"{path} holds {edm[0][:60]!r}: its U-Net takes EDM's noise levels, which {titles} here do not; "
             "give a model that predicts epsilon or v"
         )
     known = (V_MARKER, ZERO_SNR_MARKER)
@@ -155,24 +193,31 @@ def _prediction(path: Path, others: Mapping[str, Tensor], metadata: Mapping[str,
     return "v_prediction"
 
 
-def _family(keys: Iterable[str], path: Path) -> str:
-    keys = list(keys)
-    if any(
-        key.startswith((PREFIXES["sdxl"]["text_encoder_2"], f"{PREFIXES['sdxl']['unet']}label_emb.")) for key in keys
-    ):
-        refiner = "conditioner.embedders.0.model."
-        if not any(key.startswith(refiner) for key in keys):
-            return "sdxl"
-    for prefix, name in _OTHERS.items():
-        if any(key.startswith(prefix) for key in keys):
-            raise UserError(f"{path} is {name}; single files of Stable Diffusion 1.x and SDXL are read")
-    if any(key.startswith(PREFIXES["sd"]["unet"]) for key in keys):
-        return "sd"
-    shown = sorted(keys)[:3]
+def _layout(
+    keys: list[str], path: Path, layouts: Sequence[SingleFileLayout], unread: Mapping[str, str]
+) -> SingleFileLayout:
+    """The one that a file with these keys is in."""
+
+    def has(beginnings: tuple[str, ...]) -> bool:
+        return any(key.startswith(beginnings) for key in keys)
+
+    for layout in layouts:
+        if layout.marks and has(layout.marks) and not (layout.foreign_marks and has(layout.foreign_marks)):
+            return layout
+    for prefix, name in {**unread, **_OTHERS}.items():
+        if has((prefix,)):
+            raise UserError(f"{path} is {name}; single files of {_titles(layouts, 'and')} are read")
+    for layout in layouts:
+        if not layout.marks and has((layout.network_prefix,)):
+            return layout
     raise UserError(
-        f"{path} is no Stable Diffusion 1.x or SDXL checkpoint: it has {len(keys)} tensors, e.g. {shown}, "
-        f"and none that begins with {PREFIXES['sd']['unet']}"
+        f"{path} is no {_titles(layouts, 'or')} checkpoint: it has {len(keys)} tensors, e.g. {sorted(keys)[:3]}, "
+        f"and none that begins with {' or '.join(dict.fromkeys(layout.network_prefix for layout in layouts))}"
     )
+
+
+def _titles(layouts: Sequence[SingleFileLayout], joined: str) -> str:
+    return f" {joined} ".join(layout.title for layout in layouts)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,9 +1,10 @@
 """A trained text-to-image generator on disk: its own weights (a network or a LoRA) in diffusers' names, and its card."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -22,31 +23,36 @@ CONFIG = "config.json"
 _REMEDY = "export the generator again"
 
 
+class NetworkPart(NamedTuple):
+    """A network in a diffusers folder: the component's name ("unet", "transformer") and its class."""
+
+    component: str
+    class_name: str
+
+
 def write_generator_folder(
     folder: Path, description: dict[str, Any], weights: dict[str, Tensor], card: ModelCard,
-    dtype: torch.dtype = torch.float32,
+    network: NetworkPart, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
-    """Write `unet/` (or `transformer/`), or one LoRA file, and the card; the folder appears whole or not at all.
+    """Write the network's own folder, or one LoRA file, and the card; the folder appears whole or not at all.
 
     Args:
         description: as `Denoiser.describe` gives it; with a "lora" entry the weights are an adapter's.
         weights: the network's own state dict, or `AdapterRole.adapter_state`.
         card: role, step schedule, base.
+        network: what diffusers calls it.
     """
     header = {"format": "pt", "role": card.role, "step_indices": json.dumps(list(card.step_indices)), "base": card.base}
     tensors = {name: value.detach().to(dtype).cpu().contiguous() for name, value in weights.items()}
     with written_aside(folder) as aside:
-        part = _component(description)
         if "lora" in description:
-            prefix = "transformer" if part == "transformer" else "unet"
-            named = {f"{prefix}.{name.removeprefix('network.')}": value for name, value in tensors.items()}
+            named = {f"{network.component}.{name.removeprefix('network.')}": value for name, value in tensors.items()}
             write_tensor_file(aside / ADAPTER, named, {**header, "lora": json.dumps(description["lora"])})
         else:
-            (aside / part).mkdir()
-            write_tensor_file(aside / part / NETWORK, tensors, header)
-            kind = "SD3Transformer2DModel" if part == "transformer" else "UNet2DConditionModel"
-            config = {"_class_name": kind, **description["network"]}
-            (aside / part / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+            (aside / network.component).mkdir()
+            write_tensor_file(aside / network.component / NETWORK, tensors, header)
+            config = {"_class_name": network.class_name, **description["network"]}
+            (aside / network.component / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         values = {**asdict(card), "description": description}
         (aside / CARD).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
@@ -59,18 +65,25 @@ def is_generator_folder(folder: Path) -> bool:
         return False
 
 
-def read_generator_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], ModelCard]:
+def read_generator_folder(
+    folder: Path, component_of: Callable[[dict[str, Any]], str]
+) -> tuple[dict[str, Any], dict[str, Tensor], ModelCard]:
     """Inverse of `write_generator_folder`: (description, weights, card).
 
+    Args:
+        component_of: what diffusers calls the network of a description; raises ValueError for one it does not know.
+
     Raises:
-        UserError: a file is missing or damaged; names it.
+        UserError: a file is missing or damaged, or the description is of no known kind; names it.
     """
     values = read_json_object(folder / CARD, _REMEDY)
     description = entry(values, "description", dict, folder / CARD, _REMEDY)
     card = card_from_json({name: value for name, value in values.items() if name != "description"}, folder / CARD)
     _check_description(description, folder / CARD)
-    part = _component(description)
-    path = folder / part / NETWORK
+    try:
+        path = folder / component_of(description) / NETWORK
+    except ValueError as error:
+        raise UserError(f"{folder / CARD}: {error}") from error
     if "lora" in description:
         path = folder / (ADAPTER if (folder / ADAPTER).is_file() else LORA)
     try:
@@ -92,7 +105,3 @@ def _check_description(description: dict[str, Any], path: Path) -> None:
             entry(lora, name, kinds, path, _REMEDY)  # type: ignore[arg-type]
         if not all(isinstance(target, str) for target in lora["targets"]):
             raise UserError(f"{path} is damaged: lora.targets are not all texts; {_REMEDY}")
-
-
-def _component(description: dict[str, Any]) -> str:
-    return "transformer" if description["family"] == "sd3" else "unet"

@@ -9,7 +9,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
-from fewstep.families.registry import build_denoiser, build_on_meta, recognise
+from fewstep.families.registry import build_denoiser, build_on_meta, component_of, recognise
 from fewstep.formats.compare import state_difference
 from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import first_line
@@ -110,7 +110,7 @@ def _refuse_absent(folder: Path, what: str) -> None:
 
 def _load_on_base(folder: Path, base: str) -> Model:
     """A generator whose text encoders, VAE and perhaps network lie in its teacher's folder."""
-    description, weights, card = read_generator_folder(folder)
+    description, weights, card = read_generator_folder(folder, component_of)
     whole = not base and (folder / "model_index.json").is_file()  # an exported pipeline brings its own components
     source = str(folder) if whole else base or card.base
     try:

@@ -300,8 +300,10 @@ class Model:
     def write(self, folder: Path) -> None:
         """Write the model's own weights with its card; of one with a base, the rest is read from there again."""
         description, weights = self.denoiser.describe(), self.denoiser.own_weights()
-        write = write_generator_folder if self.base else write_model_folder
-        write(folder, description, weights, self.card)
+        if not self.base:
+            write_model_folder(folder, description, weights, self.card)
+            return
+        write_generator_folder(folder, description, weights, self.card, self.family.network_part)
 
     def __repr__(self) -> str:
         channels, height, width = self.picture_shape

@@ -7,6 +7,7 @@ other roles beside the generator where the source has them.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +18,7 @@ from fewstep import __version__
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
-from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.edm.shape_from_weights import edm_config_from_weights
-from fewstep.families.registry import build_denoiser, build_on_meta, family_of
+from fewstep.families.registry import all_families, build_denoiser, build_on_meta, describe_weights, family_of
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
 from fewstep.formats.lora_spellings import is_lora_key
@@ -39,13 +38,10 @@ LDM_UNET = "model.diffusion_model."
 _LORA_FILES = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin",
 )  # fmt: skip
-# Words of the names DMD2's files are published under, and of what tools add to them
+# Words of the names DMD2's files are published under, beside what they call their models, and of what tools add to them
 _OWN_WORDS = frozenset(
     [
         "dmd",
-        "sd",
-        "sdxl",
-        "xl",
         "step",
         "steps",
         "unet",
@@ -130,7 +126,7 @@ def convert_dmd2(source: Path, out: Path, base: str = "", step_indices: tuple[in
         UserError: unreadable, another network than the base, no base, no steps known, or it cannot be written.
     """
     checkpoint = read_dmd2(source)
-    if checkpoint.family == "edm":
+    if checkpoint.layout == "edm":
         return _convert_edm(checkpoint, source, out, base, step_indices)
     return _convert_unet(checkpoint, source, out, base, step_indices)
 
@@ -142,12 +138,12 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
 
     description, denoiser, name = _text_base(source, base)
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    lora = read_lora(_lora_file(source), layers, family_of(description).kohya_config(description))
+    lora = read_lora(_lora_file(source), layers, partial(family_of(description).layer_aliases, description))
     _check_lora(lora, layers, source)
     steps = _steps(step_indices, source, denoiser)
     shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
     card = _generator_card(source, "LoRA", steps, base=name)
-    write_generator_folder(out, {**description, "lora": shape}, lora.state, card)
+    write_generator_folder(out, {**description, "lora": shape}, lora.state, card, family_of(description).network_part)
     return f"{out}: LoRA generator of rank {lora.rank} for {name}, steps {list(steps.indices)}"
 
 
@@ -173,13 +169,12 @@ def _convert_edm(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str,
 def _describe_edm(checkpoint: DMD2Checkpoint, source: Path) -> dict[str, Any]:
     """The network's description from its weights; compared on the meta device before anything large is built."""
     try:
-        config = edm_config_from_weights(checkpoint.generator)
-        with torch.device("meta"):
-            untrained = EDMDenoiser(config)
+        description = describe_weights(checkpoint.generator)
+        untrained = build_on_meta(description)
     except ValueError as error:
         raise UserError(f"{source}: {error}; give the teacher it was trained from as --base") from error
     fit_network(checkpoint.generator, untrained, "generator", str(source))
-    return untrained.describe()
+    return description
 
 
 def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str, indices: tuple[int, ...]) -> str:
@@ -191,7 +186,8 @@ def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str
     roles = {role: _bare(part) for role, part in _fitted_roles(checkpoint, denoiser, str(source)).items()}
     card = _generator_card(source, "DMD2 checkpoint", steps, base=name)
     dtype = common_half_precision(checkpoint.generator)
-    write_with_roles(out, lambda folder: write_generator_folder(folder, description, weights, card, dtype), roles)
+    part = family_of(description).network_part
+    write_with_roles(out, lambda folder: write_generator_folder(folder, description, weights, card, part, dtype), roles)
     return f"{out}: generator of {name}, steps {list(steps.indices)}{_with(roles)}"
 
 
@@ -275,7 +271,7 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
 def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
     """The steps of DMD2's file of this name; none where any word of it is not one of theirs, for other methods count too."""
     words = set(re.findall("[a-z]{2,}", name))
-    if not words <= _OWN_WORDS:
+    if not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
         return ()
     if re.search(r"(?<!\d)4.?step", name):
         return _FOUR_STEPS

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import diffusers
+import transformers
 from huggingface_hub import snapshot_download
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import UserError
-from fewstep.families.registry import family_named, recognise
-from fewstep.families.stable_diffusion.denoiser import discrete_alphas_cumprod
+from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
 from fewstep.formats.model_links import refuse_foreign_links
@@ -26,9 +25,12 @@ _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in s
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")
 _CONFIGS = ["*.json", "*.txt", "*.model"]
 _SAME_SCHEDULE = 2e-3  # alphas_cumprod in a half-precision file against the scheduler's
-_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
-_TEXT_WEIGHTS = "model.safetensors"
-_TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+_WEIGHTS, _TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+def read_model_file(path: Path) -> SingleFile:
+    """A whole model in one file, in any layout that a family has; see `formats.single_file.read_single_file`."""
+    return read_single_file(path, single_file_layouts(), unread_files())
 
 
 def single_file_to_folder(
@@ -37,7 +39,7 @@ def single_file_to_folder(
     """Write a diffusers folder with the weights of a single file.
 
     Args:
-        path: a .safetensors with LDM keys (a .ckpt where it holds nothing but tensors).
+        path: a .safetensors in a layout that some family has (a .ckpt where it holds nothing but tensors).
         config_folder: a diffusers folder of the same family (its configs, tokenizers and scheduler are taken; it
             needs no weights), or a hub id, of which only those are downloaded. Components that the file lacks are
             taken from it whole.
@@ -53,18 +55,18 @@ def single_file_to_folder(
     out = Path(out).expanduser()
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
-    single = read_single_file(Path(path))
+    single = read_model_file(Path(path))
     base = _config_folder(config_folder, single.absent)
-    if (family := recognise(base)).name != single.family:
-        title = family_named(single.family).title
+    if (family := recognise(base)).name != single.layout.family:
+        title = family_named(single.layout.family).title
         raise UserError(f"{path} is {title}, but the configs of {config_folder} are {family.title}'s")
     configs = {name: read_json(base / name / "config.json", base, name) for name in single.parts}
     states = {}
     for name, config in configs.items():
-        network = _network(name, config, base)
+        network = _network(single.layout.classes[name], config, base / name)
         tensors = published_names(network.state_dict(), type(network).__name__)
         shapes = {key: value.shape for key, value in tensors.items()}
-        states[name] = single.diffusers_state(name, dict(network.config) if name in _WEIGHTS else {}, shapes)
+        states[name] = single.diffusers_state(name, {} if _is_text_encoder(name) else dict(network.config), shapes)
     scheduler = _own_scheduler(single, read_json(base / "scheduler/scheduler_config.json", base, "scheduler"))
     _check_schedule(single, scheduler, base)
     borrowed = {name: _weights_file(base, name, single) for name in single.absent}
@@ -79,11 +81,11 @@ def single_file_to_folder(
         for name, state in states.items():
             (aside / name).mkdir()
             (aside / name / "config.json").write_text(json.dumps(configs[name], indent=1), encoding="utf-8")
-            write_tensor_file(aside / name / _WEIGHTS.get(name, _TEXT_WEIGHTS), state, {"format": "pt"})
+            write_tensor_file(aside / name / _weights_name(name), state, {"format": "pt"})
         for name, source in borrowed.items():
             (aside / name).mkdir()
             shutil.copyfile(base / name / "config.json", aside / name / "config.json")
-            shutil.copyfile(source, aside / name / _WEIGHTS.get(name, _TEXT_WEIGHTS))
+            shutil.copyfile(source, aside / name / _weights_name(name))
         (aside / "model_index.json").write_text(json.dumps(_own_index(index), indent=1), encoding="utf-8")
     if borrowed:
         note(f"{' and '.join(borrowed)} of {config_folder}, because {single.path.name} has none")
@@ -92,7 +94,7 @@ def single_file_to_folder(
 
 def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
     """A component's weights in the base, in full or half precision."""
-    stem = _WEIGHTS.get(name, _TEXT_WEIGHTS).removesuffix(".safetensors")
+    stem = _weights_name(name).removesuffix(".safetensors")
     files = [base / name / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
     found = next((path for path in files if path.is_file()), None)
     for path in (base / name / "config.json", found or base / name):
@@ -108,7 +110,7 @@ def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
 def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -> None:
     """Refuse a file whose own noise schedule is another than its folder's scheduler will say."""
     try:
-        expected = discrete_alphas_cumprod(scheduler)
+        expected = single.layout.alphas_cumprod(scheduler)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"{base / 'scheduler/scheduler_config.json'} describes no schedule: {first_line(error)}"
@@ -142,14 +144,25 @@ def _config_folder(source: str | Path, absent: Sequence[str]) -> Path:
         ) from error
 
 
-def _network(name: str, config: dict[str, Any], base: Path) -> Any:
-    """The untrained network of a config, on the meta device."""
+def _is_text_encoder(name: str) -> bool:
+    return name.startswith("text_encoder")
+
+
+def _weights_name(name: str) -> str:
+    """What a component's weights are called in a diffusers folder."""
+    return _TEXT_WEIGHTS if _is_text_encoder(name) else _WEIGHTS
+
+
+def _network(class_name: str, config: dict[str, Any], folder: Path) -> Any:
+    """The untrained network of a component's config, on the meta device."""
     try:
-        if name in _TEXT_ENCODERS:
-            return build_untrained(lambda: _TEXT_ENCODERS[name](CLIPTextConfig.from_dict(config)))
-        return build_untrained(lambda: (UNet2DConditionModel if name == "unet" else AutoencoderKL).from_config(config))
+        if _is_text_encoder(folder.name):
+            kind: Any = getattr(transformers, class_name)
+            return build_untrained(lambda: kind(kind.config_class.from_dict(config)))
+        kind = getattr(diffusers, class_name)
+        return build_untrained(lambda: kind.from_config(config))
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
-        raise UserError(f"{base / name / 'config.json'} describes no network ({first_line(error)})") from error
+        raise UserError(f"{folder / 'config.json'} describes no network ({first_line(error)})") from error
 
 
 def _own_scheduler(single: SingleFile, config: dict[str, Any]) -> dict[str, Any]:

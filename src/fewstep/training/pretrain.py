@@ -1,4 +1,4 @@
-"""Training a teacher: EDM's denoising objective, as a job for the one loop."""
+"""Training a teacher from nothing: the denoising objective, as a job for the one loop."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from fewstep.data.images import ImageBatches, load_images
 from fewstep.devices import choose_device, prepare_denoiser
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
-from fewstep.diffusion.samplers import sample_heun, sample_noise
+from fewstep.diffusion.samplers import sample_noise
 from fewstep.distillation.inputs import RealBatch
 from fewstep.distillation.roles import build_twin
 from fewstep.errors import UserError
-from fewstep.families.edm.denoiser import EDMDenoiser
-from fewstep.families.edm.shapes import build_network_config
+from fewstep.families.family import NewNetwork
+from fewstep.families.registry import build_denoiser, describe_new, family_of
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.losses import denoising_loss
 from fewstep.settings import PretrainSettings
@@ -26,8 +26,14 @@ from fewstep.training.step import MicroBatch, micro_batches
 from fewstep.training.update import build_update, learning_rate_factor
 
 
+def pictures_of(settings: PretrainSettings) -> NewNetwork:
+    """What the network to be trained makes."""
+    net = settings.network
+    return NewNetwork(net.img_resolution, net.img_channels, net.label_dim, net.sigma_data)
+
+
 class Pretraining:
-    """An EDM teacher in training on real pictures.
+    """A teacher in training on real pictures.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), section 5: ln(sigma) ~ N(-1.2, 1.2), weight 1 / c_out^2.
     """
@@ -40,9 +46,7 @@ class Pretraining:
         self.device = choose_device(settings.compute.device)
         torch.manual_seed(settings.training.seed)
         try:
-            config = build_network_config(
-                net.name, img_resolution=net.img_resolution, img_channels=net.img_channels, label_dim=net.label_dim
-            )
+            description = describe_new(net.name, pictures_of(settings))
         except ValueError as error:
             raise UserError(str(error)) from None
         dataset = load_images(
@@ -50,7 +54,8 @@ class Pretraining:
         )
         self.class_names = dataset.class_names or []
         self.batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
-        model = EDMDenoiser(config, net.sigma_data)
+        model = build_denoiser(description)
+        self.family = family_of(description)
         prepare_denoiser(model, str(self.device), settings.compute.precision)
         self.denoiser = model.train()
         self.average = WeightAverage(build_twin(self.denoiser, "average"), settings.ema_half_life_images)
@@ -116,7 +121,8 @@ class Pretraining:
         labels = torch.arange(count, device=self.device) % max(1, self.denoiser.num_classes)
         model = self.average.module
         noise = sample_noise(model, 0, 0, count, self.device)
-        x0 = sample_heun(model, noise, Condition.from_labels(labels, self.denoiser.num_classes))
+        condition, steps = Condition.from_labels(labels, self.denoiser.num_classes), self.family.default_num_steps
+        x0 = self.family.sample(model, noise, condition, num_steps=steps, guidance_scale=1.0)
         log.picture("teacher", step, x0, columns=min(10, count))
 
     def save_result(self, folder: Path, num_steps: int) -> Path:

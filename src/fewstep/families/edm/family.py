@@ -1,7 +1,9 @@
 """EDM networks: pictures from class labels or from nothing, in pixels."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import ClassTable, Condition
@@ -10,9 +12,18 @@ from fewstep.diffusion.samplers import heun_evaluations, sample_heun
 from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.folder import describe_edm_folder, is_edm_folder, load_edm, read_edm_card
-from fewstep.families.edm.shapes import released_descriptions
-from fewstep.families.family import Description, Family
+from fewstep.families.edm.pickle import write_edm_file
+from fewstep.families.edm.shape_from_weights import edm_config_from_weights
+from fewstep.families.edm.shapes import build_network_config, network_names, released_descriptions
+from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.families.family import Description, Family, NewNetwork
 from fewstep.formats.model_folder import ModelCard
+
+_SIGN = "model.map_layer0.weight"  # only EDM's own networks have such a layer
+
+
+def _description(config: EDMUNetConfig, sigma_data: float = 0.5) -> Description:
+    return {"family": "edm", "sigma_data": sigma_data, "network": config.to_dict()}
 
 
 class EDMFamily(Family):
@@ -25,6 +36,7 @@ class EDMFamily(Family):
     default_num_steps = 18
     default_batch_size = 64
     shapes = released_descriptions()
+    new_shapes = tuple(network_names())
 
     def recognise(self, folder: Path) -> bool:
         return is_edm_folder(folder)
@@ -40,6 +52,18 @@ class EDMFamily(Family):
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         return describe_edm_folder(folder)
+
+    def describe_weights(self, weights: Mapping[str, Tensor]) -> Description | None:
+        return None if _SIGN not in weights else _description(edm_config_from_weights(weights))
+
+    def describe_new(self, name: str, pictures: NewNetwork) -> Description:
+        shape = (pictures.resolution, pictures.channels, pictures.num_classes)
+        config = build_network_config(name, img_resolution=shape[0], img_channels=shape[1], label_dim=shape[2])
+        return _description(config, pictures.sigma_data)
+
+    def write_original(self, path: Path, denoiser: Denoiser, dtype: torch.dtype) -> None:
+        assert isinstance(denoiser, EDMDenoiser)
+        write_edm_file(path, denoiser, dtype)
 
     def resolution(self, folder: Path) -> int:
         return int(describe_edm_folder(folder)["network"]["img_resolution"])
@@ -67,6 +91,4 @@ class EDMFamily(Family):
             )
 
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
-        import torch
-
         return ClassTable(denoiser.num_classes).rows(torch.zeros(size, dtype=torch.int64))

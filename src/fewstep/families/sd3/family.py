@@ -10,7 +10,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.sd3.config_keys import SCHEDULER_KEYS, VAE_READ
-from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, VAE
+from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, UNREAD_FILES, VAE
 from fewstep.networks.text_layout import TextLayout
 
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -27,6 +27,7 @@ class StableDiffusion3(DiffusersFamily):
     network_class = "SD3Transformer2DModel"
     scheduler_class = "FlowMatchLCMScheduler"
     lora_targets = LORA_TARGETS
+    unread_files = UNREAD_FILES
     shapes = SHAPES
     autoencoder_config = VAE
     scheduler_keys = SCHEDULER_KEYS

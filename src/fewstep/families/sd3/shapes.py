@@ -21,3 +21,5 @@ VAE: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
+# beginnings of keys of single files
+UNREAD_FILES = {"model.diffusion_model.joint_blocks.": "Stable Diffusion 3", "joint_blocks.": "Stable Diffusion 3"}

@@ -3,7 +3,7 @@
 from typing import Any, cast, get_args
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
@@ -11,6 +11,7 @@ from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.prediction import Prediction
+from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS
 
 
@@ -127,18 +128,3 @@ def _refuse_other_kinds(config: Any) -> None:
                 f"U-Nets with {name}={config.get(name)!r} are not supported; Stable Diffusion 1.x, 2.x and SDXL are"
                 + _REASONS.get(name, "")
             )
-
-
-def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
-    """alphas_cumprod (T,) of any diffusers scheduler config with betas (DDIM, Euler, PNDM, LCM, ...)."""
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    with torch.device("cpu"):  # numbers, also where the network is built on the meta device
-        scheduler: Any = DDIMScheduler(**{name: scheduler_config[name] for name in names if name in scheduler_config})
-    return scheduler.alphas_cumprod

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and XL: U-Nets that predict epsilon or v on a discrete schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,9 @@ from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.family import Description
 from fewstep.families.stable_diffusion.config_keys import SCHEDULER_KEYS, VAE_READ
+from fewstep.families.stable_diffusion.ldm_keys import ldm_layers
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
+from fewstep.families.stable_diffusion.single_file import LAYOUT, UNREAD_FILES, XL_LAYOUT, XL_UNREAD_FILES
 from fewstep.networks.text_layout import TextLayout
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ class StableDiffusion(DiffusersFamily):
     network_class = "UNet2DConditionModel"
     scheduler_class = "LCMScheduler"
     lora_targets = LORA_TARGETS
+    has_kohya_names = True
+    single_file = LAYOUT
+    unread_files = UNREAD_FILES
+    file_words: tuple[str, ...] = ("sd",)
+    safety_checker = "diffusers.pipelines.stable_diffusion.safety_checker:StableDiffusionSafetyChecker"
     shapes = SHAPES
     autoencoder_config = VAE
     scheduler_keys = SCHEDULER_KEYS
@@ -55,9 +62,8 @@ class StableDiffusion(DiffusersFamily):
         text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
         return Condition(size, {"text": text}, {"text": text[:1]})
 
-    def kohya_config(self, description: Description) -> Mapping[str, Any] | None:
-        network: Mapping[str, Any] = description["network"]
-        return network
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
+        return ldm_layers(modules, description["network"])
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         from fewstep.families.stable_diffusion.few_step_scheduler import build_few_step_scheduler
@@ -70,6 +76,9 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     title = "SDXL"
+    single_file = XL_LAYOUT
+    unread_files = XL_UNREAD_FILES
+    file_words = ("sdxl", "xl")
     shapes = XL_SHAPES
     one_step_indices = (399,)
     text_layout = TextLayout(

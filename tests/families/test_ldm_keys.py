@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fewstep.errors import UserError
 from fewstep.families.registry import family_named, released_shapes
-from fewstep.formats.ldm_keys import PREFIXES, check_unet_config, from_ldm, to_ldm
+from fewstep.families.stable_diffusion.ldm_keys import PREFIXES, check_unet_config, from_ldm, to_ldm
 
 # the published text encoders of SD 1.5 and SDXL (both its own)
 CLIP_L = {
