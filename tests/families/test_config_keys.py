@@ -104,7 +104,7 @@ def test_a_samplers_own_settings_change_nothing(models: Path, tmp_path: Path) ->
         timestep_spacing="trailing", steps_offset=0, _class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True,
     )  # fmt: skip
     pictures = [
-        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_inference_steps=2)
+        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_inference_steps=2, output="tensor")
         for path in (models / "sd", folder)
     ]
     assert torch.equal(*pictures)
@@ -160,7 +160,7 @@ def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     pictures = [
-        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_inference_steps=2)
+        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_inference_steps=2, output="tensor")
         for path in (models / "sd", folder)
     ]
     assert torch.equal(*pictures)

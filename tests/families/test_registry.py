@@ -112,7 +112,7 @@ def test_a_folder_is_one_familys(tmp_path: Path, folder: str) -> None:
 
 
 def test_what_is_of_no_family_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a fewstep model: unet/config.json is missing"):
+    with pytest.raises(UserError, match=r"is not a fewstep model: unet/config\.json is missing"):
         recognise(tmp_path)
     with pytest.raises(ValueError, match="model family 'x' is unknown; this version knows"):
         family_of({"family": "x"})

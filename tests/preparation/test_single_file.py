@@ -230,7 +230,7 @@ def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensor
     refused("conv_out.bias has numbers", model__diffusion_model__out__2__bias=torch.full((4,), torch.inf))
     refused("conv_out.bias holds torch.int64", model__diffusion_model__out__2__bias=torch.zeros(4, dtype=torch.int64))
     refused("not a diffusers model", source=tmp_path)
-    refused("no hub id", source=tmp_path / "none")
+    refused("not a hub id", source=tmp_path / "none")
     refused("cannot be fetched from the hub", source="nobody/nothing")
     out.mkdir()
     with pytest.raises(UserError, match="exists already"):
