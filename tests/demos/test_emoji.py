@@ -169,7 +169,14 @@ def test_every_emoji_recipe_is_run_and_told_of() -> None:
     assert [name for name in RECIPES if f"| `recipes/{name}.toml` |" not in page] == []
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# both networks, all of one and a LoRA, one step and four; the other recipes in the long run
+SOME = ("emoji_dmd2_1step", "emoji_sdxl_dmd2_4step_lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in RECIPES]
+)
 def test_recipes_need_nothing_else(shipped: Path, tmp_path: Path, recipe: str) -> None:
     file = RECIPE_FOLDER / f"{recipe}.toml"
     assert "network: " in run("train", file, "--dry-run").out
