@@ -1,4 +1,7 @@
-"""The GPU benchmark on the CPU with tiny networks: every part runs, keeps what it finds, and fails alone."""
+"""The GPU benchmark on the CPU with tiny networks: every part runs, keeps what it finds, and fails alone.
+
+In float32; bf16 and fp16, which many processors are slow in, in the long run.
+"""
 
 import json
 import sys
@@ -11,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
+import gpu_correctness
 import gpu_levers
 import gpu_parts
 import gpu_runs
@@ -24,10 +28,13 @@ def run(folder: Path, *parts: str, minutes: float = 3.0) -> gpu.Bench:
     return gpu.main(["--tiny", "--device", "cpu", "--minutes", str(minutes), "--out", str(folder), "--parts", *parts])
 
 
-def test_golden_steps_and_draws(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precisions", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_golden_steps_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precisions: int) -> None:
+    some = dict(list(gpu_correctness.PRECISIONS.items())[:precisions])
+    monkeypatch.setattr(gpu_correctness, "PRECISIONS", some)
     bench = run(tmp_path, "machine", "correctness")
     rows = json.loads((tmp_path / "gpu.json").read_text())["parts"]["correctness"]
-    assert len(rows) == 12
+    assert [row["precision"] for row in rows] == list(some) * 3
     for row in rows:
         assert row["within golden tolerances"] == row["precision"].startswith("fp32")
         assert row["generated"] < 0.05
@@ -35,6 +42,7 @@ def test_golden_steps_and_draws(tmp_path: Path) -> None:
     assert "| edm | fp32 |" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.long
 def test_a_network_in_every_column(tmp_path: Path) -> None:
     bench = run(tmp_path, "machine", "edm")
     rows = bench.rows["edm"]
@@ -45,10 +53,10 @@ def test_a_network_in_every_column(tmp_path: Path) -> None:
     assert rows[1]["ours is faster by"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
 
 
-@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora_generator", marks=pytest.mark.long), "shared_base"])
 def test_text_networks_in_every_memory_mode(tmp_path: Path, mode: str) -> None:
     bench = gpu.Bench("cpu", True, tmp_path, time.monotonic() + 60, part="one")
-    counted = gpu_parts.compare(bench, gpu_runs.Case("sdxl", 2, mode, guidance=8.0, steps=(999, 499)))
+    counted = gpu_parts.compare(bench, gpu_runs.Case("sdxl", 2, mode, precision="fp32", guidance=8.0, steps=(999, 499)))
     assert counted > 0
     assert [row["step"] for row in bench.rows["one"]] == ["fewstep", "plain"]
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_a_picture_says_how_it_was_made(classes: Path, teacher: Path, tmp_path: 
 
 def test_throughput_leaves_the_first_batch_out(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 100.0, 200.0, 202.0, 300.0, 302.0, 400.0, 409.0])
-    monkeypatch.setattr(commands_sample.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(commands_sample, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     answer = sample(classes, "--num-images", 7, "--batch-size", 2, "--grid", tmp_path / "a.png")
     rate = "1.0 images/s, 1 s an image (the first batch, which warms up, not counted)"
     assert f"7 pictures, 2 evaluations each, 16x16: {rate}" in answer.err
