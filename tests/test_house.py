@@ -32,6 +32,13 @@ def test_ci_runs_what_the_readme_names() -> None:
         assert re.search(rf'make VENV="\$VENV" {target}$', script, flags=re.MULTILINE)
 
 
+def test_the_matrix_of_diffusers_versions_names_tests_that_exist() -> None:
+    script = (ROOT / ".ci/diffusers_matrix").read_text(encoding="utf-8")
+    named = re.findall(r"tests/[\w/]+\.py", script)
+    assert named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "torch>=2.8" in project["dependencies"]
