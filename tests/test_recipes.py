@@ -133,3 +133,26 @@ def test_pairs_of_dmd_have_256_steps() -> None:
     command = "fewstep prepare pairs teachers/edm-imagenet-64x64-cond-adm.pkl data/imagenet64-pairs --teacher-steps 256"
     assert command in (RECIPES / "imagenet64_dmd.toml").read_text()
     assert command in (RECIPES.parent / "docs/imagenet64.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith(("sd15", "sdxl_dmd2"))])
+def test_prompts_and_captions_are_encoded_at_each_step(name: str) -> None:
+    """Nothing is stored of 3 million prompts; SDXL's prompts are the captions of its latents."""
+    data = load_settings(TrainSettings, RECIPES / f"{name}.toml").data
+    assert data.text_embeddings == "computed"
+    assert data.truncate_prompts
+    assert bool(data.prompts) == name.startswith("sd15")
+    assert bool(data.latents) == (name != "sd15_dmd2")
+
+
+@pytest.mark.parametrize("name", ["sd15_dmd2_gan", "sdxl_dmd2_4step"])
+def test_latents_are_samples_with_their_captions_as_text(name: str) -> None:
+    path = RECIPES / f"{name}.toml"
+    settings = load_settings(TrainSettings, path)
+    (command,) = [line for line in path.read_text().splitlines() if "fewstep prepare latents" in line]
+    assert f"fewstep prepare latents {settings.teacher.path} {settings.data.latents} --images" in command
+    assert command.endswith("--noise-seed 0 --captions text --truncate-prompts")
+
+
+def test_one_gpu_frees_the_text_encoders() -> None:
+    assert load_settings(TrainSettings, RECIPES / "sdxl_dmd2_4step_one_gpu.toml").data.text_embeddings == "stored"

@@ -45,10 +45,12 @@ def test_embeddings(teacher: Path, tmp_path: Path) -> None:
 def test_latents(teacher: Path, tmp_path: Path) -> None:
     """The size is the teacher's own unless it is given."""
     pictures = write_folder(tmp_path / "pictures", ["a cat", "", "a dog"], size=20)
-    with pytest.raises(UserError, match=r"001\.png \(row 1\) is empty"):
-        run("latents", teacher, tmp_path / "l", "--images", pictures)
+    with pytest.raises(UserError, match=r"--captions words: choose embeddings or text"):
+        run("latents", teacher, tmp_path / "l", "--images", pictures, "--captions", "words")
+    (pictures / "000.png").write_bytes(b"no picture")
     output = run("latents", teacher, tmp_path / "m", "--images", pictures, "--skip-bad", "--noise-seed", 1)
-    assert f"{tmp_path / 'm'}: 2 latents of shape 4x8x8, 2 distinct captions, 1 pictures skipped" in output
+    told = "2 distinct captions (1 missing, which count as the empty prompt), 1 pictures skipped"
+    assert f"{tmp_path / 'm'}: 2 latents of shape 4x8x8, {told}" in output
     check_latents_fit(
         StoredLatents(tmp_path / "m"), vae_fingerprint=vae_fingerprint(teacher),
         text_fingerprint=text_fingerprint(teacher), latent_shape=(4, 8, 8),

@@ -463,7 +463,7 @@ def test_a_class_teacher_is_sampled_too(teacher_folder: Path, tmp_path: Path) ->
 
 
 def test_an_empty_prompt_is_a_prompt(text: Path, tmp_path: Path) -> None:
-    """As in diffusers: the picture of no words, unlike a file of prompts, where an empty line is a slip."""
+    """As in diffusers: the picture of no words, unlike a blank line of a file, which is skipped and said."""
     answer = sample(text, "--prompt", "", "--prompt", "cat", "--out", tmp_path / "out")
     assert "warning" not in answer.err
     images = load(text).sample(["", "cat"], output="tensor")
@@ -471,8 +471,9 @@ def test_an_empty_prompt_is_a_prompt(text: Path, tmp_path: Path) -> None:
     assert (images[0] - images[1]).abs().max() > 1e-3
     assert Image.open(tmp_path / "out/00000.png").text["fewstep:prompt"] == ""  # type: ignore[attr-defined]
     (tmp_path / "prompts.txt").write_text("cat\n\ndog\n")
-    words = refused(text, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "other")
-    assert words.endswith("prompts.txt: line 2 is an empty prompt; remove it")
+    answer = sample(text, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "other")
+    assert f"{tmp_path / 'prompts.txt'}: 1 blank lines skipped\n" in answer.err
+    assert len(list((tmp_path / "other").glob("*.png"))) == 2
 
 
 def test_a_long_prompt_is_cut_with_one_warning_of_ours(

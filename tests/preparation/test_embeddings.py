@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation import embeddings as module
-from fewstep.preparation.embeddings import prepare_embeddings
+from fewstep.preparation.embeddings import announce_size, prepare_embeddings
 from tests.tiny_models import MAX_TOKENS, tiny_sd_folder, tiny_sdxl_folder
 
 PROMPTS = ["a cat", "a dog", "a cat", "red", "big cat", "a dog", "the end", "a cat", "one", "two"]
@@ -143,13 +144,12 @@ def test_other_encoders_are_refused(encoders: TextEncoders, whole: Path, tmp_pat
         prepare_embeddings(other, PROMPTS, whole, **JOB)
 
 
-def test_empty_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
+def test_no_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
     """The limit counts the two marks at the ends; nothing is written before all prompts are looked at."""
     fits, long = " ".join("cat" for _ in range(MAX_TOKENS - 2)), " ".join("cat" for _ in range(MAX_TOKENS - 1))
     folder = tmp_path / "e"
     for prompts, told in (
         ([], "there are no prompts to embed"),
-        (["a", " "], "the prompt on line 2 is empty; remove it"),
         (["a", "b", long], f"the prompt on line 3 has {MAX_TOKENS + 1} tokens, the text encoder takes {MAX_TOKENS} ("),
     ):
         with pytest.raises(UserError) as error:
@@ -186,3 +186,48 @@ def test_the_manifest_says_what_was_made(encoders: TextEncoders, whole: Path) ->
     )  # fmt: skip
     assert len(job["text_encoders"]) == len(job["prompts"]) == 64
     assert [entry["rows"] for entry in manifest["shards"]] == [4, 4, 2]
+
+
+def test_the_empty_prompt_is_one(encoders: TextEncoders, tmp_path: Path) -> None:
+    stored = StoredEmbeddings(prepare_embeddings(encoders, ["a", "", "b", ""], tmp_path / "e"))
+    assert stored.prompts() == ["a", "", "b", ""]
+    assert (stored.num_distinct, stored.num_empty) == (3, 2)
+    torch.testing.assert_close(
+        stored.rows(torch.tensor([3]))[0].float(), encoders.encode([""]).text, atol=2e-3, rtol=2e-3
+    )
+
+
+def gigabytes(encoders: TextEncoders, prompts: list[str]) -> float:
+    empty = encoders.encode_empty()
+    return len(prompts) * 2 * (empty.text.numel() + (0 if empty.pooled is None else empty.pooled.numel())) / 1e9
+
+
+def test_the_size_is_said_before_anything_is_stored(
+    encoders: TextEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Distinct prompts count; above a limit, or half of the free disk, they are refused and no folder is made."""
+    prompts = ["a", "b", "c"]
+    size = gigabytes(encoders, prompts)
+    monkeypatch.setattr(module, "_WORTH_SAYING", 0.0)
+    folder = tmp_path / "e"
+    with pytest.raises(UserError) as error:
+        prepare_embeddings(encoders, [*prompts, "a"], folder, max_gigabytes=size / 2, spare_with="compute them")
+    limit = f"more than {size / 2:g} GB are not stored unasked"
+    assert str(error.value) == f"{folder}: embeddings of 3 prompts would take {size:,.3g} GB, and {limit}; compute them"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(1.9e9 * size)))
+        with pytest.raises(UserError, match=r"and the disk has .* GB free, of which half may be filled; encode them"):
+            prepare_embeddings(encoders, prompts, folder)
+    assert not folder.exists()
+    assert capsys.readouterr().err == ""
+    prepare_embeddings(encoders, prompts, folder, max_gigabytes=2 * size)
+    assert capsys.readouterr().err.startswith(f"{folder}: embeddings of 3 prompts will take {size:,.3g} GB, ")
+    prepare_embeddings(encoders, prompts, folder, max_gigabytes=0.0)  # it is there already
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("tokens", "width", "pooled", "told"), [(77, 768, 0, "355 GB"), (77, 2048, 1280, "954 GB")])
+def test_three_million_prompts(tmp_path: Path, tokens: int, width: int, pooled: int, told: str) -> None:
+    """Stable Diffusion 1.5 and SDXL."""
+    with pytest.raises(UserError, match=rf"would take {told}, and more than 20 GB are not stored unasked; say so"):
+        announce_size(tmp_path / "e", "it", 3_000_000 * 2 * (tokens * width + pooled), "say so", max_gigabytes=20.0)

@@ -1,13 +1,15 @@
 """Stored latents are the VAE's own with the captions' embeddings, and an interrupted job ends in the same bytes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fewstep.data.captioned_images import CaptionedImages, open_captioned_images
-from fewstep.data.latents import StoredLatents, check_latents_fit
+from fewstep.data.latents import StoredLatents, StoredTexts, check_latents_fit
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.families.registry import family_named
@@ -15,6 +17,7 @@ from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.formats.lmdb import write_lmdb
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
 from fewstep.networks.text_encoders import TextEncoders
+from fewstep.preparation import embeddings
 from fewstep.preparation import latents as module
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
 from tests.data.test_captioned_images import write_folder, write_tar
@@ -156,14 +159,56 @@ def test_tars(job: dict[str, Any], tmp_path: Path) -> None:
         open_captioned_images(str(path))
 
 
-@pytest.mark.parametrize(
-    ("captions", "told"),
-    [
-        (["a", "", "b"], "the caption of {path}/001.png (row 1) is empty; remove it"),
-        (["a", "b", LONG], "the caption of {path}/002.png (row 2) has 18 tokens, the text encoder takes 16 ("),
-    ],
-)  # fmt: skip
-def test_bad_captions(job: dict[str, Any], tmp_path: Path, captions: list[str], told: str) -> None:
+def test_a_missing_caption_is_the_empty_prompt(job: dict[str, Any], tmp_path: Path) -> None:
+    options = {**job, "source": open_captioned_images(str(write_folder(tmp_path / "more", ["a", "", "b", " "])))}
+    stored = StoredLatents(prepare_latents(folder=tmp_path / "l", **options))
+    assert stored.captions.prompts() == ["a", "", "b", ""]
+    assert stored.captions.num_empty == 2
+    text = stored.rows(torch.tensor([1]))[1].float()
+    torch.testing.assert_close(text, job["encoders"].encode([""]).text, atol=2e-3, rtol=2e-3)
+
+
+def test_captions_as_text_alone(job: dict[str, Any], tmp_path: Path) -> None:
+    """The same latents and words, no embeddings; an earlier job of the other kind is another job."""
+    words = StoredLatents(prepare_latents(folder=tmp_path / "words", captions="text", **job))
+    whole = StoredLatents(prepare_latents(folder=tmp_path / "whole", **job))
+    assert type(words.captions) is StoredTexts
+    assert words.captions.prompts() == CAPTIONS
+    index = torch.arange(len(CAPTIONS))
+    assert torch.equal(words.latents(index), whole.rows(index)[0])
+    with safe_open(tmp_path / "words/latents_00000.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"latents", "row", "prompt_bytes", "prompt_ends"}
+    with pytest.raises(UserError, match=r"holds other latents: captions was 'text', is None"):
+        prepare_latents(folder=tmp_path / "words", **job)
+
+
+def test_the_size_is_said_first(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of latents and, at most, embeddings; what does not fit is refused with the option that spares it."""
+    empty = job["encoders"].encode_empty().text
+    latents, captions = 10 * 2 * 4 * 8 * 8 / 1e9, 10 * 2 * empty.numel() / 1e9
+    free = 1.5 * (latents + captions)
+    monkeypatch.setattr(embeddings, "_WORTH_SAYING", 0.0)
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda path: SimpleNamespace(free=round(free * 1e9)))
+    with pytest.raises(UserError) as error:
+        prepare_latents(folder=tmp_path / "l", **job)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'l'}: latents of 10 pictures and their captions' embeddings (up to {captions:,.3g} GB) would take "
+        f"{latents + captions:,.3g} GB, and the disk has {free:,.3g} GB free, of which half may be filled; --captions text "
+    )
+    assert not (tmp_path / "l").exists()
+    prepare_latents(folder=tmp_path / "m", captions="text", **job)
+    assert f"latents of 10 pictures will take {latents:,.3g} GB" in capsys.readouterr().err
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    streamed = {**job, "source": open_captioned_images(str(write_tar(tmp_path / "a.tar", CAPTIONS)))}
+    prepare_latents(folder=tmp_path / "n", captions="text", **streamed)
+    assert f"latents of every 1,000 pictures will take {100 * latents:,.3g} GB" in capsys.readouterr().err
+
+
+def test_long_captions(job: dict[str, Any], tmp_path: Path) -> None:
+    captions = ["a", "b", LONG]
+    told = "the caption of {path}/002.png (row 2) has 18 tokens, the text encoder takes 16 ("
     path = write_folder(tmp_path / "more", captions)
     options = {**job, "source": open_captioned_images(str(path))}
     with pytest.raises(UserError) as error:
@@ -172,8 +217,7 @@ def test_bad_captions(job: dict[str, Any], tmp_path: Path, captions: list[str], 
     stored = StoredLatents(prepare_latents(folder=tmp_path / "m", skip_bad=True, **options))
     assert len(stored) == 2
     assert stored.manifest["shards"][0]["source_rows"] == 3
-    if LONG in captions:
-        assert len(StoredLatents(prepare_latents(folder=tmp_path / "n", truncate=True, **options))) == 3
+    assert len(StoredLatents(prepare_latents(folder=tmp_path / "n", truncate=True, **options))) == 3
 
 
 def test_bad_pictures(job: dict[str, Any], pictures: Path, tmp_path: Path) -> None:

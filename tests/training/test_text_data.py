@@ -12,10 +12,12 @@ from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.errors import UserError
 from fewstep.settings import TrainSettings, parse_settings
+from fewstep.training import text_data
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.text_data import open_prompts
 from tests.cli.test_main import fewstep as run
+from tests.data.test_captioned_images import write_folder
 from tests.tiny_models import MAX_TOKENS, tiny_sdxl_folder
 
 LONG = " ".join("cat" for _ in range(MAX_TOKENS))
@@ -99,3 +101,65 @@ def test_truncating_is_for_text(teacher_folder: Path, tmp_path: Path) -> None:
     answer = run("prepare", "pairs", teacher_folder, tmp_path / "pairs", "--truncate-prompts", "--device", "cpu")
     assert answer.code == 2
     assert "--prompts and --truncate-prompts are for text-to-image teachers" in answer.err
+
+
+def latents_of(model: Path, folder: Path, kind: str) -> Path:
+    """Four pictures, one of them without a caption."""
+    pictures = write_folder(folder / "pictures", ["red cat", "", "a dog", "red cat"])
+    answer = run(
+        "prepare", "latents", model, folder / "latents", "--images", pictures, "--resolution", 16, "--captions", kind,
+        "--noise-seed", 0, "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    return folder / "latents"
+
+
+GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
+
+
+def without_list(model: Path, folder: Path, latents: Path, **data: object) -> TrainSettings:
+    chosen = settings(model, folder, ["never read"], latents=str(latents), **data).model_dump(mode="json")
+    chosen["data"]["prompts"] = ""
+    chosen["losses"].update(GAN)
+    chosen["training"]["generator_every"] = 1
+    return parse_settings(TrainSettings, chosen, "test")
+
+
+@pytest.mark.parametrize(("kind", "embeddings"), [("embeddings", "stored"), ("text", "computed")])
+def test_without_a_list_the_prompts_are_the_captions_of_the_latents(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, embeddings: str
+) -> None:
+    """As published for SDXL; the same conditions whether their embeddings are stored or made at each step."""
+    latents = latents_of(model, tmp_path, kind)
+    chosen = without_list(model, tmp_path, latents, text_embeddings=embeddings)
+    capsys.readouterr()
+    teacher = open_teacher(chosen)
+    job = DistillationJob(chosen, teacher)
+    assert f"data.prompts is not set: the prompts are the 4 captions of {latents}\n" in capsys.readouterr().err
+    assert job.conditions.names(torch.arange(4)) == ["red cat", "", "a dog", "red cat"]
+    expected = fewstep.load_teacher(model, device="cpu").conditioner.encoders.encode(["red cat", ""])
+    for table in (job.conditions, job.real_data.captions):
+        found = table.rows(torch.tensor([3, 1]))
+        assert (found["text"] - expected.text).abs().max() < 2e-3
+        assert (found["pooled"] - expected.pooled).abs().max() < 2e-3
+    assert all(value.isfinite() for value in job.step(0, 0.0).values())
+
+
+def test_captions_as_text_need_encoders(model: Path, tmp_path: Path) -> None:
+    latents = latents_of(model, tmp_path, "text")
+    chosen = without_list(model, tmp_path, latents)
+    with pytest.raises(UserError) as error:
+        DistillationJob(chosen, open_teacher(chosen))
+    assert str(error.value).startswith(
+        f"data.latents={latents} holds its captions as text: set data.text_embeddings='computed', which "
+    )
+
+
+def test_a_run_stores_no_more_than_it_was_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(text_data, "MOST_GIGABYTES_UNASKED", 1e-6)
+    chosen = settings(model, tmp_path, ["red cat", "a dog"])
+    with pytest.raises(UserError, match=r"are not stored unasked; set data\.text_embeddings='computed', which encodes"):
+        open_prompts(chosen, open_teacher(chosen), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

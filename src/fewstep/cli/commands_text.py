@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 Fit = Literal["crop", "pad", "exact"]
+Captions = Literal["embeddings", "text"]
 
 
 def make_embeddings(
@@ -38,6 +39,7 @@ def make_embeddings(
     prepare_embeddings(
         encoders, texts, folder, truncate=truncate, shard_size=shard_size, batch_size=batch_size,
         cut_with="--truncate-prompts", report=_progress("prompts"),
+        spare_with="train with the list itself and data.text_embeddings='computed', which stores nothing",
     )  # fmt: skip
     stored = StoredEmbeddings(folder)
     print(f"{folder}: {len(stored)} prompts, {stored.num_distinct} distinct")
@@ -46,7 +48,7 @@ def make_embeddings(
 def make_latents(
     teacher: str, images: str, folder: Path, split: str, caption_column: str, resolution: int, fit: str,
     noise_seed: int | None, num_images: int | None, streaming: bool, skip_bad: bool, truncate: bool, shard_size: int,
-    batch_size: int, device: str,
+    batch_size: int, captions: str, device: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare latents --images`."""
     from fewstep.families.diffusers_folder import resolve_model_folder
@@ -65,14 +67,14 @@ def make_latents(
     prepare_latents(
         autoencoder, encoders, source, folder, resolution=resolution, vae_fingerprint=vae_fingerprint(model),
         fit=cast(Fit, fit), noise_seed=noise_seed, num_images=num_images, skip_bad=skip_bad, truncate=truncate,
-        shard_size=shard_size, batch_size=batch_size, report=_progress("pictures"),
+        shard_size=shard_size, batch_size=batch_size, captions=cast(Captions, captions), report=_progress("pictures"),
     )  # fmt: skip
     _print_latents(folder)
 
 
 def import_latents(
     teacher: str, lmdb: Path, folder: Path, scale: float | None, truncate: bool, shard_size: int, batch_size: int,
-    device: str,
+    captions: str, device: str,
 ) -> None:  # fmt: skip
     """`fewstep prepare latents --from-lmdb`."""
     from fewstep.families.diffusers_folder import resolve_model_folder
@@ -83,7 +85,7 @@ def import_latents(
     encoders = recognise(model).text_encoders(model).to(place)
     import_lmdb_latents(
         encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=truncate,
-        shard_size=shard_size, batch_size=batch_size, report=_progress("latents"),
+        shard_size=shard_size, batch_size=batch_size, captions=cast(Captions, captions), report=_progress("latents"),
     )  # fmt: skip
     _print_latents(folder)
 
@@ -113,7 +115,7 @@ def pair_prompts(teacher: "Model", prompts: str, folder: Path, truncate: bool) -
     target = folder / PROMPT_EMBEDDINGS
     prepare_embeddings(
         teacher.conditioner.encoders, load_prompts(prompts), target, truncate=truncate, cut_with="--truncate-prompts",
-        report=_progress("prompts"),
+        spare_with="give a shorter list: pairs draw their prompts from it", report=_progress("prompts"),
     )  # fmt: skip
     return stored_prompts(teacher, target)
 
@@ -123,7 +125,13 @@ def _print_latents(folder: Path) -> None:
     skipped = sum(entry["source_rows"] - entry["rows"] for entry in stored.manifest["shards"])
     print(
         f"{folder}: {len(stored)} latents of shape {'x'.join(map(str, stored.latent_shape))}, "
-        f"{stored.captions.num_distinct} distinct captions, {skipped} pictures skipped"
+        f"{stored.captions.num_distinct} distinct captions"
+        + (
+            f" ({stored.captions.num_empty} missing, which count as the empty prompt)"
+            if stored.captions.num_empty
+            else ""
+        )
+        + f", {skipped} pictures skipped"
     )
 
 

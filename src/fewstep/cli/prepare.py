@@ -81,10 +81,11 @@ def prepare_latents(
     caption_column: Annotated[str, typer.Option(help="where the captions are; default: txt in tars, text elsewhere")] = "",
     resolution: Annotated[int, typer.Option(min=0, help="side in pixels; 0 is the teacher's own")] = 0,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
-    noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed; default: its mean")] = None,
+    noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed, as published; default: its mean")] = None,
+    captions: Annotated[str, typer.Option(help="embeddings, or text: nothing but the words, which training then encodes at each step")] = "embeddings",
     num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="read a hub set while it is downloaded, keeping nothing")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out pictures and captions that cannot be used")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out pictures and captions that cannot be used (a missing caption is the empty prompt)")] = False,
     truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut captions that are too long instead of refusing them")] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="pictures a file")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures encoded at once")] = 8,
@@ -93,14 +94,18 @@ def prepare_latents(
     """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
     from fewstep.cli.commands_text import import_latents, make_latents
 
+    if captions not in ("embeddings", "text"):
+        raise UserError(f"--captions {captions}: choose embeddings or text")
     if (from_lmdb is None) == (not images):
         raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
     if from_lmdb is not None:
-        import_latents(teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, device)
+        import_latents(
+            teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, captions, device
+        )
         return
     make_latents(
         teacher, images, folder, split, caption_column, resolution, fit, noise_seed, num_images, streaming, skip_bad,
-        truncate_prompts, shard_size, batch_size, device,
+        truncate_prompts, shard_size, batch_size, captions, device,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Both folders hold shards of n rows. A shard holds `row` (n,), each row's number among the distinct texts of the folder,
 and the texts that no earlier shard has: `text` (m, T, D), `pooled` (m, P), `prompt_bytes` and `prompt_ends`. The first
-shard also holds the unconditional `empty_text` (1, T, D) and `empty_pooled` (1, P); those of latents hold `latents`.
+shard also holds the unconditional `empty_text` (1, T, D) and `empty_pooled` (1, P); those of latents hold `latents`. Latents whose
+captions are kept as text alone have no embeddings.
 """
 
 from pathlib import Path
@@ -21,8 +22,8 @@ LATENTS = ShardKind("latents", "latents", "fewstep prepare latents")
 _HASH_LIMIT_BYTES = 4 * 2**30  # smaller folders are verified byte for byte on opening
 
 
-class StoredEmbeddings:
-    """The embeddings of a prompt list, addressed by the prompt's place in the list; read from disk row by row.
+class StoredTexts:
+    """The texts of a list, addressed by their place in it.
 
     Opening reads the headers of all shards, which shows one that is cut short, and up to 4 GiB also their checksums.
 
@@ -30,7 +31,6 @@ class StoredEmbeddings:
         folder: where they are.
         manifest: the job that made them.
         text_fingerprint: of the text encoders.
-        empty_text: (1, T, D), float16; empty_pooled: (1, P), float16, or None. The unconditional branch.
 
     Raises:
         UserError: no manifest, an unfinished folder, a shard missing, changed or cut short.
@@ -42,14 +42,8 @@ class StoredEmbeddings:
         self._paths = _checked_paths(folder, self.manifest["shards"], kind)
         try:
             self._row = torch.from_numpy(np.concatenate([map_tensor(path, "row") for path in self._paths]))
-            self._text = StoredRows([map_tensor(path, "text") for path in self._paths])
-            has_pooled = "pooled" in read_header(self._paths[0])
-            self._pooled = StoredRows([map_tensor(path, "pooled") for path in self._paths]) if has_pooled else None
-            self.empty_text = torch.from_numpy(map_tensor(self._paths[0], "empty_text").copy())
-            self.empty_pooled = (
-                torch.from_numpy(map_tensor(self._paths[0], "empty_pooled").copy()) if has_pooled else None
-            )
-            if len(self._row) == 0 or not 0 <= int(self._row.min()) <= int(self._row.max()) < len(self._text):
+            self.num_distinct = sum(len(map_tensor(path, "prompt_ends")) for path in self._paths)
+            if len(self._row) == 0 or not 0 <= int(self._row.min()) <= int(self._row.max()) < self.num_distinct:
                 raise ValueError("rows point at no text")
         except (OSError, KeyError, ValueError) as error:
             raise unreadable(folder, error, kind) from None
@@ -58,20 +52,16 @@ class StoredEmbeddings:
         """Prompts in the list, repeated ones included."""
         return len(self._row)
 
-    @property
-    def num_distinct(self) -> int:
-        """Texts that were encoded."""
-        return len(self._text)
-
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings at these places (B,): text (B, T, D) and pooled (B, P) or None, float16, on the CPU."""
-        row = self._row[index.cpu()]
-        return self._text.rows(row), None if self._pooled is None else self._pooled.rows(row)
-
-    def prompts(self, index: Tensor) -> list[str]:
-        """The prompts at these places."""
+    def prompts(self, index: Tensor | None = None) -> list[str]:
+        """The prompts at these places; all of them without."""
         texts = self._texts()
-        return [texts[row] for row in self._row[index.cpu()].tolist()]
+        rows = self._row if index is None else self._row[index.cpu()]
+        return [texts[row] for row in rows.tolist()]
+
+    @property
+    def num_empty(self) -> int:
+        """Empty prompts in the list."""
+        return sum(int((self._row == row).sum()) for row, text in enumerate(self._texts()) if not text)
 
     def _texts(self) -> list[str]:
         if not hasattr(self, "_decoded"):
@@ -79,11 +69,42 @@ class StoredEmbeddings:
         return self._decoded
 
 
-class StoredLatents:
-    """Latents of real pictures with the embeddings of their captions, read from disk row by row.
+class StoredEmbeddings(StoredTexts):
+    """The embeddings of a prompt list, addressed by the prompt's place in the list; read from disk row by row.
 
     Attributes:
-        captions: the captions' embeddings, addressed by the picture's row.
+        empty_text: (1, T, D), float16; empty_pooled: (1, P), float16, or None. The unconditional branch.
+
+    Raises:
+        UserError: as `StoredTexts`.
+    """
+
+    def __init__(self, folder: Path, kind: ShardKind = EMBEDDINGS) -> None:
+        super().__init__(folder, kind)
+        try:
+            self._text = StoredRows([map_tensor(path, "text") for path in self._paths])
+            has_pooled = "pooled" in read_header(self._paths[0])
+            self._pooled = StoredRows([map_tensor(path, "pooled") for path in self._paths]) if has_pooled else None
+            self.empty_text = torch.from_numpy(map_tensor(self._paths[0], "empty_text").copy())
+            self.empty_pooled = (
+                torch.from_numpy(map_tensor(self._paths[0], "empty_pooled").copy()) if has_pooled else None
+            )
+            if len(self._text) != self.num_distinct:
+                raise ValueError("texts and embeddings differ in number")
+        except (OSError, KeyError, ValueError) as error:
+            raise unreadable(folder, error, kind) from None
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings at these places (B,): text (B, T, D) and pooled (B, P) or None, float16, on the CPU."""
+        row = self._row[index.cpu()]
+        return self._text.rows(row), None if self._pooled is None else self._pooled.rows(row)
+
+
+class StoredLatents:
+    """Latents of real pictures with their captions, read from disk row by row.
+
+    Attributes:
+        captions: the captions' embeddings (or their texts alone, as they were stored), addressed by the picture's row.
         vae_fingerprint: of the VAE that made the latents.
 
     Raises:
@@ -91,8 +112,9 @@ class StoredLatents:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.captions = folder, StoredEmbeddings(folder, LATENTS)
-        self.manifest = self.captions.manifest
+        text_alone = read_complete_manifest(folder, LATENTS)["job"].get("captions") == "text"
+        self.captions = StoredTexts(folder, LATENTS) if text_alone else StoredEmbeddings(folder, LATENTS)
+        self.folder, self.manifest = folder, self.captions.manifest
         self.vae_fingerprint = str(self.manifest["job"].get("vae"))
         try:
             parts = [map_tensor(folder / entry["file"], "latents") for entry in self.manifest["shards"]]
@@ -110,12 +132,17 @@ class StoredLatents:
         """(C, h, w)."""
         return self._latents.row_shape
 
+    def latents(self, index: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of these rows (B,), float16, on the CPU."""
+        return self._latents.rows(index)
+
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows (B,): latents (B, C, h, w), text (B, T, D), pooled (B, P) or None, float16, on the CPU."""
-        return self._latents.rows(index), *self.captions.rows(index)
+        assert isinstance(self.captions, StoredEmbeddings), "these captions are kept as text"
+        return self.latents(index), *self.captions.rows(index)
 
 
-def check_embeddings_fit(stored: StoredEmbeddings, *, text_fingerprint: str) -> None:
+def check_embeddings_fit(stored: StoredTexts, *, text_fingerprint: str) -> None:
     """Raise UserError when the embeddings are not of these text encoders."""
     if stored.text_fingerprint != text_fingerprint:
         raise UserError(

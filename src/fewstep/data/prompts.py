@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.tables import tell
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.inert_pickle import read_pickled_strings
 
 _SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
+_LISTS = (".txt", ".pkl")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -24,14 +26,17 @@ def load_prompts(path: str | Path, column: str = "text") -> list[str]:
             files; or one that ships, as "bundled:emoji/prompts_train.txt".
         column: of the tables.
 
+    Blank lines of a list (.txt, .pkl) are skipped; a row of a table without its text counts as the empty prompt, as a picture
+    without caption does. How many there are is said in a line.
+
     Raises:
-        UserError: nothing there, no prompts, an empty prompt, bytes that are not UTF-8, no such column. The message
-            names the file and the line or row.
+        UserError: nothing there, no prompts, bytes that are not UTF-8, no such column. The message names the file and the
+            line or row.
     """
     path = resolve_path(path)
     files = _tables(path) if path.is_dir() else [path]
     prompts = [prompt for file in files for prompt in _read(file, column)]
-    if not prompts:
+    if not any(prompts):
         raise UserError(f"{path} holds no prompts; give a file with at least one")
     return prompts
 
@@ -67,12 +72,21 @@ def _read(path: Path, column: str) -> list[str]:
         rows = readers[suffix](path, column)
     else:
         raise UserError(f"{path}: prompts are read from {', '.join(_SUFFIXES)} files and folders, not {path.suffix!r}")
-    return [_checked(prompt, path, place) for place, prompt in rows]
+    found = [_checked(prompt, path, place) for place, prompt in rows]
+    blank = found.count("")
+    if suffix in _LISTS:
+        if 0 < blank < len(found):
+            tell(f"{path}: {blank:,} blank {'lines' if suffix == '.txt' else 'items'} skipped")
+        return [prompt for prompt in found if prompt]
+    if 0 < blank < len(found):
+        tell(f"{path}: {blank:,} rows without a prompt count as the empty prompt")
+    return found
 
 
 def _checked(prompt: Any, path: Path, place: str) -> str:
+    """The prompt, "" for none."""
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        raise UserError(f"{path}: {place} is an empty prompt; remove it")
+        return ""
     if not isinstance(prompt, str):
         raise UserError(f"{path}: {place} is {str(prompt)[:60]!r}, not text; name a column of texts")
     try:

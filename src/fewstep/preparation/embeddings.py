@@ -1,6 +1,8 @@
 """Embedding a prompt list with a teacher's text encoders: shard by shard, so that an interrupted job continues."""
 
 import hashlib
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +10,19 @@ import torch
 from torch import Tensor
 
 from fewstep.data.latents import EMBEDDINGS, pack_texts, read_texts
-from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
+from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
+from fewstep.data.tables import tell
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
+_WORTH_SAYING = 0.1  # gigabytes
+
 
 def prepare_embeddings(
     encoders: TextEncoders, prompts: list[str], folder: Path, *, truncate: bool = False, shard_size: int = 512,
-    batch_size: int = 32, cut_with: str = "truncate=True", report: Callable[[int, int], None] = lambda done, total: None,
+    batch_size: int = 32, cut_with: str = "truncate=True", spare_with: str = "encode them when they are needed",
+    max_gigabytes: float = math.inf, report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store the embeddings of prompts as float16, each distinct prompt's once, and the unconditional row.
 
@@ -25,10 +31,11 @@ def prepare_embeddings(
         truncate: cut prompts at the encoders' length, as the model's own pipeline does; otherwise they are refused.
         shard_size: prompts a file; half-made files are made again after an interruption.
         cut_with: what the caller's user says to cut long prompts, for the message that refuses one.
+        spare_with, max_gigabytes: as `announce_size` has them.
         report: called with (finished prompts, all prompts) after each shard.
 
     Raises:
-        UserError: a prompt is empty or too long, the folder holds other embeddings, the disk is full.
+        UserError: a prompt is too long, there is no room for so many, the folder holds other embeddings, the disk is full.
     """
     if not prompts:
         raise UserError("there are no prompts to embed; give a list with at least one")
@@ -37,10 +44,14 @@ def prepare_embeddings(
         "family": encoders.family, "text_encoders": text_fingerprint(encoders.folder), "num_prompts": len(prompts),
         "prompts": _hash_of(prompts), "truncate_prompts": truncate, "shard_size": shard_size,
     }  # fmt: skip
-    manifest = start_or_continue(folder, job, EMBEDDINGS)
     table = PromptTable(encoders, batch_size)
+    if not (folder / MANIFEST).exists():
+        _announce(folder, table, prompts, spare_with, max_gigabytes)
+    manifest = start_or_continue(folder, job, EMBEDDINGS)
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
+    if not manifest["complete"] and manifest["shards"]:
+        _announce(folder, table, prompts, spare_with, max_gigabytes)
     for number in range(len(manifest["shards"]), -(-len(prompts) // shard_size)):
         part = prompts[number * shard_size : (number + 1) * shard_size]
         tensors = table.shard_tensors(part)
@@ -59,13 +70,11 @@ def check_prompts(encoders: TextEncoders, prompts: list[str], truncate: bool, cu
 
 
 def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool, cut_with: str) -> None:
-    """Raise UserError, naming the place, when a prompt is empty or, unless it may be truncated, too long.
+    """Raise UserError, naming the place, when a prompt is too long, unless it may be truncated.
 
     Args:
         cut_with: the option or setting that cuts long prompts where this one comes from.
     """
-    if not prompt.strip():
-        raise UserError(f"{place} is empty; remove it")
     if truncate:
         return
     tokens = encoders.count_tokens(prompt)
@@ -74,6 +83,41 @@ def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool
             f"{place} has {tokens} tokens, the text encoder takes {encoders.max_tokens} ({prompt[:60]!r}...); "
             f"shorten it, or cut all long ones with {cut_with}"
         )
+
+
+def _announce(
+    folder: Path, table: "PromptTable", prompts: list[str], spare_with: str, max_gigabytes: float
+) -> None:  # fmt: skip
+    left = table.num_new(prompts)
+    what = f"embeddings of {left:,} prompts"
+    announce_size(folder, what, left * table.row_bytes, spare_with, max_gigabytes=max_gigabytes)
+
+
+def announce_size(
+    folder: Path, what: str, num_bytes: int, spare_with: str, *, max_gigabytes: float = math.inf, share: float = 0.5
+) -> None:
+    """Say how many gigabytes will be stored, from a tenth on; refuse more than fits.
+
+    Args:
+        folder: where, whether it is there yet or not.
+        spare_with: what a user does to store less.
+        max_gigabytes: the most that is stored without being asked for.
+        share: of the free disk that may be filled.
+
+    Raises:
+        UserError: more than `max_gigabytes`, or than this share of the free disk.
+    """
+    place = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    free, size = shutil.disk_usage(place).free / 1e9, num_bytes / 1e9
+    if size > max_gigabytes:
+        limit = f"more than {max_gigabytes:g} GB are not stored unasked"
+    elif size > share * free:
+        limit = f"the disk has {free:,.3g} GB free" + (", of which half may be filled" if share < 1 else "")
+    else:
+        if size >= _WORTH_SAYING:
+            tell(f"{folder}: {what} will take {size:,.3g} GB, {free:,.0f} GB are free")
+        return
+    raise UserError(f"{folder}: {what} would take {size:,.3g} GB, and {limit}; {spare_with}")
 
 
 class PromptTable:
@@ -89,32 +133,46 @@ class PromptTable:
         for prompt in prompts:
             self._rows.setdefault(prompt, len(self._rows))
 
+    def num_new(self, prompts: list[str]) -> int:
+        """Distinct prompts among these that no earlier shard holds."""
+        return len(set(prompts) - self._rows.keys())
+
+    @property
+    def row_bytes(self) -> int:
+        """What one prompt's embeddings take on disk."""
+        return sum(2 * part[0].numel() for part in self._encoded_empty() if part is not None)
+
+    def _encoded_empty(self) -> TextEmbeddings:
+        if self._empty is None:
+            self._empty = self._encoders.encode_empty().to("cpu")
+        return self._empty
+
     def shard_tensors(self, prompts: list[str]) -> dict[str, Tensor]:
         """What a shard of these prompts (n) holds, as `data/latents.py` says: rows, new texts, their embeddings.
 
         Raises:
             UserError: an embedding does not fit float16.
         """
-        first = not self._rows
-        if self._empty is None:
-            self._empty = self._encoders.encode_empty().to("cpu")
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        self.add_known(new)
-        encoded = [self._empty.rows(slice(0, 0))]
+        first, empty = not self._rows, self._encoded_empty()
+        tensors, new = self.text_tensors(prompts)
+        encoded = [empty.rows(slice(0, 0))]
         for start in range(0, len(new), self._batch_size):
             encoded.append(self._encoders.encode(new[start : start + self._batch_size]).to("cpu"))
-        tensors = {
-            "row": torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64),
-            **pack_texts(new),
-        }
         tensors["text"] = _half(torch.cat([part.text for part in encoded]))
-        if self._empty.pooled is not None:
+        if empty.pooled is not None:
             tensors["pooled"] = _half(torch.cat([part.pooled for part in encoded if part.pooled is not None]))
         if first:
-            tensors["empty_text"] = _half(self._empty.text)
-            if self._empty.pooled is not None:
-                tensors["empty_pooled"] = _half(self._empty.pooled)
+            tensors["empty_text"] = _half(empty.text)
+            if empty.pooled is not None:
+                tensors["empty_pooled"] = _half(empty.pooled)
         return tensors
+
+    def text_tensors(self, prompts: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+        """Rows and new texts of a shard of these prompts (n), without embeddings; and the new texts."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        self.add_known(new)
+        rows = torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64)
+        return {"row": rows, **pack_texts(new)}, new
 
 
 def _half(values: Tensor) -> Tensor:

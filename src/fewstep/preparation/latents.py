@@ -1,5 +1,6 @@
 """Latents of captioned pictures with their captions' embeddings: shard by shard, so that an interrupted job continues."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
 from fewstep.data.latents import LATENTS, read_texts
 from fewstep.data.pictures import decode_picture
-from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
+from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
@@ -22,9 +23,10 @@ from fewstep.formats.lmdb import LATENTS as LMDB_LATENTS
 from fewstep.formats.lmdb import LmdbArrays
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.text_encoders import TextEncoders
-from fewstep.preparation.embeddings import PromptTable, check_prompt
+from fewstep.preparation.embeddings import PromptTable, announce_size, check_prompt
 
 Report = Callable[[int, int | None], None]
+Captions = Literal["embeddings", "text"]
 CUT_WITH = "--truncate-prompts"
 _UNSCALED_STD = 3.0  # a model's own scaling gives about 1; unscaled latents of Stable Diffusion have 5, of SDXL 7
 
@@ -41,9 +43,9 @@ def prepare_latents(
     autoencoder: Autoencoder, encoders: TextEncoders, source: CaptionedImages, folder: Path, *, resolution: int,
     vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", noise_seed: int | None = None,
     num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
-    batch_size: int = 8, report: Report = lambda done, total: None,
+    batch_size: int = 8, captions: Captions = "embeddings", report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """Store latents and caption embeddings as float16, each distinct caption's once.
+    """Store latents and caption embeddings as float16, each distinct caption's once. A missing caption is the empty prompt.
 
     Args:
         source: pictures with captions (data/captioned_images.py).
@@ -52,10 +54,11 @@ def prepare_latents(
         vae_fingerprint: of the autoencoder's folder (formats/fingerprints.py).
         noise_seed: None stores the mean of the VAE's distribution; a number a sample of it, drawn with this seed.
         num_images: rows of the source to take, from its beginning; None takes all.
-        skip_bad: leave out pictures that do not decode or fit, and empty or too long captions; otherwise they end the
-            job with their name.
+        skip_bad: leave out pictures that do not decode or fit, and too long captions; otherwise they end the job with their
+            name.
         truncate: cut captions at the encoders' length, as the model's own pipeline does.
         shard_size: rows of the source a file.
+        captions: "text" stores no embeddings: training then encodes captions when it needs them.
         report: called with (finished rows of the source, all of them or None where that is not known).
 
     Raises:
@@ -67,14 +70,19 @@ def prepare_latents(
     job = {
         "images": source.facts, "num_images": num_images, "resolution": resolution, "fit": fit,
         "noise_seed": noise_seed, "skip_bad": skip_bad, "vae": vae_fingerprint,
-        **_text_job(encoders, truncate, shard_size),
+        **_text_job(encoders, truncate, shard_size, captions),
     }  # fmt: skip
     known = [number for number in (num_images, source.num_rows) if number is not None]
     reader = _Reader(
         autoencoder, encoders, source, resolution, fit, noise_seed, skip_bad, truncate, batch_size
     )  # fmt: skip
     table = PromptTable(encoders, batch_size)
-    return _write_parts(folder, job, table, reader.read_part, min(known) if known else None, shard_size, report)
+
+    def latent_bytes() -> int:
+        return 2 * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
+
+    total = min(known) if known else None
+    return _write_parts(folder, job, table, reader.read_part, total, shard_size, report, latent_bytes)
 
 
 @dataclass
@@ -110,7 +118,7 @@ class _Reader:
             if kept:
                 pixels = np.stack([picture for picture in found if picture is not None])
                 latents.append(self._encode(pixels, [first + taken + number for number in kept]))
-            captions += [batch[number].caption for number in kept]
+            captions += [batch[number].caption if batch[number].caption.strip() else "" for number in kept]
             taken += len(batch)
         return _Part(torch.cat(latents), captions, taken)
 
@@ -143,7 +151,8 @@ class _Reader:
 
 def import_lmdb_latents(
     encoders: TextEncoders, path: Path, folder: Path, *, vae_fingerprint: str, scale: float | None = None,
-    truncate: bool = False, shard_size: int = 512, batch_size: int = 32, report: Report = lambda done, total: None,
+    truncate: bool = False, shard_size: int = 512, batch_size: int = 32, captions: Captions = "embeddings",
+    report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store the latents of a published LMDB (METHOD.md section 6) with the embeddings of its prompts.
 
@@ -153,7 +162,7 @@ def import_lmdb_latents(
         scale: the latents are multiplied by it; None takes them as they are, and refuses latents that look unscaled.
 
     Raises:
-        UserError: the LMDB is damaged, its latents are unscaled, a prompt is empty or too long; and as `prepare_latents`.
+        UserError: the LMDB is damaged, its latents are unscaled, a prompt is too long; and as `prepare_latents`.
     """
     with LmdbArrays(path, LMDB_LATENTS) as arrays:
         shape, num_prompts = arrays.shapes["latents"], arrays.shapes["prompts"][0]
@@ -162,7 +171,7 @@ def import_lmdb_latents(
         if scale is None:
             check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
         job = {"lmdb": str(path), "lmdb_shape": list(shape), "scale": scale, "vae": vae_fingerprint,
-               **_text_job(encoders, truncate, shard_size)}  # fmt: skip
+               **_text_job(encoders, truncate, shard_size, captions)}  # fmt: skip
 
         def read_part(first: int, size: int) -> _Part:
             numbers = range(first, min(first + size, num_prompts))
@@ -172,14 +181,20 @@ def import_lmdb_latents(
             latents = arrays.rows("latents", numbers).float() * (1.0 if scale is None else scale)
             return _Part(latents, prompts, len(numbers))
 
-        return _write_parts(folder, job, PromptTable(encoders, batch_size), read_part, num_prompts, shard_size, report)
+        table = PromptTable(encoders, batch_size)
+        return _write_parts(
+            folder, job, table, read_part, num_prompts, shard_size, report, lambda: 2 * math.prod(shape[1:])
+        )
 
 
 def _write_parts(
     folder: Path, job: dict[str, Any], table: PromptTable, read_part: Callable[[int, int], _Part], total: int | None,
-    shard_size: int, report: Report,
+    shard_size: int, report: Report, latent_bytes: Callable[[], int],
 ) -> Path:  # fmt: skip
     """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took."""
+    as_text = job.get("captions") == "text"
+    if not (folder / MANIFEST).exists():
+        _announce(folder, total, latent_bytes(), 0 if as_text else table.row_bytes)
     manifest = start_or_continue(folder, job, LATENTS)
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
@@ -189,7 +204,8 @@ def _write_parts(
         part = read_part(taken, size)
         taken += part.source_rows
         if part.source_rows:
-            tensors = {"latents": _half(part.latents), **table.shard_tensors(part.captions)}
+            texts = table.text_tensors(part.captions)[0] if as_text else table.shard_tensors(part.captions)
+            tensors = {"latents": _half(part.latents), **texts}
             entry = write_tensors(folder, len(manifest["shards"]), tensors, len(part.captions), LATENTS)
             manifest["shards"].append({**entry, "source_rows": part.source_rows})
         manifest["complete"] = part.source_rows < size or taken == total
@@ -198,6 +214,21 @@ def _write_parts(
         write_manifest(folder, manifest)
         report(taken, total)
     return folder
+
+
+def _announce(folder: Path, total: int | None, latent_bytes: int, caption_bytes: int) -> None:
+    """Say how much will be stored, at most; refuse what does not fit."""
+    count = 1000 if total is None else total
+    every = "every 1,000" if total is None else f"{count:,}"
+    if not caption_bytes:
+        spare = "take fewer with --num-images, or another disk"
+        announce_size(folder, f"latents of {every} pictures", count * latent_bytes, spare, share=1.0)
+        return
+    captions = f"their captions' embeddings (up to {count * caption_bytes / 1e9:,.3g} GB)"
+    announce_size(
+        folder, f"latents of {every} pictures and {captions}", count * (latent_bytes + caption_bytes),
+        "--captions text stores no embeddings, and training encodes captions at each step (data.text_embeddings='computed')",
+    )  # fmt: skip
 
 
 def _half(latents: Tensor) -> Tensor:
@@ -217,8 +248,8 @@ def check_scale(path: Path, latents: Tensor) -> None:
         )
 
 
-def _text_job(encoders: TextEncoders, truncate: bool, shard_size: int) -> dict[str, Any]:
+def _text_job(encoders: TextEncoders, truncate: bool, shard_size: int, captions: Captions) -> dict[str, Any]:
     return {
         "family": encoders.family, "text_encoders": text_fingerprint(encoders.folder), "truncate_prompts": truncate,
-        "shard_size": shard_size,
+        "shard_size": shard_size, **({"captions": "text"} if captions == "text" else {}),
     }  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 from fewstep.data.images import data_order
 from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddings_fit, check_latents_fit
 from fewstep.data.prompts import load_prompts
+from fewstep.data.tables import tell
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.distillation.inputs import RealBatch
 from fewstep.errors import UserError
@@ -21,6 +22,7 @@ from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import EMBEDDINGS
 
 CUT_WITH = "data.truncate_prompts=true"
+MOST_GIGABYTES_UNASKED = 20.0
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,26 @@ class RealLatents:
     def at(self, step: int, device: torch.device) -> RealBatch:
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         index = data_order(self.seed, positions, len(self.stored), self.orders)
-        latents = self.stored.rows(index)[0].to(device, torch.float32)
+        latents = self.stored.latents(index).to(device, torch.float32)
         return RealBatch(latents, self.captions.rows(index.to(device)))
 
 
 def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> ConditionTable:
     """The run's prompts; by default encoded once into `folder`, after which the text encoders are freed.
 
+    Without a list they are the captions of the real latents, as of the published SDXL runs.
+
     Raises:
-        UserError: no prompts, an empty or too long one, stored embeddings of another encoder.
+        UserError: no prompts, one that is too long, stored embeddings of another encoder, more than is stored unasked.
     """
+    if not settings.data.prompts and settings.data.latents:
+        stored = _open_stored_latents(settings, teacher)
+        tell(f"data.prompts is not set: the prompts are the {len(stored):,} captions of {settings.data.latents}")
+        return _captions(settings, teacher, stored)
     if not settings.data.prompts:
         raise UserError(
-            "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder)"
+            "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder), or "
+            "data.latents, whose captions then serve"
         )
     path = resolve_path(settings.data.prompts)
     if (path / "manifest.json").is_file():
@@ -78,7 +87,11 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
     if settings.data.text_embeddings == "computed":
         check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
         return teacher.conditioner.table(prompts, teacher.size)
-    prepare_embeddings(teacher.conditioner.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH)
+    prepare_embeddings(
+        teacher.conditioner.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
+        spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
+        max_gigabytes=MOST_GIGABYTES_UNASKED,
+    )  # fmt: skip
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 
@@ -93,16 +106,32 @@ def open_latents(settings: TrainSettings, teacher: Model) -> RealLatents:
             "data.latents is not set: the GAN of a text-to-image run reads real latents; make them with "
             "`fewstep prepare latents`, or set losses.gan_generator_weight=0 and losses.gan_discriminator_weight=0"
         )
+    stored, training = _open_stored_latents(settings, teacher), settings.training
+    return RealLatents(stored, _captions(settings, teacher, stored), training.seed, training.batch_size)
+
+
+def _open_stored_latents(settings: TrainSettings, teacher: Model) -> StoredLatents:
     stored = StoredLatents(Path(settings.data.latents).expanduser())
     check_latents_fit(
         stored, vae_fingerprint=vae_fingerprint(teacher.components), text_fingerprint=text_fingerprint(teacher.components),
         latent_shape=teacher.denoiser.image_shape,
     )  # fmt: skip
-    captions = EmbeddingsOnDisk(stored.captions)
-    training = settings.training
-    return RealLatents(
-        stored, teacher.conditioner.table(captions, teacher.size, captions.empty), training.seed, training.batch_size
-    )
+    return stored
+
+
+def _captions(settings: TrainSettings, teacher: Model, stored: StoredLatents) -> ConditionTable:
+    """The captions of real latents: their embeddings where those are stored, else encoded at each step."""
+    if isinstance(stored.captions, StoredEmbeddings):
+        source = EmbeddingsOnDisk(stored.captions)
+        if not settings.data.prompts:  # nothing else needs them
+            teacher.conditioner.release()
+        return teacher.conditioner.table(source, teacher.size, source.empty)
+    if settings.data.text_embeddings != "computed":
+        raise UserError(
+            f"data.latents={settings.data.latents} holds its captions as text: set data.text_embeddings='computed', which "
+            "encodes them at each step, or prepare the latents again with --captions embeddings"
+        )
+    return teacher.conditioner.table(stored.captions.prompts(), teacher.size)
 
 
 def stored_prompts(teacher: Model, folder: Path) -> ConditionTable:
