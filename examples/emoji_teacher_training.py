@@ -1,5 +1,6 @@
 """The training loop of train_emoji_teacher.py and the losses of its stages."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def train(
     `look(average, step)` is called LOOKS times, the last time at the end.
     """
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = WeightAverage(network, HALF_LIFE_IMAGES[stage])
+    average = WeightAverage(copy.deepcopy(network), HALF_LIFE_IMAGES[stage])
     budget.start = reported = time.monotonic()
     looks, losses = 0, []
     while (progress := budget.progress()) < 1:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer.main
@@ -105,7 +106,13 @@ def test_own_errors_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_ctrl_c_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, goes_on: bool
 ) -> None:
-    assert run_main(monkeypatch, entry.Interrupted(command)) == 130
+    def stopped(group: object, ctx: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry.TyperGroup, "invoke", stopped)
+    with pytest.raises(entry.Interrupted) as stop:
+        entry.Commands(name="fewstep").invoke(SimpleNamespace(invoked_subcommand=command))
+    assert run_main(monkeypatch, stop.value) == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fewstep: interrupted")
     assert ("the same command continues" in line) == goes_on

@@ -308,8 +308,9 @@ def test_evaluate_against_statistics(
     assert answer.code == 0
     found = json.loads(figure.read_text())
     assert (found["num_images"], found["num_reference_images"], found["seed"]) == (10, 24, 5)
-    assert (found["features"], found["evaluations_per_image"], found["precision"]) == ("four classes", 2, None)
-    assert f"Frechet distance {found['frechet_distance']:.3f} (10 images against 24 real ones" in answer.out
+    assert (found["features"], found["evaluations_per_image"]) == ("four classes", 2)
+    assert "precision" not in found  # needs real pictures
+    assert re.search(r"Frechet distance \d\.\d+ ± \d\.\d+ \(10 images against 24 real ones", answer.out)
     assert "features four classes, 2 evaluations per image, seed 5" in answer.out
     evaluate(
         generator_folder, "--features", features_folder, "--reference", reference, "--num-images", 10, "--seed", 6,

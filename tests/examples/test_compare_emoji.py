@@ -66,6 +66,6 @@ def test_names_must_fit(made: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_only_text_models(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="bundled:fashion-mnist is no text-to-image model"):
+    with pytest.raises(UserError, match="bundled:fashion-mnist is not a text-to-image model"):
         script.main(["bundled:fashion-mnist", "--out", str(tmp_path / "x")])
     assert not list(tmp_path.iterdir())

@@ -328,6 +328,7 @@ def no_reading_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     # the one number that is the same for all samples is drawn on the CPU, from Python's integers alone
     monkeypatch.setattr(Draws, "shared_integer", lambda self, purpose, high: 0)
+    monkeypatch.setattr(Draws, "_in_numpy", lambda self: False)  # a CPU's way, which no device takes
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(Tensor, name, refuse(name))
     yield
