@@ -2,11 +2,13 @@
 
 import ast
 import re
+import statistics
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+import pytest
+
+from tests.house_counts import COUNTS, ROOT, SOURCES, STEP, Count, functions, sizes, table, unused
 
 
 def test_no_unpickling_in_src() -> None:
@@ -78,3 +80,43 @@ def test_nobody_asks_a_model_for_its_class() -> None:
             assert not guess.search(line), f"{path}:{number} guesses what Source.parse knows"
     names = {path.name for path in SOURCES if path.parent.name == "models"}
     assert not names & {"text_model.py", "prompt_table.py"}
+
+
+@pytest.mark.parametrize("count", COUNTS, ids=lambda count: count.what[:40])
+def test_the_house_keeps_its_counts(count: Count) -> None:
+    """What each was before the house was rebuilt stands beside it in tests/house_counts.py."""
+    found = count.found()
+    assert len(found) <= count.limit, found
+
+
+def test_sizes() -> None:
+    assert statistics.median(sizes().values()) < 130
+    assert len(STEP) == 8
+    assert all((ROOT / "src/fewstep" / name).is_file() for name in STEP)
+    assert max(lines for _, lines in functions()) <= 60
+
+
+def test_the_counters_see_what_they_should(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each promise is broken once, in a module of its own, and noticed."""
+    folder = tmp_path / "src/fewstep"
+    folder.mkdir(parents=True)
+    (folder / "text_broken.py").write_text(
+        "import copy, unittest.mock\nfrom fewstep.families.edm.denoiser import EDMDenoiser\n"
+        "def nobody_calls_me(x, num_steps=18):\n    if isinstance(x, Teacher):\n        copy.deepcopy(x).backward(x)\n"
+        "    x.__dict__['a'] = set(x.state_dict())\n    name.count('/')\n    g = torch.autograd.grad(x)\n"
+        "    return base.count('/')\n" + "    x = 1\n" * 400
+    )
+    (folder / "broken.py").write_text("")
+    monkeypatch.setattr("tests.house_counts.ROOT", tmp_path)
+    monkeypatch.setattr("tests.house_counts.SOURCES", sorted(folder.rglob("*.py")))
+    (tmp_path / "pyproject.toml").write_text("")
+    for count in COUNTS:
+        assert count.found(), count.what
+    assert unused() == ["text_broken.py nobody_calls_me"]
+
+
+def test_docs_house_is_the_table() -> None:
+    """The printed page says what is true today, but for the sizes, which move with every change."""
+    page = (ROOT / "docs/house.md").read_text(encoding="utf-8")
+    for row in table().splitlines()[: 2 + len(COUNTS)]:
+        assert row in page, f"{row}: python -m tests.house_counts prints the table of docs/house.md"

@@ -11,10 +11,11 @@ from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddin
 from fewstep.data.noise_image_pairs import NoiseImagePairs
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import network_fingerprint, text_fingerprint, vae_fingerprint
-from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays, write_lmdb
+from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays
 from fewstep.training.run import train
 from tests.data.test_captioned_images import write_folder
 from tests.formats.test_lmdb import change
+from tests.lmdb_files import write_lmdb
 from tests.tiny_models import tiny_sdxl_folder
 from tests.training.helpers import tiny_train_settings
 

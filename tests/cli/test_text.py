@@ -92,7 +92,7 @@ def test_a_teacher_makes_one_picture_a_prompt(teacher_folder: Path, tmp_path: Pa
 
 
 def test_a_teacher_is_guided_unless_told_otherwise(teacher_folder: Path, tmp_path: Path) -> None:
-    """7.5 by default, as the help says."""
+    """Its family's by default, 7.5."""
     sample(teacher_folder, "--prompt", "cat", "--teacher-steps", 2, "--out", tmp_path / "a")
     sample(teacher_folder, "--prompt", "cat", "--teacher-steps", 2, "--guidance-scale", 1, "--out", tmp_path / "b")
     guided = load(teacher_folder).sample(["cat"], num_inference_steps=2, guidance_scale=7.5, output="tensor")

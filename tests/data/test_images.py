@@ -15,10 +15,10 @@ from fewstep.data.images import ImageBatches, ImageDataset, data_order, load_ima
 from fewstep.data.pictures import fit_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
-from fewstep.formats.lmdb import write_lmdb
 from fewstep.settings import DataSettings
 from tests.conftest import write_pictures
 from tests.formats.test_lmdb import change
+from tests.lmdb_files import write_lmdb
 
 
 def load(

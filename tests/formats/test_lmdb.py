@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.formats.lmdb import IMAGENET, LATENTS, ODE_PAIRS, LmdbArrays, array_names, read_array_shape, write_lmdb
+from fewstep.formats.lmdb import IMAGENET, LATENTS, ODE_PAIRS, LmdbArrays, array_names, read_array_shape
+from tests.lmdb_files import write_lmdb
 
 
 def arrays_of(kinds: dict[str, Any], count: int = 5) -> dict[str, Any]:
@@ -162,14 +163,3 @@ def test_without_the_package(latents: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"need the lmdb package: pip install 'fewstep\[text\]'"):
         LmdbArrays(latents, LATENTS)
-
-
-def test_nothing_is_left_half_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        write_lmdb(tmp_path / "file" / "set", arrays_of(LATENTS))
-    write_lmdb(tmp_path / "set", arrays_of(LATENTS))
-    with pytest.raises(UserError, match="cannot write"):  # an empty key is refused by lmdb itself, a long one too
-        write_lmdb(tmp_path / "set", {"x" * 600: torch.zeros(1)})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"]
-    LmdbArrays(tmp_path / "set", LATENTS).close()

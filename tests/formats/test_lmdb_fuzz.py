@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.formats.lmdb import LATENTS, LmdbArrays, array_names, write_lmdb
+from fewstep.formats.lmdb import LATENTS, LmdbArrays, array_names
 from fewstep.formats.lmdb_pages import check_lmdb_file
+from tests.lmdb_files import write_lmdb
 from tests.mutations import assert_read_or_refused, byte, cut_or_grown, lmdb_field, lmdb_pages, lmdb_values
 
 ROWS = 60

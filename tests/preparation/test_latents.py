@@ -14,13 +14,13 @@ from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.families.registry import family_named
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
-from fewstep.formats.lmdb import write_lmdb
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
 from fewstep.networks.text_encoders import TextEncoders
 from fewstep.preparation import embeddings
 from fewstep.preparation import latents as module
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
 from tests.data.test_captioned_images import write_folder, write_tar
+from tests.lmdb_files import write_lmdb
 from tests.tiny_models import MAX_TOKENS, tiny_sd_folder
 
 CAPTIONS = ["a cat", "a dog", "a cat", "red", "big cat", "a dog", "the end", "a cat", "one", "two"]

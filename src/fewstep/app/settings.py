@@ -57,7 +57,7 @@ class AppSettings:
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise UserError(f"--teacher-steps {self.teacher_steps}: must be 1 or more")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UserError(f"--guidance-scale {self.guidance_scale}: give a finite number, e.g. 7.5")
+            raise UserError(f"--guidance-scale {self.guidance_scale}: give a finite number, e.g. 5")
         if self.root_path and not self.root_path.startswith(("/", "http://", "https://")):
             raise UserError(f"--root-path {self.root_path}: give /PATH, or https://HOST/PATH")
         if not self.host:

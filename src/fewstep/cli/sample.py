@@ -164,7 +164,7 @@ def _steps_and_guidance(model: Model, options: SampleOptions) -> dict[str, Any]:
         return {}
     scale = model.default_guidance if options.guidance_scale is None else options.guidance_scale
     if not math.isfinite(scale):
-        raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 7.5")
+        raise UserError(f"--guidance-scale {scale}: give a finite number, e.g. 5")
     try:
         model.check_guidance(scale)
     except UserError as error:

@@ -12,7 +12,7 @@ from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.precision import wide
-from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule, karras_sigmas
+from fewstep.diffusion.schedules import StepSchedule, karras_sigmas
 from fewstep.errors import UserError
 
 Seed: TypeAlias = int | tuple[int, ...]  # one for all images, or one an image
@@ -25,7 +25,7 @@ def heun_evaluations(num_steps: int) -> int:
 
 @torch.no_grad()
 def sample_heun(
-    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 18,
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int,
     guidance_scale: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
 ) -> Tensor:  # fmt: skip
     """Deterministic second-order sampling of a variance-exploding model.
@@ -36,7 +36,7 @@ def sample_heun(
         denoiser: an EDM model (alpha = 1).
         noise: unit Gaussian, (B, ...).
         condition: B conditions.
-        num_steps: 18 steps are 35 evaluations.
+        num_steps: n steps are 2n - 1 evaluations.
 
     Returns:
         x0, (B, ...), float32, not clamped.
@@ -78,7 +78,7 @@ def trailing_indices(num_steps: int, num_levels: int) -> list[int]:
 
 @torch.no_grad()
 def sample_ddim(
-    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 50, guidance_scale: float = 1.0
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float = 1.0
 ) -> Tensor:
     """Deterministic first-order sampling in any schedule's own alpha and sigma, trailing spacing; one evaluation a step.
 
@@ -192,12 +192,3 @@ def batch_of_images(seed: Seed, first: int, start: int, size: int) -> tuple[Seed
     if isinstance(seed, int):
         return seed, first + start
     return seed[start : start + size], first
-
-
-def sample_teacher(
-    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 0, guidance_scale: float = 1.0
-) -> Tensor:
-    """x0 by the sampler that fits the model's schedule: Heun for EDM, DDIM for the others; 0 steps: 18 and 50."""
-    if isinstance(denoiser.noise_schedule, KarrasSchedule):
-        return sample_heun(denoiser, noise, condition, num_steps=num_steps or 18, guidance_scale=guidance_scale)
-    return sample_ddim(denoiser, noise, condition, num_steps=num_steps or 50, guidance_scale=guidance_scale)

@@ -43,10 +43,13 @@ class NoiseSchedule(ABC):
 
     def _grid_on(self, device: torch.device) -> Tensor:
         """The grid, copied to a device once: a copy in every step would make the host wait."""
-        grids: dict[torch.device, Tensor] = self.__dict__.setdefault("_grids", {})
-        if device not in grids:
-            grids[device] = self.grid.to(device)
-        return grids[device]
+        if device not in self._grids:
+            self._grids[device] = self.grid.to(device)
+        return self._grids[device]
+
+    @cached_property
+    def _grids(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """alpha(level) x0 + sigma(level) noise."""

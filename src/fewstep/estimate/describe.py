@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, Want
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.estimate.calls import Calls
 from fewstep.estimate.fits import describe_fits
@@ -25,7 +25,6 @@ from fewstep.estimate.memory import (
 )
 from fewstep.estimate.stand_ins import teacher_network
 from fewstep.families.registry import build_on_meta, describe_new, family_of
-from fewstep.networks.discriminator import Discriminator
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
 from fewstep.training.pretrain import pictures_of
@@ -47,30 +46,19 @@ class NetworkSize:
     Attributes:
         parameters: of the network.
         activation_bytes: kept for one sample's backward pass in float32.
-        encoder_activation_bytes: the same when only the bottleneck is computed.
-        head_parameters: of a discriminator on its bottleneck.
     """
 
     parameters: int
     activation_bytes: int
-    encoder_activation_bytes: int
-    head_parameters: int
 
 
 def network_size(description: dict[str, Any]) -> NetworkSize:
     """Count parameters and the tensors autograd keeps, on the meta device."""
     denoiser = build_on_meta(description).train()
-    with torch.device("meta"):
-        head = Discriminator(denoiser.bottleneck_shape)
-    return NetworkSize(
-        sum(p.numel() for p in denoiser.parameters()),
-        _saved_bytes(denoiser, "x0"),
-        _saved_bytes(denoiser, "bottleneck"),
-        sum(p.numel() for p in head.parameters()),
-    )
+    return NetworkSize(sum(p.numel() for p in denoiser.parameters()), _saved_bytes(denoiser))
 
 
-def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
+def _saved_bytes(denoiser: Denoiser) -> int:
     """Bytes autograd keeps for one sample; each storage once, parameters not."""
     parameters = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     saved: dict[int, Tensor] = {}
@@ -85,7 +73,7 @@ def _saved_bytes(denoiser: Denoiser, want: Want) -> int:
     condition = family_of(denoiser.describe()).example_condition(denoiser, size).to("meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy = torch.zeros(size, *denoiser.image_shape, device="meta")
-        denoiser(noisy, torch.ones(size, device="meta"), condition, want)
+        denoiser(noisy, torch.ones(size, device="meta"), condition)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
 
 

@@ -6,7 +6,6 @@ both worked around, refuses a network that is called several times a step ("mult
 ours. It is within 10% of measured steps in every memory mode (tests/estimate/test_memory.py).
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from fewstep.estimate.stand_ins import (
     untrained_autoencoder,
     untrained_distance,
 )
+from fewstep.families.registry import build_on_meta
 from fewstep.models.model import Model
 from fewstep.settings import ComputeSettings, TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
@@ -117,7 +117,7 @@ def estimate_run(
         }
     )
     precision = settled_precision(settings.compute, gpu)
-    estimate, network = Estimate(), copy.deepcopy(denoiser)
+    estimate, network = Estimate(), build_on_meta(denoiser.describe())
     with meta_machine(gpu, calls) as meter:
         network.eval()
         network.compute_dtype = DTYPES[precision]

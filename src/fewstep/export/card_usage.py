@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.source import Source
 
 _TEMPLATES = {
     "unet": "network.md.jinja", "lora": "lora.md.jinja", "kohya-lora": "lora.md.jinja",
@@ -78,5 +79,4 @@ def hub_name(base: str) -> str:
     """The hub id ("org/name") that a base is or was downloaded from; empty for other local folders."""
     if found := _SNAPSHOT.search(base + "/"):
         return f"{found[1]}/{found[2]}"
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
-    return base if is_id and not base.startswith(".") and not Path(base).exists() else ""
+    return Source.parse(base).hub_id

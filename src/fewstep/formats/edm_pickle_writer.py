@@ -115,7 +115,7 @@ class _PersistentModule:
 def _importable_reconstructor() -> Iterator[None]:
     """Let `torch_utils.persistence` be imported for as long as pickle looks for it there."""
     package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
-    module.__dict__["_reconstruct_persistent_obj"] = _reconstruct_persistent_obj
+    setattr(module, _reconstruct_persistent_obj.__name__, _reconstruct_persistent_obj)
     ours = {"torch_utils": package, "torch_utils.persistence": module}
     theirs = {name: sys.modules.get(name) for name in ours}
     sys.modules.update(ours)

@@ -152,11 +152,6 @@ def lora_from_state(state: Mapping[str, Tensor], rank: int, alpha: float) -> Lor
     return LoraWeights(rank, alpha, {name: value.detach().cpu() for name, value in state.items()})
 
 
-def rescaled_state(lora: LoraWeights, alpha: float) -> dict[str, Tensor]:
-    """The state of the same LoRA for a role of the same rank and another alpha."""
-    return _scaled(lora, alpha).state
-
-
 def _scaled(lora: LoraWeights, alpha: float) -> LoraWeights:
     factor = lora.alpha / alpha
     state = {name: value * factor if name.endswith(".lora_B.weight") else value for name, value in lora.state.items()}

@@ -10,12 +10,10 @@ from types import ModuleType
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.atomic import written_aside
 from fewstep.formats.lmdb_pages import check_lmdb_file
 from fewstep.formats.tensor_files import first_line
 
@@ -189,41 +187,6 @@ def array_names(env: Any) -> list[str]:
             if found and bytes(cursor.key()) <= key:
                 raise UserError(f"{env.path()}: its keys are out of order; {_REMEDY}")
     return names
-
-
-def write_lmdb(path: Path, arrays: Mapping[str, Tensor | Sequence[str]]) -> None:
-    """Write arrays in the published layout, whole or not at all.
-
-    Args:
-        path: folder to write, replaced if there.
-        arrays: {name: (N, ...) tensor, or N texts}.
-
-    Raises:
-        UserError: no lmdb package, or writing failed.
-    """
-    lmdb = _import_lmdb()
-    rows = {name: [_row_bytes(row) for row in array] for name, array in arrays.items()}
-    pages = sum(2 + len(row) // 2048 for values in rows.values() for row in values)
-    with written_aside(path) as aside:
-        try:
-            with (
-                lmdb.open(str(aside), map_size=2**24 + pages * 2**13, lock=False) as env,
-                env.begin(write=True) as transaction,
-            ):
-                for name, values in rows.items():
-                    array = arrays[name]
-                    shape = tuple(array.shape) if isinstance(array, Tensor) else (len(array),)
-                    transaction.put(f"{name}_shape".encode(), " ".join(map(str, shape)).encode())
-                    for number, value in enumerate(values):
-                        transaction.put(_key(name, number).encode(), value)
-        except lmdb.Error as error:
-            raise OSError(str(error)) from error
-
-
-def _row_bytes(row: Tensor | str) -> bytes:
-    if isinstance(row, str):
-        return row.encode("utf-8")
-    return np.ascontiguousarray(row.detach().cpu().numpy()).tobytes()
 
 
 def _key(name: str, number: int) -> str:

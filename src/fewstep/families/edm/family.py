@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,8 +63,7 @@ class EDMFamily(Family):
         return _description(config, pictures.sigma_data)
 
     def write_original(self, path: Path, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        assert isinstance(denoiser, EDMDenoiser)
-        write_edm_file(path, denoiser, dtype)
+        write_edm_file(path, cast(EDMDenoiser, denoiser), dtype)
 
     def resolution(self, folder: Path) -> int:
         return int(describe_edm_folder(folder)["network"]["img_resolution"])
