@@ -347,6 +347,8 @@ def test_one_ddim_step_denoises_pure_noise() -> None:
         assert torch.equal(x0, denoiser.denoise(noise, schedule.expanded(999, 3, noise.device), Condition(3)))
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 2), (2, 3, 2, 2)], ids=["2 axes", "3 axes", "4 axes", "5 axes"])
+@pytest.mark.parametrize("schedule", [KarrasSchedule(), FlowSchedule(3.0)], ids=["EDM", "flow"])
 def test_any_number_of_axes(schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
     """Levels that differ by sample, noised and denoised: as each sample alone; the samplers keep the shape."""
     denoiser, noise = GaussianVPDenoiser(schedule), torch.randn(3, *shape)

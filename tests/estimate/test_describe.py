@@ -321,9 +321,9 @@ def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.device] = []
     original = estimate._saved_bytes
 
-    def watch(denoiser: nn.Module, want: str) -> int:
+    def watch(denoiser: nn.Module) -> int:
         seen.extend(parameter.device for parameter in denoiser.parameters())
-        return original(denoiser, want)  # type: ignore[arg-type]
+        return original(denoiser)  # type: ignore[arg-type]
 
     monkeypatch.setattr(estimate, "_saved_bytes", watch)
     network_size(tiny_description())

@@ -15,8 +15,8 @@ import fewstep
 from fewstep.errors import UserError
 from fewstep.export.text_pipeline import load_text_pipeline
 from fewstep.families.config_keys import refuse_other_keys
-from fewstep.families.diffusers_family import DiffusersFamily
-from fewstep.families.registry import all_families, recognise
+from fewstep.families.diffusers_family import _VAE_KEYS, DiffusersFamily
+from fewstep.families.registry import all_families, family_named, recognise
 from fewstep.formats.diffusers_index import refuse_foreign_code
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
@@ -164,3 +164,29 @@ def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
         for path in (models / "sd", folder)
     ]
     assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_a_networks_own_defaults_are_understood_and_other_values_are_not(name: str) -> None:
+    """Every key that diffusers writes for the class, and for the shipped teachers."""
+    family: Any = family_named(name)
+    kind = getattr(diffusers, family.network_class)
+    written = {key: part.default for key, part in inspect.signature(kind.__init__).parameters.items() if key != "self"}
+    assert set(family.network_keys.read) <= set(written)
+    config = {"_class_name": family.network_class, **written}
+    refuse_other_keys(config, family.network_keys, family.component, family.title)
+    for key in set(written) - set(family.network_keys.read) | {"a_key_of_tomorrow"}:
+        with pytest.raises(ValueError, match=f"has {key}='another', which this version does not understand"):
+            refuse_other_keys({**config, key: "another"}, family.network_keys, family.component, family.title)
+
+
+@pytest.mark.parametrize("bundled", ["sd", "sdxl"])
+def test_the_shipped_configs_are_understood(bundled: str) -> None:
+    folder = Path(fewstep.__file__).parent / "assets/emoji" / bundled
+    family: Any = family_named(bundled)
+    for part in (family.component, "vae"):
+        config = json.loads((folder / part / "config.json").read_text())
+        known = family.network_keys if part == family.component else _VAE_KEYS
+        refuse_other_keys(config, known, part, family.title)
+    with pytest.raises(ValueError, match="its vae has tomorrow=1, which this version does not understand"):
+        refuse_other_keys({**config, "tomorrow": 1}, _VAE_KEYS, "vae", family.title)

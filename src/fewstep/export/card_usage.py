@@ -79,4 +79,4 @@ def hub_name(base: str) -> str:
     """The hub id ("org/name") that a base is or was downloaded from; empty for other local folders."""
     if found := _SNAPSHOT.search(base + "/"):
         return f"{found[1]}/{found[2]}"
-    return Source.parse(base).hub_id
+    return Source.parse(base).hub_id if base else ""

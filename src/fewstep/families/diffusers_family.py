@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 _RELEASED_FACTOR = 8
 _VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
 
+# what its constructor builds in, and what `vae_read` and `_VAE_ARITHMETIC` settle
+_VAE_KEYS = KnownKeys(
+    classes=("AutoencoderKL",),
+    read=(
+        "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn",
+        "latent_channels", "norm_num_groups", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
+        "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+    ),
+    elsewhere=("sample_size", "force_upcast"),  # tiling and half precision of the stock pipeline; it runs in float32 here
+)  # fmt: skip
+
 
 class DiffusersFamily(Family):
     """A text-to-image network, its scheduler, VAE and text encoders in a diffusers folder.
@@ -41,12 +52,14 @@ class DiffusersFamily(Family):
         description_name: what the family's descriptions call it on disk ("family").
         text_layout: its text encoders.
         scheduler_keys: the scheduler configs that are understood.
+        network_keys: the network configs that are understood.
         vae_read: keys of the VAE's config, beyond its architecture, that are honoured.
     """
 
     description_name: str
     text_layout: TextLayout
     scheduler_keys: KnownKeys
+    network_keys: KnownKeys
     vae_read: tuple[str, ...]
     takes = "prompts"
     sampler_name = "DDIM"
@@ -142,6 +155,11 @@ class DiffusersFamily(Family):
 
         vae = load_autoencoder(folder)
         config = read_vae_config(folder)
+        if config.get("_class_name") == _VAE_KEYS.classes[0]:
+            try:
+                refuse_other_keys(config, _VAE_KEYS, "vae", self.title)
+            except ValueError as error:
+                raise UserError(f"{folder}: {error}") from error
         for name in _VAE_ARITHMETIC:
             if name not in self.vae_read and config.get(name) not in (None, _VAE_ARITHMETIC[name]):
                 raise UserError(
@@ -171,7 +189,7 @@ class DiffusersFamily(Family):
         return plain_config(config)
 
     def _refuse_other_networks(self, folder: Path, kind: Any) -> None:
-        """Raise UserError for a network setting that the installed diffusers does not know, and would leave out."""
+        """Raise UserError for a network setting that is not understood here, or that the installed diffusers would leave out."""
         known = inspect.signature(kind.__init__).parameters
         for name, value in self._network_config(folder).items():
             if not name.startswith("_") and name not in known and value is not None and value is not False:
@@ -179,6 +197,10 @@ class DiffusersFamily(Family):
                     f"{folder}: its {self.component} has {name}={value!r}, which this version of diffusers does not know; "
                     "pip install -U diffusers"
                 )
+        try:
+            refuse_other_keys(self._network_config(folder), self.network_keys, self.component, self.title)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
 
     def _network_config(self, folder: Path) -> dict[str, Any]:
         return read_json(folder / self.component / "config.json", folder, self.component)

@@ -12,3 +12,11 @@ SCHEDULER_KEYS = KnownKeys(
     ),
 )  # fmt: skip
 VAE_READ = ("scaling_factor", "shift_factor")
+NETWORK_KEYS = KnownKeys(
+    classes=("SD3Transformer2DModel",),
+    read=(
+        "sample_size", "patch_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads",
+        "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "out_channels", "pos_embed_max_size",
+        "dual_attention_layers", "qk_norm",
+    ),
+)  # fmt: skip

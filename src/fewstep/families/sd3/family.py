@@ -9,7 +9,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
-from fewstep.families.sd3.config_keys import SCHEDULER_KEYS, VAE_READ
+from fewstep.families.sd3.config_keys import NETWORK_KEYS, SCHEDULER_KEYS, VAE_READ
 from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, UNREAD_FILES, VAE
 from fewstep.networks.text_layout import TextLayout
 
@@ -31,6 +31,7 @@ class StableDiffusion3(DiffusersFamily):
     shapes = SHAPES
     autoencoder_config = VAE
     scheduler_keys = SCHEDULER_KEYS
+    network_keys = NETWORK_KEYS
     vae_read = VAE_READ
     text_layout = TextLayout(
         "sd3", title, "StableDiffusion3Pipeline",

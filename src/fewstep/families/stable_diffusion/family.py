@@ -11,7 +11,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.family import Description
-from fewstep.families.stable_diffusion.config_keys import SCHEDULER_KEYS, VAE_READ
+from fewstep.families.stable_diffusion.config_keys import NETWORK_KEYS, SCHEDULER_KEYS, VAE_READ
 from fewstep.families.stable_diffusion.ldm_keys import ldm_layers
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
 from fewstep.families.stable_diffusion.single_file import LAYOUT, UNREAD_FILES, XL_LAYOUT, XL_UNREAD_FILES
@@ -42,6 +42,7 @@ class StableDiffusion(DiffusersFamily):
     shapes = SHAPES
     autoencoder_config = VAE
     scheduler_keys = SCHEDULER_KEYS
+    network_keys = NETWORK_KEYS
     vae_read = VAE_READ
     text_layout = TextLayout(
         "sd", title, "StableDiffusionPipeline", {"text_encoder": ("CLIPTextModel",), "tokenizer": _TOKENIZERS},
