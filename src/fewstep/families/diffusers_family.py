@@ -41,7 +41,8 @@ _VAE_KEYS = KnownKeys(
         "latent_channels", "norm_num_groups", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
         "scaling_factor", "shift_factor", "latents_mean", "latents_std",
     ),
-    elsewhere=("sample_size", "force_upcast"),  # tiling and half precision of the stock pipeline; it runs in float32 here
+    # tiling and half precision of the stock pipeline, which runs in float32 here; code beside the config, which is never run
+    elsewhere=("sample_size", "force_upcast", "auto_map"),
 )  # fmt: skip
 
 
