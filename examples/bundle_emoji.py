@@ -22,6 +22,7 @@ import datasets
 import torch
 from emoji_teacher_data import Pictures, Split, read_pictures
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.models.load import load_teacher
 from fewstep.networks.components import published_names
 from fewstep.preparation.features import train_feature_network, vary_shape_and_colour
+from fewstep.progress import lines
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/emoji"
 TEACHERS = ("sd", "sdxl")
@@ -114,7 +116,7 @@ def bundle_features(pictures: Pictures, split: Split, num_passes: int) -> None:
         FeaturePictures(pictures.pixels[rows], labels, names), ASSETS / "features", num_classes=len(names),
         num_passes=num_passes, batch_size=64, name="emoji-classifier", width=16, num_stages=4,
         augment=vary_shape_and_colour, label_smoothing=0.1,
-        report=lambda step, steps, loss: print(f"features: step {step} of {steps}, loss {loss:.3f}", flush=True),
+        report=lines(Console(stderr=True), "Training the feature network"),
     )  # fmt: skip
     network = SmallClassifier.load(ASSETS / "features")
     found, statistics = {}, {}

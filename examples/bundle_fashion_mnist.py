@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import torch
 from PIL import Image
+from rich.console import Console
 
 from fewstep.data.images import ImageDataset, load_images
 from fewstep.evaluation.features import SmallClassifier, load_features
@@ -23,6 +24,7 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.model_folder import read_model_folder, write_model_folder
 from fewstep.models.load import load_teacher
 from fewstep.preparation.features import accuracy, train_feature_network
+from fewstep.progress import lines
 from fewstep.settings import DataSettings
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/fashion-mnist"
@@ -62,7 +64,7 @@ def main(data: str, run: str) -> None:
     bundle_pictures(train)
     train_feature_network(
         train, ASSETS / "features", num_classes=10, num_passes=6, name="fashion-mnist-classifier",
-        report=lambda step, steps, loss: print(f"features: step {step} of {steps}, loss {loss:.3f}", flush=True),
+        report=lines(Console(stderr=True), "Training the feature network"),
     )  # fmt: skip
     network = load_features("bundled:fashion-mnist")
     assert isinstance(network, SmallClassifier)

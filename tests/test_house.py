@@ -120,3 +120,36 @@ def test_docs_house_is_the_table() -> None:
     page = (ROOT / "docs/house.md").read_text(encoding="utf-8")
     for row in table().splitlines()[: 2 + len(COUNTS)]:
         assert row in page, f"{row}: python -m tests.house_counts prints the table of docs/house.md"
+
+
+def test_no_function_is_called_with_a_row_of_values() -> None:
+    """Many options are one object, or have their names at the call; gradio alone hands over a page's fields in a row."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("page.py", "generate"):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                assert len([name for name in names if name not in ("self", "cls")]) <= 8, f"{path}: {node.name}"
+
+
+def test_a_command_is_a_file() -> None:
+    folder = ROOT / "src/fewstep/cli"
+    assert len((folder / "main.py").read_text(encoding="utf-8").splitlines()) < 150
+    names = {path.stem for path in folder.glob("*.py")}
+    assert {"sample", "evaluate", "export", "app", "quickstart", "convert", "report", "train", "pretrain"} <= names
+    assert {"prepare", "settings"} <= names
+    assert not {"commands", "commands_text"} & names
+
+
+def test_the_readme_shows_the_rooms_that_there_are() -> None:
+    """Every room of the tree exists, and every room is in the tree."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\nsrc/fewstep/\n(.*?)```", text, flags=re.DOTALL)
+    assert tree is not None
+    shown = re.findall(r"^  ([a-z_]+(?:/|\.py)(?:, [a-z_]+(?:/|\.py))*)", tree[1], flags=re.MULTILINE)
+    named = {name for line in shown for name in line.split(", ")}
+    rooms = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "src/fewstep").iterdir()
+        if not path.name.startswith("__") and path.name != "py.typed"
+    }
+    assert named == rooms

@@ -87,6 +87,17 @@ def choose_precision(wanted: str, device: torch.device, tell: Callable[[str], No
     return name
 
 
+def precision_of(option: str, device: str, tell: Callable[[str], None]) -> str:
+    """`choose_precision` for the options --precision and --device of a command, as they were typed.
+
+    Raises:
+        UserError: another name, or no such device.
+    """
+    if option not in ("auto", *DTYPES):
+        raise UserError(f"--precision {option}: choose auto, fp32, bf16 or fp16")
+    return choose_precision(option, choose_device(device), tell)
+
+
 def _fast_precision(device: torch.device) -> tuple[str, str]:
     """(name, why) of what is fast on a device."""
     if device.type == "cuda":

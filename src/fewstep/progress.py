@@ -1,23 +1,68 @@
 """Saying what is being done before it is done, and how far it is: a bar in a terminal, lines elsewhere."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+PATIENCE_SECONDS = 1.0  # work that is over sooner is not spoken of where there is no terminal
 LINE_EVERY_SECONDS = 5.0
+STILL_EVERY_SECONDS = 30.0  # between lines about work that does not say how far it is
 
 Report = Callable[[int, int | None], None]
 """Takes (done, in all); None where it is not known how many there are."""
 
 
 @contextmanager
+def busy(console: Console, what: str) -> Iterator[None]:
+    """Names work that cannot say how far it is: a moving sign with the time in a terminal; lines elsewhere, after a second."""
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(what, total=None)
+            yield
+        return
+    begun = time.perf_counter()
+
+    def still() -> None:
+        say(console, f"{what}: {time.perf_counter() - begun:.0f} s")
+
+    with every(STILL_EVERY_SECONDS, still, partial(say, console, f"{what} ...")):
+        yield
+
+
+@contextmanager
+def every(seconds: float, tell: Callable[[], None], first: Callable[[], None] | None = None) -> Iterator[None]:
+    """Calls `first` after a second, then `tell` again and again, from another thread, whatever this one is doing."""
+    over = threading.Event()
+
+    def run() -> None:
+        if first is not None and not over.wait(PATIENCE_SECONDS):
+            first()
+        while not over.wait(seconds):
+            tell()
+
+    thread = threading.Thread(target=run, daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def working(console: Console, what: str) -> Iterator[Report]:
-    """Yields what takes (done, in all): moves a bar in a terminal, which also shows that time passes, prints lines elsewhere."""
+    """Yields what takes (done, in all): moves a bar in a terminal, which also shows that time passes; prints lines elsewhere,
+    where the work takes more than a second."""
     if not console.is_terminal:
-        yield lines(console, what)
+        report = _Lines(console, what)
+        with every(STILL_EVERY_SECONDS, report.still, report.name):
+            yield report
         return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -29,16 +74,33 @@ def working(console: Console, what: str) -> Iterator[Report]:
 
 def lines(console: Console, what: str) -> Report:
     """Prints `what` now, then how far it is every few seconds; also fit beside another bar."""
-    say(console, f"{what} ...")
-    last = time.perf_counter()
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal last
-        if 0 < done != total and time.perf_counter() - last >= LINE_EVERY_SECONDS:
-            last = time.perf_counter()
-            say(console, f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}")
-
+    report = _Lines(console, what)
+    report.name()
     return report
+
+
+class _Lines:
+    """A `Report` as lines."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self.console, self.what = console, what
+        self._begun = self._last = time.perf_counter()
+
+    def name(self) -> None:
+        """Say what is being done."""
+        say(self.console, f"{self.what} ...")
+
+    def still(self) -> None:
+        """Say that it goes on, where nothing else was said for as long."""
+        now = time.perf_counter()
+        if now - self._last >= STILL_EVERY_SECONDS:
+            say(self.console, f"{self.what}: {now - self._begun:.0f} s")
+
+    def __call__(self, done: int, total: int | None) -> None:
+        if 0 < done != total and time.perf_counter() - self._last >= LINE_EVERY_SECONDS:
+            self._last = time.perf_counter()
+            far = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+            say(self.console, f"{self.what}: {far}")
 
 
 def say(console: Console, line: str) -> None:

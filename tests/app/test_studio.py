@@ -11,9 +11,9 @@ from PIL import Image
 from fewstep.app.notes import about_model, comparison_of, facts_of, notes_of
 from fewstep.app.settings import AppSettings
 from fewstep.app.studio import ALL_CLASSES, Request, Result, Studio, load_studio
-from fewstep.cli.sample import SampleOptions, sample_pictures
 from fewstep.errors import UserError
 from fewstep.formats.model_folder import ModelCard, write_model_folder
+from fewstep.models.sampling import SampleOptions, sample_pictures
 from tests.conftest import tiny_denoiser
 from tests.tiny_models import tiny_taesd_folder
 

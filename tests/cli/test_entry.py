@@ -4,15 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer.main
 from typer.testing import CliRunner
 
 from fewstep.cli import main as entry
+from fewstep.cli import quickstart as quickstarts
 from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.main import app
+from fewstep.errors import RunInterrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,21 +102,28 @@ def test_own_errors_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("command", "goes_on"), [("train", True), ("quickstart", True), ("sample", False), ("", False)]
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            RunInterrupted("stopped by SIGTERM; saved", 143),
+            143,
+            "stopped by SIGTERM; saved. Continue with: fewstep settings train",
+        ),
+    ],
 )
 def test_ctrl_c_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, goes_on: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, told: str
 ) -> None:
-    def stopped(group: object, ctx: object) -> None:
-        raise KeyboardInterrupt
+    def stop(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(entry.TyperGroup, "invoke", stopped)
-    with pytest.raises(entry.Interrupted) as stop:
-        entry.Commands(name="fewstep").invoke(SimpleNamespace(invoked_subcommand=command))
-    assert run_main(monkeypatch, stop.value) == 130
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fewstep: interrupted")
-    assert ("the same command continues" in line) == goes_on
+    monkeypatch.setattr("fewstep.settings.describe_settings", stop)
+    monkeypatch.setattr(sys, "argv", ["fewstep", "settings", "train"])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"fewstep: {told}\n"
 
 
 def test_nothing_is_counted_or_sent() -> None:
@@ -136,7 +144,7 @@ def test_nothing_is_counted_or_sent() -> None:
 
 def test_quickstart_text_is_the_text_one(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[object, ...]] = []
-    monkeypatch.setattr(entry, "text_quickstart", lambda *words: called.append(words))
+    monkeypatch.setattr(quickstarts, "text_quickstart", lambda *words: called.append(words))
     assert CliRunner().invoke(app, ["quickstart", "--text", "--minutes", "2"]).exit_code == 0
     assert CliRunner().invoke(app, ["quickstart", "--text", "--folder", "here"]).exit_code == 0
     assert called == [(2.0, Path("runs/text-quickstart"), 0), (5.0, Path("here"), 0)]

@@ -37,7 +37,6 @@ def test_embeddings(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n")
     output = run("embeddings", teacher, tmp_path / "prompts.txt", tmp_path / "e", "--shard-size", 2)
     assert f"{tmp_path / 'e'}: 3 prompts, 2 distinct" in output
-    assert "2 of 3 prompts" in output
     stored = StoredEmbeddings(tmp_path / "e")
     check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher))
     assert stored.rows(torch.tensor([2]))[0].shape == (1, 16, 64)
@@ -81,8 +80,7 @@ def pairs_lmdb(folder: Path, **changes: torch.Tensor) -> Path:
 def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
     """What comes out is what a warm-up reads: noise, latents, and each pair's own embedding."""
     lmdb = pairs_lmdb(tmp_path / "set")
-    output = run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
-    assert "5 of 5 pairs" in output
+    run("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
     arrays = LmdbArrays(lmdb, ODE_PAIRS)
     pairs = NoiseImagePairs(tmp_path / "p")
     assert torch.equal(pairs.noise, arrays.rows("latents", range(5)))

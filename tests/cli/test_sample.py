@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep import __version__, devices
-from fewstep.cli import sample as commands_sample
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import make_grid, to_uint8
+from fewstep.models import sampling as commands_sample
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape

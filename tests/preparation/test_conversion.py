@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep
-from fewstep.cli.convert import convert_model
+from fewstep.cli.convert import convert as convert_command
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.formats.edm_pickle_writer import write_edm_pickle
@@ -32,7 +32,7 @@ FOUR = (999, 749, 499, 249)
 
 
 def convert(source: Path, out: Path, base: str | Path = "", step_indices: str = "") -> None:
-    convert_model(source, out, str(base), step_indices)
+    convert_command(source, out, str(base), step_indices)
 
 
 @pytest.fixture(scope="module")

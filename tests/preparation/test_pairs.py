@@ -89,7 +89,7 @@ def test_teacher_without_classes(tmp_path: Path) -> None:
 def test_progress_is_reported(teacher: Model, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     prepare_pairs(teacher, "teacher", tmp_path, **JOB, report=lambda done, total: seen.append((done, total)))
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    assert seen == [(3, 10), (4, 10), (7, 10), (8, 10), (10, 10)]
 
 
 class Interrupted(Exception):

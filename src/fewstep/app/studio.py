@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.app.safety import SafetyChecker, load_safety_checker
 from fewstep.app.settings import MAX_SEED, AppSettings
-from fewstep.devices import DTYPES, choose_device, choose_precision
+from fewstep.devices import precision_of
 from fewstep.errors import UserError
 from fewstep.formats.pixels import make_grid
 from fewstep.formats.source import Source
@@ -21,7 +21,7 @@ from fewstep.models.decoder import Decoder
 from fewstep.models.load import load_model, load_teacher
 from fewstep.models.model import Model
 from fewstep.models.picture_list import Picture, list_pictures, wishes_of
-from fewstep.progress import say
+from fewstep.progress import busy, say
 
 ALL_CLASSES = -1
 NUM_EXAMPLES = 5
@@ -287,13 +287,15 @@ def load_studio(settings: AppSettings) -> Studio:
     Raises:
         UserError: a model, TAESD or safety checker that is not there, is damaged or does not fit.
     """
-    if settings.precision not in ("auto", *DTYPES):
-        raise UserError(f"--precision {settings.precision}: choose auto, fp32, bf16 or fp16")
-    tell = partial(say, Console(stderr=True))
-    precision = choose_precision(settings.precision, choose_device(settings.device), tell)
+    console = Console(stderr=True)
+    precision = precision_of(settings.precision, settings.device, partial(say, console))
     place: dict[str, Any] = {"device": settings.device, "precision": precision}
-    model = load_model(settings.model, **place)
-    teacher = load_teacher(settings.teacher, **place) if settings.teacher else None
+    with busy(console, f"Loading {settings.model}"):
+        model = load_model(settings.model, **place)
+    teacher = None
+    if settings.teacher:
+        with busy(console, f"Loading the teacher {settings.teacher}"):
+            teacher = load_teacher(settings.teacher, **place)
     checker = None
     if settings.safety_checker and model.folder is not None:
         checker = load_safety_checker(model.family.safety_checker, model.folder, model.device)

@@ -1,5 +1,7 @@
 """Arguments that several commands have, and what they become. Light: no heavy import."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,23 @@ DataChanged = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
+AnyPrecision = Annotated[
+    str,
+    typer.Option(
+        help="auto, fp32, bf16 or fp16 inside the network (auto: what is fast on the device); the VAE stays in fp32"
+    ),
+]
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around a command's heavy imports, which take seconds."""
+    from rich.console import Console
+
+    from fewstep.progress import busy
+
+    with busy(Console(stderr=True), "Loading torch"):
+        yield
 
 
 def read_prompts(given: list[str], file: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Precision
+from fewstep.cli.options import Device, Precision, starting
 from fewstep.errors import UserError
 
 prepare = typer.Typer(
@@ -17,12 +17,13 @@ prepare = typer.Typer(
 def prepare_pairs(
     teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
+    *,
     num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  [default: 25000, of an LMDB all]")] = None,
     prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
     truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
     from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
     lmdb_scale: Annotated[float | None, typer.Option(help="multiply its images by this; default: take them as they are")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own many-step sampler; its usual number unless set")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
@@ -41,16 +42,17 @@ def prepare_pairs(
             raise UserError(
                 "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
             )
-        from fewstep.cli.commands_text import import_pairs
-
-        import_pairs(teacher, from_lmdb, folder, num_pairs, lmdb_scale, device)
+        with starting():
+            from fewstep.preparation.text_jobs import import_pairs
+        import_pairs(teacher, from_lmdb, folder, num_pairs=num_pairs, scale=lmdb_scale, device=device)
         return
-    from fewstep.cli.commands import make_pairs
-
-    make_pairs(
-        teacher, folder, num_pairs or 25_000, seed, teacher_steps, guidance_scale, batch_size, device, precision, prompts,
-        truncate_prompts,
+    with starting():
+        from fewstep.preparation.jobs import PairsOptions, make_pairs
+    options = PairsOptions(
+        num_pairs=num_pairs or 25_000, prompts=prompts, truncate=truncate_prompts, seed=seed, teacher_steps=teacher_steps,
+        guidance_scale=guidance_scale, batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
+    make_pairs(teacher, folder, options)
 
 
 @prepare.command("embeddings")
@@ -58,6 +60,7 @@ def prepare_embeddings(
     teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
     prompts: Annotated[Path, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
     folder: Annotated[Path, typer.Argument(help="where the embeddings go; an interrupted job in it is continued")],
+    *,
     column: Annotated[str, typer.Option(help="column of the prompts in tables")] = "text",
     truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="prompts a file")] = 512,
@@ -65,15 +68,19 @@ def prepare_embeddings(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Store the text embeddings of a prompt list, which text-to-image training draws its conditions from."""
-    from fewstep.cli.commands_text import make_embeddings
-
-    make_embeddings(teacher, prompts, folder, column, truncate_prompts, shard_size, batch_size, device)
+    with starting():
+        from fewstep.preparation.text_jobs import EmbeddingsOptions, make_embeddings
+    options = EmbeddingsOptions(
+        column=column, truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
+    )
+    make_embeddings(teacher, prompts, folder, options)
 
 
 @prepare.command("latents")
 def prepare_latents(
     teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the latents go; an interrupted job in it is continued")],
+    *,
     images: Annotated[str, typer.Option(help="pictures with captions: folder with metadata.jsonl, parquet, .tar or folder of them, hub id")] = "",
     from_lmdb: Annotated[Path | None, typer.Option(help="published LMDB of latents and prompts, instead of --images")] = None,
     lmdb_scale: Annotated[float | None, typer.Option(help="multiply its latents by this; default: take them as they are")] = None,
@@ -92,47 +99,56 @@ def prepare_latents(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
-    from fewstep.cli.commands_text import import_latents, make_latents
-
     if captions not in ("embeddings", "text"):
         raise UserError(f"--captions {captions}: choose embeddings or text")
     if (from_lmdb is None) == (not images):
         raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
+    with starting():
+        from fewstep.preparation.text_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
     if from_lmdb is not None:
-        import_latents(
-            teacher, from_lmdb, folder, lmdb_scale, truncate_prompts, shard_size, batch_size, captions, device
+        texts = EmbeddingsOptions(
+            truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
         )
+        import_latents(teacher, from_lmdb, folder, texts, scale=lmdb_scale, captions=captions)
         return
-    make_latents(
-        teacher, images, folder, split, caption_column, resolution, fit, noise_seed, num_images, streaming, skip_bad,
-        truncate_prompts, shard_size, batch_size, captions, device,
+    options = LatentsOptions(
+        split=split, caption_column=caption_column, resolution=resolution, fit=fit, noise_seed=noise_seed,
+        num_images=num_images, streaming=streaming, skip_bad=skip_bad, truncate=truncate_prompts, shard_size=shard_size,
+        batch_size=batch_size, captions=captions, device=device,
     )  # fmt: skip
+    make_latents(teacher, images, folder, options)
 
 
 @prepare.command("features")
 def prepare_features(
     images: Annotated[str, typer.Argument(help="labelled pictures: folder, parquet or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the feature network goes")],
+    *,
     num_classes: Annotated[int, typer.Option(min=2)],
     resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
     channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
     flip: Annotated[bool, typer.Option(help="mirror half of the pictures")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     name: Annotated[str, typer.Option(help="what reports call these features")] = "classifier",
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Train a small classifier of your data set; its features then measure quality on it."""
-    from fewstep.cli.commands import make_features
-
-    make_features(images, folder, num_classes, resolution, channels, fit, num_passes, flip, seed, name, device)
+    with starting():
+        from fewstep.preparation.jobs import FeaturesOptions, PicturesOptions, make_features
+    options = FeaturesOptions(
+        PicturesOptions(images, resolution=resolution, channels=channels, fit=fit), num_classes=num_classes,
+        num_passes=num_passes, flip=flip, seed=seed, name=name, device=device,
+    )  # fmt: skip
+    make_features(folder, options)
 
 
 @prepare.command("statistics")
 def prepare_statistics(
     images: Annotated[str, typer.Argument(help="real pictures: folder, parquet or hub id")],
     out: Annotated[Path, typer.Argument(help=".npz to write (mu, sigma)")],
+    *,
     features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception file")],
     split: Annotated[str, typer.Option()] = "train",
     resolution: Annotated[int, typer.Option(min=8)] = 32,
@@ -141,6 +157,7 @@ def prepare_statistics(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write the feature statistics of real pictures, once, for `evaluate --reference`."""
-    from fewstep.cli.commands import make_statistics
-
-    make_statistics(images, out, features, split, resolution, channels, fit, device)
+    with starting():
+        from fewstep.preparation.jobs import PicturesOptions, make_statistics
+    pictures = PicturesOptions(images, split=split, resolution=resolution, channels=channels, fit=fit)
+    make_statistics(out, features, pictures, device)

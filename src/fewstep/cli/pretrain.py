@@ -1,6 +1,6 @@
 """`fewstep pretrain`: train a teacher on pictures."""
 
-from fewstep.cli.options import DataChanged, DryRun, Overrides, TeacherRecipe, tell
+from fewstep.cli.options import DataChanged, DryRun, Overrides, TeacherRecipe, starting, tell
 from fewstep.cli.recipe_runs import print_dry_run, settled, show_how_to_begin, with_folder
 
 
@@ -19,11 +19,11 @@ def pretrain(
     settings = load_settings(PretrainSettings, recipe, overrides, tell)
     settings = with_folder(settings, recipe)
     if dry_run:
-        from fewstep.estimate.describe import describe_pretraining
-
+        with starting():
+            from fewstep.estimate.describe import describe_pretraining
         settings = settled(settings)
         print_dry_run(settings, describe_pretraining(settings))
         return
-    from fewstep.training.run import pretrain as run
-
+    with starting():
+        from fewstep.training.run import pretrain as run
     print(run(settings, data_changed=data_changed).model_folder)

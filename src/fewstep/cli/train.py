@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import DataChanged, DryRun, Overrides, Recipe, tell
+from fewstep.cli.options import DataChanged, DryRun, Overrides, Recipe, starting, tell
 from fewstep.cli.recipe_runs import print_dry_run, settled, show_how_to_begin, with_folder
 
 
@@ -23,16 +23,16 @@ def train(
     settings = load_settings(TrainSettings, recipe, overrides, tell)
     settings = with_folder(settings, recipe)
     if dry_run:
-        from fewstep.estimate.describe import describe_distillation
-
+        with starting():
+            from fewstep.estimate.describe import describe_distillation
         settings = settled(settings)
         print_dry_run(settings, describe_distillation(settings, lambda text: print(text, file=sys.stderr, flush=True)))
         return
     if suggest_gan_weight:
-        from fewstep.training.run import print_gan_weight
-
+        with starting():
+            from fewstep.training.run import print_gan_weight
         print_gan_weight(settings)
         return
-    from fewstep.training.run import train as run
-
+    with starting():
+        from fewstep.training.run import train as run
     print(run(settings, data_changed=data_changed).model_folder)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.listing import Listing, list_pictures_below
@@ -27,6 +28,7 @@ from fewstep.data.tables import (
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
+from fewstep.progress import busy, working
 
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings
@@ -44,7 +46,7 @@ class ImageDataset:
 
     def __init__(
         self, rows: PictureRows | None, labels: Tensor | None, class_names: list[str] | None, resolution: int, channels: int,
-        fit: Literal["crop", "pad", "exact"], background: str = "white", report: Report = tell, length: int = 0,
+        fit: Literal["crop", "pad", "exact"], background: str = "white", *, report: Report = tell, length: int = 0,
     ) -> None:  # fmt: skip
         self._rows, self._length = rows, length if rows is None else len(rows)
         self.labels, self.class_names = labels, class_names
@@ -53,7 +55,7 @@ class ImageDataset:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
         self._decoded: Tensor | None = None
         if len(self) * channels * resolution**2 <= _MEMORY_LIMIT_BYTES:
-            self._decoded = self._decode(range(len(self)))
+            self._decoded = self._decode_all()
 
     def __len__(self) -> int:
         return self._length
@@ -73,10 +75,18 @@ class ImageDataset:
             return self._decoded[indices]
         return self._decode(indices.tolist())
 
-    def _decode(self, indices: Sequence[int]) -> Tensor:
-        chunks = [indices[start : start + 512] for start in range(0, len(indices), 512)]
-        parts = list(self._pool.map(self._decode_chunk, chunks))
+    def _decode_all(self) -> Tensor:
+        """Every picture, with progress on standard error."""
+        parts, done = [], 0
+        with working(Console(stderr=True), f"Decoding {len(self):,} pictures") as report:
+            for part in self._pool.map(self._decode_chunk, _chunks(range(len(self)), 64)):
+                parts.append(part)
+                done += len(part)
+                report(done, len(self))
         return torch.from_numpy(np.concatenate(parts))
+
+    def _decode(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(self._pool.map(self._decode_chunk, _chunks(indices, 512)))))
 
     def _decode_chunk(self, indices: Sequence[int]) -> np.ndarray:
         assert self._rows is not None
@@ -90,6 +100,10 @@ class ImageDataset:
             told, self._told = self._told, True
         if not told:
             self._report(f"{name} is an animation: of it, and of any others, the first frame is taken")
+
+
+def _chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 class LmdbImageDataset(ImageDataset):
@@ -125,21 +139,24 @@ def load_images(
     """
     if settings.images and (Path(settings.images).expanduser() / "data.mdb").is_file():
         return _load_lmdb(settings, resolution, channels, num_classes)
-    size = (resolution, channels, settings.fit, settings.background, report)
+    size = (resolution, channels, settings.fit, settings.background)
     path = Path(settings.images).expanduser()
     if settings.images and path.is_dir() and not parquet_files(path):
         where = f"data.images={settings.images}"
-        listing, labels, names = _folder_labels(list_pictures_below(path, settings.split, where), settings, num_classes)
+        with busy(Console(stderr=True), f"Listing the pictures of {settings.images}"):
+            listing = list_pictures_below(path, settings.split, where)
+            listing, labels, names = _folder_labels(listing, settings, num_classes)
         report(f"{settings.images}: {listing.sentence()}")
-        return ImageDataset(FolderRows(listing.paths), labels, names, *size)
-    table = open_table(settings)
+        return ImageDataset(FolderRows(listing.paths), labels, names, *size, report=report)
+    with busy(Console(stderr=True), f"Opening {settings.images or 'data.images'}"):
+        table = open_table(settings)
     column = image_column(table, settings)
     labels, names = table_labels(table, settings, num_classes) if num_classes else (None, None)
     import datasets
 
     table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     report(f"{settings.images}: {len(table):,} picture{'s' * (len(table) != 1)}")
-    return ImageDataset(TableRows(table, column), labels, names, *size)
+    return ImageDataset(TableRows(table, column), labels, names, *size, report=report)
 
 
 def _folder_labels(

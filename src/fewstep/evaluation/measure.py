@@ -257,11 +257,16 @@ def measure_model(
 
 def dataset_features(
     network: FeatureNetwork, dataset: ImageDataset, num_images: int = 0, batch_size: int = 250,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", report: Report = lambda done, total: None,
 ) -> Tensor:  # fmt: skip
-    """Features (N, F) of a data set's first `num_images` pictures (0: all)."""
+    """Features (N, F) of a data set's first `num_images` pictures (0: all); `report` is told before every batch."""
     count = min(num_images or len(dataset), len(dataset))
     if count < 2:
         raise UserError("a reference needs at least 2 real images")
-    batches = (dataset.pixels(rows).float() / 127.5 - 1 for rows in torch.arange(count).split(batch_size))
-    return extract_features(network, batches, device)
+
+    def batches() -> Iterator[Tensor]:
+        for rows in torch.arange(count).split(batch_size):
+            report(int(rows[0]), count)
+            yield dataset.pixels(rows).float() / 127.5 - 1
+
+    return extract_features(network, batches(), device)

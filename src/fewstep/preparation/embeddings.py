@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def prepare_embeddings(
         shard_size: prompts a file; half-made files are made again after an interruption.
         cut_with: what the caller's user says to cut long prompts, for the message that refuses one.
         spare_with, max_gigabytes: as `announce_size` has them.
-        report: called with (finished prompts, all prompts) after each shard.
+        report: called with (finished prompts, all prompts) after each batch and each shard.
 
     Raises:
         UserError: a prompt is too long, there is no room for so many, the folder holds other embeddings, the disk is full.
@@ -54,13 +55,17 @@ def prepare_embeddings(
         _announce(folder, table, prompts, spare_with, max_gigabytes)
     for number in range(len(manifest["shards"]), -(-len(prompts) // shard_size)):
         part = prompts[number * shard_size : (number + 1) * shard_size]
-        tensors = table.shard_tensors(part)
+        tensors = table.shard_tensors(part, partial(_report_encoded, report, number * shard_size, len(prompts)))
         manifest["shards"].append(write_tensors(folder, number, tensors, len(part), EMBEDDINGS))
         done = number * shard_size + len(part)
         manifest["complete"] = done == len(prompts)
         write_manifest(folder, manifest)
         report(done, len(prompts))
     return folder
+
+
+def _report_encoded(report: Callable[[int, int], None], before: int, total: int, encoded: int) -> None:
+    report(before + encoded, total)
 
 
 def check_prompts(encoders: TextEncoders, prompts: list[str], truncate: bool, cut_with: str) -> None:
@@ -147,8 +152,12 @@ class PromptTable:
             self._empty = self._encoders.encode_empty().to("cpu")
         return self._empty
 
-    def shard_tensors(self, prompts: list[str]) -> dict[str, Tensor]:
+    def shard_tensors(
+        self, prompts: list[str], report: Callable[[int], None] = lambda encoded: None
+    ) -> dict[str, Tensor]:
         """What a shard of these prompts (n) holds, as `data/latents.py` says: rows, new texts, their embeddings.
+
+        `report` is called with the number of encoded prompts after each batch.
 
         Raises:
             UserError: an embedding does not fit float16.
@@ -158,6 +167,7 @@ class PromptTable:
         encoded = [empty.rows(slice(0, 0))]
         for start in range(0, len(new), self._batch_size):
             encoded.append(self._encoders.encode(new[start : start + self._batch_size]).to("cpu"))
+            report(min(start + self._batch_size, len(new)))
         tensors["text"] = _half(torch.cat([part.text for part in encoded]))
         if empty.pooled is not None:
             tensors["pooled"] = _half(torch.cat([part.pooled for part in encoded if part.pooled is not None]))

@@ -41,7 +41,7 @@ def train_feature_network(
     dataset: LabelledPictures, folder: Path, *, num_classes: int, num_passes: int = 6, batch_size: int = 256,
     seed: int = 0, flip: bool = False, device: str = "auto", name: str = "classifier", width: int = 32,
     num_stages: int = 3, augment: Augment | None = None, label_smoothing: float = 0.0,
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SmallClassifier:  # fmt: skip
     """Train on labelled pictures with a one-cycle rate and save the network.
 
@@ -50,7 +50,7 @@ def train_feature_network(
         folder: where to save; appears whole or not at all.
         width, num_stages: of the network.
         augment: changes each batch (B, C, H, W) in [-1, 1], e.g. `vary_shape_and_colour`; small sets need it.
-        report: called with (step, steps, loss) every 50 steps.
+        report: called with (finished steps, all steps) after each.
 
     Raises:
         UserError: no labels.
@@ -81,8 +81,7 @@ def train_feature_network(
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            report(step + 1, steps, loss.item())
+        report(step + 1, steps)
     model.eval().requires_grad_(False).save(folder)
     return model
 

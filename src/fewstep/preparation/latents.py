@@ -59,7 +59,7 @@ def prepare_latents(
         truncate: cut captions at the encoders' length, as the model's own pipeline does.
         shard_size: rows of the source a file.
         captions: "text" stores no embeddings: training then encodes captions when it needs them.
-        report: called with (finished rows of the source, all of them or None where that is not known).
+        report: called after each batch with (finished rows of the source, all of them or None where that is not known).
 
     Raises:
         UserError: a picture or caption cannot be used, the source cannot be read, the folder holds other latents, the
@@ -73,15 +73,16 @@ def prepare_latents(
         **_text_job(encoders, truncate, shard_size, captions),
     }  # fmt: skip
     known = [number for number in (num_images, source.num_rows) if number is not None]
+    total = min(known) if known else None
     reader = _Reader(
-        autoencoder, encoders, source, resolution, fit, noise_seed, skip_bad, truncate, batch_size
+        autoencoder, encoders, source, resolution, fit, noise_seed, skip_bad, truncate, batch_size,
+        lambda taken: report(taken, total),
     )  # fmt: skip
     table = PromptTable(encoders, batch_size)
 
     def latent_bytes() -> int:
         return 2 * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
 
-    total = min(known) if known else None
     return _write_parts(folder, job, table, reader.read_part, total, shard_size, report, latent_bytes)
 
 
@@ -98,6 +99,7 @@ class _Reader:
     skip_bad: bool
     truncate: bool
     batch_size: int
+    report: Callable[[int], None]
 
     def __post_init__(self) -> None:
         self._rows: Iterator[CaptionedImage] | None = None
@@ -120,6 +122,7 @@ class _Reader:
                 latents.append(self._encode(pixels, [first + taken + number for number in kept]))
             captions += [batch[number].caption if batch[number].caption.strip() else "" for number in kept]
             taken += len(batch)
+            self.report(first + taken)
         return _Part(torch.cat(latents), captions, taken)
 
     def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:

@@ -28,7 +28,7 @@ def prepare_pairs(
         folder: new, or one that an interrupted call with the same arguments left unfinished.
         conditions: what to draw from; None: all classes. A teacher that takes prompts needs them here.
         num_steps: of the teacher's sampler; None: its family's usual number.
-        report: called with (finished pairs, all pairs) after each shard.
+        report: called with (finished pairs, all pairs) after each batch.
 
     Raises:
         UserError: the folder holds other pairs, guidance the teacher lacks, the disk is full.
@@ -53,11 +53,11 @@ def prepare_pairs(
         for start in range(0, size, batch_size):
             draws = Draws.of_batch(seed, 0, min(batch_size, size - start), teacher.device, first + start)
             parts.append(_some_pairs(teacher, conditions, draws, num_steps, guidance_scale))
+            report(min(first + start + batch_size, first + size), num_pairs)
         noise, images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         manifest["shards"].append(write_shard(folder, number, noise, images, labels))
         manifest["complete"] = first + size == num_pairs
         write_manifest(folder, manifest)
-        report(first + size, num_pairs)
     return folder
 
 

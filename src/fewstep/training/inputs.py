@@ -125,7 +125,7 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: M
         )
     conditions = teacher.conditioner.every
     if conditions is None:
-        from fewstep.training.text_data import stored_prompts
+        from fewstep.preparation.stored_prompts import stored_prompts
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
     made_by = pairs.manifest.get("job", {}).get("network")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import data_order
-from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_embeddings_fit, check_latents_fit
+from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_latents_fit
 from fewstep.data.prompts import load_prompts
 from fewstep.data.tables import tell
 from fewstep.diffusion.condition import ConditionTable
@@ -16,34 +16,13 @@ from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.models.model import Model
-from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
+from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import EMBEDDINGS
 
 CUT_WITH = "data.truncate_prompts=true"
 MOST_GIGABYTES_UNASKED = 20.0
-
-
-@dataclass(frozen=True)
-class EmbeddingsOnDisk:
-    """Stored embeddings as an embedding source."""
-
-    stored: StoredEmbeddings
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def rows(self, index: Tensor) -> TextEmbeddings:
-        return TextEmbeddings(*self.stored.rows(index))
-
-    def texts(self, index: Tensor) -> list[str]:
-        return self.stored.prompts(index)
-
-    @property
-    def empty(self) -> TextEmbeddings:
-        """The unconditional branch."""
-        return TextEmbeddings(self.stored.empty_text, self.stored.empty_pooled)
 
 
 @dataclass(frozen=True)
@@ -132,16 +111,3 @@ def _captions(settings: TrainSettings, teacher: Model, stored: StoredLatents) ->
             "encodes them at each step, or prepare the latents again with --captions embeddings"
         )
     return teacher.conditioner.table(stored.captions.prompts(), teacher.size)
-
-
-def stored_prompts(teacher: Model, folder: Path) -> ConditionTable:
-    """Prompts embedded earlier, checked to be of this teacher's text encoders, which are freed.
-
-    Raises:
-        UserError: no stored embeddings, or another encoder's.
-    """
-    stored = StoredEmbeddings(folder)
-    check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher.components))
-    source = EmbeddingsOnDisk(stored)
-    teacher.conditioner.release()
-    return teacher.conditioner.table(source, teacher.size, source.empty)

@@ -1,0 +1,37 @@
+"""`fewstep evaluate`: one figure with everything beside it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import Device, Precision, read_prompts, starting
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
+    *,
+    features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception .pth/.safetensors")],
+    reference: Annotated[Path | None, typer.Option(help=".npz with mu and sigma of real features")] = None,
+    images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
+    split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
+    fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
+    num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the generated pictures")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 250, text-to-image 4]")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: steps of the model's own many-step sampler; its usual number unless set")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 is off; the model's usual scale unless set")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:  # fmt: skip
+    """Frechet distance (and precision and recall) between generated and real pictures in a named feature network."""
+    with starting():
+        from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
+    options = EvaluateOptions(
+        features=features, reference=reference, images=images, split=split, fit=fit,
+        prompts=tuple(read_prompts([], prompts)), num_images=num_images, seed=seed, batch_size=batch_size,
+        teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
+    )  # fmt: skip
+    evaluate_model(model, options)

@@ -1,0 +1,153 @@
+"""`fewstep prepare pairs`, `features` and `statistics` from their options on: something to load, work with progress, a line."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from fewstep.data.images import ImageDataset, load_images
+from fewstep.data.listing import has_split
+from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
+from fewstep.data.prompts import load_prompts
+from fewstep.data.tables import parquet_files
+from fewstep.devices import choose_device, precision_of
+from fewstep.diffusion.condition import ConditionTable
+from fewstep.errors import UserError
+from fewstep.evaluation.features import load_features
+from fewstep.evaluation.measure import dataset_features
+from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.models.load import load_teacher
+from fewstep.models.model import Model
+from fewstep.preparation.embeddings import prepare_embeddings
+from fewstep.preparation.features import accuracy, train_feature_network
+from fewstep.preparation.pairs import prepare_pairs
+from fewstep.preparation.stored_prompts import stored_prompts
+from fewstep.progress import busy, say, working
+from fewstep.settings import DataSettings, parse_settings
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class PairsOptions:
+    """The options of `fewstep prepare pairs`, as its help says."""
+
+    num_pairs: int = 25_000
+    prompts: str = ""
+    truncate: bool = False
+    seed: int = 0
+    teacher_steps: int | None = None
+    guidance_scale: float = 1.0
+    batch_size: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class PicturesOptions:
+    """Which pictures, and how they come to one size."""
+
+    images: str
+    split: str = "train"
+    resolution: int = 32
+    channels: int = 3
+    fit: str = "crop"
+
+    def open(self, split: str = "", num_classes: int = 0) -> ImageDataset:
+        """The pictures, of this split or another one."""
+        values = {"images": self.images, "split": split or self.split, "fit": self.fit}
+        settings = parse_settings(DataSettings, values, "command line")
+        return load_images(settings, resolution=self.resolution, channels=self.channels, num_classes=num_classes)
+
+
+@dataclass(frozen=True)
+class FeaturesOptions:
+    """The options of `fewstep prepare features`, as its help says."""
+
+    pictures: PicturesOptions
+    num_classes: int
+    num_passes: int = 6
+    flip: bool = False
+    seed: int = 0
+    name: str = "classifier"
+    device: str = "auto"
+
+
+def make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
+    """Sample noise-image pairs; an interrupted job in the folder is continued.
+
+    Raises:
+        UserError: options that do not go together, no such teacher, a folder of other pairs.
+    """
+    precision = precision_of(options.precision, options.device, partial(say, console))
+    with busy(console, f"Loading the teacher {teacher}"):
+        model = load_teacher(teacher, device=options.device, precision=precision)
+    conditions = model.conditioner.every
+    if conditions is None:
+        conditions = _pair_prompts(model, folder, options)
+    elif options.prompts or options.truncate:
+        raise UserError("--prompts and --truncate-prompts are for text-to-image teachers; this one has classes")
+    with working(console, f"Making {options.num_pairs:,} pairs") as report:
+        prepare_pairs(
+            model, teacher, folder, num_pairs=options.num_pairs, seed=options.seed, num_steps=options.teacher_steps,
+            guidance_scale=options.guidance_scale, batch_size=options.batch_size or model.family.default_batch_size,
+            conditions=conditions, report=report,
+        )  # fmt: skip
+    print(folder)
+
+
+def _pair_prompts(teacher: Model, folder: Path, options: PairsOptions) -> ConditionTable:
+    """The prompts that pairs are made of; their embeddings are stored beside the pairs."""
+    if not options.prompts:
+        raise UserError("pairs of a text-to-image teacher need --prompts FILE")
+    target, prompts = folder / PROMPT_EMBEDDINGS, load_prompts(options.prompts)
+    with busy(console, "Loading the text encoders"):
+        encoders = teacher.conditioner.encoders
+    with working(console, f"Embedding {len(prompts):,} prompts") as report:
+        prepare_embeddings(
+            encoders, prompts, target, truncate=options.truncate, cut_with="--truncate-prompts",
+            spare_with="give a shorter list: pairs draw their prompts from it", report=report,
+        )  # fmt: skip
+    return stored_prompts(teacher, target)
+
+
+def make_features(folder: Path, options: FeaturesOptions) -> None:
+    """Train a feature network on the split `train`, say its accuracy on `test` where there is one.
+
+    Raises:
+        UserError: pictures that are not there, without labels, or of other classes.
+    """
+    dataset = options.pictures.open("train", options.num_classes)
+    with working(console, f"Training {options.num_passes} passes over {len(dataset):,} pictures") as report:
+        model = train_feature_network(
+            dataset, folder, num_classes=options.num_classes, num_passes=options.num_passes, flip=options.flip,
+            seed=options.seed, device=options.device, name=options.name, report=report,
+        )  # fmt: skip
+    place = Path(options.pictures.images).expanduser()
+    if place.is_dir() and not (parquet_files(place) or has_split(place, "test")):
+        say(console, "no split `test`: accuracy on unseen pictures is not known")
+    else:
+        test = options.pictures.open("test", options.num_classes)
+        with busy(console, f"Testing on {len(test):,} pictures"):
+            right = accuracy(model, test)
+        say(console, f"accuracy on the {len(test)} pictures of split test: {right:.4f}")
+    print(folder)
+
+
+def make_statistics(out: Path, features: str, pictures: PicturesOptions, device: str) -> None:
+    """Write the feature statistics of real pictures as .npz.
+
+    Raises:
+        UserError: features or pictures that are not there, a place that cannot be written.
+    """
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
+    place = choose_device(device)
+    with busy(console, f"Loading the features {features}"):
+        network = load_features(features, place)
+    dataset = pictures.open()
+    with working(console, f"Features of {len(dataset):,} pictures") as report:
+        statistics = FeatureStatistics.of(dataset_features(network, dataset, device=place, report=report))
+    statistics.save(out)
+    print(f"{out}: {statistics.num_images} images, features {network.name}")

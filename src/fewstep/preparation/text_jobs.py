@@ -1,0 +1,162 @@
+"""`fewstep prepare embeddings` and `latents`, and what is imported from an LMDB, from their options on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+from rich.console import Console
+
+from fewstep.data.captioned_images import open_captioned_images
+from fewstep.data.latents import StoredEmbeddings, StoredLatents
+from fewstep.data.prompts import load_prompts
+from fewstep.devices import choose_device
+from fewstep.errors import UserError
+from fewstep.families.diffusers_folder import resolve_model_folder
+from fewstep.families.registry import recognise
+from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
+from fewstep.preparation.embeddings import prepare_embeddings
+from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
+from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
+from fewstep.progress import busy, working
+
+if TYPE_CHECKING:
+    from fewstep.networks.text_encoders import TextEncoders
+
+console = Console(stderr=True)
+Fit = Literal["crop", "pad", "exact"]
+Captions = Literal["embeddings", "text"]
+
+
+@dataclass(frozen=True)
+class EmbeddingsOptions:
+    """The options of `fewstep prepare embeddings`, as its help says; of `latents` what concerns captions."""
+
+    column: str = "text"
+    truncate: bool = False
+    shard_size: int = 512
+    batch_size: int = 32
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LatentsOptions:
+    """The options of `fewstep prepare latents --images`, as its help says."""
+
+    split: str = "train"
+    caption_column: str = ""
+    resolution: int = 0
+    fit: str = "crop"
+    noise_seed: int | None = None
+    num_images: int | None = None
+    streaming: bool = False
+    skip_bad: bool = False
+    truncate: bool = False
+    shard_size: int = 512
+    batch_size: int = 8
+    captions: str = "embeddings"
+    device: str = "auto"
+
+
+def make_embeddings(teacher: str, source: Path, folder: Path, options: EmbeddingsOptions) -> None:
+    """Store the embeddings of a prompt list.
+
+    Raises:
+        UserError: no prompts, no such teacher, a folder of other embeddings.
+    """
+    with busy(console, f"Reading {source}"):
+        prompts = load_prompts(source, options.column)
+    _, encoders = _encoders(teacher, options.device)
+    with working(console, f"Embedding {len(prompts):,} prompts") as report:
+        prepare_embeddings(
+            encoders, prompts, folder, truncate=options.truncate, shard_size=options.shard_size,
+            batch_size=options.batch_size, cut_with="--truncate-prompts",
+            spare_with="train with the list itself and data.text_embeddings='computed', which stores nothing", report=report,
+        )  # fmt: skip
+    stored = StoredEmbeddings(folder)
+    print(f"{folder}: {len(stored)} prompts, {stored.num_distinct} distinct")
+
+
+def make_latents(teacher: str, images: str, folder: Path, options: LatentsOptions) -> None:
+    """Store the latents of captioned pictures.
+
+    Raises:
+        UserError: no such teacher or pictures, pictures that do not fit, a folder of other latents.
+    """
+    if options.fit not in get_args(Fit):
+        raise UserError(f"--fit {options.fit}: choose crop, pad or exact")
+    with busy(console, f"Opening {images}"):
+        source = open_captioned_images(
+            images, split=options.split, caption_column=options.caption_column, streaming=options.streaming
+        )
+    model, encoders = _encoders(teacher, options.device)
+    family = recognise(model)
+    with busy(console, "Loading the VAE"):
+        autoencoder = family.autoencoder(model)
+        assert autoencoder is not None, "a family that takes prompts works on latents"
+        autoencoder.to(choose_device(options.device))
+        fingerprint = vae_fingerprint(model)
+    with working(console, f"Encoding the pictures of {images}") as report:
+        prepare_latents(
+            autoencoder, encoders, source, folder, resolution=options.resolution or family.resolution(model),
+            vae_fingerprint=fingerprint, fit=cast(Fit, options.fit), noise_seed=options.noise_seed,
+            num_images=options.num_images, skip_bad=options.skip_bad, truncate=options.truncate,
+            shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, options.captions),
+            report=report,
+        )  # fmt: skip
+    _print_latents(folder)
+
+
+def import_latents(
+    teacher: str, lmdb: Path, folder: Path, options: EmbeddingsOptions, *, scale: float | None = None,
+    captions: str = "embeddings",
+) -> None:  # fmt: skip
+    """Store the latents of a published LMDB.
+
+    Raises:
+        UserError: no such teacher, a damaged LMDB, a folder of other latents.
+    """
+    model, encoders = _encoders(teacher, options.device)
+    with working(console, f"Importing the latents of {lmdb}") as report:
+        import_lmdb_latents(
+            encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=options.truncate,
+            shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, captions),
+            report=report,
+        )  # fmt: skip
+    _print_latents(folder)
+
+
+def import_pairs(
+    teacher: str, lmdb: Path, folder: Path, *, num_pairs: int | None = None, scale: float | None = None,
+    device: str = "auto",
+) -> None:  # fmt: skip
+    """Store the noise-image pairs of a published LMDB.
+
+    Raises:
+        UserError: no such teacher, a damaged LMDB, a folder of other pairs.
+    """
+    model, encoders = _encoders(teacher, device)
+    with working(console, f"Importing the pairs of {lmdb}") as report:
+        import_lmdb_pairs(
+            encoders, lmdb, folder, teacher=teacher, network_fingerprint=network_fingerprint(model),
+            num_pairs=num_pairs, scale=scale, report=report,
+        )  # fmt: skip
+    print(folder)
+
+
+def _encoders(teacher: str, device: str) -> tuple[Path, "TextEncoders"]:
+    """The teacher's folder and its text encoders."""
+    place = choose_device(device)
+    with busy(console, f"Loading the text encoders of {teacher}"):
+        model = resolve_model_folder(teacher)
+        return model, recognise(model).text_encoders(model).to(place)
+
+
+def _print_latents(folder: Path) -> None:
+    stored = StoredLatents(folder)
+    skipped = sum(entry["source_rows"] - entry["rows"] for entry in stored.manifest["shards"])
+    empty = stored.captions.num_empty
+    missing = f" ({empty} missing, which count as the empty prompt)" if empty else ""
+    print(
+        f"{folder}: {len(stored)} latents of shape {'x'.join(map(str, stored.latent_shape))}, "
+        f"{stored.captions.num_distinct} distinct captions{missing}, {skipped} pictures skipped"
+    )
