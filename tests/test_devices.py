@@ -150,7 +150,7 @@ def test_the_run_folder_says_which(tmp_path: Path, teacher_folder: Path) -> None
 
     values = {
         "teacher": {"path": str(teacher_folder)}, "run": {"folder": str(tmp_path / "run"), "sample_images": 1},
-        "training": {"num_steps": 1, "batch_size": 2}, "compute": {"device": "cpu", "threads": 1},
+        "training": {"num_steps": 1, "batch_size": 2}, "compute": {"device": "cpu"},
     }  # fmt: skip
     train(parse_settings(TrainSettings, values, "test"))
     stored = json.loads((tmp_path / "run" / "settings.json").read_text())

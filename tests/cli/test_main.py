@@ -43,12 +43,10 @@ batch_size = 4
 [compute]
 device = "cpu"
 precision = "fp32"
-threads = 1
 
 [run]
 sample_images = 4
 checkpoint_every = 2
-tensorboard = false
 """
 
 TRAIN_RECIPE = """
@@ -64,12 +62,10 @@ generator_every = 2
 [compute]
 device = "cpu"
 precision = "fp32"
-threads = 1
 
 [run]
 sample_images = 4
 checkpoint_every = 2
-tensorboard = false
 """
 
 

@@ -160,8 +160,8 @@ def test_distilling_a_folder(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures", channels=3)
     run(
         "distil_folder", pictures, tmp_path / "out", "network.name=tiny", "network.img_resolution=16", "--both",
-        "training.num_steps=2", "training.batch_size=4", "compute.threads=1", "compute.precision=fp32",
-        "compute.device=cpu", "run.tensorboard=false", "run.sample_images=4",
+        "training.num_steps=2", "training.batch_size=4", "compute.precision=fp32",
+        "compute.device=cpu", "run.sample_images=4",
     )  # fmt: skip
     generator = load_generator(tmp_path / "out/generator", device="cpu")
     assert generator.is_generator

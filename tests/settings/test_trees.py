@@ -111,8 +111,8 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "training.seed", -1, f"{AT_LEAST} 0"),
         (TrainSettings, "training.seed", 2**63, f"{BELOW} {2**63}"),
         (TrainSettings, "run.folder", 3, STRING),
-        (TrainSettings, "run.tensorboard", "yes", BOOLEAN),
-        (TrainSettings, "run.tensorboard", 1, BOOLEAN),
+        (TrainSettings, "compute.compile", "yes", BOOLEAN),
+        (TrainSettings, "compute.compile", 1, BOOLEAN),
         (TrainSettings, "run.sample_images", 2000, f"{AT_MOST} 1024"),
         (TrainSettings, "data.fit", "squash", "Input should be 'crop', 'pad' or 'exact'"),
         (TrainSettings, "compute.precision", "fp16", "Input should be 'auto', 'fp32' or 'bf16'"),
@@ -256,7 +256,7 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ("optimizer.generator_lr=1", "optimizer.generator_lr", 1.0),
         ("optimizer.betas=[0, 0.99]", "optimizer.betas", [0.0, 0.99]),
         ("generator.step_indices=[999, 749, 499, 249]", "generator.step_indices", [999, 749, 499, 249]),
-        ("run.tensorboard=false", "run.tensorboard", False),
+        ("compute.compile=false", "compute.compile", False),
         ("compute.compile=true", "compute.compile", True),
         ("compute.precision=fp32", "compute.precision", "fp32"),
         ("run.folder=runs/my run", "run.folder", "runs/my run"),
@@ -296,7 +296,7 @@ def test_an_override_must_be_key_equals_value(tmp_path: Path, override: str) -> 
         ("training=3", "training is a section, not a value: set training.<name>"),
         ("training.batch_size=many", "training.batch_size='many': Input should be a valid integer"),
         ("teacher.path.name=3", "'teacher.path.name=3': path is a value, not a section"),
-        ("run.tensorboard=True", "run.tensorboard='True': Input should be a valid boolean"),
+        ("compute.compile=True", "compute.compile='True': Input should be a valid boolean"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -419,8 +419,8 @@ def test_a_section_default_of_the_command_is_described_not_that_of_the_section()
 
 
 def test_settings_stay_few() -> None:
-    assert len(describe_settings(TrainSettings)) <= 57
-    assert len(describe_settings(PretrainSettings)) <= 37
+    assert len(describe_settings(TrainSettings)) <= 55
+    assert len(describe_settings(PretrainSettings)) <= 34
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -558,3 +558,15 @@ def test_flat_settings_round_trip(kind: type[Tree]) -> None:
             target = target.setdefault(section, {})
         target[name] = value
     assert parse_settings(kind, nested, "flat") == kind()
+
+
+def test_keys_that_are_gone_are_told() -> None:
+    """TensorBoard files are written where it is installed, the number of threads is the environment's."""
+    told: list[str] = []
+    values = {"compute": {"threads": 4, "device": "cpu"}, "run": {"tensorboard": False}}
+    settings = parse_settings(TrainSettings, values, "earlier", told.append)
+    assert settings.compute.device == "cpu"
+    assert told == [
+        "compute.threads: now the environment's OMP_NUM_THREADS, or torch's choice without it",
+        "run.tensorboard: now left out",
+    ]

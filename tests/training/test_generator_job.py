@@ -32,8 +32,8 @@ def settings(model: Path, folder: Path) -> TrainSettings:
             "teacher": {"path": str(model), "guidance_scale": 3.0}, "generator": {"step_indices": [999, 499]},
             "data": {"prompts": str(model.parent / "prompts.txt")}, "memory": {"mode": "shared_base", "lora_rank": 4},
             "training": {"num_steps": 1, "batch_size": 1},
-            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
-            "run": {"folder": str(folder), "sample_images": 3, "tensorboard": False},
+            "compute": {"device": "cpu", "precision": "fp32"},
+            "run": {"folder": str(folder), "sample_images": 3},
         },
         "test",
     )  # fmt: skip

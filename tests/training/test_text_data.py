@@ -37,8 +37,8 @@ def settings(model: Path, folder: Path, prompts: list[str], **data: object) -> T
         {
             "teacher": {"path": str(model)}, "data": {"prompts": str(folder / "prompts.txt"), **data},
             "training": {"num_steps": 1, "batch_size": 2},
-            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
-            "run": {"folder": str(folder / "run"), "sample_images": 2, "tensorboard": False},
+            "compute": {"device": "cpu", "precision": "fp32"},
+            "run": {"folder": str(folder / "run"), "sample_images": 2},
         },
         "test",
     )  # fmt: skip

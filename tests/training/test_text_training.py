@@ -70,10 +70,9 @@ def settings(work: Path, family: str, folder: Path, **changes: dict[str, Any]) -
         "losses": {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2},
         "optimizer": {"generator_lr": 1e-3, "fake_score_lr": 1e-3, "warmup_steps": 2},
         "training": {"num_steps": 4, "batch_size": 3, "generator_every": 2, "seed": 3},
-        "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+        "compute": {"device": "cpu", "precision": "fp32"},
         "run": {
             "folder": str(folder), "log_every": 2, "sample_every": 100, "checkpoint_every": 2, "sample_images": 3,
-            "tensorboard": False,
         },
     }  # fmt: skip
     return parse_settings(TrainSettings, _merged(values, changes), "test")

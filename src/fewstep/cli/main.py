@@ -45,9 +45,9 @@ class Commands(TyperGroup):
             again = shlex.join(["fewstep", *sys.argv[1:]])
             raise Interrupted(f"{stop}. Continue with: {again}", stop.exit_code) from None
         except KeyboardInterrupt:
-            goes_on = ctx.invoked_subcommand in CONTINUED
-            told = "interrupted; the same command continues from the last checkpoint" if goes_on else "interrupted"
-            raise Interrupted(told, 130) from None
+            goes_on = any(word in CONTINUED for word in sys.argv[1:3])
+            again = f"; what is finished is kept. Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}" * goes_on
+            raise Interrupted(f"interrupted{again}", 130) from None
 
 
 app = typer.Typer(
@@ -55,8 +55,8 @@ app = typer.Typer(
     no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distil a diffusion model into a generator that needs one to four steps.",
 )  # fmt: skip
-CONTINUED = {"train", "pretrain", "quickstart", "text-quickstart", "prepare"}
-"""Commands that go on where they stopped when they are repeated."""
+CONTINUED = {"pairs", "embeddings", "latents"}
+"""Commands that go on where they stopped when they are repeated, beside runs, which say so themselves."""
 
 
 def main() -> None:

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fewstep.cli.options import tell
+from fewstep.progress import busy
 
 
 def with_folder(settings: Any, recipe: Path) -> Any:
@@ -30,7 +33,12 @@ def print_dry_run(settings: Any, lines: Iterable[str]) -> None:
     for key, value in flatten_settings(settings).items():
         print(f"{key} = {value!r}")
     print(flush=True)
-    for line in lines:
+    console, left = Console(stderr=True), iter(lines)
+    while True:
+        with busy(console, "Rehearsing the run"):
+            line = next(left, None)
+        if line is None:
+            return
         print(line, flush=True)
 
 

@@ -29,10 +29,11 @@ from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
 from fewstep.models.load import load_generator
 from fewstep.models.model import Model
-from fewstep.progress import Report, say, working
+from fewstep.progress import Report, busy, say, working
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
+from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.run import prepare_run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import run_job
@@ -160,9 +161,15 @@ def run_quickstart(
     console = console or Console(stderr=True)
     started = time.perf_counter()
     say(console, "Loading the teacher ...")
+    with naming_checkpoint(folder):
+        return _run(facts, folder, minutes, seed, console, started)
+
+
+def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Console, started: float) -> Path:
     settings, bench = facts.settings(minutes, folder, seed), load_bench(bundled_path(facts.name))
     settings = prepare_run(settings, folder, console)
-    teacher = open_teacher(settings)
+    with busy(console, "Reading the network"):
+        teacher = open_teacher(settings)
     bench.classifier.to(teacher.device)
     counts = _fit_to_machine(facts, settings, teacher, bench, console)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": counts.sampled})})
@@ -201,7 +208,8 @@ def _fit_to_machine(
         console,
         f"Teacher: {size:.1f} M parameters, {evaluations} evaluations per picture; measuring this machine's speed ...",
     )
-    pace: Pace = measure_pace(teacher, bench, facts.batch_size, bench.prompts)
+    with busy(console, "Measuring this machine's speed"):
+        pace: Pace = measure_pace(teacher, bench, facts.batch_size, bench.prompts)
     wanted = Counts(facts.measured, facts.curve_points, facts.curve_images, facts.shown, facts.sampled)
     guided = 2 if settings.teacher.guidance_scale != 1 else 1
     few_steps = len(settings.generator.step_indices)

@@ -1,6 +1,6 @@
 """Groups that `fewstep train` and `fewstep pretrain` share."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -65,7 +65,13 @@ class ComputeSettings(Tree):
         description="inside the networks; outside is fp32. auto: what is fast on the device, measured at the start",
     )
     compile: bool = Field(False, description="torch.compile the networks")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+
+    instead: ClassVar[dict[str, str]] = {"threads": "the environment's OMP_NUM_THREADS, or torch's choice without it"}
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`threads` was a setting of its own."""
+        return {key: value for key, value in values.items() if key != "threads"}
 
 
 class RunSettings(Tree):
@@ -76,7 +82,6 @@ class RunSettings(Tree):
     checkpoint_every: Positive = Field(1000, description="steps between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
     sample_images: Positive = Field(64, le=1024, description="pictures in a sample grid")
-    tensorboard: bool = Field(True, description="write TensorBoard event files too")
 
     @property
     def log_every(self) -> int:
@@ -85,5 +90,5 @@ class RunSettings(Tree):
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`log_every` was a setting: the metrics of every step are written in any case."""
-        return {key: value for key, value in values.items() if key != "log_every"}
+        """`log_every` and `tensorboard` were settings: the metrics of every step are written in any case, in both forms."""
+        return {key: value for key, value in values.items() if key not in ("log_every", "tensorboard")}

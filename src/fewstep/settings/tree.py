@@ -25,6 +25,8 @@ class Tree(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     command: ClassVar[str] = ""
     """The command whose settings these are, for the whole tree of one."""
+    instead: ClassVar[dict[str, str]] = {}
+    """What decides today where a key of earlier versions is gone."""
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +184,7 @@ def _renew(kind: type[Tree], values: dict[str, Any], prefix: str, tell: Tell | N
     gone = [f"{prefix}{key}" for key in values if key not in renewed]
     new = [f"{prefix}{key} = {value!r}" for key, value in renewed.items() if key not in values]
     if gone and tell is not None:
+        new += [kind.instead[key] for key in values if key not in renewed and key in kind.instead]
         tell(f"{', '.join(gone)}: now {', '.join(new) or 'left out'}")
     for key, value in renewed.items():
         annotation: Any = kind.model_fields[key].annotation if key in kind.model_fields else None

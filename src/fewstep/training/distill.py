@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
@@ -11,6 +12,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.models.model import Model
+from fewstep.progress import busy
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
@@ -30,7 +32,8 @@ class DistillationJob(GeneratorJob):
     def __init__(self, settings: TrainSettings, teacher: Model) -> None:
         conditions = build_conditions(settings, teacher, Path(settings.run.folder))
         self.real_data = build_real_data(settings, teacher)
-        self.run = build_distillation(settings, teacher, conditions)
+        with busy(Console(stderr=True), "Building generator, fake score and their optimisers"):
+            self.run = build_distillation(settings, teacher, conditions)
         steps = build_step_schedule(settings, teacher.denoiser)
         super().__init__(settings, teacher, steps, conditions, self.run.roles.generator)
 

@@ -34,6 +34,7 @@ class GeneratorJob:
     """
 
     phase: str
+    first_step_shows = True
 
     def __init__(
         self, settings: TrainSettings, teacher: Model, steps: StepSchedule, conditions: ConditionTable,

@@ -1,10 +1,18 @@
 """Ctrl-C and SIGTERM in a run: the step that is being made ends, then the run can save itself. A second Ctrl-C ends at once."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
+
+from fewstep.errors import RunInterrupted
+from fewstep.training.checkpoint import list_checkpoints
+
+_PATIENCE_SECONDS = 1.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,6 +32,8 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
+        self._line = threading.Timer(_PATIENCE_SECONDS, _say_how_to_end)
+        self._line.daemon = True
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -31,6 +41,7 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._line.cancel()
         for number, before in self._before.items():
             signal.signal(number, before)
 
@@ -53,6 +64,29 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None:
+            self._line.start()
         self.signal = signal.Signals(number)
         if self._at_once:
             raise StopNow
+
+
+def _say_how_to_end() -> None:
+    os.write(2, b"\nfewstep: stopping after this step; Ctrl-C again ends at once\n")
+
+
+@contextmanager
+def naming_checkpoint(folder: Path) -> Iterator[None]:
+    """Around a whole run: where Ctrl-C finds it before or after its steps, or a second time, the last checkpoint is named.
+
+    Raises:
+        RunInterrupted: instead of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except RunInterrupted:
+        raise
+    except KeyboardInterrupt:
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise RunInterrupted(f"stopped by Ctrl-C; {kept}", 128 + signal.SIGINT) from None

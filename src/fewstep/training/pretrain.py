@@ -1,8 +1,10 @@
 """Training a teacher from nothing: the denoising objective, as a job for the one loop."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep import __version__
@@ -18,6 +20,7 @@ from fewstep.families.family import NewNetwork
 from fewstep.families.registry import build_denoiser, describe_new, family_of
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.losses import denoising_loss
+from fewstep.progress import busy
 from fewstep.settings import PretrainSettings
 from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
@@ -39,6 +42,7 @@ class Pretraining:
     """
 
     phase = "pretrain"
+    first_step_shows = False
 
     def __init__(self, settings: PretrainSettings) -> None:
         net = settings.network
@@ -54,6 +58,11 @@ class Pretraining:
         )
         self.class_names = dataset.class_names or []
         self.batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
+        with busy(Console(stderr=True), "Building the network"):
+            self._build(description)
+
+    def _build(self, description: dict[str, Any]) -> None:
+        settings = self.settings
         model = build_denoiser(description)
         self.family = family_of(description)
         prepare_denoiser(model, str(self.device), settings.compute.precision)

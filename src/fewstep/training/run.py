@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fewstep.progress import say
-from fewstep.settings import ComputeSettings, PretrainSettings, TrainSettings, refuse_unread
+from fewstep.progress import busy, say
+from fewstep.settings import PretrainSettings, TrainSettings, refuse_unread
 from fewstep.settings.python import gather_settings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import pairs_warning
+from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.results import Run
@@ -55,9 +56,11 @@ def pretrain(
     settings = gather_settings(PretrainSettings, settings, overrides)
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
-    job = Pretraining(settings)
-    claim_run_folder(settings, folder, data_changed=data_changed)
-    run_job(job, settings, folder, observers=observers, console=console)
+    with naming_checkpoint(folder):
+        job = Pretraining(settings)
+        with busy(console, "Looking through the data"):
+            claim_run_folder(settings, folder, data_changed=data_changed)
+        run_job(job, settings, folder, observers=observers, console=console)
     return Run(folder, settings)
 
 
@@ -93,14 +96,17 @@ def train(
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
     kind = WarmupJob if is_warmup(settings) else DistillationJob
-    teacher = open_teacher(settings)
-    refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
-    for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
-        say(console, line)
-    job: GeneratorJob = kind(settings, teacher)
-    watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
-    claim_run_folder(settings, folder, data_changed=data_changed)
-    run_job(job, settings, folder, watches=watches, observers=observers, console=console)
+    with naming_checkpoint(folder):
+        with busy(console, f"Loading the teacher {settings.teacher.path}"):
+            teacher = open_teacher(settings)
+        refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
+        for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
+            say(console, line)
+        job: GeneratorJob = kind(settings, teacher)
+        watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
+        with busy(console, "Looking through the data"):
+            claim_run_folder(settings, folder, data_changed=data_changed)
+        run_job(job, settings, folder, watches=watches, observers=observers, console=console)
     return Run(folder, settings)
 
 
@@ -119,18 +125,16 @@ def print_gan_weight(settings: TrainSettings) -> None:
 
 def prepare_run(settings: SettingsT, folder: Path, console: Console) -> SettingsT:
     """What comes before anything is built: the process as training needs it, and a precision that has a name."""
-    prepare_process(settings.compute)
+    prepare_process()
     return settle_precision(settings, folder, partial(say, console))
 
 
-def prepare_process(compute: ComputeSettings) -> None:
-    """Set the number of threads, and let the C library keep freed memory instead of returning it every step.
+def prepare_process() -> None:
+    """Let the C library keep freed memory instead of returning it every step.
 
     On Linux a CPU step otherwise spends a tenth of its time on page faults for activations of the same sizes as in
     the step before. Where the C library is not glibc nothing changes.
     """
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
     if sys.platform == "linux" and not torch.cuda.is_available():
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.images import data_order
@@ -18,6 +19,7 @@ from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.models.model import Model
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
+from fewstep.progress import busy, working
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import EMBEDDINGS
 
@@ -66,11 +68,15 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
     if settings.data.text_embeddings == "computed":
         check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
         return teacher.conditioner.table(prompts, teacher.size)
-    prepare_embeddings(
-        teacher.conditioner.encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
-        spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
-        max_gigabytes=MOST_GIGABYTES_UNASKED,
-    )  # fmt: skip
+    console = Console(stderr=True)
+    with busy(console, "Loading the text encoders"):
+        encoders = teacher.conditioner.encoders
+    with working(console, f"Embedding {len(prompts):,} prompts") as report:
+        prepare_embeddings(
+            encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
+            spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
+            max_gigabytes=MOST_GIGABYTES_UNASKED, report=report,
+        )  # fmt: skip
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 

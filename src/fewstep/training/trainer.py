@@ -1,12 +1,12 @@
 """The loop, and only the loop: every kind of training is a job that this file steps, logs, samples and saves."""
 
-import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.errors import RunInterrupted, UserError
 from fewstep.formats.atomic import remove_leftovers
+from fewstep.progress import every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
     damaged,
@@ -48,6 +49,8 @@ class Job(Protocol):
     """What the loop needs of a kind of training."""
 
     phase: str
+    first_step_shows: bool
+    """Whether there is something to see after the first step; an untrained teacher shows noise."""
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """Make training step `step` (from 0) at `progress` in 0..1; returns scalar metrics on the device."""
@@ -103,7 +106,7 @@ class Loop:
         self.job, self.settings, self.folder, self.console, self.stop = job, settings, folder, console, stop
         self.step, elapsed = resume(job, folder)
         self.saved_step = self.step
-        self.log = RunLog(folder, self.step, settings.run.tensorboard, console)
+        self.log = RunLog(folder, self.step, find_spec("tensorboard") is not None, console)
         self.clock = Clock(elapsed)
         self.clock.pause()
         self.rate = Rate(settings.training.batch_size, elapsed)
@@ -118,13 +121,14 @@ class Loop:
             bar.show(self.progress(), "begins" if not self.step else f"goes on after step {self.step}")
             for watch in watches:
                 self.stop.at_once(partial(watch.resume, self.step, self.clock.seconds()))
+            bar.say(self.progress(), f"step {self.step + 1}, the first one of this session")
             while not self.stop.signal and not self.is_over():
                 self.one_step(bar)
                 due: list[Observer] = [*watches, *observers]
                 for observe in due:
                     self.stop.at_once(partial(observe, self.step, self.clock.seconds()))
             if not self.stop.signal and self.step != self.saved_step:
-                bar.show(self.progress(), "last pictures")
+                bar.say(self.progress(), "last sample pictures")
                 self.job.pictures(self.log, self.step)
             if self.step != self.saved_step:
                 self.save()
@@ -149,8 +153,8 @@ class Loop:
         if self.step % run.log_every == 0:
             log.add(self.step - 1, {}, {"peak_memory_gib": peak_memory_gib()})
             log.flush()
-        if self.step % run.sample_every == 0 or self.step == 1:
-            bar.show(progress, f"step {self.step}, sample pictures")
+        if self.step % run.sample_every == 0 or (self.step == 1 and self.job.first_step_shows):
+            bar.say(progress, f"step {self.step}, sample pictures")
             self.job.pictures(log, self.step)
         if self.step % run.checkpoint_every == 0:
             self.save()
@@ -187,29 +191,49 @@ class Loop:
 
 
 class Bar:
-    """How far a run is: a bar in a terminal, a plain line every half minute elsewhere; those lines are in `log.txt` too."""
+    """How far a run is: a bar in a terminal, a plain line every half minute elsewhere, also while a step takes longer; those
+    lines are in `log.txt` too."""
 
     def __init__(self, phase: str, console: Console, log: RunLog) -> None:
         self.phase, self.console, self.log = phase, console, log
-        self._bar, self._told = _progress(console), -math.inf
+        self._bar = _progress(console)
+        self._beat = every(PLAIN_EVERY_SECONDS, self._still)
+        self._state, self._told = "", 0.0
 
     def __enter__(self) -> "Bar":
         self._bar.__enter__()
         self._task = self._bar.add_task(self.phase, total=1.0, rate="")
+        self._beat.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._beat.__exit__(*error)
         self._bar.__exit__(*error)
 
     def show(self, progress: float, what: str) -> None:
-        """`progress` in 0..1 and what is being done."""
+        """`progress` in 0..1 and what is being done; a line where the last one is half a minute old."""
         self._bar.update(self._task, completed=progress, rate=what)
+        self._state = f"{what} ({progress:.0%})"
         if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS or progress >= 1:
-            self._told = time.monotonic()
-            line = f"{self.phase}: {what} ({progress:.0%})"
-            self.log.say(line)
-            if not self.console.is_terminal:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._tell(self._state)
+
+    def say(self, progress: float, what: str) -> None:
+        """The same for what may take a while: a line in any case."""
+        self._bar.update(self._task, completed=progress, rate=what)
+        self._state = f"{what} ({progress:.0%})"
+        self._tell(f"{self._state} ...")
+
+    def _still(self) -> None:
+        """The work that was last named goes on."""
+        if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS:
+            self._tell(f"{self._state}, still at it")
+
+    def _tell(self, what: str) -> None:
+        self._told = time.monotonic()
+        line = f"{self.phase}: {what}"
+        self.log.say(line)
+        if not self.console.is_terminal:
+            say(self.console, line)
 
 
 def resume(job: Job, folder: Path) -> tuple[int, float]:
