@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.progress import busy
 
 if TYPE_CHECKING:
     from fewstep.diffusion.denoiser import Denoiser
@@ -142,9 +144,10 @@ def cpu_slowdown(name: str) -> float:
     torch.set_num_threads(1)
     try:
         seconds: dict[str, list[float]] = {"fp32": [], name: []}
-        for _ in range(3):
-            for precision, spent in seconds.items():
-                spent.append(_probe_seconds(DTYPES[precision]))
+        with busy(Console(stderr=True), "Measuring which precision is fast here"):
+            for _ in range(3):
+                for precision, spent in seconds.items():
+                    spent.append(_probe_seconds(DTYPES[precision]))
         return min(seconds[name][1:]) / min(seconds["fp32"][1:])
     finally:
         torch.set_num_threads(threads)
