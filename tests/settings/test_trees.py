@@ -125,8 +125,8 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "losses.gan_generator_weight", float("nan"), FINITE),
         (TrainSettings, "losses.gan_generator_weight", float("inf"), FINITE),
         (TrainSettings, "teacher.guidance_scale", -1.0, f"{AT_LEAST} 0"),
-        (PretrainSettings, "network.img_channels", 2, "Input should be 1 or 3"),
-        (PretrainSettings, "network.label_dim", -1, f"{AT_LEAST} 0"),
+        (PretrainSettings, "network.img_channels", 2, "Input should be 0, 1 or 3"),
+        (PretrainSettings, "network.label_dim", -2, f"{AT_LEAST} -1"),
         (PretrainSettings, "network.label_dropout", 1.5, f"{AT_MOST} 1"),
         (PretrainSettings, "network.sigma_data", 0.0, f"{ABOVE} 0"),
         (PretrainSettings, "noise.log_sigma_std", 0.0, f"{ABOVE} 0"),
@@ -545,7 +545,9 @@ def test_settings_of_an_earlier_run_folder_are_read() -> None:
     earlier = json.loads((Path(__file__).parent / "earlier_settings.json").read_text())
     assert parse_settings(TrainSettings, earlier["train"], "train").losses == TrainSettings().losses
     pretrain = parse_settings(PretrainSettings, earlier["pretrain"], "pretrain")
-    assert flatten_settings(pretrain) == flatten_settings(PretrainSettings()) | {"compute.precision": "bf16"}
+    assert flatten_settings(pretrain) == flatten_settings(PretrainSettings()) | {
+        "compute.precision": "bf16", "network.img_resolution": 32, "network.img_channels": 3, "network.label_dim": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,8 @@ def pretrain(
     if dry_run:
         with starting():
             from fewstep.estimate.describe import describe_pretraining
-        settings = settled(settings)
+            from fewstep.training.inferred import suppose_network
+        settings = suppose_network(settled(settings), tell)
         print_dry_run(settings, describe_pretraining(settings))
         return
     with starting():

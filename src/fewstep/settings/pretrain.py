@@ -53,9 +53,13 @@ class NetworkSettings(Tree):
     """The teacher to train."""
 
     name: str = Field("small", description="shape from the catalog, e.g. small, cifar10-ddpmpp, imagenet64-adm")
-    img_resolution: Positive = Field(32, description="side of the square pictures in pixels")
-    img_channels: Literal[1, 3] = Field(3, description="1 grey, 3 colour")
-    label_dim: int = Field(0, ge=0, description="number of classes, 0 for pictures without labels")
+    img_resolution: int = Field(
+        0, ge=0, description="side of the square pictures in pixels; 0: that of the smallest, at most 32"
+    )
+    img_channels: Literal[0, 1, 3] = Field(0, description="1 grey, 3 colour; 0: as the pictures are")
+    label_dim: int = Field(
+        -1, ge=-1, description="number of classes, 0 without labels; -1: as many as folders or labels of the pictures"
+    )
     label_dropout: Fraction = Field(
         0.0, description="share of samples trained without label; above 0 the teacher can be guided"
     )

@@ -17,6 +17,7 @@ from fewstep.settings.python import gather_settings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
+from fewstep.training.inferred import settle_data, settle_network
 from fewstep.training.inputs import pairs_warning
 from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.precision import SettingsT, settle_precision
@@ -57,6 +58,8 @@ def pretrain(
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
     with naming_checkpoint(folder):
+        with busy(console, f"Looking at the pictures of {settings.data.images}"):
+            settings = settle_network(settings, folder, partial(say, console))
         job = Pretraining(settings)
         with busy(console, "Looking through the data"):
             claim_run_folder(settings, folder, data_changed=data_changed)
@@ -99,6 +102,7 @@ def train(
     with naming_checkpoint(folder):
         with busy(console, f"Loading the teacher {settings.teacher.path}"):
             teacher = open_teacher(settings)
+        settings = settle_data(settings, teacher, folder, partial(say, console))
         refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
         for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
             say(console, line)
