@@ -153,3 +153,10 @@ def test_the_readme_shows_the_rooms_that_there_are() -> None:
         if not path.name.startswith("__") and path.name != "py.typed"
     }
     assert named == rooms
+
+
+def test_nobody_is_sent_to_a_distribution_that_does_not_exist() -> None:
+    """fewstep is not on PyPI: a clone or a wheel is what there is."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *SOURCES]
+    wrong = re.compile(r"pip install [^\n`]*[' ]fewstep\b")
+    assert not [path.name for path in pages if wrong.search(path.read_text(encoding="utf-8"))]

@@ -97,7 +97,7 @@ def test_guidance_must_be_finite(scale: float) -> None:
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"the web page needs gradio .* pip install 'fewstep\[app\]'"):
+    with pytest.raises(UserError, match=r"the web page needs gradio .* pip install gradio"):
         launch_app(AppSettings("model"))
 
 

@@ -161,5 +161,5 @@ def test_without_the_package(latents: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return original(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"need the lmdb package: pip install 'fewstep\[text\]'"):
+    with pytest.raises(UserError, match=r"need the lmdb package: pip install lmdb"):
         LmdbArrays(latents, LATENTS)

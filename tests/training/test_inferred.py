@@ -91,7 +91,7 @@ def test_a_run_stores_what_was_found_and_goes_on_with_it(pictures: Path, tmp_pat
     )
     found = settle_data(student, load_teacher(tmp_path / "teacher", device="cpu"), tmp_path / "student", told.append)
     assert (found.data.fit, found.data.background) == ("pad", "black")
-    assert told == ["data.fit='pad', data.background='black': as the teacher's pictures were read"]
+    assert told == ["data.fit='pad', data.background='black', data.flip=True: as the teacher's pictures were read"]
     said = parse_settings(TrainSettings, {"data": {"images": str(pictures), "fit": "crop"}}, "test")
     kept = settle_data(said, load_teacher(tmp_path / "teacher", device="cpu"), tmp_path / "student", told.append)
     assert (kept.data.fit, kept.data.background) == ("crop", "black")

@@ -31,9 +31,7 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     try:
         import gradio
     except ImportError as error:
-        raise UserError(
-            f"the web page needs gradio ({error}): pip install 'fewstep[app]' (text-to-image: 'fewstep[app,text]')"
-        ) from error
+        raise UserError(f"the web page needs gradio ({error}): pip install gradio") from error
     from fewstep.app.page import CSS, build_page
 
     _check_address(settings.host, settings.port)

@@ -6,6 +6,7 @@ EXAMPLES = {
     "train": "fewstep train recipes/my_pictures_dmd2.toml data.images=MY_FOLDER",
     "pretrain": "fewstep pretrain recipes/my_pictures.toml data.images=MY_FOLDER",
     "settings": "fewstep settings pretrain",
+    "doctor": "fewstep doctor",
     "quickstart": "fewstep quickstart --minutes 2",
     "text-quickstart": "fewstep text-quickstart --minutes 2",
     "sample": "fewstep sample bundled:fashion-mnist --num-images 16 --grid clothes.png",

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from fewstep import __version__
 from fewstep.cli.app import web_app
 from fewstep.cli.convert import convert
+from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.examples import add_examples
 from fewstep.cli.export import export
@@ -117,7 +118,7 @@ def _root(
     """Distil a diffusion model into a generator that needs one to four steps."""
 
 
-for command in (quickstart, pretrain, train, settings, sample, evaluate, report, convert, export):
+for command in (quickstart, pretrain, train, settings, sample, evaluate, report, convert, export, doctor):
     app.command()(command)
 app.command("text-quickstart")(text_quickstart)
 app.command("app")(web_app)

@@ -1,7 +1,7 @@
 """Exported generators as diffusers components: `FewstepPipeline.from_pretrained(folder)(num_images=4)`.
 
 The classes here wrap the library's own network and sampler, so the pixels are those of `load_generator`. diffusers is
-an optional dependency (`pip install fewstep[diffusers]`); nothing else in the library imports this module.
+an optional dependency (the extra `diffusers`); nothing else in the library imports this module.
 """
 
 from dataclasses import dataclass

@@ -225,5 +225,5 @@ def _need_libraries(name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"text-to-image models need {error.name}: pip install 'fewstep[text]'") from error
+        raise UserError(f"text-to-image models need {error.name}: pip install {error.name}") from error
     return getattr(diffusers, name)

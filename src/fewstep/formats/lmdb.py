@@ -225,5 +225,5 @@ def _import_lmdb() -> ModuleType:
     try:
         import lmdb
     except ImportError:
-        raise UserError("LMDB data sets need the lmdb package: pip install 'fewstep[text]'") from None
+        raise UserError("LMDB data sets need the lmdb package: pip install lmdb") from None
     return lmdb

@@ -100,7 +100,7 @@ def need_text_libraries() -> None:
     """Raise UserError where what text-to-image models need is not installed."""
     missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
     if missing:
-        raise UserError(f"text-to-image models need {', '.join(missing)}: pip install 'fewstep[text]'")
+        raise UserError(f"text-to-image models need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _refuse_absent(folder: Path, what: str) -> None:
