@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 2.0  # longest silence
-SLOW = 2.6  # seconds of each slowed piece of work
+SECONDS = 3.0  # longest silence: two seconds, and one for a busy machine
+SLOW = 4.0  # seconds of each slowed piece of work
 
 SLOWED = f"""
 import sys, time
@@ -75,11 +75,11 @@ def gaps_on_a_terminal(code: str, *words: object) -> tuple[int, list[float], str
             except OSError:  # the other side is closed
                 part = b""
             now = time.monotonic()
+            if not part:
+                break
             if b"ready" in seen:
                 gaps.append(now - last)
             last = now
-            if not part:
-                break
             seen += part
         code_of_exit = process.wait(timeout=60)
     os.close(ours)
