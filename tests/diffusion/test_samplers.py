@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
@@ -15,6 +15,7 @@ from fewstep.diffusion.samplers import (
     generate,
     heun_evaluations,
     sample_ddim,
+    sample_euler,
     sample_few_steps,
     sample_generator,
     sample_heun,
@@ -366,3 +367,39 @@ def test_any_number_of_axes(schedule: NoiseSchedule, shape: tuple[int, ...]) -> 
     steps = StepSchedule((999, 499))
     made = sample_generator(denoiser, steps, Condition(3), seed=0)
     torch.testing.assert_close(made[1:2], sample_generator(denoiser, steps, Condition(1), seed=0, first=1))
+
+
+# --- Euler, of noise-image pairs
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler under numpy 2
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+def test_euler_is_that_of_diffusers(num_steps: int) -> None:
+    """Trailing spacing, and the first input as EulerDiscreteScheduler scales it: 0.9977 times the noise."""
+    scheduler: Any = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    denoiser = GaussianVPDenoiser(SCHEDULES["discrete"])
+    noise = some_noise().double()
+    found = sample_euler(denoiser, noise.float(), Condition(3), num_steps=num_steps)
+    x, seen = noise * scheduler.init_noise_sigma, list[Tensor]()
+    for step, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1].double(), strict=True):
+        scaled = x / (sigma**2 + 1).sqrt()  # its scale_model_input
+        seen.append(scaled)
+        level = step.long().expand(3)
+        alpha = denoiser.noise_schedule.alpha(level).double()[0]
+        x0 = denoiser.denoise(scaled, level, Condition(3))
+        after = scheduler.sigmas[len(seen)].double()
+        x = x + (after - sigma) * (scaled - alpha * x0) / (1 - alpha**2).sqrt()
+    torch.testing.assert_close(found.double(), x, rtol=1e-3, atol=1e-4)
+    assert float((seen[0] / noise).mean()) == pytest.approx(0.9977, abs=1e-4)
+    if num_steps == 1:  # the scale is not lost in the tolerance
+        plain = sample_ddim(denoiser, noise.float(), Condition(3), num_steps=1)
+        assert float((found / plain).mean()) == pytest.approx(0.9977, abs=1e-4)
+
+
+def test_euler_of_flow_models_starts_from_the_noise() -> None:
+    denoiser, noise = GaussianVPDenoiser(SCHEDULES["flow"]), some_noise()
+    assert torch.equal(
+        sample_euler(denoiser, noise, Condition(3), num_steps=4),
+        sample_ddim(denoiser, noise, Condition(3), num_steps=4),
+    )

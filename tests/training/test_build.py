@@ -1,6 +1,7 @@
 """From settings to networks, terms and inputs; and runs that start from earlier ones or from stored pairs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from fewstep.training.build import (
     start_roles,
 )
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
-from fewstep.training.inputs import build_real_data
+from fewstep.training.inputs import build_real_data, pairs_warning
 from fewstep.training.run import train
 from fewstep.training.step import two_time_scale_step
 from tests.conftest import relative_error, tiny_denoiser, write_pictures
@@ -430,3 +431,19 @@ def test_a_bf16_teacher_beside_full_networks(teacher_folder: Path) -> None:
 def test_frozen_bf16_does_not_go_with_fp32(mode: str) -> None:
     with pytest.raises(UserError, match=r"memory\.frozen_precision='bf16' needs compute\.precision='bf16'"):
         settings_of(memory={"mode": mode, "frozen_precision": "bf16"}, compute={"precision": "fp32"})
+
+
+def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
+    """DMD's published pairs are of 256 Heun steps."""
+    settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
+    lines = pairs_warning(settings, teacher)
+    told = (
+        f"warning: data.pairs={pairs_folder} was made in 3 steps of the teacher's sampler; DMD's published pairs are of 256 "
+        "(fewstep prepare pairs --teacher-steps 256)"
+    )
+    assert told in lines
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    manifest = tmp_path / "pairs/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_steps": 3', '"num_steps": 256'))
+    settings = settings_of(data={"pairs": str(tmp_path / "pairs")}, losses={"regression_weight": 0.25})
+    assert not any("256" in line for line in pairs_warning(settings, teacher))

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.training.build import open_teacher
 from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.distill import DistillationJob
 from fewstep.training.run import pretrain, train
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
@@ -49,6 +51,41 @@ def test_continued_pretraining_is_bit_identical(pictures: Path, tmp_path: Path) 
     for stop in (1, 4):
         pretrain(tiny_pretrain_settings(pictures, tmp_path / "parts", training={"num_steps": stop}))
     assert_identical(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
+
+
+def steps_from(job: DistillationJob, first: int, last: int) -> dict[str, torch.Tensor]:
+    """Everything trained after steps first..last - 1, copied."""
+    for step in range(first, last):
+        job.step(step, 0.0)
+    return {name: value.clone() for name, value in job.tensors().items()}
+
+
+def test_every_field_of_an_optimiser_is_continued(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Restored exactly; and each of them matters, for a continuation without one ends in other weights."""
+    settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run")
+
+    def new_job() -> DistillationJob:
+        return DistillationJob(settings, open_teacher(settings))
+
+    job = new_job()
+    middle, expected = steps_from(job, 0, 3), steps_from(job, 3, 6)
+    fields = {(name.split(".")[0], name.rpartition(".")[2]) for name in middle if "_optimizer." in name}
+    optimizers, names = ("generator_optimizer", "fake_score_optimizer"), ("step", "exp_avg", "exp_avg_sq")
+    assert fields == {(optimizer, name) for optimizer in optimizers for name in names}
+    again = new_job()
+    again.restore(middle)
+    assert_identical(again.tensors(), middle)
+    assert_identical(steps_from(again, 3, 6), expected)
+    for optimizer, field in sorted(fields):
+        lost = {
+            name: torch.zeros_like(value) if name.startswith(f"{optimizer}.") and name.endswith(f".{field}") else value
+            for name, value in middle.items()
+        }
+        other = new_job()
+        other.restore(lost)
+        found, role = steps_from(other, 3, 6), optimizer.removesuffix("_optimizer")
+        changed = [n for n in found if n.startswith(f"{role}.") and not torch.equal(found[n], expected[n])]
+        assert changed, (optimizer, field)
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:

@@ -9,12 +9,14 @@ import torch
 
 import fewstep
 from fewstep.data.latents import StoredEmbeddings
-from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
+from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS, NoiseImagePairs
+from fewstep.diffusion.samplers import sample_euler
 from fewstep.errors import UserError
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training import text_data
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
+from fewstep.training.inputs import pairs_warning
 from fewstep.training.text_data import open_prompts
 from tests.cli.test_main import fewstep as run
 from tests.data.test_captioned_images import write_folder
@@ -163,3 +165,25 @@ def test_a_run_stores_no_more_than_it_was_asked_for(
     with pytest.raises(UserError, match=r"are not stored unasked; set data\.text_embeddings='computed', which encodes"):
         open_prompts(chosen, open_teacher(chosen), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_pairs_are_made_by_euler_and_others_are_said(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\nred cat\n")
+    answer = run(
+        "prepare", "pairs", model, tmp_path / "pairs", "--prompts", tmp_path / "prompts.txt", "--num-pairs", 2,
+        "--teacher-steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    pairs = NoiseImagePairs(tmp_path / "pairs")
+    chosen = settings(model, tmp_path, ["a dog"], pairs=str(tmp_path / "pairs")).model_dump(mode="json")
+    chosen["losses"]["regression_weight"] = 0.25
+    chosen = parse_settings(TrainSettings, chosen, "test")
+    teacher = open_teacher(chosen)
+    condition = teacher.conditioner.table(["a dog", "red cat"], teacher.size).rows(pairs.labels)
+    expected = sample_euler(teacher.denoiser, pairs.noise.float(), condition, num_steps=2)
+    torch.testing.assert_close(pairs.images.float(), expected, rtol=1e-2, atol=1e-2)
+    assert pairs_warning(chosen, teacher) == []
+    manifest = tmp_path / "pairs/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sampler"', '"older"'))
+    (line,) = pairs_warning(chosen, teacher)
+    assert "starts from unscaled noise (an earlier version wrote it), published pairs from 0.9977 times it" in line

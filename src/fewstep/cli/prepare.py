@@ -24,7 +24,7 @@ def prepare_pairs(
     from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
     lmdb_scale: Annotated[float | None, typer.Option(help="multiply its images by this; default: take them as they are")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own many-step sampler; its usual number unless set")] = None,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own many-step sampler; its usual number unless set (DMD's published pairs have 256)")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
     device: Device = "auto",

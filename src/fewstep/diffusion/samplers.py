@@ -115,6 +115,20 @@ def sample_ddim(
     raise AssertionError("the last step returns")
 
 
+def sample_euler(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 50, guidance_scale: float = 1.0
+) -> Tensor:
+    """`sample_ddim` from sigma(noisiest level) times the noise, as diffusers' EulerDiscreteScheduler with trailing spacing scales it.
+
+    0.9977 times the noise for Stable Diffusion and SDXL, the noise itself for flow models; the steps are the same ones.
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without correction, in the model's own scaling.
+    """
+    schedule = denoiser.noise_schedule
+    first = schedule.expanded(schedule.num_levels - 1, len(noise), noise.device)
+    started = per_sample(schedule.sigma(first), noise) * noise
+    return sample_ddim(denoiser, started, condition, num_steps=num_steps, guidance_scale=guidance_scale)
+
+
 def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:
     """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, ...)."""
     schedule = denoiser.noise_schedule

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.samplers import sample_ddim
+from fewstep.diffusion.samplers import sample_ddim, sample_euler
 from fewstep.errors import UserError
 from fewstep.families.config_keys import KnownKeys, refuse_other_keys
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
@@ -64,6 +64,7 @@ class DiffusersFamily(Family):
     vae_read: tuple[str, ...]
     takes = "prompts"
     sampler_name = "DDIM"
+    pair_sampler = "Euler, trailing"
     default_num_steps = 50
     default_guidance_scale = 7.5
     default_batch_size = 4
@@ -132,6 +133,11 @@ class DiffusersFamily(Family):
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
     ) -> Tensor:
         return sample_ddim(denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
+
+    def sample_pairs(
+        self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
+    ) -> Tensor:
+        return sample_euler(denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
 
     def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
         if guidance_scale != 1 and not card.can_be_guided:

@@ -54,6 +54,7 @@ class Family(ABC):
         network_class: the network's class in diffusers; empty where there is none.
         scheduler_class: of the stock scheduler that carries a few-step schedule; empty where there is none.
         sampler_name: what people call the many-step sampler, e.g. "Heun".
+        pair_sampler: what people call the sampler of noise-image pairs; empty: the many-step sampler.
         default_num_steps: of the many-step sampler.
         default_guidance_scale: of the many-step sampler; 1 is off.
         default_batch_size: pictures made at once unless told otherwise.
@@ -76,6 +77,7 @@ class Family(ABC):
     network_class: str = ""
     scheduler_class: str = ""
     sampler_name: str
+    pair_sampler: str = ""
     default_num_steps: int
     default_guidance_scale: float = 1.0
     default_batch_size: int
@@ -174,6 +176,12 @@ class Family(ABC):
         self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
     ) -> Tensor:
         """x0 (B, ...) by the family's default many-step sampler, from unit noise, as its users' pipeline does it."""
+
+    def sample_pairs(
+        self, denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float
+    ) -> Tensor:
+        """x0 (B, ...) of noise-image pairs, by the sampler of published pairs (`pair_sampler`)."""
+        return self.sample(denoiser, noise, condition, num_steps=num_steps, guidance_scale=guidance_scale)
 
     @abstractmethod
     def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:

@@ -40,6 +40,8 @@ def prepare_pairs(
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
         "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
+    if teacher.family.pair_sampler:
+        job["sampler"] = teacher.family.pair_sampler
     conditions = teacher.conditioner.every if conditions is None else conditions
     if conditions is None:
         raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
@@ -67,7 +69,7 @@ def _some_pairs(
     denoiser = teacher.denoiser
     labels = draws.integers("pair_label", 0, conditions.num_rows)
     noise = draws.normal("pair_noise", denoiser.image_shape).half()  # not the noise that evaluation starts from
-    x0 = teacher.family.sample(
+    x0 = teacher.family.sample_pairs(
         denoiser, noise.float(), conditions.rows(labels), num_steps=num_steps, guidance_scale=guidance_scale
     )
     return noise.cpu(), teacher.decoder.stored(x0), labels.cpu()

@@ -24,6 +24,8 @@ from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 
+PUBLISHED_PAIR_STEPS = 256  # Heun; Yin et al. 2023 (arXiv:2311.18828), appendix B.2
+
 
 class RealData(Protocol):
     """Real samples of the model's own space with their conditions."""
@@ -97,15 +99,28 @@ def build_inputs(
 
 
 def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
-    """A line where the run reads pairs of a text-to-image teacher that do not say whose they are."""
-    if teacher.folder is None or not settings.losses.regression_weight or not settings.data.pairs:
+    """Lines where pairs do not say whose they are, or are made in another way than the published ones."""
+    if not settings.losses.regression_weight or not settings.data.pairs:
         return []
-    if "network" in read_manifest(Path(settings.data.pairs).expanduser(), PAIRS).get("job", {}):
-        return []
-    return [
-        f"warning: data.pairs={settings.data.pairs} does not say which network made it (an earlier version wrote it): that "
-        f"it was {settings.teacher.path} is taken on trust"
-    ]
+    job, lines = read_manifest(Path(settings.data.pairs).expanduser(), PAIRS).get("job", {}), list[str]()
+    pairs = f"warning: data.pairs={settings.data.pairs}"
+    if teacher.folder is not None and "network" not in job:
+        lines.append(
+            f"{pairs} does not say which network made it (an earlier version wrote it): that it was {settings.teacher.path} is "
+            "taken on trust"
+        )
+    if "num_steps" not in job:
+        return lines
+    if teacher.family.pair_sampler and job.get("sampler") != teacher.family.pair_sampler:
+        lines.append(
+            f"{pairs} starts from unscaled noise (an earlier version wrote it), published pairs from 0.9977 times it"
+        )
+    if not teacher.family.pair_sampler and job["num_steps"] != PUBLISHED_PAIR_STEPS:
+        lines.append(
+            f"{pairs} was made in {job['num_steps']} steps of the teacher's sampler; DMD's published pairs are of "
+            f"{PUBLISHED_PAIR_STEPS} (fewstep prepare pairs --teacher-steps {PUBLISHED_PAIR_STEPS})"
+        )
+    return lines
 
 
 def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Model) -> PairedInputs:
