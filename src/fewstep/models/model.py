@@ -245,7 +245,8 @@ class Model:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        return self.picture_shape[1:]
+        height, width = self.picture_shape[-2:]
+        return height, width
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
