@@ -23,6 +23,23 @@ from fewstep.formats.model_folder import ModelCard, write_model_folder
 GOLDEN = Path(__file__).parent / "golden"
 
 
+END_TO_END = (
+    "app/", "benchmarks/", "demos/", "examples/", "export/", "identity/", "cli/test_sample.py", "cli/test_text.py",
+    "distillation/test_text_parity.py", "estimate/test_describe.py", "estimate/test_memory.py", "models/test_text_models.py", "networks/test_untrained.py", "preparation/test_conversion.py",
+    "training/test_bad_input.py", "training/test_build.py", "training/test_generator_job.py", "training/test_micro_batches.py", "training/test_resume.py", "training/test_stability.py",
+    "training/test_start_from_checkpoints.py", "training/test_text_training.py",
+)  # fmt: skip
+"""Folders and files of `slow` tests; other files mark theirs one by one."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out, before anything is left out."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(END_TO_END):
+            item.add_marker(pytest.mark.slow)
+
+
 def golden_denoiser(family: str) -> tuple[EDMDenoiser, dict[str, torch.Tensor]]:
     """One golden network with its tensors."""
     values = json.loads((GOLDEN / "edm_networks.json").read_text())[family]

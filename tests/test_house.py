@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import END_TO_END
 from tests.house_counts import COUNTS, ROOT, SOURCES, STEP, Count, functions, sizes, table, unused
 
 
@@ -39,6 +40,10 @@ def test_the_matrix_of_diffusers_versions_names_tests_that_exist() -> None:
     named = re.findall(r"tests/[\w/]+\.py", script)
     assert named
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_what_the_fast_tests_leave_out_exists() -> None:
+    assert [name for name in END_TO_END if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None:
