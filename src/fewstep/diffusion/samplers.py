@@ -116,7 +116,7 @@ def sample_ddim(
 
 
 def sample_euler(
-    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int = 50, guidance_scale: float = 1.0
+    denoiser: Denoiser, noise: Tensor, condition: Condition, *, num_steps: int, guidance_scale: float = 1.0
 ) -> Tensor:
     """`sample_ddim` from sigma(noisiest level) times the noise, as diffusers' EulerDiscreteScheduler with trailing spacing scales it.
 
