@@ -182,10 +182,7 @@ def _compile(model: Model) -> None:
         check_compiler(model.device)
         model.denoiser.compile_network()
     except UserError as error:
-        reason = str(error)
-        if "LoRA" in reason:
-            reason = "a LoRA is switched on and off around its base, which cannot be compiled; export it --as diffusers first"
-        raise UserError(f"--compile: {reason}") from error
+        raise UserError(f"--compile: {error}") from error
 
 
 def _batches(

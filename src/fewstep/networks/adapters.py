@@ -1,24 +1,22 @@
 """Several roles on one frozen network: each role is a LoRA adapter, bound for the duration of one forward.
 
-Outside of any forward no adapter is bound, so the base itself is the teacher. peft supplies the LoRA layers; which of
-them take part is set here, because peft's own `set_adapter` also switches off the other adapters' gradients.
+Outside of any forward no adapter is bound, so the base itself is the teacher. What is bound is one object that all LoRA
+layers look at; compiled blocks are guarded by it, so that each role has a compiled form of its own.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
 from fewstep.errors import UserError
 from fewstep.formats.compare import state_difference
+from fewstep.networks.lora_layers import Binding, cast_factors, wrap_layers
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,15 @@ class SharedBase:
     def __init__(self, base: Denoiser, lora: LoraShape) -> None:
         self.base, self.lora = base, lora
         self.targets = choose_targets(base, lora)
-        self.role: str | None = None
-        self.layers: dict[str, LoraLayer] = {}
+        self.binding = Binding()
         base.requires_grad_(False)
+        self.layers = wrap_layers(base, self.targets, self.binding, lora.alpha / lora.rank)
+        self.is_compiled = False
+
+    @property
+    def role(self) -> str | None:
+        """The role whose adapter is bound now."""
+        return self.binding.role
 
     def add_role(self, role: str) -> "AdapterRole":
         """A new adapter, trainable, float32, that starts as no change at all.
@@ -56,46 +60,27 @@ class SharedBase:
         """
         if self.role is not None or any(role in layer.lora_A for layer in self.layers.values()):
             raise ValueError(f"role {role!r} exists already, or roles are added inside a forward of {self.role!r}")
-        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(self.targets))  # type: ignore[arg-type]
-        trainable = {parameter for parameter in self.base.parameters() if parameter.requires_grad}
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="Already found a `peft_config`"
-                )  # several roles are the point
-                inject_adapter_in_model(config, self.base, role)
-        except ValueError as error:
-            raise UserError(f"memory.lora_targets: {error}") from error
-        self.layers = {name: layer for name, layer in self.base.named_modules() if isinstance(layer, LoraLayer)}
         for layer in self.layers.values():
-            layer.cast_input_dtype_enabled = False  # autocast decides, as in the base layer
-            for part in (layer.lora_A, layer.lora_B):
-                part[role].float()
-        view = AdapterRole(self, role)
-        for parameter in trainable:  # injecting an adapter froze the others'
-            parameter.requires_grad_(True)
-        self._bind(None)
-        return view
+            layer.add_role(role, self.lora.rank)
+        return AdapterRole(self, role)
 
     @contextmanager
     def bound(self, role: str | None) -> Iterator[None]:
         """Use one role's adapter inside the block and the earlier one after it."""
-        earlier = self.role
-        if role == earlier:  # a recomputed block inside its own forward: hundreds of layers need no touch
+        if role == self.role:
             yield
             return
-        self._bind(role)
-        try:
+        with self._rebound(Binding(role, self._factors(role))):
             yield
-        finally:
-            self._bind(earlier)
 
     def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Activation checkpoint that binds, when it recomputes, the role of the forward it belongs to."""
-        role = self.role
+        if torch.compiler.is_compiling():  # the role is a constant of the compiled form
+            return plain_checkpoint(block, *inputs)
+        of_this_forward = replace(self.binding)
 
         def run(*inputs: Any) -> Any:
-            with self.bound(role):
+            with self._rebound(of_this_forward):
                 return block(*inputs)
 
         return plain_checkpoint(run, *inputs)
@@ -104,10 +89,28 @@ class SharedBase:
         """Keep block inputs only, in every role."""
         self.base.checkpoint_activations(self.checkpoint)
 
-    def _bind(self, role: str | None) -> None:
-        self.role = role
-        for layer in self.layers.values():  # past nn.Module's own __setattr__, whose checks take ten times as long
-            vars(layer)["_active_adapter"] = [] if role is None else [role]
+    def compile_network(self) -> None:
+        """Compile the base for every role; each has compiled forms of its own."""
+        if not self.is_compiled:
+            self.is_compiled = True
+            self.base.compile_network()
+
+    @contextmanager
+    def _rebound(self, other: Binding) -> Iterator[None]:
+        binding = self.binding
+        earlier = replace(binding)
+        binding.role, binding.factors = other.role, other.factors
+        try:
+            yield
+        finally:
+            binding.role, binding.factors = earlier.role, earlier.factors
+
+    def _factors(self, role: str | None) -> tuple[Tensor, ...]:
+        """The role's factors in the base's precision; none where they are in it, or the compiled form casts them."""
+        dtype = self.base.compute_dtype
+        if role is None or self.is_compiled or dtype == torch.float32:
+            return ()
+        return cast_factors([part for layer in self.layers.values() for part in layer.parameters_of(role)], dtype)
 
 
 class AdapterRole(Denoiser):
@@ -185,7 +188,8 @@ class AdapterRole(Denoiser):
         self.shared.checkpoint_activations()
 
     def compile_network(self) -> None:
-        raise UserError("compute.compile=true does not go with LoRA roles on one base; set it to false")
+        """The base's blocks, for every role."""
+        self.shared.compile_network()
 
     def describe(self) -> dict[str, Any]:
         """The base's description with the adapter's shape."""

@@ -140,8 +140,6 @@ def _impossible_memory(settings: TrainSettings) -> str:
         return (
             "memory.frozen_precision='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
         )
-    if memory.mode != "full" and compute.compile:
-        return "compute.compile=true does not go with LoRA (memory.mode); set it to false"
     return ""
 
 
