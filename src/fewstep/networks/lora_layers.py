@@ -87,12 +87,12 @@ class LoraLayer(nn.Module):
         else:
             down, up = self.parameters_of(binding.role)
         base: Any = self.base_layer
+        y = base(x)  # on x as it came: rows put together first would round float32 runs otherwise than before
         if isinstance(base, nn.Linear):
-            rows = x.reshape(-1, x.shape[-1])  # once, where it takes a copy
-            y = torch.addmm(base(rows), F.linear(rows, down), up.t(), alpha=self.scale)
-            return y.view(*x.shape[:-1], y.shape[-1])
+            inner = F.linear(x, down).flatten(0, -2)
+            return torch.addmm(y.reshape(-1, y.shape[-1]), inner, up.t(), alpha=self.scale).view(y.shape)
         inner = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
-        return torch.add(base(x), F.conv2d(inner, up), alpha=self.scale)
+        return torch.add(y, F.conv2d(inner, up), alpha=self.scale)
 
     def parameters_of(self, role: str) -> tuple[Tensor, Tensor]:
         """A and B of a role."""
