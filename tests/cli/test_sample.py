@@ -420,7 +420,9 @@ def test_a_failed_compilation_is_one_sentence(classes: Path, tmp_path: Path, mon
 def test_compile_takes_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base's blocks are compiled as they are called with the LoRA."""
     compiled: list[object] = []
-    monkeypatch.setattr("fewstep.families.diffusers_denoiser.DiffusersDenoiser.compile_network", compiled.append)
+    monkeypatch.setattr(
+        "fewstep.families.diffusers_denoiser.DiffusersDenoiser.compile_network", lambda self: compiled.append(self)
+    )
     monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
     folder = write_run(tmp_path, "sd", (999,), LoraShape(2, 4.0))
     sample(folder, "--prompt", "cat", "--compile", "--out", tmp_path / "out")
