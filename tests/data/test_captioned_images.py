@@ -167,7 +167,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
 def test_captions_that_are_no_text(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pictures", ["a"])
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": 3}\n')
-    assert "captions are int, not text; name another column with --caption-column" in refused(folder)
+    assert "000.png: the caption is int, not text; mend it, or name another column with --caption-column" in refused(
+        folder
+    )
 
 
 def test_captions_beside_pictures(tmp_path: Path) -> None:

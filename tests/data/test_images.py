@@ -424,7 +424,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path, damage: Callable[[bytes], by
 def test_a_damaged_picture_without_a_file_is_named_by_its_row(tmp_path: Path) -> None:
     rows = [encoded(1), {"bytes": b"junk", "path": None}]
     path = write_parquet(tmp_path / "x.parquet", {"image": datasets.Image()}, {"image": rows})
-    assert refused(path).startswith("picture row 1 does not decode (")
+    assert refused(path).startswith(f"picture row 1 of {path} does not decode (")
 
 
 # order and batches

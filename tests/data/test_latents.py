@@ -140,7 +140,7 @@ def test_folders_that_are_not_finished_or_of_another_kind(tmp_path: Path) -> Non
     assert "cannot be read ('latents')" in refused(tmp_path / "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / MANIFEST).write_text(json.dumps({"shards": [{}], "complete": True}))
-    assert "is damaged (an entry is incomplete); delete the folder" in refused(tmp_path / "c")
+    assert "is damaged: " in refused(tmp_path / "c")
 
 
 def test_rows_that_point_at_no_text(tmp_path: Path) -> None:

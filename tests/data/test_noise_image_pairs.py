@@ -98,8 +98,8 @@ def test_a_folder_without_pairs(tmp_path: Path, make: bool) -> None:
 def test_a_damaged_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     message = refused(tmp_path)
-    assert message.startswith(f"{tmp_path / MANIFEST} is damaged (")
-    assert message.endswith("); delete the folder and prepare the pairs again")
+    assert message.startswith(f"{tmp_path / MANIFEST} is damaged")
+    assert message.endswith("; delete the folder and prepare the pairs again")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_manifest_of_another_kind(tmp_path: Path, content: str) -> None:
 
 def test_a_manifest_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).mkdir()
-    assert "is damaged (" in refused(tmp_path)
+    assert "cannot be read (" in refused(tmp_path)
 
 
 def test_an_unfinished_folder(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class CaptionedImages:
             for number, row in enumerate(self._raw(first), start=first):
                 picture = row[self._image] or {}
                 name = row.get("__key__") or picture.get("path") or f"row {number}"
-                yield CaptionedImage(f"{name} (row {number})", picture, _text(row[self._caption]))
+                yield CaptionedImage(
+                    f"{name} (row {number})", picture, _text(row[self._caption], f"{self.source}, {name}")
+                )
         except UserError:
             raise
         except Exception as error:  # tarfile, pyarrow, the hub: each becomes one sentence with its own words
@@ -176,10 +178,12 @@ def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
     return load_dataset(source, split=split, streaming=streaming)
 
 
-def _text(caption: Any) -> str:
+def _text(caption: Any, where: str) -> str:
     """A caption as text; a missing one is empty, which the caller refuses or skips."""
     if isinstance(caption, bytes):
         return caption.decode("utf-8", errors="replace")
     if caption is not None and not isinstance(caption, str):
-        raise UserError(f"captions are {type(caption).__name__}, not text; name another column with --caption-column")
+        raise UserError(
+            f"{where}: the caption is {type(caption).__name__}, not text; mend it, or name another column with --caption-column"
+        )
     return caption or ""

@@ -92,7 +92,7 @@ class ImageDataset:
         assert self._rows is not None
         options = self.resolution, self.channels, self.fit, self.background, self._tell_of_animation
         rows = self._rows.encoded(indices)
-        names = [row.get("path") or f"row {index}" for row, index in zip(rows, indices, strict=True)]
+        names = [self._rows.name(index, row) for row, index in zip(rows, indices, strict=True)]
         return np.stack([decode_picture(row, name, *options) for row, name in zip(rows, names, strict=True)])
 
     def _tell_of_animation(self, name: str) -> None:
@@ -152,11 +152,9 @@ def load_images(
         table = open_table(settings)
     column = image_column(table, settings)
     labels, names = table_labels(table, settings, num_classes) if num_classes else (None, None)
-    import datasets
-
-    table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    rows = TableRows(table, column, settings.images)
     report(f"{settings.images}: {len(table):,} picture{'s' * (len(table) != 1)}")
-    return ImageDataset(TableRows(table, column), labels, names, *size, report=report)
+    return ImageDataset(rows, labels, names, *size, report=report)
 
 
 def _folder_labels(

@@ -38,14 +38,14 @@ class StoredTexts:
 
     def __init__(self, folder: Path, kind: ShardKind = EMBEDDINGS) -> None:
         self.folder, self.manifest = folder, read_complete_manifest(folder, kind)
-        self.text_fingerprint = str(self.manifest["job"].get("text_encoders"))
+        self.text_fingerprint = str(self.manifest.get("job", {}).get("text_encoders"))
         self._paths = _checked_paths(folder, self.manifest["shards"], kind)
         try:
             self._row = torch.from_numpy(np.concatenate([map_tensor(path, "row") for path in self._paths]))
             self.num_distinct = sum(len(map_tensor(path, "prompt_ends")) for path in self._paths)
             if len(self._row) == 0 or not 0 <= int(self._row.min()) <= int(self._row.max()) < self.num_distinct:
                 raise ValueError("rows point at no text")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
             raise unreadable(folder, error, kind) from None
 
     def __len__(self) -> int:
@@ -112,16 +112,16 @@ class StoredLatents:
     """
 
     def __init__(self, folder: Path) -> None:
-        text_alone = read_complete_manifest(folder, LATENTS)["job"].get("captions") == "text"
+        text_alone = read_complete_manifest(folder, LATENTS).get("job", {}).get("captions") == "text"
         self.captions = StoredTexts(folder, LATENTS) if text_alone else StoredEmbeddings(folder, LATENTS)
         self.folder, self.manifest = folder, self.captions.manifest
-        self.vae_fingerprint = str(self.manifest["job"].get("vae"))
+        self.vae_fingerprint = str(self.manifest.get("job", {}).get("vae"))
         try:
             parts = [map_tensor(folder / entry["file"], "latents") for entry in self.manifest["shards"]]
             self._latents = StoredRows(parts)
             if len(self._latents) != len(self.captions):
                 raise ValueError("latents and captions differ in number")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
             raise unreadable(folder, error, LATENTS) from None
 
     def __len__(self) -> int:

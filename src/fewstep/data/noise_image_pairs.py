@@ -24,9 +24,12 @@ class NoiseImagePairs:
     def __init__(self, folder: Path) -> None:
         self.manifest = read_complete_manifest(folder, PAIRS)
         shards = [_read_shard(folder, shard) for shard in self.manifest["shards"]]
-        self.noise = torch.cat([shard["noise"] for shard in shards])
-        self.images = torch.cat([shard["images"] for shard in shards])
-        self.labels = torch.cat([shard["labels"] for shard in shards])
+        try:
+            self.noise = torch.cat([shard["noise"] for shard in shards])
+            self.images = torch.cat([shard["images"] for shard in shards])
+            self.labels = torch.cat([shard["labels"] for shard in shards])
+        except (KeyError, RuntimeError) as error:  # other tensors, or of shapes that do not follow each other
+            raise unreadable(folder, error, PAIRS) from None
 
     def __len__(self) -> int:
         return len(self.noise)

@@ -46,7 +46,9 @@ def check_column(names: Sequence[str], column: str, where: object, setting: str)
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{where} has no column {setting}={column!r} among {sorted(names)}{guess}")
+        there = sorted(name[:60] for name in names)
+        shown = f"{there[:20]}" + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+        raise UserError(f"{where} has no column {setting}={column!r} among {shown}{guess}")
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -118,7 +120,7 @@ def _from_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no JSON ({error}); mend or remove it") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is no JSON object; each line is one, with {column!r} in it")

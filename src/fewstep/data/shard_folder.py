@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.json_files import entry, kind_name, read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
 
 MANIFEST = "manifest.json"
@@ -32,23 +33,33 @@ class ShardKind:
 
 def read_manifest(folder: Path, kind: ShardKind) -> dict[str, Any]:
     """The manifest (job, shards, complete) of a folder; raises UserError when there is none or it is damaged."""
-    try:
-        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        complete = [{"file", "rows", "sha256"} <= set(shard) for shard in manifest["shards"]]
-        if not all(complete) or not isinstance(manifest["complete"], bool):
-            raise ValueError("an entry is incomplete")
-        return manifest
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no {kind.name}; make them with `{kind.command}`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({error}); delete the folder and prepare the {kind.short} again"
-        ) from None
+    path, remedy = folder / MANIFEST, f"delete the folder and prepare the {kind.short} again"
+    if not path.exists():
+        raise UserError(f"{folder} holds no {kind.name}; make them with `{kind.command}`")
+    manifest = read_json_object(path, remedy)
+    for name, wanted in (("job", dict), ("shards", list), ("complete", bool)):
+        if name in manifest or name != "job":  # which earlier versions did not note
+            entry(manifest, name, wanted, path, remedy)
+    for shard in manifest["shards"]:
+        if not isinstance(shard, dict):
+            raise UserError(f"{path} is damaged: one of its shards is {kind_name(shard)}; {remedy}")
+        numbers = [name for name in ("rows", "source_rows") if name in shard or name == "rows"]
+        for name in ("file", "sha256"):
+            entry(shard, name, str, path, remedy)
+        if any(entry(shard, name, int, path, remedy) < 0 for name in numbers):
+            raise UserError(f"{path} is damaged: a shard of less than no rows; {remedy}")
+        if not shard["file"] or Path(shard["file"]).name != shard["file"]:
+            raise UserError(f"{path} is damaged: {shard['file'][:60]!r} is not a file of this folder; {remedy}")
+    return manifest
 
 
 def read_complete_manifest(folder: Path, kind: ShardKind) -> dict[str, Any]:
     """The manifest of a finished job; raises UserError also when it is unfinished."""
     manifest = read_manifest(folder, kind)
+    if manifest["complete"] and not manifest["shards"]:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: it is complete without a shard; delete the folder and prepare again"
+        )
     if not manifest["complete"]:
         raise UserError(f"{folder} is unfinished: run the same `{kind.command}` command again to complete it")
     return manifest
@@ -68,19 +79,19 @@ def write_tensors(folder: Path, number: int, tensors: dict[str, Tensor], rows: i
     return {"file": path.name, "rows": rows, "sha256": _sha256(path)}
 
 
-def is_intact(folder: Path, entry: dict[str, Any]) -> bool:
+def is_intact(folder: Path, shard: dict[str, Any]) -> bool:
     """Whether a shard of the manifest is there, byte for byte."""
     try:
-        return _sha256(folder / entry["file"]) == entry["sha256"]
+        return bool(_sha256(folder / shard["file"]) == shard["sha256"])
     except OSError:
         return False
 
 
-def check_shard(folder: Path, entry: dict[str, Any], kind: ShardKind) -> Path:
+def check_shard(folder: Path, shard: dict[str, Any], kind: ShardKind) -> Path:
     """Path of a shard that is byte for byte the one written; raises UserError otherwise."""
-    path = folder / entry["file"]
+    path = folder / shard["file"]
     try:
-        same = _sha256(path) == entry["sha256"]
+        same = _sha256(path) == shard["sha256"]
     except OSError as error:
         raise unreadable(path, error, kind) from None
     if not same:
@@ -117,7 +128,7 @@ def start_or_continue(
         write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
         return manifest
     manifest = read_manifest(folder, kind)
-    before = manifest["job"]
+    before = manifest.get("job", {})
     if before != job:
         keys = [*job, *(key for key in before if key not in job)]
         changed = [

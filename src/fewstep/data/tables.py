@@ -34,6 +34,9 @@ class PictureRows(Protocol):
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Each as {"bytes": ...} or {"path": ...}."""
 
+    def name(self, index: int, row: dict[str, Any]) -> str:
+        """What messages call one."""
+
 
 class FolderRows:
     """Pictures in files."""
@@ -47,18 +50,37 @@ class FolderRows:
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return [{"path": str(self._paths[index])} for index in indices]
 
+    def name(self, index: int, row: dict[str, Any]) -> str:
+        return str(self._paths[index])
+
 
 class TableRows:
-    """Pictures in a column of a `datasets` table."""
+    """Pictures in a column of a `datasets` table.
 
-    def __init__(self, table: Any, column: str) -> None:
-        self._table, self._column = table, column
+    Raises:
+        UserError: the column holds something else.
+    """
+
+    def __init__(self, table: Any, column: str, source: str) -> None:
+        import datasets
+
+        self._column, self._source = column, source
+        try:
+            self._table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+        except Exception as error:  # as in `open_table`
+            raise unreadable(f"column {column!r} of {source}", error) from error
 
     def __len__(self) -> int:
         return len(self._table)
 
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [row or {} for row in self._table[list(indices)][self._column]]
+        try:
+            return [row or {} for row in self._table[list(indices)][self._column]]
+        except Exception as error:  # as in `open_table`
+            raise unreadable(f"column {self._column!r} of {self._source}", error) from error
+
+    def name(self, index: int, row: dict[str, Any]) -> str:
+        return f"{row.get('path') or f'row {index}'} of {self._source}"
 
 
 def parquet_files(folder: Path) -> list[Path]:

@@ -1,9 +1,7 @@
 """Distances between two sets of pictures, computed on features in float64."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import resolve_path
+from fewstep.formats.npz_file import read_npz
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,12 @@ class FeatureStatistics:
         """Read an .npz with `mu` and `sigma` (or "bundled:..."); raises UserError when it is not one."""
         path = resolve_path(path)
         try:
-            # opened here: np.load forgets to close a file that is no archive
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-                number = int(file["num_images"]) if "num_images" in file else 0
-        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
+            arrays = read_npz(path, ("mu", "sigma"), ("num_images",))
+            mean, covariance = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
+            number = int(arrays["num_images"].item()) if "num_images" in arrays else 0
+            if number < 0:
+                raise ValueError(f"num_images is {number}")
+        except ValueError as error:
             raise UserError(f"{path} is no feature reference (.npz with mu and sigma): {error}") from None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise UserError(

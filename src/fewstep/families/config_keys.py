@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_HUGE = 1e9  # NaN is not below it either
+
 
 @dataclass(frozen=True)
 class KnownKeys:
@@ -25,6 +27,8 @@ class KnownKeys:
 def refuse_other_keys(config: Mapping[str, Any], known: KnownKeys, what: str, title: str) -> None:
     """Raise ValueError for a class, or a key that is not at its default, which the family does not understand.
 
+    What it does understand is of the kind that its default has: a number, a text, true or false.
+
     Args:
         config: as the file has it, `_class_name` included.
         what: the component, as messages call it.
@@ -38,7 +42,11 @@ def refuse_other_keys(config: Mapping[str, Any], known: KnownKeys, what: str, ti
         )
     defaults = _defaults(kind)
     for name, value in config.items():
-        if name.startswith("_") or name in known.read or name in known.elsewhere:
+        if name.startswith("_"):
+            continue
+        if name in known.read and (wanted := _other_kind(value, defaults.get(name))):
+            raise ValueError(f"its {what} has {name}={str(value)[:60]}, which is not {wanted}")
+        if name in known.read or name in known.elsewhere:
             continue
         if value is None or value is False or (name in defaults and _same(value, defaults[name])):
             continue
@@ -56,3 +64,15 @@ def _defaults(kind: str) -> dict[str, Any]:
 def _same(value: Any, default: Any) -> bool:
     """Equal, where JSON has lists for tuples."""
     return bool(value == default or (isinstance(default, tuple) and value == list(default)))
+
+
+def _other_kind(value: Any, default: Any) -> str:
+    """What a value should be, where it is not of its default's kind; a default of None says nothing."""
+    if default is None or value is None:
+        return ""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+        return "" if is_number else "a number that a schedule can have"
+    return "" if isinstance(value, type(default)) else "a text" if isinstance(default, str) else "a list"

@@ -24,6 +24,7 @@ from fewstep.formats.diffusers_index import (
     vae_factor,
 )
 from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.tensor_files import first_line
 from fewstep.networks.text_layout import TextLayout
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class DiffusersFamily(Family):
             return self.build_around(weights.float(), scheduler, size)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{folder}: {error}") from error
+        except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+            raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         from fewstep.networks.components import describe_component
@@ -113,6 +116,8 @@ class DiffusersFamily(Family):
             return self.build_around(untrained, scheduler, size).describe()
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{folder}: {error}") from error
+        except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+            raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
 
     def describe_released(self, name: str, resolution: int = 0) -> Description:
         if resolution % _RELEASED_FACTOR:

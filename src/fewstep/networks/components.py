@@ -102,7 +102,11 @@ def load_tokenizer(kind: Any, folder: Path) -> Any:
     """
     try:
         with quiet_loading():
-            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        longest = tokenizer.model_max_length
+        if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 2:
+            raise ValueError(f"model_max_length is {str(longest)[:40]}, not a number of tokens")
+        return tokenizer
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
         raise UserError(f"{folder} cannot be loaded ({_reason(error)}); download it again") from error
 

@@ -144,8 +144,12 @@ def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {path} extends itself")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"recipe {path} is nested without end") from None
+    except ValueError as error:  # also numbers of thousands of digits
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror or error})") from None
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -173,7 +177,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {section} is a value, not a section")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string, as a shell user writes it
     values[name] = value if isinstance(value, str | int | float | list | dict) else text  # dates are text too
 

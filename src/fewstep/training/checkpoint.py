@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.adapters import AdapterRole
 
 TENSORS = "tensors.safetensors"
@@ -32,7 +33,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
     """
     target = folder / f"{_PREFIX}{step:08d}"
     with written_aside(target) as aside:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        write_tensor_file(aside / TENSORS, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
         proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
         (aside / "state.json").write_text(json.dumps({**state, "step": step, **proof}, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:

@@ -1,7 +1,6 @@
 """Distilling a generator, as a job for the one loop."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_conditions, build_real_data
+from fewstep.training.run_folder import run_folder
 from fewstep.training.run_log import RunLog
 from fewstep.training.step import two_time_scale_step
 from fewstep.training.update import Update, learning_rate_factor
@@ -30,7 +30,7 @@ class DistillationJob(GeneratorJob):
     phase = "distill"
 
     def __init__(self, settings: TrainSettings, teacher: Model) -> None:
-        conditions = build_conditions(settings, teacher, Path(settings.run.folder))
+        conditions = build_conditions(settings, teacher, run_folder(settings))
         self.real_data = build_real_data(settings, teacher)
         with busy(Console(stderr=True), "Building generator, fake score and their optimisers"):
             self.run = build_distillation(settings, teacher, conditions)

@@ -23,7 +23,7 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.results import Run
-from fewstep.training.run_folder import claim_run_folder
+from fewstep.training.run_folder import claim_run_folder, run_folder
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
 from fewstep.training.watch import watch_for_best
@@ -65,11 +65,6 @@ def pretrain(
             claim_run_folder(settings, folder, data_changed=data_changed)
         run_job(job, settings, folder, observers=observers, console=console)
     return Run(folder, settings)
-
-
-def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
-    """The run folder a run of these settings uses."""
-    return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 
 def train(

@@ -24,6 +24,11 @@ _FREE = (
 _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
 
+def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
+    """The run folder a run of these settings uses."""
+    return Path(settings.run.folder or "runs/unnamed").expanduser()
+
+
 def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False) -> None:
     """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
 
@@ -116,5 +121,5 @@ def _refuse_other_settings(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another run.folder") from None

@@ -144,11 +144,11 @@ def _cut_metrics(path: Path, start_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < start_step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue
     with replaced_file(path) as aside:
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

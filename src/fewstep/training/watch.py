@@ -131,7 +131,7 @@ def read_points(path: Path) -> list[Point]:
     """
     try:
         return [_point(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to measure from here on") from None
 
 
@@ -147,7 +147,9 @@ def _point(row: Any) -> Point:
         minutes, distance = row
         return Point(nan, float(minutes) * 60, {DISTANCE: float(distance)})
     figures = {name: float(value) for name, value in row.items() if name not in ("step", "seconds")}
-    return Point(row.get("step", nan), float(row.get("seconds", nan)), figures)
+    if DISTANCE not in figures:
+        raise ValueError(f"a point without {DISTANCE}")
+    return Point(float(row.get("step", nan)), float(row.get("seconds", nan)), figures)
 
 
 def figures_of_samples(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.report.page import write_report
 from fewstep.evaluation.report.sections import Curve, Facts, Picture, Pictures, Section, Series, Table, Tiles
+from fewstep.formats.json_files import read_json_object
 
 MOST_POINTS = 200  # of a line: more are averaged
 MOST_PICTURES = 6  # of a run's sample history
@@ -56,16 +57,19 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder} is not a run folder with finished steps: metrics.jsonl is not there; give a run.folder"
         )
-    metrics = _json_lines(folder / "metrics.jsonl")
+    lines = _json_lines(folder / "metrics.jsonl")
+    metrics = [{name: value for name, value in row.items() if _is_number(value)} for row in lines]
     if not metrics:
         raise UserError(f"{folder}: metrics.jsonl has no finished step yet; let the run go on for a while")
     figures = {name: _points(folder / name) for name in ("curve.json", "best.json") if (folder / name).is_file()}
     samples = _samples(folder / "samples", "generator") or _samples(folder / "samples", "teacher")
-    settings = _flat(_json(folder / "settings.json")) if (folder / "settings.json").is_file() else {}
+    settings = (
+        _flat(read_json_object(folder / "settings.json", "remove it")) if (folder / "settings.json").is_file() else {}
+    )
     alarms = _json_lines(folder / "alarms.jsonl") if (folder / "alarms.jsonl").is_file() else []
     return Run(
         folder.resolve().name, metrics, figures, samples, settings,
-        [f"step {row['step']}: {row['alarm']}" for row in alarms],
+        [f"step {row['step']}: {row.get('alarm')}" for row in alarms],
     )  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def _picture(path: Path) -> Tensor:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from error
 
 
@@ -159,9 +163,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and _is_number(row.get("step")):
             rows.append(row)
     return rows
 
@@ -169,7 +173,13 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 def _points(path: Path) -> list[Mapping[str, float]]:
     """Rows of a watch's file; those of earlier versions, [minutes, distance], have no step and are not drawn."""
     rows = _json(path)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [{name: value for name, value in row.items() if _is_number(value)} for row in found]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,7 +53,10 @@ class SD3Denoiser(DiffusersDenoiser):
                 f"{config.patch_size * config.pos_embed_max_size} (teacher.resolution)"
             )
         levels = int(scheduler_config.get("num_train_timesteps", 1000))
-        schedule = FlowSchedule(float(scheduler_config.get("shift", 1.0)), levels)
+        shift = float(scheduler_config.get("shift", 1.0))
+        if not 0 < shift < 1e6:
+            raise ValueError(f"the scheduler's shift={shift:g} gives no noise schedule; SD 3 has 3")
+        schedule = FlowSchedule(shift, levels)
         super().__init__(transformer, schedule, "flow", (config.in_channels, size, size))
         self.scheduler_config = dict(scheduler_config)
         self.latent_multiple = config.patch_size
