@@ -1,5 +1,9 @@
 """The one exception whose message is meant for a person: it names a file or a setting and says what to do."""
 
+import errno
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE)
+
 
 class UserError(ValueError):
     """Bad input. The command line prints the message alone and exits with code 2."""
@@ -15,3 +19,17 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def disk_error(error: OSError, where: object = "") -> UserError | None:
+    """What to tell of a disk that is full, read-only or not ours; None for other faults.
+
+    Args:
+        where: what was being written, where the error does not say it.
+    """
+    if error.errno not in _DISK:
+        return None
+    place = error.filename or where or "a file"
+    return UserError(
+        f"cannot read or write {place}: {error.strerror}; free some space or choose another folder, then repeat the command"
+    )

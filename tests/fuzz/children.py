@@ -30,12 +30,12 @@ def preload() -> None:
     """Import what the commands import, so that a child begins with it."""
     import datasets  # noqa: F401
     import diffusers
+    import fewstep.cli.commands
+    import fewstep.cli.commands_text
     import pyarrow.parquet  # noqa: F401
     import torch
     import transformers
 
-    import fewstep.cli.commands
-    import fewstep.cli.commands_text
     import fewstep.cli.convert
     import fewstep.cli.export
     import fewstep.cli.main

@@ -86,13 +86,13 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def half_written_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def half_written_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.write_bytes(b"half of it")
     full()
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "tensors": lambda patch: patch.setattr(checkpoint, "save_file", half_written_tensors),
+    "tensors": lambda patch: patch.setattr(checkpoint, "write_tensor_file", half_written_tensors),
     "state": lambda patch: patch.setattr(Path, "write_text", full),
     "flush": lambda patch: patch.setattr(atomic, "flush_to_disk", full),
     "rename": lambda patch: patch.setattr(os, "rename", full),
@@ -124,7 +124,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     write_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(checkpoint, "write_tensor_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 2, some_tensors(), STATE, keep=1)
     assert names_below(tmp_path) == whole(1)

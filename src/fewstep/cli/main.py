@@ -5,7 +5,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -24,7 +24,7 @@ from fewstep.cli.report import report
 from fewstep.cli.sample import sample
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
-from fewstep.errors import RunInterrupted, UserError
+from fewstep.errors import RunInterrupted, UserError, disk_error
 
 
 class Interrupted(BaseException):
@@ -81,15 +81,28 @@ def main() -> None:
     except Interrupted as stop:
         print(f"fewstep: {stop.message}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except Exception as error:
+    except OSError as error:
+        told = disk_error(error)
+        if told is None:
+            _stop_by_fault(error, debug)
         if debug:
-            raise
-        words = str(error).splitlines()[0][:300] if str(error) else "no further words"
-        print(
-            f"fewstep: stopped by a fault ({type(error).__name__}: {words}); {_log_of_fault()}, --debug shows it",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+            traceback.print_exc()
+        print(f"fewstep: {told}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        _stop_by_fault(error, debug)
+
+
+def _stop_by_fault(error: Exception, debug: bool) -> NoReturn:
+    """End with what went wrong and where its traceback is, or with the traceback itself."""
+    if debug:
+        raise error
+    words = str(error).splitlines()[0][:300] if str(error) else "no further words"
+    print(
+        f"fewstep: stopped by a fault ({type(error).__name__}: {words}); {_log_of_fault()}, --debug shows it",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def _log_of_fault() -> str:

@@ -48,9 +48,9 @@ class CaptionedImages:
             for number, row in enumerate(self._raw(first), start=first):
                 picture = row[self._image] or {}
                 name = row.get("__key__") or picture.get("path") or f"row {number}"
-                yield CaptionedImage(
-                    f"{name} (row {number})", picture, _text(row[self._caption], f"{self.source}, {name}")
-                )
+                place = "" if str(name).startswith(self.source) else f" of {self.source}"
+                named = f"{name} (row {number}{place})"
+                yield CaptionedImage(named, picture, _text(row[self._caption], named))
         except UserError:
             raise
         except Exception as error:  # tarfile, pyarrow, the hub: each becomes one sentence with its own words

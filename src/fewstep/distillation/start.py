@@ -58,7 +58,7 @@ def refuse_other_memory(run: Path, roles: Roles) -> None:
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8"))["memory"])
         found = {name: before[name] for name in ("mode", "lora_rank", "lora_alpha")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"its settings.json, which says how its LoRA is scaled, cannot be read ({type(error).__name__}: {error}); "
             "copy it beside checkpoints/"

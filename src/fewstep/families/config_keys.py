@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_HUGE = 1e9  # NaN is not below it either
+from fewstep.formats.json_files import other_kind
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def refuse_other_keys(config: Mapping[str, Any], known: KnownKeys, what: str, ti
     for name, value in config.items():
         if name.startswith("_"):
             continue
-        if name in known.read and (wanted := _other_kind(value, defaults.get(name))):
+        if name in known.read and (wanted := other_kind(value, defaults.get(name))):
             raise ValueError(f"its {what} has {name}={str(value)[:60]}, which is not {wanted}")
         if name in known.read or name in known.elsewhere:
             continue
@@ -64,15 +64,3 @@ def _defaults(kind: str) -> dict[str, Any]:
 def _same(value: Any, default: Any) -> bool:
     """Equal, where JSON has lists for tuples."""
     return bool(value == default or (isinstance(default, tuple) and value == list(default)))
-
-
-def _other_kind(value: Any, default: Any) -> str:
-    """What a value should be, where it is not of its default's kind; a default of None says nothing."""
-    if default is None or value is None:
-        return ""
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
-    if isinstance(default, int | float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
-        return "" if is_number else "a number that a schedule can have"
-    return "" if isinstance(value, type(default)) else "a text" if isinstance(default, str) else "a list"

@@ -8,6 +8,7 @@ from typing import Any
 from fewstep.errors import UserError
 
 _MAX_BYTES = 32 * 2**20  # of a config or card; published ones are a few kilobytes
+_HUGE = 1e9  # NaN is not below it either
 _KINDS: dict[type, str] = {
     dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false",
     type(None): "null",
@@ -55,6 +56,30 @@ def entry(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], pa
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise UserError(f"{path} is damaged: {key} is {kind_name(value)}, not {wanted}; {remedy}")
     return value
+
+
+def other_kind(value: Any, default: Any) -> str:
+    """What a setting's value should be, where it is not of its default's kind; empty where it is.
+
+    Null is always taken, a list where one number or switch stands for all, and a default of None says nothing.
+    """
+    if default is None or value is None:
+        return ""
+    if isinstance(default, bool):
+        fits = all(isinstance(part, bool) for part in _flat(value))
+        return "" if fits else "true or false"
+    if isinstance(default, int | float):
+        parts = _flat(value)
+        fits = all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
+        return "" if fits and all(abs(part) < _HUGE for part in parts) else "a number of a possible size"
+    if isinstance(default, str):
+        return "" if isinstance(value, str) else "a text"
+    return "" if isinstance(value, list | tuple) or not isinstance(default, list | tuple) else "a list"
+
+
+def _flat(value: Any) -> list[Any]:
+    """The values of lists in lists; of anything else itself."""
+    return [part for inner in value for part in _flat(inner)] if isinstance(value, list | tuple) else [value]
 
 
 def kind_name(value: object) -> str:

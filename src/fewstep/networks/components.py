@@ -1,5 +1,6 @@
 """One component of a diffusers folder, whole: no tensor stays at its random start, and every failure is one sentence."""
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.json_files import read_json_object
+from fewstep.formats.json_files import other_kind, read_json_object
 from fewstep.formats.tensor_files import tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
 
@@ -127,6 +128,11 @@ def describe_component(kind: Any, folder: Path) -> Any:
         UserError: the config is missing, damaged, or describes no network of this class.
     """
     config = read_json_object(folder / "config.json")
+    for name, default in _defaults(kind).items():
+        if name in config and (wanted := other_kind(config[name], default)):
+            raise UserError(
+                f"{folder / 'config.json'} is damaged: {name} is {str(config[name])[:60]}, not {wanted}; download it again"
+            )
     try:
         with quiet_loading():
             if kind.__module__.startswith("transformers"):
@@ -136,6 +142,14 @@ def describe_component(kind: Any, folder: Path) -> Any:
         raise UserError(
             f"{folder / 'config.json'} describes no network ({_reason(error)}); download it again"
         ) from error
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a class's settings."""
+    if kind.__module__.startswith("transformers"):
+        return dict(kind.config_class().to_dict())
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {part.name: part.default for part in parameters if part.default is not part.empty}
 
 
 def published_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:

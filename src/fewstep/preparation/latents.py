@@ -201,7 +201,7 @@ def _write_parts(
     manifest = start_or_continue(folder, job, LATENTS)
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
-    taken = sum(entry["source_rows"] for entry in manifest["shards"])
+    taken = sum(entry.get("source_rows", entry["rows"]) for entry in manifest["shards"])
     while not manifest["complete"]:
         size = shard_size if total is None else min(shard_size, total - taken)
         part = read_part(taken, size)

@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
         proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
         (aside / "state.json").write_text(json.dumps({**state, "step": step, **proof}, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # one too many does no harm
     return target
 
 

@@ -36,6 +36,6 @@ def _stored_precision(folder: Path) -> str:
     """What the run folder's settings say, or nothing; whether they are whole is asked elsewhere."""
     try:
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["compute"]["precision"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return ""
     return stored if isinstance(stored, str) and stored in DTYPES else ""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fewstep.errors import RunInterrupted, UserError
+from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
 from fewstep.progress import every, say
 from fewstep.settings import PretrainSettings, TrainSettings
@@ -93,6 +93,10 @@ def run_job(
         with Interruption() as stop:
             step = Loop(job, settings, folder, console, stop).run(watches, observers)
         return job.save_result(folder, step)
+    except OSError as error:  # of the disk, wherever in a run: its log, TensorBoard's thread, our own clean-up
+        if told := disk_error(error, folder):
+            raise told from error
+        raise
     finally:
         release(folder)
 
