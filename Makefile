@@ -41,7 +41,7 @@ text-quickstart: $(TEXT) ## distil the bundled text-to-image teacher on the CPU:
 test: $(DEV) ## the tests that CI runs, on every core: 8 minutes on two
 	$(PYTEST)
 
-test-long: $(DEV) ## every test: the full matrices and 1,000 damaged files a format, too
+test-long: $(DEV) ## every test: the full matrices, 1,000 damaged files a format, every key of every config, 100 kills and 105 small disks, too
 	FUZZ_FILES=1000 $(PYTEST) -m 'long or not long'
 
 test-fast: $(DEV) ## the tests that need seconds, in under 90 of them

@@ -1,5 +1,6 @@
 """How the command line begins and ends: examples, recipes at hand, faults, Ctrl-C, silence towards the network."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from fewstep.cli import quickstart as quickstarts
 from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.main import app
 from fewstep.errors import RunInterrupted
+from fewstep.settings import TrainSettings
+from fewstep.training.run_folder import run_folder
+from tests.cli.test_main import fewstep
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,3 +152,28 @@ def test_quickstart_text_is_the_text_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert CliRunner().invoke(app, ["quickstart", "--text", "--minutes", "2"]).exit_code == 0
     assert CliRunner().invoke(app, ["quickstart", "--text", "--folder", "here"]).exit_code == 0
     assert called == [(2.0, Path("runs/text-quickstart"), 0), (5.0, Path("here"), 0)]
+
+
+def test_every_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the shell leaves it, as in --grid=~/g.png and run.folder=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    answer = fewstep(
+        "sample", "bundled:fashion-mnist", "--num-images", 1, "--teacher-steps", 1, "--grid=~/g.png", "--device", "cpu"
+    )
+    assert answer.code == 0, answer
+    assert (tmp_path / "g.png").is_file()
+    assert not (tmp_path / "~").exists()
+    assert run_folder(TrainSettings.model_validate({"run": {"folder": "~/run"}})) == tmp_path / "run"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.ENOTDIR, 1)])
+def test_a_full_disk_anywhere_is_one_sentence(monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/disk/file")
+
+    monkeypatch.setattr("fewstep.cli.sample.sample_pictures", full)
+    answer = fewstep("sample", "bundled:fashion-mnist", "--grid", "g.png")
+    assert answer.code == code
+    assert answer.err.count("\n") == 1
+    assert "/disk/file" in answer.err

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 CPU_SECONDS = 20
 WALL_SECONDS = 90  # other work on the machine must not count as a hang
@@ -56,13 +57,19 @@ def preload() -> None:
 def run_command(arguments: Sequence[object], log: Path) -> Outcome:
     """The command line with these arguments, in a child."""
 
-    def command() -> None:
-        from fewstep.cli.main import main
+    return run_child(lambda: _main(arguments), log)
 
-        sys.argv = ["fewstep", *map(str, arguments), "--debug"]
-        main()
 
-    return run_child(command, log)
+def become_command(arguments: Sequence[object], log: Path) -> NoReturn:
+    """Be the command line with these arguments, in a child that was just forked."""
+    _become(lambda: _main(arguments), log)
+
+
+def _main(arguments: Sequence[object]) -> None:
+    from fewstep.cli.main import main
+
+    sys.argv = ["fewstep", *map(str, arguments), "--debug"]
+    main()
 
 
 def run_child(work: Callable[[], object], log: Path) -> Outcome:
@@ -87,8 +94,7 @@ def run_child(work: Callable[[], object], log: Path) -> Outcome:
     return Outcome(code, said, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def _become(work: Callable[[], object], log: Path) -> None:
-    """Never returns."""
+def _become(work: Callable[[], object], log: Path) -> NoReturn:
     code = 70
     try:
         opened = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)

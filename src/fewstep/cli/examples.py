@@ -1,6 +1,10 @@
-"""One command line that works, for the end of each `--help`."""
+"""What all commands have in common: `~` in their paths, and one command line that works at the end of each `--help`."""
+
+from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 EXAMPLES = {
     "train": "fewstep train recipes/my_pictures_dmd2.toml data.images=MY_FOLDER",
@@ -23,9 +27,25 @@ EXAMPLES = {
 }
 
 
+class PathCommand(TyperCommand):
+    """A command whose paths may begin with ~, also where the shell leaves it (`--out=~/pictures`)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
+        return super().invoke(ctx)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_expanded(part) for part in value)
+    return value.expanduser() if isinstance(value, Path) else value
+
+
 def add_examples(*apps: typer.Typer) -> None:
-    """Put its example below the help of every command."""
+    """Put its example below the help of every command, and let its paths begin with ~."""
     for app in apps:
         for command in app.registered_commands:
             name = command.name or (command.callback.__name__ if command.callback is not None else "")
+            command.cls = PathCommand
             command.epilog = f"Example: {EXAMPLES[name]}"
