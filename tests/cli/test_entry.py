@@ -168,12 +168,9 @@ def test_every_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.ENOTDIR, 1)])
-def test_a_full_disk_anywhere_is_one_sentence(monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number), "/disk/file")
-
-    monkeypatch.setattr("fewstep.cli.sample.sample_pictures", full)
-    answer = fewstep("sample", "bundled:fashion-mnist", "--grid", "g.png")
-    assert answer.code == code
-    assert answer.err.count("\n") == 1
-    assert "/disk/file" in answer.err
+def test_a_full_disk_anywhere_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    assert run_main(monkeypatch, OSError(number, os.strerror(number), "/disk/file"), "train") == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/disk/file" in line

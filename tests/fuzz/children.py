@@ -31,18 +31,16 @@ def preload() -> None:
     """Import what the commands import, so that a child begins with it."""
     import datasets  # noqa: F401
     import diffusers
-    import fewstep.cli.commands
-    import fewstep.cli.commands_text
-    import pyarrow.parquet  # noqa: F401
-    import torch
-    import transformers
 
-    import fewstep.cli.convert
-    import fewstep.cli.export
     import fewstep.cli.main
-    import fewstep.cli.sample
     import fewstep.estimate.describe
+    import fewstep.evaluation.measure
     import fewstep.evaluation.report.run_report
+    import fewstep.export.export
+    import fewstep.preparation.convert
+    import fewstep.preparation.embeddings
+    import fewstep.preparation.latents
+    import fewstep.preparation.pairs
     import fewstep.training.run  # noqa: F401
 
     torch.set_num_threads(1)

@@ -259,8 +259,9 @@ def _data(static: Path, subjects: Path) -> None:
 
 def _prepared(static: Path, subjects: Path) -> None:
     """What `prepare` writes, unfinished where a command goes on with it."""
-    from fewstep.formats.lmdb import LATENTS, write_lmdb
+    from fewstep.formats.lmdb import LATENTS
     from tests.formats.test_lmdb import arrays_of
+    from tests.lmdb_files import write_lmdb
 
     def twice(name: str, *arguments: object) -> None:
         command("prepare", *arguments)
