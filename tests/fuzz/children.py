@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,20 +30,16 @@ class Outcome:
 
 def preload() -> None:
     """Import what the commands import, so that a child begins with it."""
-    import datasets  # noqa: F401
     import diffusers
+    import torch
+    import transformers
 
-    import fewstep.cli.main
-    import fewstep.estimate.describe
-    import fewstep.evaluation.measure
-    import fewstep.evaluation.report.run_report
-    import fewstep.export.export
-    import fewstep.preparation.convert
-    import fewstep.preparation.embeddings
-    import fewstep.preparation.latents
-    import fewstep.preparation.pairs
-    import fewstep.training.run  # noqa: F401
-
+    for module in (
+        "datasets", "pyarrow.parquet", "fewstep.cli.main", "fewstep.estimate.describe", "fewstep.evaluation.measure",
+        "fewstep.evaluation.report.run_report", "fewstep.export.export", "fewstep.preparation.convert",
+        "fewstep.preparation.embeddings", "fewstep.preparation.latents", "fewstep.preparation.pairs", "fewstep.training.run",
+    ):  # fmt: skip
+        import_module(module)
     torch.set_num_threads(1)
     names = ("UNet2DConditionModel", "SD3Transformer2DModel", "AutoencoderKL", "DDIMScheduler", "LCMScheduler")
     names += ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
