@@ -98,12 +98,11 @@ def default_sampling() -> list[str]:
 
 
 _KINDS = "Teacher|Generator|TextModel|TextTeacher|TextGenerator|EDMDenoiser|DiffusersDenoiser"
-# the one twin left is cli/commands_text.py: what `prepare` does with prompts
 COUNTS = [
     Count("`isinstance` branches on class or text, teacher or generator, outside families", "25 in ten files, and 4", 0,
           lambda: [row for row in lines(rf"isinstance\(.*\b({_KINDS})\b", outside=("families/",)) if ":assert" not in row
                    and " assert " not in row]),
-    Count("twin modules, one for classes and one for text", "7 pairs", 1, twins),
+    Count("twin modules, one for classes and one for text", "7 pairs", 0, twins),
     Count("modules that reach into one family's folder", "20 named SD3", 0,
           lambda: lines(r"fewstep\.families\.(edm|stable_diffusion|sd3)\b", outside=("families/",))),
     Count("`copy.deepcopy`", "3 files", 0, lambda: lines(r"deepcopy")),

@@ -43,7 +43,7 @@ def prepare_pairs(
                 "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
             )
         with starting():
-            from fewstep.preparation.text_jobs import import_pairs
+            from fewstep.preparation.captioned_jobs import import_pairs
         import_pairs(teacher, from_lmdb, folder, num_pairs=num_pairs, scale=lmdb_scale, device=device)
         return
     with starting():
@@ -69,7 +69,7 @@ def prepare_embeddings(
 ) -> None:  # fmt: skip
     """Store the text embeddings of a prompt list, which text-to-image training draws its conditions from."""
     with starting():
-        from fewstep.preparation.text_jobs import EmbeddingsOptions, make_embeddings
+        from fewstep.preparation.captioned_jobs import EmbeddingsOptions, make_embeddings
     options = EmbeddingsOptions(
         column=column, truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
     )
@@ -104,7 +104,7 @@ def prepare_latents(
     if (from_lmdb is None) == (not images):
         raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
     with starting():
-        from fewstep.preparation.text_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
+        from fewstep.preparation.captioned_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
     if from_lmdb is not None:
         texts = EmbeddingsOptions(
             truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
