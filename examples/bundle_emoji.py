@@ -162,7 +162,7 @@ def bundle_teachers(run: Path, num_images: int, seed: int) -> None:
             teacher, name, bench.classifier, bench.reference, num_images=min(FACTS.curve_images, num_images), seed=seed,
             num_steps=50, guidance_scale=guidance, batch_size=32, prompts=bench.prompts,
         )  # fmt: skip
-        figures[name] = {
+        figures[f"emoji-{name}"] = {
             **found.to_dict(), "num_steps": 50, "guidance_scale": guidance, "on_curve": on_curve.to_dict(),
         }  # fmt: skip
         print(found.sentence(), flush=True)

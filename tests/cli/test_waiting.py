@@ -81,7 +81,7 @@ def gaps_on_a_terminal(code: str, *words: object) -> tuple[int, list[float], str
                 gaps.append(now - last)
             last = now
             seen += part
-        code_of_exit = process.wait(timeout=60)
+        code_of_exit = process.wait(timeout=180)
     os.close(ours)
     return code_of_exit, gaps, seen.decode()
 
@@ -116,7 +116,7 @@ def start(code: str, *words: object) -> "subprocess.Popen[str]":
 def interrupted(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Exit code and last line after Ctrl-C, which must end the process within seconds."""
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=180)
     assert "Traceback" not in err
     return process.returncode, err.splitlines()[-1]
 

@@ -59,7 +59,9 @@ def gib_in(lines: list[str], start: str) -> float:
 def test_dry_run_of_the_published_recipes(empty_place: Path, name: str) -> None:
     answer = fewstep("train", RECIPES / name, "--dry-run")
     assert answer.code == 0
-    assert answer.err == "rehearsing a step and its sample pictures with memory.mode=full ...\n"
+    first, *others = answer.err.splitlines()
+    assert first == "rehearsing a step and its sample pictures with memory.mode=full ..."
+    assert all(line.endswith(" ...") for line in others)
     settings = load_settings(TrainSettings, RECIPES / name)
     assert f"optimizer.generator_lr = {settings.optimizer.generator_lr!r}\n" in answer.out
     assert f"training.batch_size = {settings.training.batch_size}\n" in answer.out

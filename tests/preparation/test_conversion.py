@@ -393,12 +393,12 @@ def test_command_line(tmp_path: Path, edm_bin: Path) -> None:
         return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=300)
 
     done = run(str(edm_bin), str(tmp_path / "out"), "--step-indices", "999")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert all(line.endswith(" ...") for line in done.stderr.splitlines())  # what takes a while on a busy machine
     assert done.stdout == f"{tmp_path / 'out'}: generator, 3x16x16 pictures, 4 classes, steps [999]\n"
     assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").is_file()
     failed = run(str(edm_bin), str(tmp_path / "out"))
     assert failed.returncode == 2
-    assert (
-        failed.stderr
-        == f"fewstep: {tmp_path / 'out'} exists already; choose another output folder, or remove it first\n"
+    assert failed.stderr.splitlines()[-1] == (
+        f"fewstep: {tmp_path / 'out'} exists already; choose another output folder, or remove it first"
     )

@@ -365,7 +365,10 @@ def test_a_few_step_model_is_not_guided(work: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"prompts": ""}}, r"data\.prompts is not set"),
+        (
+            {"data": {"prompts": "", "latents": ""}, "losses": {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}},
+            r"data\.prompts is not set",
+        ),
         ({"data": {"prompts": "nothing.txt"}}, r"nothing\.txt"),
         ({"data": {"latents": ""}}, r"data\.latents is not set"),
         ({"data": {"latents": "LATENTS-sdxl"}}, "another VAE|another encoder"),

@@ -44,7 +44,7 @@ def fused_weights(generator: Model) -> dict[str, Tensor]:
     for path, layer in denoiser.shared.layers.items():
         name = f"{path.removeprefix('network.')}.weight"
         wrapped: Any = layer
-        update = wrapped.get_delta_weight(denoiser.role)
+        update = wrapped.delta_weight(denoiser.role)
         weights[name] = weights[name] + update.to(weights[name])
     return weights
 

@@ -94,6 +94,11 @@ class LoraLayer(nn.Module):
         inner = F.conv2d(x, down, None, base.stride, base.padding, base.dilation)
         return torch.add(y, F.conv2d(inner, up), alpha=self.scale)
 
+    def delta_weight(self, role: str) -> Tensor:
+        """What a role adds to the base's weight, of its shape: (alpha / rank) B A."""
+        down, up = self.parameters_of(role)
+        return (up.flatten(1) @ down.flatten(1)).view(self.weight.shape) * self.scale
+
     def parameters_of(self, role: str) -> tuple[Tensor, Tensor]:
         """A and B of a role."""
         down: Any = self.lora_A[role]
