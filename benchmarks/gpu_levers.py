@@ -171,13 +171,18 @@ def teacher_in_bf16(run: Distillation) -> Iterator[None]:
 def channels_last(run: Distillation) -> Iterator[None]:
     """Weights of convolutions with their channels innermost; activations follow."""
     networks: list[nn.Module] = [run.roles.teacher, run.roles.generator, run.roles.fake_score]
-    for network in networks:
-        network.to(memory_format=torch.channels_last)
+
+    def change(memory_format: torch.memory_format) -> None:
+        for network in networks:
+            network.to(memory_format=memory_format)
+        for update in updates(run):
+            update.optimizer.state.clear()  # a fused optimiser wants its states laid out as the weights are
+
+    change(torch.channels_last)
     try:
         yield
     finally:
-        for network in networks:
-            network.to(memory_format=torch.contiguous_format)
+        change(torch.contiguous_format)
 
 
 @contextmanager

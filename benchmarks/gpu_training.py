@@ -38,9 +38,9 @@ def _train(bench: Any, command: str, minutes: float, folder: Path, page: str) ->
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures: dict[str, Any] = json.loads((folder / "report.json").read_text())
     distances = {
-        f"{role} Frechet distance": figures[role].get("frechet_distance")
-        for role in ("teacher", "generator") if isinstance(figures.get(role), dict)
-    }  # fmt: skip
+        f"{role} Frechet distance": (figures[role].get("trained") or figures[role]).get("frechet_distance")
+        for role in ("teacher", "generator")
+    }
     bench.add(
         command=command, minutes=minutes, steps=rows[-1].get("step", len(rows)) if rows else 0, **distances,
         **{"seconds in all": time.monotonic() - started},

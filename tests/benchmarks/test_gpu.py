@@ -125,7 +125,7 @@ def test_levers_leave_the_run_as_it_was() -> None:
     before = {name: value.clone() for name, value in built.roles.teacher.state_dict().items()}
     for context in (gpu_levers.channels_last(built), gpu_levers.tf32(built), gpu_levers.unfused_optimizers(built)):
         with context:
-            pass
+            gpu_runs.run_cycle(gpu_runs.our_step(built), gpu_runs.real_batch(built, 2, "cpu"), 2, "cpu")
     assert built.roles.teacher.compute_dtype == torch.bfloat16
     assert not torch.backends.cuda.matmul.allow_tf32
     assert built.generator_update.optimizer.param_groups[0]["fused"]
