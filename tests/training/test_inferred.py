@@ -99,3 +99,14 @@ def test_a_run_stores_what_was_found_and_goes_on_with_it(pictures: Path, tmp_pat
         tmp_path / "teacher", pictures, tmp_path / "student", training={"num_steps": 1}, data={"images": str(pictures)}
     ))  # fmt: skip
     assert done.settings.data.fit == "pad"
+
+
+def test_a_parquet_file_is_looked_at(tmp_path: Path) -> None:
+    import datasets
+
+    folder_of(tmp_path / "pictures", 28, "L", 0)
+    rows = {"image": [str(path) for path in sorted((tmp_path / "pictures").glob("*.png"))], "label": [2, 0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    look = look_at_pictures(DataSettings(images=str(tmp_path / "x.parquet")))
+    assert (look.channels, look.num_classes) == (1, 3)

@@ -51,13 +51,10 @@ def look_at_pictures(settings: "DataSettings") -> Look:
         listing = list_pictures_below(path, settings.split, f"data.images={settings.images}")
         rows: list[dict[str, Any]] = [{"path": str(listing.paths[number])} for number in _spread(len(listing.names))]
         return Look(*_size_and_channels(rows), *_classes_of_listing(listing, settings.label_column))
-    import datasets
-
     table = open_table(settings)
     column = image_column(table, settings)
     num_classes, labelled_by = _classes_of_table(table, settings.label_column)
-    table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-    rows = TableRows(table, column).encoded(_spread(len(table)))
+    rows = TableRows(table, column, f"data.images={settings.images}").encoded(_spread(len(table)))
     return Look(*_size_and_channels(rows), num_classes, labelled_by)
 
 
