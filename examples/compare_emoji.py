@@ -56,7 +56,7 @@ def measure(bench: Bench, source: str, model: Model, options: argparse.Namespace
     """Figures of one model: shipped ones of a bundled teacher, else measured."""
     if not model.is_generator and source.startswith(f"{BUNDLED}emoji-") and not options.measure_teachers:
         shipped = json.loads(bundled_path("emoji/teacher_measurement.json").read_text(encoding="utf-8"))
-        return Measurement.from_dict(shipped[source.removeprefix(f"{BUNDLED}emoji-")])
+        return Measurement.from_dict(shipped[source.removeprefix(BUNDLED)])
     return bench.measure(
         model, Path(source).name, num_images=options.num_images, seed=options.seed, num_steps=options.teacher_steps,
         guidance_scale=options.guidance_scale,

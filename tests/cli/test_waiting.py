@@ -109,8 +109,9 @@ def test_no_command_is_silent(teacher_folder: Path, pictures: Path, recipe: Path
 
 def start(code: str, *words: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs begin without Ctrl-C
+    )  # fmt: skip
 
 
 def interrupted(process: "subprocess.Popen[str]") -> tuple[int, str]:

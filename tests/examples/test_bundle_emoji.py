@@ -57,17 +57,17 @@ def test_teachers_are_copied_and_measured(work: Path) -> None:
         path = "unet/diffusion_pytorch_model.safetensors"
         copy, original = load_file(work / "assets/emoji" / name / path), load_file(work / "run" / name / path)
         assert all(torch.equal(copy[key], original[key]) for key in copy | original)
-        found = Measurement.from_dict(figures[name])
+        found = Measurement.from_dict(figures[f"emoji-{name}"])
         assert (found.num_images, found.evaluations_per_image, found.values["agreement"].num_images) == (6, 50, 4)
-        assert figures[name]["guidance_scale"] == 4.0
-        assert found.to_dict() == {key: figures[name][key] for key in found.to_dict()}
-        assert Measurement.from_dict(figures[name]["on_curve"]).num_images == 6
+        assert figures[f"emoji-{name}"]["guidance_scale"] == 4.0
+        assert found.to_dict() == {key: figures[f"emoji-{name}"][key] for key in found.to_dict()}
+        assert Measurement.from_dict(figures[f"emoji-{name}"]["on_curve"]).num_images == 6
 
 
 def test_provenance_says_what_was_found(work: Path) -> None:
     text = (work / "assets/emoji/PROVENANCE.md").read_text()
     figures = json.loads((work / "assets/emoji/teacher_measurement.json").read_text())
-    assert f"{figures['sdxl']['frechet_distance']:.3f} (6)" in text
+    assert f"{figures['emoji-sdxl']['frechet_distance']:.3f} (6)" in text
     assert "python examples/bundle_emoji.py" in text
     assert "Apache License 2.0" in text
     assert "{" not in text

@@ -48,7 +48,7 @@ def test_picture_and_table(
     )
     assert rows == [("teacher", "50"), ("4 steps", "4"), ("real held-out pictures", "-")]
     found = json.loads((tmp_path / "a/compared.json").read_text())
-    shipped = json.loads((made[0] / "emoji/teacher_measurement.json").read_text())["sd"]
+    shipped = json.loads((made[0] / "emoji/teacher_measurement.json").read_text())["emoji-sd"]
     assert found["teacher"]["frechet_distance"] == shipped["frechet_distance"]
     assert found["4 steps"]["num_images"] == 6
     script.main([*models, "--names", "teacher", "4 steps", "--out", str(tmp_path / "b"), "--seed", "1", *SMALL])
