@@ -92,7 +92,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "tiny.toml"
 
 
-@pytest.mark.slow
+@pytest.mark.long  # by the clock, so on a machine that does nothing else
 def test_no_command_is_silent(teacher_folder: Path, pictures: Path, recipe: Path, tmp_path: Path) -> None:
     commands = [
         ["sample", teacher_folder, "--num-images", 2, "--teacher-steps", 2, "--grid", tmp_path / "a.png", "--device", "cpu"],

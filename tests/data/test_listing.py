@@ -131,4 +131,4 @@ def test_ten_thousand_pictures_are_listed_in_a_moment(tmp_path: Path) -> None:
             (tmp_path / f"{folder}/{number}.png").touch()
     started = time.perf_counter()
     assert len(list_pictures_below(tmp_path).names) == 10_000
-    assert time.perf_counter() - started < 2  # 0.1 s on a quiet machine; 15 s by pattern
+    assert time.perf_counter() - started < 7  # 0.1 s on a quiet machine; 15 s by pattern
