@@ -10,8 +10,9 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
+from fewstep.families.diffusers_denoiser import plain_config
+from fewstep.families.registry import build_denoiser
 from fewstep.families.sd3.denoiser import SD3Denoiser
-from fewstep.families.stable_diffusion.denoiser import plain_config
 from tests.conftest import relative_error
 from tests.tiny_networks import tiny_condition, tiny_text_denoiser
 
@@ -99,7 +100,7 @@ def test_schedule_is_the_models_own() -> None:
 def test_description_round_trip() -> None:
     denoiser = sd3(resolution=24)
     text = json.dumps(denoiser.describe())
-    again = SD3Denoiser.from_description(json.loads(text)).eval()
+    again = build_denoiser(json.loads(text)).eval()
     assert json.loads(json.dumps(again.describe())) == json.loads(text)
     assert again.image_shape == (4, 12, 12)
     again.load_state_dict(denoiser.state_dict())

@@ -10,7 +10,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
-from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser, discrete_alphas_cumprod, plain_config
+from fewstep.families.diffusers_denoiser import plain_config
+from fewstep.families.registry import build_denoiser
+from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser, discrete_alphas_cumprod
 from tests.conftest import relative_error
 from tests.tiny_networks import tiny_condition, tiny_text_denoiser
 
@@ -144,7 +146,7 @@ def test_bottleneck_shape_of_three_levels() -> None:
 def test_description_round_trip(family: str, prediction_type: str) -> None:
     denoiser = unet_denoiser(family, prediction_type, resolution=24)
     text = json.dumps(denoiser.describe())
-    again = DiffusersUNetDenoiser.from_description(json.loads(text)).eval()
+    again = build_denoiser(json.loads(text)).eval()
     assert json.loads(json.dumps(again.describe())) == json.loads(text)
     assert again.image_shape == (4, 12, 12)
     again.load_state_dict(denoiser.state_dict())

@@ -27,7 +27,8 @@ class DiffusersDenoiser(Denoiser):
 
     Args:
         network: the diffusers model, kept under `network` with its own keys.
-        schedule: noise schedule the network was trained with.
+        scheduler_config: of the model's scheduler, as its folder has it.
+        schedule: noise schedule the network was trained with, as that config says.
         prediction: what the network predicts.
         image_shape: (C, H, W) of the latents.
 
@@ -40,12 +41,14 @@ class DiffusersDenoiser(Denoiser):
     """
 
     family: str
+    network: Any  # diffusers models carry no types
     latent_multiple: int
     max_latent_size: int
 
     def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, prediction: Prediction, image_shape: tuple[int, int, int]
-    ) -> None:
+        self, network: nn.Module, scheduler_config: dict[str, Any], schedule: NoiseSchedule, prediction: Prediction,
+        image_shape: tuple[int, int, int],
+    ) -> None:  # fmt: skip
         super().__init__()
         if prediction == "epsilon" and isinstance(schedule, DiscreteSchedule) and not schedule.has_signal_everywhere:
             raise ValueError(
@@ -53,6 +56,7 @@ class DiffusersDenoiser(Denoiser):
                 "no image follows from its prediction there; use a v-prediction model"
             )
         self.network = network
+        self.scheduler_config = dict(scheduler_config)
         self.noise_schedule = schedule
         self.prediction: Prediction = prediction
         self.image_shape = image_shape
@@ -86,6 +90,12 @@ class DiffusersDenoiser(Denoiser):
         for block in self.blocks():  # `run_network` calls the blocks, never the network as a whole
             block.compile()
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
+            "latent_size": self.image_shape[1],
+        }  # fmt: skip
+
     @property
     def own_prefix(self) -> str:
         return "network."
@@ -115,7 +125,7 @@ class DiffusersDenoiser(Denoiser):
             )
 
     def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
-        self.network.enable_gradient_checkpointing(checkpoint or plain_checkpoint)  # type: ignore[operator]
+        self.network.enable_gradient_checkpointing(checkpoint or plain_checkpoint)
 
     def _alpha_sigma(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (B,) in float64 where the device has it."""

@@ -2,6 +2,8 @@
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +100,8 @@ class DiffusersFamily(Family):
         scheduler, size = self._scheduler(folder), self._latent_size(folder, resolution)
         self._refuse_other_networks(folder, kind)
         weights = load_component(kind, folder / self.component)
-        try:
+        with _understood(folder):
             return self.build_around(weights.float(), scheduler, size)
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{folder}: {error}") from error
-        except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
-            raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         from fewstep.networks.components import describe_component
@@ -112,12 +110,8 @@ class DiffusersFamily(Family):
         scheduler = self._scheduler(folder)
         self._refuse_other_networks(folder, kind)
         untrained = describe_component(kind, folder / self.component)
-        try:
+        with _understood(folder):
             return self.build_around(untrained, scheduler, size).describe()
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{folder}: {error}") from error
-        except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
-            raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
 
     def describe_released(self, name: str, resolution: int = 0) -> Description:
         if resolution % _RELEASED_FACTOR:
@@ -225,6 +219,17 @@ class DiffusersFamily(Family):
         if resolution % factor:
             raise UserError(f"teacher.resolution={resolution} is not a multiple of the VAE's factor {factor}")
         return resolution // factor
+
+
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """Name the folder whose configs describe no model; raises UserError."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
+        raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
 
 
 def _need_libraries(name: str) -> Any:

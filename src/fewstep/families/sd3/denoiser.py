@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import FlowSchedule
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.sd3.shapes import LORA_TARGETS
 
 
@@ -29,7 +28,6 @@ class SD3Denoiser(DiffusersDenoiser):
 
     family = "sd3"
     lora_targets = LORA_TARGETS
-    network: Any  # diffusers models carry no types
 
     def __init__(self, transformer: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = transformer.config
@@ -57,8 +55,7 @@ class SD3Denoiser(DiffusersDenoiser):
         if not 0 < shift < 1e6:
             raise ValueError(f"the scheduler's shift={shift:g} gives no noise schedule; SD 3 has 3")
         schedule = FlowSchedule(shift, levels)
-        super().__init__(transformer, schedule, "flow", (config.in_channels, size, size))
-        self.scheduler_config = dict(scheduler_config)
+        super().__init__(transformer, scheduler_config, schedule, "flow", (config.in_channels, size, size))
         self.latent_multiple = config.patch_size
         self.max_latent_size = config.patch_size * config.pos_embed_max_size
         side = size // config.patch_size
@@ -93,15 +90,3 @@ class SD3Denoiser(DiffusersDenoiser):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.network.transformer_blocks)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
-            "latent_size": self.image_shape[1],
-        }  # fmt: skip
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "SD3Denoiser":
-        """Build an untrained model from `describe`'s dict."""
-        transformer = SD3Transformer2DModel.from_config(description["network"])
-        return cls(transformer, description["scheduler"], int(description["latent_size"]))

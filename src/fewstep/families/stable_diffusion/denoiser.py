@@ -3,13 +3,12 @@
 from typing import Any, cast, get_args
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Want
 from fewstep.diffusion.schedules import DiscreteSchedule
-from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.prediction import Prediction
 from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS
@@ -29,7 +28,6 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
 
     family = "diffusers-unet"
     lora_targets = LORA_TARGETS
-    network: Any  # diffusers models carry no types
 
     def __init__(self, unet: Any, scheduler_config: dict[str, Any], latent_size: int = 0) -> None:
         config = unet.config
@@ -41,8 +39,9 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
                 f"the scheduler's prediction_type={prediction!r} is not supported; epsilon and v_prediction are"
             )
         schedule = DiscreteSchedule(discrete_alphas_cumprod(scheduler_config))
-        super().__init__(unet, schedule, cast(Prediction, prediction), (config.in_channels, size, size))
-        self.scheduler_config = dict(scheduler_config)
+        super().__init__(
+            unet, scheduler_config, schedule, cast(Prediction, prediction), (config.in_channels, size, size)
+        )
         self.latent_multiple, self.max_latent_size = 2 ** (len(config.down_block_types) - 1), 0
         for _ in config.down_block_types[:-1]:
             size = -(-size // 2)
@@ -94,18 +93,6 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
-            "latent_size": self.image_shape[1],
-        }  # fmt: skip
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "DiffusersUNetDenoiser":
-        """Build an untrained model from `describe`'s dict."""
-        unet = UNet2DConditionModel.from_config(description["network"])
-        return cls(unet, description["scheduler"], int(description["latent_size"]))
 
 
 _REASONS = {
