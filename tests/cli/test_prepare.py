@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
@@ -31,6 +33,12 @@ def run(*words: object) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def refused(*words: object) -> str:
+    with pytest.raises(UserError) as error:
+        run(*words)
+    return str(error.value)
 
 
 def test_embeddings(teacher: Path, tmp_path: Path) -> None:
@@ -148,3 +156,24 @@ def test_one_source_must_be_named(teacher: Path, tmp_path: Path) -> None:
             run("latents", teacher, tmp_path / "l", *words)
     with pytest.raises(UserError, match="--fit stretch: choose crop, pad or exact"):
         run("latents", teacher, tmp_path / "l", "--images", tmp_path, "--fit", "stretch")
+
+
+def test_options_that_an_lmdb_would_not_read_are_refused(tmp_path: Path) -> None:
+    told = refused("latents", "bundled:emoji-sd", tmp_path / "l", "--from-lmdb", tmp_path, "--num-images", 3)
+    assert "takes all of its latents as they are: leave out" in told
+    told = refused("latents", "bundled:emoji-sd", tmp_path / "l", "--images", tmp_path, "--lmdb-scale", 2)
+    assert "--lmdb-scale 2 is of --from-lmdb" in told
+
+
+def test_the_background_is_a_setting(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for number in range(2):
+        Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / f"p/{number}.png")
+    common = ["--features", "bundled:fashion-mnist", "--resolution", 28, "--channels", 1, "--fit", "pad"]
+    means = []
+    for colour in ("white", "black"):
+        run("statistics", tmp_path / "p", tmp_path / "s.npz", *common, "--background", colour)
+        means.append(np.load(tmp_path / "s.npz")["mu"])
+    assert abs(means[0] - means[1]).max() > 1e-3
+    told = refused("statistics", tmp_path / "p", tmp_path / "s.npz", *common, "--background", "whitish")
+    assert "data.background='whitish' is not a colour" in told

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.listing import list_pictures_below
-from fewstep.data.tables import split_files
+from fewstep.data.tables import has_split, picture_tables, split_files
 from fewstep.errors import UserError
 
 
@@ -132,3 +133,63 @@ def test_ten_thousand_pictures_are_listed_in_a_moment(tmp_path: Path) -> None:
     started = time.perf_counter()
     assert len(list_pictures_below(tmp_path).names) == 10_000
     assert time.perf_counter() - started < 7  # 0.1 s on a quiet machine; 15 s by pattern
+
+
+def test_pipes_and_devices_are_no_pictures(tmp_path: Path) -> None:
+    """Reading a pipe that nobody writes to never ends."""
+    write(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.symlink("/dev/zero", tmp_path / "c.png")
+    assert list_pictures_below(tmp_path).names == ["a.png"]
+
+
+def test_metadata_beside_the_splits(tmp_path: Path) -> None:
+    write(tmp_path, "train/0.png", "train/1.png", "test/0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/0.png,3\ntest/0.png,4\n")
+    for split, row in (("train", {"0.png": {"label": "3"}}), ("test", {"0.png": {"label": "4"}})):
+        assert list_pictures_below(tmp_path, split).metadata == row
+
+
+def test_a_comma_without_quotes_is_noticed(tmp_path: Path) -> None:
+    """A caption would end at it."""
+    write(tmp_path, "0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat, sitting\n")
+    assert "line 2 has 3 values, the first line names 2 columns" in refused(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\n0.png,"a cat, sitting"\n')
+    assert list_pictures_below(tmp_path).metadata == {"0.png": {"text": "a cat, sitting"}}
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n0.png,a,b\n")
+    assert "names column 'text' more than once" in refused(tmp_path)
+
+
+def test_pictures_that_are_not_read_are_counted_apart(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.HEIC", "c.jxl", "d.txt")
+    assert list_pictures_below(tmp_path).sentence() == (
+        "1 picture; 3 files left out: 1 not pictures (.txt), 2 pictures of kinds that are not read (.heic, .jxl)"
+    )
+
+
+def test_pictures_and_tables_in_one_folder(tmp_path: Path) -> None:
+    """One of them would be left out."""
+    write(tmp_path, "a.png", "sub/captions.parquet")
+    with pytest.raises(UserError, match=r"has pictures .a.png, .... and tables .sub/captions.parquet, ...."):
+        picture_tables(tmp_path, "there")
+    with pytest.raises(UserError, match="pictures"):
+        open_captioned_images(str(tmp_path))
+
+
+def test_captions_beside_pictures_below_a_link(tmp_path: Path) -> None:
+    elsewhere = write(tmp_path / "elsewhere", "0.png", "0.TXT")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/link").symlink_to(elsewhere)
+    captions = [row.caption for row in open_captioned_images(str(tmp_path / "set")).rows(0)]
+    assert captions == ["words"]
+
+
+def test_whether_there_is_a_split(tmp_path: Path) -> None:
+    write(tmp_path / "pictures", "train/0.png", "test/0.png")
+    write(tmp_path / "tables", "train-0.parquet", "val-0.parquet")
+    write(tmp_path, "alone.parquet")
+    assert has_split(tmp_path / "pictures", "test")
+    assert has_split(tmp_path / "tables", "validation")
+    assert not has_split(tmp_path / "tables", "test")
+    assert not has_split(tmp_path / "alone.parquet", "test")

@@ -1,6 +1,8 @@
 """Decoded pixels are what a viewer shows."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,53 @@ def test_a_row_without_a_picture() -> None:
     for row in ({}, {"bytes": None, "path": None}):
         with pytest.raises(UserError, match="picture p is missing"):
             decode_picture(row, "p", 4, 3, "pad")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "RGB", "I;16"])
+def test_a_tiff_that_is_turned(mode: str, tmp_path: Path) -> None:
+    """Pillow maps some of them into memory and garbles them (12.3: orientations 5 to 8, uncompressed, by path)."""
+    upright = Image.fromarray(np.repeat(np.arange(24, dtype=np.uint8)[None] * 10, 16, 0))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(stored).astype(np.uint16) * 257)
+    stored = stored if mode == "I;16" else stored.convert(mode)
+    stored.save(tmp_path / "p.tif", tiffinfo={274: 6})
+    found = decode_picture({"path": str(tmp_path / "p.tif")}, "p", 24, 1, "pad")
+    np.testing.assert_allclose(found[0, 4:20].astype(int), np.asarray(upright).astype(int), atol=2)
+
+
+def tiff(pixels: np.ndarray, tags: dict[int, int]) -> bytes:
+    """An uncompressed grey TIFF of one strip with these tags."""
+    content, height, width = pixels.tobytes(), *pixels.shape
+    known = {256: width, 257: height, 258: pixels.itemsize * 8, 259: 1, 262: 1, 277: 1, 278: height, 279: len(content)}
+    entries = sorted({**known, **tags, 273: 8 + 2 + 12 * (len({**known, **tags}) + 1) + 4}.items())
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + content
+
+
+def test_what_a_tiff_says_of_its_pixels() -> None:
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
+    for pixels in (values, (values / 65535).astype(np.float32)):
+        kind = {339: 3} if pixels.dtype == np.float32 else {}
+        black_is_zero, white_is_zero = (
+            decode_picture({"bytes": tiff(pixels, {**kind, 262: photometric})}, "p", 4, 1, "exact")
+            for photometric in (1, 0)
+        )
+        np.testing.assert_array_equal(black_is_zero, 255 - white_is_zero)
+        np.testing.assert_allclose(black_is_zero[0], values / 257, atol=1)
+    with pytest.raises(UserError, match="picture p has signed pixels"):
+        decode_picture({"bytes": tiff(np.zeros((4, 4), np.int8), {339: 2})}, "p", 4, 1, "exact")
+
+
+def test_sixteen_bit_grey_with_a_transparent_value() -> None:
+    pixels = np.full((4, 4), 300 * 64, np.uint16)
+    pixels[0] = 1000
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    plain = buffer.getvalue()
+    chunk = b"tRNS" + struct.pack(">H", 1000)
+    place = plain.index(b"IDAT") - 4
+    told = plain[:place] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[place:]
+    found = decode_picture({"bytes": told}, "p", 4, 1, "exact")[0]
+    assert (found[0] == 255).all()
+    assert (found[1:] == 75).all()

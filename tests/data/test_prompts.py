@@ -149,3 +149,11 @@ def test_damaged_tables(tmp_path: Path) -> None:
 def test_a_hostile_pickle(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")
     assert "asks for the global 'os.system'" in refused(tmp_path / "a.pkl")
+
+
+def test_a_comma_without_quotes_is_noticed(tmp_path: Path) -> None:
+    """The prompt would end at it."""
+    (tmp_path / "a.csv").write_text("text\na cat, sitting\n")
+    assert "line 2 has 2 values, the first line names 1 columns" in refused(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('text\n"a cat, sitting"\n')
+    assert load_prompts(tmp_path / "a.csv") == ["a cat, sitting"]

@@ -49,15 +49,14 @@ def preload() -> None:
         getattr(transformers, name)
 
 
-def run_command(arguments: Sequence[object], log: Path) -> Outcome:
-    """The command line with these arguments, in a child."""
+def run_command(arguments: Sequence[object], log: Path, cpu_seconds: int = CPU_SECONDS) -> Outcome:
+    """The command line with these arguments, in a child that may take so much of the processor."""
+    return run_child(lambda: _main(arguments), log, cpu_seconds)
 
-    return run_child(lambda: _main(arguments), log)
 
-
-def become_command(arguments: Sequence[object], log: Path) -> NoReturn:
+def become_command(arguments: Sequence[object], log: Path, cpu_seconds: int = CPU_SECONDS) -> NoReturn:
     """Be the command line with these arguments, in a child that was just forked."""
-    _become(lambda: _main(arguments), log)
+    _become(lambda: _main(arguments), log, cpu_seconds)
 
 
 def _main(arguments: Sequence[object]) -> None:
@@ -67,14 +66,14 @@ def _main(arguments: Sequence[object]) -> None:
     main()
 
 
-def run_child(work: Callable[[], object], log: Path) -> Outcome:
+def run_child(work: Callable[[], object], log: Path, cpu_seconds: int = CPU_SECONDS) -> Outcome:
     """Any work in a child that writes to `log`, within the limits."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _become(work, log)
-    deadline = time.monotonic() + WALL_SECONDS
+        _become(work, log, cpu_seconds)
+    deadline = time.monotonic() + WALL_SECONDS * cpu_seconds / CPU_SECONDS
     while True:
         pid, status, usage = os.wait4(child, os.WNOHANG)
         if pid:
@@ -89,7 +88,7 @@ def run_child(work: Callable[[], object], log: Path) -> Outcome:
     return Outcome(code, said, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def _become(work: Callable[[], object], log: Path) -> NoReturn:
+def _become(work: Callable[[], object], log: Path, cpu_seconds: int) -> NoReturn:
     code = 70
     try:
         opened = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
@@ -101,7 +100,7 @@ def _become(work: Callable[[], object], log: Path) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             work()
             code = 0

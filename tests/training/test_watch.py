@@ -96,3 +96,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     watch = Watch(Figures(), tmp_path / "best.json", every_steps(2), console=silent())
     with pytest.raises(UserError, match=r"best\.json is damaged \(.*\); remove it to measure from here on"):
         watch.resume(2, 2.0)
+
+
+def test_a_continued_run_writes_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    whole = Watch(Figures(5.0, 4.0), path, every_steps(2), console=silent())
+    for step in range(1, 5):
+        whole(step, float(step))
+    content = path.read_bytes()
+    begun = Watch(Figures(5.0), path, every_steps(2), console=silent())
+    for step in range(1, 3):
+        begun(step, float(step))
+    again = Watch(Figures(4.0), path, every_steps(2), console=silent())
+    again.resume(2, 2.0)
+    for step in range(3, 5):
+        again(step, float(step))
+    assert path.read_bytes() == content

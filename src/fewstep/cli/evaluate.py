@@ -16,6 +16,7 @@ def evaluate(
     images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
     split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
     num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the generated pictures")] = 0,
@@ -30,7 +31,7 @@ def evaluate(
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(
-        features=features, reference=reference, images=images, split=split, fit=fit,
+        features=features, reference=reference, images=images, split=split, fit=fit, background=background,
         prompts=tuple(read_prompts([], prompts)), num_images=num_images, seed=seed, batch_size=batch_size,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
     )  # fmt: skip

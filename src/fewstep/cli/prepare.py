@@ -88,6 +88,7 @@ def prepare_latents(
     caption_column: Annotated[str, typer.Option(help="where the captions are; default: txt in tars, text elsewhere")] = "",
     resolution: Annotated[int, typer.Option(min=0, help="side in pixels; 0 is the teacher's own")] = 0,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed, as published; default: its mean")] = None,
     captions: Annotated[str, typer.Option(help="embeddings, or text: nothing but the words, which training then encodes at each step")] = "embeddings",
     num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
@@ -103,16 +104,24 @@ def prepare_latents(
         raise UserError(f"--captions {captions}: choose embeddings or text")
     if (from_lmdb is None) == (not images):
         raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
+    if lmdb_scale is not None and from_lmdb is None:
+        raise UserError(f"--lmdb-scale {lmdb_scale:g} is of --from-lmdb: leave it out")
     with starting():
         from fewstep.preparation.captioned_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
     if from_lmdb is not None:
+        of_pictures = (split, caption_column, resolution, fit, background, noise_seed, num_images, streaming, skip_bad)
+        if of_pictures != ("train", "", 0, "crop", "white", None, None, False, False):
+            raise UserError(
+                "--from-lmdb takes all of its latents as they are: leave out --split, --caption-column, --resolution, --fit, "
+                "--background, --noise-seed, --num-images, --streaming and --skip-bad"
+            )
         texts = EmbeddingsOptions(
             truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
         )
         import_latents(teacher, from_lmdb, folder, texts, scale=lmdb_scale, captions=captions)
         return
     options = LatentsOptions(
-        split=split, caption_column=caption_column, resolution=resolution, fit=fit, noise_seed=noise_seed,
+        split=split, caption_column=caption_column, resolution=resolution, fit=fit, background=background, noise_seed=noise_seed,
         num_images=num_images, streaming=streaming, skip_bad=skip_bad, truncate=truncate_prompts, shard_size=shard_size,
         batch_size=batch_size, captions=captions, device=device,
     )  # fmt: skip
@@ -128,6 +137,7 @@ def prepare_features(
     resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
     channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
     flip: Annotated[bool, typer.Option(help="mirror half of the pictures")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -138,7 +148,7 @@ def prepare_features(
     with starting():
         from fewstep.preparation.jobs import FeaturesOptions, PicturesOptions, make_features
     options = FeaturesOptions(
-        PicturesOptions(images, resolution=resolution, channels=channels, fit=fit), num_classes=num_classes,
+        PicturesOptions(images, resolution=resolution, channels=channels, fit=fit, background=background), num_classes=num_classes,
         num_passes=num_passes, flip=flip, seed=seed, name=name, device=device,
     )  # fmt: skip
     make_features(folder, options)
@@ -154,10 +164,13 @@ def prepare_statistics(
     resolution: Annotated[int, typer.Option(min=8)] = 32,
     channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
+    background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write the feature statistics of real pictures, once, for `evaluate --reference`."""
     with starting():
         from fewstep.preparation.jobs import PicturesOptions, make_statistics
-    pictures = PicturesOptions(images, split=split, resolution=resolution, channels=channels, fit=fit)
+    pictures = PicturesOptions(
+        images, split=split, resolution=resolution, channels=channels, fit=fit, background=background
+    )
     make_statistics(out, features, pictures, device)

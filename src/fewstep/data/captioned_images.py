@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.data.listing import Listing, list_pictures_below
+from fewstep.data.listing import Listing, is_picture, list_pictures_below, walk_files
 from fewstep.data.prompts import check_column
-from fewstep.data.tables import load_parquet, parquet_files, split_files, tell, unreadable
+from fewstep.data.tables import load_parquet, picture_tables, split_files, tell, unreadable
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
 from fewstep.formats.source import Source
@@ -107,13 +107,20 @@ def open_captioned_images(
     path = Path(source).expanduser()
     tars = [path] if path.suffix.lower() == ".tar" else []
     if path.is_dir():
-        tars = sorted(file for file in path.iterdir() if file.suffix.lower() == ".tar")
+        files = list(walk_files(path))
+        tars = sorted(path / name for name in files if name.lower().endswith(".tar"))
+        pictures = [name for name in files if is_picture(name)]
+        if tars and pictures:
+            raise UserError(
+                f"{source} has pictures ({pictures[0]}, ...) and tars ({tars[0].name}, ...), and only one of them can be the "
+                "set; name the file or folder that is"
+            )
     if tars:
         for tar in tars:
             check_tar(tar)
         column = caption_column or "txt"
         return CaptionedImages(source, split, TarRows(tars, column), "image", column, None)
-    if path.is_dir() and not parquet_files(path):
+    if path.is_dir() and not picture_tables(path, source):
         return _open_folder(source, path, split, caption_column, streaming)
     return _open_table(source, path, split, caption_column, streaming)
 
@@ -126,16 +133,23 @@ def _open_folder(source: str, path: Path, split: str, caption_column: str, strea
         listing = listing.without(missing, "without a row in the metadata")
         captions = [listing.metadata[name].get(column) for name in listing.names]
     else:
-        beside = {file.with_suffix(""): file for file in listing.root.rglob("*") if file.suffix.lower() == ".txt"}
-        listing_names = {name for name in listing.names if (listing.root / name).with_suffix("") not in beside}
-        if caption_column or len(listing_names) == len(listing.names):
+        beside = captions_beside(listing)
+        without = set(listing.names) - beside.keys()
+        if caption_column or len(without) == len(listing.names):
             hint = " (captions of a folder belong into its metadata.jsonl, or into NAME.txt beside NAME.png)"
             check_column([*listing.columns, "image"], column, f"{source}{hint}", "--caption-column")
-        listing = listing.without(listing_names, "without a text file beside it")
-        captions = [_read_caption(beside[(listing.root / name).with_suffix("")]) for name in listing.names]
+        listing = listing.without(without, "without a text file beside it")
+        captions = [_read_caption(beside[name]) for name in listing.names]
     tell(f"{source}: {listing.sentence()}")
     rows = FolderOfCaptions(listing, captions)
     return CaptionedImages(source, split, rows, "image", "text", None if streaming else len(rows))
+
+
+def captions_beside(listing: Listing) -> dict[str, Path]:
+    """{picture: the text file of the same name beside it}, for the pictures that have one."""
+    texts = {name.rpartition(".")[0]: name for name in walk_files(listing.root) if name.lower().endswith(".txt")}
+    stems = {name: name.rpartition(".")[0] for name in listing.names}
+    return {name: listing.root / texts[stem] for name, stem in stems.items() if stem in texts}
 
 
 def _read_caption(path: Path) -> str:

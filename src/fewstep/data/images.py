@@ -1,6 +1,5 @@
 """Folders, parquet files, hub sets (through `datasets`) and LMDBs of pictures as uint8 tensors of one size."""
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.listing import Listing, list_pictures_below
-from fewstep.data.pictures import decode_picture
+from fewstep.data.pictures import FirstAnimation, check_colour, decode_picture
 from fewstep.data.tables import (
     FolderRows,
     PictureRows,
@@ -21,7 +20,7 @@ from fewstep.data.tables import (
     check_labels,
     image_column,
     open_table,
-    parquet_files,
+    picture_tables,
     table_labels,
     tell,
 )
@@ -51,7 +50,7 @@ class ImageDataset:
         self._rows, self._length = rows, length if rows is None else len(rows)
         self.labels, self.class_names = labels, class_names
         self.resolution, self.channels, self.fit, self.background = resolution, channels, fit, background
-        self._report, self._told, self._lock = report, False, threading.Lock()
+        self._animation = FirstAnimation(report)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
         self._decoded: Tensor | None = None
         if len(self) * channels * resolution**2 <= _MEMORY_LIMIT_BYTES:
@@ -90,16 +89,10 @@ class ImageDataset:
 
     def _decode_chunk(self, indices: Sequence[int]) -> np.ndarray:
         assert self._rows is not None
-        options = self.resolution, self.channels, self.fit, self.background, self._tell_of_animation
+        options = self.resolution, self.channels, self.fit, self.background, self._animation
         rows = self._rows.encoded(indices)
         names = [self._rows.name(index, row) for row, index in zip(rows, indices, strict=True)]
         return np.stack([decode_picture(row, name, *options) for row, name in zip(rows, names, strict=True)])
-
-    def _tell_of_animation(self, name: str) -> None:
-        with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            self._report(f"{name} is an animation: of it, and of any others, the first frame is taken")
 
 
 def _chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -137,11 +130,12 @@ def load_images(
         UserError: nothing there, no pictures, no labels where the model needs them, labels outside the model's
             classes, a picture that does not decode or fit.
     """
+    check_colour(settings.background, "data.background")
     if settings.images and (Path(settings.images).expanduser() / "data.mdb").is_file():
         return _load_lmdb(settings, resolution, channels, num_classes)
     size = (resolution, channels, settings.fit, settings.background)
     path = Path(settings.images).expanduser()
-    if settings.images and path.is_dir() and not parquet_files(path):
+    if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
         where = f"data.images={settings.images}"
         with busy(Console(stderr=True), f"Listing the pictures of {settings.images}"):
             listing = list_pictures_below(path, settings.split, where)

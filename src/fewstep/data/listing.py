@@ -4,10 +4,9 @@ Every picture below the folder is taken, in the order of its path. Nothing follo
 divided into splits only where all of its pictures lie in folders named like splits ("train", "test", ...).
 """
 
-import csv
 import hashlib
-import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,13 +14,17 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fewstep.data.metadata import METADATA, metadata_of
 from fewstep.errors import UserError
 
 PICTURES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-)
+    {
+        ".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".pjpeg", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+        ".avif", ".jp2", ".tga", ".ppm", ".pgm", ".pnm",
+    }
+)  # fmt: skip
+_UNREAD = frozenset({".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".raw"})
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SAME = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "dev": "validation"}
 
 
@@ -108,30 +111,26 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
     pictures = [name for name in files if is_picture(name)]
     if not pictures:
         raise UserError(f"{where}: no picture in this folder ({', '.join(sorted(PICTURES))})")
-    root, tops = folder, {name.partition("/")[0] if "/" in name else "" for name in pictures}
-    known = {top: _SAME.get(top.lower(), top.lower()) for top in tops if top.lower() in SPLITS}
-    wanted = _SAME.get(split.lower(), split.lower())
+    top, tops = "", {name.partition("/")[0] if "/" in name else "" for name in pictures}
+    known = {name: same_split(name) for name in tops if name.lower() in SPLITS}
+    wanted = same_split(split)
     if known and len(known) == len(tops):
-        found = sorted(top for top, name in known.items() if name == wanted or top == split)
+        found = sorted(place for place, name in known.items() if name == wanted or place == split)
         if not found:
             raise UserError(f"{where} has the splits {', '.join(sorted(tops))} and no split {split!r}")
-        root = folder / found[0]
-        files = [name.partition("/")[2] for name in files if name.startswith(f"{found[0]}/")]
+        top = found[0]
         note = f"split {found[0]}" + f" of {', '.join(sorted(tops))}" * (len(tops) > 1)
     elif wanted != "train":
         raise UserError(f"{where} is not divided into splits: it has no split {split!r}; name the folder itself")
     elif known:
         others = sorted(top or "loose pictures" for top in tops - known.keys())[:3]
         note = f"{', '.join(sorted(known))} taken as ordinary folders, because {', '.join(others)} lie beside"
-    return _read(root, files, note, where)
+    return _read(folder, files, top, note)
 
 
-def has_split(folder: Path, split: str) -> bool:
-    """Whether `list_pictures_below` finds pictures for a split other than "train"."""
-    try:
-        return bool(list_pictures_below(folder, split).names)
-    except UserError:
-        return False
+def same_split(name: str) -> str:
+    """One name for a split that goes by several ("val", "dev")."""
+    return _SAME.get(name.lower(), name.lower())
 
 
 def is_picture(name: str) -> bool:
@@ -140,48 +139,54 @@ def is_picture(name: str) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
-def _read(root: Path, files: list[str], note: str, where: str) -> Listing:
-    pictures = [name for name in files if is_picture(name)]
-    sources = [name for name in files if PurePosixPath(name).name.lower() in METADATA]
+def _read(folder: Path, files: list[str], top: str, note: str) -> Listing:
+    """The listing of a folder, or of its split `top`; a metadata file beside the splits counts for each of them."""
+    prefix = f"{top}/" if top else ""
+    own = [name for name in files if name.startswith(prefix)]
+    pictures = [name for name in own if is_picture(name)]
+    sources = [name for name in own if is_metadata(name)]
+    beside = [name for name in files if prefix and "/" not in name and is_metadata(name)]
+    metadata = metadata_of(folder, [*beside, *sources], {name for name in files if is_picture(name)})
+    ours = {name.removeprefix(prefix): row for name, row in metadata.items() if name.startswith(prefix)}
+    columns = dict.fromkeys(column for row in ours.values() for column in row)
+    names = [name.removeprefix(prefix) for name in pictures]
+    paths = tuple(folder / source for source in [*beside, *sources])
+    return Listing(folder / top, names, _left_out(own), ours, list(columns), note, paths)
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file is about the pictures beside it."""
+    return PurePosixPath(name).name.lower() in METADATA
+
+
+def _left_out(files: list[str]) -> Counter[str]:
+    """How many files of which kind are neither pictures nor about them."""
     left_out: Counter[str] = Counter()
     suffixes: Counter[str] = Counter()
-    hidden = 0
+    unread: Counter[str] = Counter()
     for name in files:
         path = PurePosixPath(name)
-        if is_picture(name) or path.name.lower() in METADATA:
+        if is_picture(name) or is_metadata(name):
             continue
         if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini"):
-            hidden += 1
+            left_out["hidden"] += 1
+        elif path.suffix.lower() in _UNREAD:
+            unread[path.suffix.lower()] += 1
         else:
             suffixes[path.suffix.lower() or "no suffix"] += 1
-    if suffixes:
-        ranked = sorted(suffixes, key=lambda suffix: (-suffixes[suffix], suffix))
-        common = ", ".join(ranked[:4]) + ", ..." * (len(ranked) > 4)
-        left_out[f"not pictures ({common})"] = sum(suffixes.values())
-    if hidden:
-        left_out["hidden"] = hidden
-    present = set(pictures)
-    metadata: dict[str, dict[str, Any]] = {}
-    columns: dict[str, None] = {}
-    for source in sources:
-        for place, row in _rows(root / source):
-            name = row.pop("file_name", None)
-            if not isinstance(name, str) or not name:
-                raise UserError(f"{root / source}: {place} has no file_name; give each row the path of its picture")
-            name = str(PurePosixPath(source).parent / PurePosixPath(name.replace("\\", "/")))
-            name = os.path.normpath(name).replace(os.sep, "/")
-            if name not in present:
-                raise UserError(f"{root / source}: {place} names {name}, which is not there; remove the row or add it")
-            if name in metadata and metadata[name] != row:
-                raise UserError(f"{root / source}: {place} names {name} a second time; keep one row")
-            metadata[name] = row
-            columns |= dict.fromkeys(row)
-    paths = tuple(root / source for source in sources)
-    return Listing(root, pictures, left_out, metadata, list(columns), note, paths)
+    for kind, counts in (("not pictures", suffixes), ("pictures of kinds that are not read", unread)):
+        if counts:
+            ranked = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+            common = ", ".join(ranked[:4]) + ", ..." * (len(ranked) > 4)
+            left_out[f"{kind} ({common})"] = counts.total()
+    return left_out
 
 
 def walk_files(folder: Path) -> Iterator[str]:
-    """Files below a folder, as paths with "/"; links are followed, each folder once; hidden folders are not entered."""
+    """Files below a folder, as paths with "/"; links are followed, each folder once; hidden folders are not entered.
+
+    A pipe, a socket or a device is no file, and reading it may never end.
+    """
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         facts = os.stat(place)
@@ -191,33 +196,13 @@ def walk_files(folder: Path) -> Iterator[str]:
         seen.add((facts.st_dev, facts.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         below = os.path.relpath(place, folder).replace(os.sep, "/")
-        yield from (name if below == "." else f"{below}/{name}" for name in files)
+        regular = (name for name in files if _is_regular(os.path.join(place, name)))
+        yield from (name if below == "." else f"{below}/{name}" for name in regular)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place in the file, row) of a metadata file."""
-    suffix = path.suffix.lower()
+def _is_regular(path: str) -> bool:
+    """Whether this is a file, or a link to nothing, which whoever reads it will name."""
     try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(path) as file:
-                table = file.read()
-            yield from ((f"row {number}", dict(row)) for number, row in enumerate(table.to_pylist(), start=1))
-            return
-        text = path.read_bytes().decode("utf-8-sig")
-        if suffix == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-            for row in reader:
-                yield f"line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}: line {number} is not a JSON object with file_name in it")
-                yield f"line {number}", row
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError, csv.Error, ImportError) as error:  # pyarrow's own are ValueErrors
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); mend or remove it") from None
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True

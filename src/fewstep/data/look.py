@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 from fewstep.data.listing import Listing, list_pictures_below
-from fewstep.data.tables import TableRows, image_column, open_table, parquet_files
+from fewstep.data.pictures import open_picture
+from fewstep.data.tables import TableRows, image_column, open_table, picture_tables
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 
@@ -47,7 +47,7 @@ def look_at_pictures(settings: "DataSettings") -> Look:
     path = Path(settings.images).expanduser()
     if settings.images and (path / "data.mdb").is_file():
         return _look_at_lmdb(path)
-    if settings.images and path.is_dir() and not parquet_files(path):
+    if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
         listing = list_pictures_below(path, settings.split, f"data.images={settings.images}")
         rows: list[dict[str, Any]] = [{"path": str(listing.paths[number])} for number in _spread(len(listing.names))]
         return Look(*_size_and_channels(rows), *_classes_of_listing(listing, settings.label_column))
@@ -74,7 +74,7 @@ def _size_and_channels(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     for row in rows:
         name = row.get("path") or "a picture"
         try:
-            with Image.open(BytesIO(row["bytes"]) if row.get("bytes") else str(row["path"])) as picture:
+            with open_picture(row) as picture:
                 sides.append(min(picture.size))
                 grey = grey and _is_grey(picture)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, DecompressionBombError) as error:

@@ -1,17 +1,35 @@
 """One picture at a time: bytes to the pixels that a viewer shows, then to the model's size."""
 
 import io
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
+from fewstep.data.tables import tell
 from fewstep.errors import UserError
 
 Fit = Literal["crop", "pad", "exact"]
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF
+
+
+class FirstAnimation:
+    """Tells of the first picture that has several frames, from whichever thread decodes it; of the others nothing."""
+
+    def __init__(self, report: Callable[[str], None] = tell) -> None:
+        self._report, self._told, self._lock = report, False, threading.Lock()
+
+    def __call__(self, name: str) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            self._report(f"{name} is an animation: of it, and of any others, the first frame is taken")
 
 
 def decode_picture(
@@ -30,14 +48,31 @@ def decode_picture(
     if not row.get("bytes") and not row.get("path"):
         raise UserError(f"picture {name} is missing: its row has neither bytes nor a path")
     try:
-        with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as file:
+        with open_picture(row) as file:
             if getattr(file, "is_animated", False):
                 on_animation(name)
             picture = shown_picture(file, name, "L" if channels == 1 else "RGB", background)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(
+            f"picture {name} does not decode (its bytes are no picture of a kind that is read); replace or remove it"
+        ) from None
+    except (OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
         raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
     array = np.asarray(fit_picture(picture, resolution, fit, name))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+@contextmanager
+def open_picture(row: dict[str, Any]) -> Iterator[Image.Image]:
+    """A picture's file, given as {"bytes": ...} or {"path": ...}.
+
+    Pillow never gets the path: it would map a TIFF into memory, and such a one is garbled where a tag turns it.
+    """
+    with ExitStack() as stack:
+        content = io.BytesIO(row["bytes"]) if row.get("bytes") else stack.enter_context(Path(row["path"]).open("rb"))
+        yield stack.enter_context(Image.open(content))
 
 
 def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], background: str = "white") -> Image.Image:
@@ -46,7 +81,7 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
     The first frame of an animation is taken. 16-bit grey and floats between 0 and 1 are scaled to 0..255.
 
     Raises:
-        UserError: pixels whose range is not known (32-bit integers, floats outside 0..1).
+        UserError: pixels whose range is not known (32-bit or signed integers, floats outside 0..1).
     """
     picture: Image.Image = _eight_bit(file, name)
     turned = ImageOps.exif_transpose(picture)
@@ -67,6 +102,9 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
 
 def _eight_bit(file: Image.Image, name: str) -> Image.Image:
     """The picture with at most 8 bits a channel; its orientation tag comes along."""
+    tags = getattr(file, "tag_v2", {})
+    if file.mode == "L" and 2 in tags.get(_SAMPLE_FORMAT, ()):
+        raise UserError(f"picture {name} has signed pixels, whose range is not known; save it with unsigned ones")
     if not (file.mode.startswith("I") or file.mode == "F"):
         return file
     values = np.asarray(file)
@@ -83,7 +121,10 @@ def _eight_bit(file: Image.Image, name: str) -> Image.Image:
         raise UserError(
             f"picture {name} has 32-bit integer pixels, whose range is not known; save it with 8 or 16 bits a channel"
         )
-    made = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    made = Image.fromarray(255 - pixels if tags.get(_PHOTOMETRIC) == 0 else pixels)  # 0: white is zero
+    if (transparent := file.info.get("transparency")) is not None:
+        made.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     made.getexif().update(dict(file.getexif()))
     made.info.update({key: value for key, value in file.info.items() if key in ("exif", "icc_profile")})
     return made
@@ -115,6 +156,14 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if np.abs(changed).max() <= 2:  # sRGB under one of its many names: rounding alone would be applied
             return None
     return transform
+
+
+def check_colour(name: str, setting: str) -> None:
+    """Raise UserError where a colour has no such name."""
+    try:
+        ImageColor.getrgb(name)
+    except ValueError as error:
+        raise UserError(f"{setting}={name!r} is not a colour ({error}); try white, black or #102030") from None
 
 
 def fit_picture(picture: Image.Image, resolution: int, fit: Fit, name: str) -> Image.Image:

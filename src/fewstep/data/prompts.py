@@ -1,12 +1,13 @@
 """Prompt lists from text files, tables, published pickles and folders of captioned pictures."""
 
-import csv
 import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.csv_rows import csv_columns, csv_rows
+from fewstep.data.metadata import METADATA
 from fewstep.data.tables import tell
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
@@ -14,7 +15,6 @@ from fewstep.formats.inert_pickle import read_pickled_strings
 
 _SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
 _LISTS = (".txt", ".pkl")
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def load_prompts(path: str | Path, column: str = "text") -> list[str]:
@@ -53,14 +53,12 @@ def check_column(names: Sequence[str], column: str, where: object, setting: str)
 
 def _tables(folder: Path) -> list[Path]:
     for place in (folder, folder / "train"):
-        for name in _METADATA:
+        for name in METADATA:
             if (place / name).is_file():
                 return [place / name]
     if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == ".parquet"):
         return files
-    raise UserError(
-        f"{folder} holds no prompts: neither {', '.join(_METADATA)} nor parquet files; name the file itself"
-    )
+    raise UserError(f"{folder} holds no prompts: neither {', '.join(METADATA)} nor parquet files; name the file itself")
 
 
 def _read(path: Path, column: str) -> list[str]:
@@ -129,13 +127,10 @@ def _from_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _from_csv(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader([line + "\n" for line in _lines(path)], strict=True)
-    try:
-        check_column(list(reader.fieldnames or []), column, path, "column")
-        for row in reader:
-            yield f"line {reader.line_num}", row[column]
-    except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num} is no CSV ({error}); mend the file") from None
+    text = "\n".join(_lines(path))
+    check_column(csv_columns(text), column, path, "column")
+    for place, row in csv_rows(path, text):
+        yield place, row[column]
 
 
 def _from_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:

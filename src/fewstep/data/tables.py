@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.listing import SPLITS
+from fewstep.data.listing import SPLITS, is_metadata, is_picture, list_pictures_below, same_split, walk_files
 from fewstep.errors import UserError
 from fewstep.formats.source import Source
 
@@ -83,10 +83,21 @@ class TableRows:
         return f"{row.get('path') or f'row {index}'} of {self._source}"
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Parquet files below a folder, sorted, but those that are metadata of pictures."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() == ".parquet" and path.is_file()]
-    return sorted(path for path in found if path.name.lower() != "metadata.parquet")
+def picture_tables(folder: Path, where: str) -> list[Path]:
+    """Parquet files below a folder, sorted, but those that are metadata of pictures; none in a folder of pictures.
+
+    Raises:
+        UserError: there are both, and only one of them would be read.
+    """
+    files = list(walk_files(folder))
+    tables = sorted(name for name in files if name.lower().endswith(".parquet") and not is_metadata(name))
+    pictures = [name for name in files if is_picture(name)]
+    if tables and pictures:
+        raise UserError(
+            f"{where} has pictures ({pictures[0]}, ...) and tables ({tables[0]}, ...), and only one of them can be the set; "
+            "name the file or folder that is"
+        )
+    return [folder / name for name in tables]
 
 
 def split_files(folder: Path, split: str, where: str) -> list[Path]:
@@ -95,16 +106,27 @@ def split_files(folder: Path, split: str, where: str) -> list[Path]:
     Raises:
         UserError: there is no such split.
     """
-    files = parquet_files(folder)
+    files = picture_tables(folder, where)
     named = {path: _split_of(path, folder) for path in files}
     if not all(named.values()):
         if split != "train":
             raise UserError(f"{where} is not divided into splits: it has no split {split!r}; name the files themselves")
         return files
-    chosen = [path for path, name in named.items() if name == split]
+    wanted = same_split(split)
+    chosen = [path for path, name in named.items() if same_split(name) == wanted]
     if not chosen:
         raise UserError(f"{where} has the splits {', '.join(sorted(set(named.values())))} and no split {split!r}")
     return chosen
+
+
+def has_split(place: Path, split: str) -> bool:
+    """Whether a folder of pictures or tables has a split other than "train"; a file has none."""
+    try:
+        if picture_tables(place, str(place)):
+            return bool(split_files(place, split, str(place)))
+        return bool(list_pictures_below(place, split).names)
+    except UserError:
+        return False
 
 
 def _split_of(path: Path, folder: Path) -> str:

@@ -33,6 +33,7 @@ class EvaluateOptions:
     images: str = ""
     split: str = "train"
     fit: str = "crop"
+    background: str = "white"
     prompts: tuple[str, ...] = ()
     num_images: int = 50_000
     seed: int = 0
@@ -91,7 +92,7 @@ def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOption
 
 def _real_features(model: Model, network: FeatureNetwork, options: EvaluateOptions) -> Tensor:
     channels, resolution, _ = model.picture_shape
-    place = {"images": options.images, "split": options.split, "fit": options.fit}
+    place = {"images": options.images, "split": options.split, "fit": options.fit, "background": options.background}
     settings = parse_settings(DataSettings, place, "command line")
     dataset = load_images(settings, resolution=resolution, channels=channels, num_classes=0)
     with working(console, f"Features of {len(dataset):,} real pictures") as report:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.latents import StoredEmbeddings, StoredLatents
+from fewstep.data.pictures import check_colour
 from fewstep.data.prompts import load_prompts
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
@@ -46,6 +47,7 @@ class LatentsOptions:
     caption_column: str = ""
     resolution: int = 0
     fit: str = "crop"
+    background: str = "white"
     noise_seed: int | None = None
     num_images: int | None = None
     streaming: bool = False
@@ -84,6 +86,7 @@ def make_latents(teacher: str, images: str, folder: Path, options: LatentsOption
     """
     if options.fit not in get_args(Fit):
         raise UserError(f"--fit {options.fit}: choose crop, pad or exact")
+    check_colour(options.background, "--background")
     with busy(console, f"Opening {images}"):
         source = open_captioned_images(
             images, split=options.split, caption_column=options.caption_column, streaming=options.streaming
@@ -98,7 +101,7 @@ def make_latents(teacher: str, images: str, folder: Path, options: LatentsOption
     with working(console, f"Encoding the pictures of {images}") as report:
         prepare_latents(
             autoencoder, encoders, source, folder, resolution=options.resolution or family.resolution(model),
-            vae_fingerprint=fingerprint, fit=cast(Fit, options.fit), noise_seed=options.noise_seed,
+            vae_fingerprint=fingerprint, fit=cast(Fit, options.fit), background=options.background, noise_seed=options.noise_seed,
             num_images=options.num_images, skip_bad=options.skip_bad, truncate=options.truncate,
             shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, options.captions),
             report=report,

@@ -7,10 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fewstep.data.images import ImageDataset, load_images
-from fewstep.data.listing import has_split
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
-from fewstep.data.tables import parquet_files
+from fewstep.data.tables import has_split
 from fewstep.devices import choose_device, precision_of
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.errors import UserError
@@ -53,10 +52,11 @@ class PicturesOptions:
     resolution: int = 32
     channels: int = 3
     fit: str = "crop"
+    background: str = "white"
 
     def open(self, split: str = "", num_classes: int = 0) -> ImageDataset:
         """The pictures, of this split or another one."""
-        values = {"images": self.images, "split": split or self.split, "fit": self.fit}
+        values = {"images": self.images, "split": split or self.split, "fit": self.fit, "background": self.background}
         settings = parse_settings(DataSettings, values, "command line")
         return load_images(settings, resolution=self.resolution, channels=self.channels, num_classes=num_classes)
 
@@ -125,7 +125,7 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
             seed=options.seed, device=options.device, name=options.name, report=report,
         )  # fmt: skip
     place = Path(options.pictures.images).expanduser()
-    if place.is_dir() and not (parquet_files(place) or has_split(place, "test")):
+    if place.exists() and not has_split(place, "test"):
         say(console, "no split `test`: accuracy on unseen pictures is not known")
     else:
         test = options.pictures.open("test", options.num_classes)

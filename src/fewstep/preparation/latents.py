@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
 from fewstep.data.latents import LATENTS, read_texts
-from fewstep.data.pictures import decode_picture
+from fewstep.data.pictures import FirstAnimation, decode_picture
 from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
@@ -41,7 +41,7 @@ class _Part(NamedTuple):
 
 def prepare_latents(
     autoencoder: Autoencoder, encoders: TextEncoders, source: CaptionedImages, folder: Path, *, resolution: int,
-    vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", noise_seed: int | None = None,
+    vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", background: str = "white", noise_seed: int | None = None,
     num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
     batch_size: int = 8, captions: Captions = "embeddings", report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
@@ -52,6 +52,7 @@ def prepare_latents(
         folder: new, or one that an interrupted call with the same arguments left unfinished.
         resolution: side of the pictures in pixels, a multiple of the VAE's factor.
         vae_fingerprint: of the autoencoder's folder (formats/fingerprints.py).
+        background: the colour under transparent pixels.
         noise_seed: None stores the mean of the VAE's distribution; a number a sample of it, drawn with this seed.
         num_images: rows of the source to take, from its beginning; None takes all.
         skip_bad: leave out pictures that do not decode or fit, and too long captions; otherwise they end the job with their
@@ -70,12 +71,13 @@ def prepare_latents(
     job = {
         "images": source.facts, "num_images": num_images, "resolution": resolution, "fit": fit,
         "noise_seed": noise_seed, "skip_bad": skip_bad, "vae": vae_fingerprint,
+        **({"background": background} if background != "white" else {}),
         **_text_job(encoders, truncate, shard_size, captions),
     }  # fmt: skip
     known = [number for number in (num_images, source.num_rows) if number is not None]
     total = min(known) if known else None
     reader = _Reader(
-        autoencoder, encoders, source, resolution, fit, noise_seed, skip_bad, truncate, batch_size,
+        autoencoder, encoders, source, resolution, fit, background, noise_seed, skip_bad, truncate, batch_size,
         lambda taken: report(taken, total),
     )  # fmt: skip
     table = PromptTable(encoders, batch_size)
@@ -95,6 +97,7 @@ class _Reader:
     source: CaptionedImages
     resolution: int
     fit: Literal["crop", "pad", "exact"]
+    background: str
     noise_seed: int | None
     skip_bad: bool
     truncate: bool
@@ -104,6 +107,7 @@ class _Reader:
     def __post_init__(self) -> None:
         self._rows: Iterator[CaptionedImage] | None = None
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+        self._animation = FirstAnimation()
 
     def read_part(self, first: int, size: int) -> _Part:
         """Rows first..first + size - 1 of the source, fewer at its end; parts are read in order."""
@@ -127,7 +131,7 @@ class _Reader:
 
     def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:
         try:
-            return decode_picture(row.picture, row.name, self.resolution, 3, self.fit)
+            return decode_picture(row.picture, row.name, self.resolution, 3, self.fit, self.background, self._animation)
         except UserError as error:
             return error
 

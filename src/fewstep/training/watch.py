@@ -137,8 +137,10 @@ def read_points(path: Path) -> list[Point]:
 
 def _row(point: Point) -> dict[str, float]:
     """As it is written: without what an earlier version did not note."""
-    when = {"step": point.step, "seconds": point.seconds}
-    return {**{name: value for name, value in when.items() if not math.isnan(value)}, **point.figures}
+    when: dict[str, float] = {} if math.isnan(point.step) else {"step": int(point.step)}
+    if not math.isnan(point.seconds):
+        when["seconds"] = point.seconds
+    return {**when, **point.figures}
 
 
 def _point(row: Any) -> Point:
