@@ -50,6 +50,12 @@ test-fast: $(DEV) ## the tests that need seconds, in under 90 of them
 test-diffusers: $(DEV) ## the tests that touch diffusers, under each of its versions since 0.35; ends with a table
 	VENV=$(VENV) .ci/diffusers_matrix $(VERSIONS)
 
+test-clients: $(DEV) ## other programs run what we export: stable-diffusion.cpp, ComfyUI where COMFYUI_DIR names a checkout, diffusers; 15 minutes, 12 GB
+	test -x .clients/bin/python || $(PYTHON) -m venv .clients
+	.clients/bin/python -m pip install -q $(PIP_ARGS) cyllama==0.2.18 numpy
+	CLIENTS_PYTHON=$(CURDIR)/.clients/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -s -rs tests/clients
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/export/test_single_file.py tests/export/test_text_pipeline.py tests/export/test_lora.py
+
 format: $(DEV) ## format the code
 	$(BIN)/ruff format src tests examples benchmarks
 	$(BIN)/ruff check --fix src tests examples benchmarks
@@ -75,4 +81,4 @@ emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and
 	for stage in vae sd sdxl; do $(BIN)/python examples/train_emoji_teacher.py data/emoji runs/emoji --stage $$stage || exit 1; done
 	$(BIN)/python examples/bundle_emoji.py data/emoji runs/emoji
 
-.PHONY: help setup quickstart text-quickstart test test-long test-fast test-diffusers format lint types bench docs assets emoji-assets
+.PHONY: help setup quickstart text-quickstart test test-long test-fast test-diffusers test-clients format lint types bench docs assets emoji-assets

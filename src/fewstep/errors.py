@@ -2,7 +2,10 @@
 
 import errno
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE)
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EBUSY, errno.ESTALE,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -22,7 +25,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 def disk_error(error: OSError, where: object = "") -> UserError | None:
-    """What to tell of a disk that is full, read-only or not ours; None for other faults.
+    """What to tell of a disk that is full, read-only or not ours, or of a path that is no place for files; None for other faults.
 
     Args:
         where: what was being written, where the error does not say it.

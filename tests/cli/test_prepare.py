@@ -1,5 +1,6 @@
 """`fewstep prepare embeddings` and `prepare latents` as a user types them."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,9 @@ def test_the_background_is_a_setting(tmp_path: Path) -> None:
     assert abs(means[0] - means[1]).max() > 1e-3
     told = refused("statistics", tmp_path / "p", tmp_path / "s.npz", *common, "--background", "whitish")
     assert "data.background='whitish' is not a colour" in told
+
+
+def test_a_device_is_no_folder(tmp_path: Path) -> None:
+    os.symlink("/dev/null", tmp_path / "out")
+    told = refused("pairs", "bundled:fashion-mnist", tmp_path / "out", "--num-pairs", 1, "--teacher-steps", 1)
+    assert told == f"{tmp_path / 'out'} is a file; choose a folder for the pairs"

@@ -114,3 +114,9 @@ def test_every_block_is_recomputed_and_nothing_without_gradients() -> None:
     denoiser.denoise(torch.randn(1, *denoiser.image_shape), torch.tensor([1.0]), Condition(1)).sum().backward()
     assert called == denoiser.blocks()
     assert len(called) == len(set(called)) == sum(isinstance(module, UNetBlock) for module in denoiser.modules())
+
+
+@pytest.mark.parametrize("name", ["channel_mult", "attn_resolutions", "resample_filter"])
+def test_lists_of_the_network_hold_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"network.{name}=.* must be numbers"):
+        EDMUNetConfig.from_dict({"family": "song", "img_resolution": 16, "img_channels": 1, name: [1, {"a": 1}]})

@@ -1,5 +1,6 @@
 """Components of diffusers folders: whole or refused in one sentence, in both layouts of CLIP's text encoder."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from fewstep import load_teacher
 from fewstep.errors import UserError
 from fewstep.networks.components import load_component, published_names
 from tests.tiny_models import tiny_sd_folder, tiny_sdxl_folder
@@ -102,3 +104,35 @@ def test_published_names() -> None:
     assert published_names(short, "CLIPTextModel") == full
     assert published_names(full, "CLIPTextModel") == full
     assert published_names(short, "T5EncoderModel") == short
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("unet", {"norm_num_groups": -1}, "norm_num_groups=-1, which is not a whole number of 0 or more"),
+        ("unet", {"layers_per_block": -1}, "layers_per_block=-1, which is not a whole number of 0 or more"),
+        ("unet", {"downsample_padding": 0.5}, "downsample_padding=0.5, which is not a whole number of 0 or more"),
+        ("vae", {"norm_num_groups": 1.5}, "norm_num_groups is 1.5, not a whole number of 0 or more"),
+    ],
+)
+def test_counts_are_whole_numbers(model: Path, tmp_path: Path, file: str, change: dict[str, Any], told: str) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / file / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as caught:
+        load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
+    assert told in str(caught.value)
+
+
+def test_tokenizer_and_encoder_belong_together(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / "tokenizer/vocab.json"
+    kept = path.read_text()
+    words = json.loads(kept)
+    path.write_text(json.dumps({**words, "<|startoftext|>": 10**6}))
+    with pytest.raises(UserError, match="tokenizer has a token of number 1000000, its encoder knows"):
+        load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
+    path.write_text(kept)
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="does not say how many tokens the encoder reads"):
+        load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)

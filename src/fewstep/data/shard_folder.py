@@ -115,7 +115,7 @@ def start_or_continue(
     Raises:
         UserError: the folder holds something else, or another job of this kind.
     """
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose a folder for the {kind.short}")
     if not (folder / MANIFEST).exists():
         if folder.exists() and any(path.name not in ignore for path in folder.iterdir()):

@@ -1,6 +1,5 @@
 """Configs are understood whole: a key that a family does not read is at its default, or the model is refused by name."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +56,9 @@ def _defaults(kind: str) -> dict[str, Any]:
     """The defaults of a diffusers class's settings."""
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    return {name: part.default for name, part in parameters.items() if part.default is not part.empty}
+    from fewstep.networks.components import signature_defaults
+
+    return signature_defaults(getattr(diffusers, kind))
 
 
 def _same(value: Any, default: Any) -> bool:

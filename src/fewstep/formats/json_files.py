@@ -61,7 +61,8 @@ def entry(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], pa
 def other_kind(value: Any, default: Any) -> str:
     """What a setting's value should be, where it is not of its default's kind; empty where it is.
 
-    Null is always taken, a list where one number or switch stands for all, and a default of None says nothing.
+    Null is always taken, a list where one number or switch stands for all, and a default of None says nothing. A whole
+    default is that of a count.
     """
     if default is None or value is None:
         return ""
@@ -71,7 +72,14 @@ def other_kind(value: Any, default: Any) -> str:
     if isinstance(default, int | float):
         parts = _flat(value)
         fits = all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
-        return "" if fits and all(abs(part) < _HUGE for part in parts) else "a number of a possible size"
+        if not (fits and all(abs(part) < _HUGE for part in parts)):
+            return "a number of a possible size"
+        counts = isinstance(default, int) and default >= 0
+        return (
+            ""
+            if not counts or all(part >= 0 and part == int(part) for part in parts)
+            else "a whole number of 0 or more"
+        )
     if isinstance(default, str):
         return "" if isinstance(value, str) else "a text"
     return "" if isinstance(value, list | tuple) or not isinstance(default, list | tuple) else "a list"

@@ -87,9 +87,14 @@ def load_component(kind: Any, folder: Path) -> Any:
     if missing:
         raise UserError(
             f"{folder} holds another network than its config.json describes: {len(missing)} missing or of another "
-            f"shape {missing[:2]}, {len(other)} unexpected {other[:2]}; download it again"
+            f"shape {_shown(missing)}, {len(other)} unexpected {_shown(other)}; download it again"
         )
     return module
+
+
+def _shown(names: list[str]) -> list[str]:
+    """Some of the names, which may be of any length."""
+    return [name[:100] for name in names[:2]]
 
 
 def load_tokenizer(kind: Any, folder: Path) -> Any:
@@ -148,8 +153,17 @@ def _defaults(kind: Any) -> dict[str, Any]:
     """The defaults of a class's settings."""
     if kind.__module__.startswith("transformers"):
         return dict(kind.config_class().to_dict())
+    return signature_defaults(kind)
+
+
+def signature_defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a class's arguments; a whole number that stands for any number is a float."""
     parameters = inspect.signature(kind.__init__).parameters.values()
-    return {part.name: part.default for part in parameters if part.default is not part.empty}
+    any_number = (float, "float")
+    return {
+        part.name: float(part.default) if part.annotation in any_number and part.default is not None else part.default
+        for part in parameters if part.default is not part.empty
+    }  # fmt: skip
 
 
 def published_names(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
 from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
 from fewstep.networks.text_layout import TextLayout
 
+_MOST_TOKENS = 100_000  # transformers' word for "no limit" is far above, any encoder's limit far below
+
 
 class TextEmbeddings(NamedTuple):
     """What the text encoders of one family make of N prompts."""
@@ -58,6 +60,7 @@ class TextEncoders:
             scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # some versions look at one
             options = {**absent, **layout.pipeline_options, **chosen, "scheduler": scheduler, **parts}
             self._pipeline: Any = kind(**options)
+        _refuse_unmatched(folder, parts, self._limits)
         for module in self.modules:
             module.float().eval().requires_grad_(False)
         if layout.network:
@@ -127,6 +130,25 @@ class TextEncoders:
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
             return TextEmbeddings(torch.zeros_like(empty.text), pooled)
         return empty
+
+
+def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int]) -> None:
+    """Raise UserError for a tokenizer without a limit, or with tokens that its encoder does not have."""
+    for name, limit in limits.items():
+        if limit > _MOST_TOKENS:
+            raise UserError(
+                f"{folder / name}: its tokenizer_config.json does not say how many tokens the encoder reads (model_max_length); "
+                "download it again"
+            )
+    for name, encoder in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and tokenizer is not None:
+            last, known = max(tokenizer.get_vocab().values()), int(encoder.config.vocab_size)
+            if last >= known:
+                raise UserError(
+                    f"{folder / name.replace('text_encoder', 'tokenizer')} has a token of number {last}, its encoder knows "
+                    f"{known}; download the model again"
+                )
 
 
 def _part_classes(folder: Path, layout: TextLayout) -> dict[str, str]:

@@ -42,9 +42,11 @@ class EDMUNetConfig:
     fold: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
-        object.__setattr__(self, "resample_filter", tuple(self.resample_filter))
+        for name in ("channel_mult", "attn_resolutions", "resample_filter"):
+            values = tuple(getattr(self, name))
+            if not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"network.{name}={str(list(values))[:60]} must be numbers")
+            object.__setattr__(self, name, values)
         smallest = 2 ** (len(self.channel_mult) - 1) * self.fold
         if self.img_resolution % smallest:
             raise ValueError(
