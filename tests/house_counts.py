@@ -73,7 +73,7 @@ def sizes() -> dict[str, int]:
 
 
 def unused() -> list[str]:
-    """Functions, classes and constants of modules that no other words of src, examples, benchmarks or the packaging name; parallel.py waits for many processes."""
+    """Functions, classes and constants of modules that no other words of src, examples, benchmarks or the packaging name."""
     texts = [path.read_text(encoding="utf-8") for folder in ("src", "examples", "benchmarks") for path in
              sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".jinja", ".html", ".js")]  # fmt: skip
     words: dict[str, int] = {}
@@ -84,7 +84,7 @@ def unused() -> list[str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__"):
                 called = any(".command(" in ast.unparse(decorator) for decorator in node.decorator_list)  # a command
-                if words[node.name] == 1 and not called and place(path) != "parallel.py":
+                if words[node.name] == 1 and not called:
                     found.append(f"{place(path)} {node.name}")
     return found
 

@@ -149,8 +149,13 @@ def test_neighbours_in_a_layer_import_in_one_direction() -> None:
 
 
 def test_process_groups_have_one_user() -> None:
-    """Ranks come from parallel.py; sharded checkpoints and FSDP have modules of their own."""
-    allowed = ("torch.distributed.checkpoint", "torch.distributed.fsdp")
+    """Ranks come from parallel.py; sharded checkpoints, and FSDP with its meshes and tensors, have modules of their own."""
+    allowed = (
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.distributed.device_mesh",
+    )
     wrong = [
         f"{module} imports {name}"
         for module in MODULES

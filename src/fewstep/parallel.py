@@ -1,6 +1,28 @@
-"""Rank and world: the only place that asks torch.distributed, so that one process is the same code as many."""
+"""Many processes: the only place that asks torch.distributed, so that one process is the same code as many.
 
+    torchrun --nproc-per-node 8 -m fewstep train RECIPE
+
+Processes are started and restarted by torchrun, which tells them about each other in the environment. What they decide
+together they decide over a group on the host (gloo), what networks exchange goes over the devices' own (NCCL on GPUs).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = "FEWSTEP_WAIT_SECONDS"  # environment: how long a process waits for another before it gives up
+_PATIENCE_SECONDS = 1800
+_FIRST_SPEAKS_SECONDS = 5  # how long others wait to hear that the first process fails in the same way
 
 
 def rank() -> int:
@@ -13,14 +35,203 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks, also before and after there is a process group."""
+    grouped = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank() if grouped else int(os.environ.get("RANK", "0"))) == 0
+
+
 def local_batch(batch_size: int) -> tuple[int, int]:
     """(first, size) of this process's slice of a global batch.
 
     Raises:
-        ValueError: the batch does not divide by the number of processes.
+        UserError: the batch does not divide by the number of processes.
     """
     processes = world_size()
     if batch_size % processes:
-        raise ValueError(f"training.batch_size={batch_size} does not divide by {processes} processes")
+        raise UserError(
+            f"training.batch_size={batch_size} does not divide by {processes} processes; start another number of them or "
+            "change the batch"
+        )
     size = batch_size // processes
     return rank() * size, size
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, for as long as the block lasts; nothing where there is one process.
+
+    Inside, only the first process is heard. A process that fails in the way the first one does ends without a word;
+    any other names itself.
+
+    Args:
+        device: as `compute.device` has it; "auto" and "cuda" are this process's own GPU.
+
+    Raises:
+        UserError: more processes than GPUs, or a process that does not come.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    own_gpu(device)
+    store = _start(device)
+    try:
+        with ExitStack() as quiet:
+            if not is_first():
+                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                quiet.enter_context(redirect_stdout(nowhere))
+                quiet.enter_context(redirect_stderr(nowhere))
+            yield
+    except RuntimeError as error:  # of gloo and NCCL
+        raise _named(UserError(_lost(error)), store) from error
+    except UserError as error:
+        raise _named(error, store) from error
+    else:
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def own_gpu(device: str) -> None:
+    """Work on the GPU of this process's number on its machine.
+
+    Raises:
+        UserError: there is none; NCCL needs one for each process.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not count):
+        return
+    if device not in ("auto", "cuda"):
+        raise UserError(
+            f"compute.device={device!r} under torchrun: each process has a device of its own; use auto, cuda or cpu"
+        )
+    if local >= count:
+        raise UserError(
+            f"torchrun started process {local + 1} of this machine, which has {count} GPUs that CUDA can use; start with "
+            "--nproc-per-node of that number, or set compute.device=cpu"
+        )
+    torch.cuda.set_device(local)
+
+
+def _start(device: str) -> Any:
+    """The process group; returns the store through which processes that fail are heard."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    waits = timedelta(seconds=float(os.environ.get(PATIENCE, _PATIENCE_SECONDS)))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=waits))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store), rank=number,
+            world_size=count, timeout=waits,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0][:150]})"
+        ) from error
+    return store
+
+
+def _named(error: UserError, store: Any) -> BaseException:
+    """What a process ends with: its error, or silence where the first process says the same."""
+    if is_first():
+        store.set("failed", str(error))
+        return error
+    try:
+        store.wait(["failed"], timedelta(seconds=_FIRST_SPEAKS_SECONDS))
+        same = store.get("failed").decode() == str(error)
+    except RuntimeError:
+        same = False
+    return SystemExit(2) if same else UserError(f"process {rank()}: {error}")
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a failed exchange means, in a sentence; other faults are raised as they are."""
+    words = str(error).splitlines()[0][:300] if str(error) else ""
+    signs = ("peer", "timed out", "timeout", "monitoredbarrier", "nccl", "gloo", "socket", "connection")
+    if not any(sign in words.lower() for sign in signs):
+        raise error
+    return f"the processes lost each other ({words}); repeat the command, or let torchrun --max-restarts do it"
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every process is here.
+
+    Raises:
+        UserError: one does not come in time; names it.
+    """
+    if world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(
+            timeout=timedelta(seconds=float(os.environ.get(PATIENCE, _PATIENCE_SECONDS))), wait_all_ranks=True
+        )
+    except RuntimeError as error:
+        raise UserError(f"waited in vain before {what}: {str(error).splitlines()[0][:200]}") from error
+
+
+def agreed(value: T) -> T:
+    """The first process's value, on all."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, in their order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def by_the_first(work: Callable[[], T]) -> T | None:
+    """Let the first process do something once, while the others wait; its result is None on them.
+
+    Raises:
+        UserError: the first process's, on all.
+    """
+    result, fault = None, None
+    if is_first():
+        try:
+            result = work()
+        except UserError as error:
+            fault = error
+    told = agreed(str(fault) if fault is not None else None)
+    if told is not None:
+        raise fault or UserError(told)
+    return result
+
+
+def refuse_differences(facts: str, what: str) -> None:
+    """Raise UserError, naming the process, where facts that must be the same are not."""
+    digests = gathered(hashlib.sha256(facts.encode()).hexdigest())
+    others = [number for number, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(
+            f"process {', '.join(map(str, others))} has other {what} than process 0; start the same command with the same files "
+            "everywhere"
+        )
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over the processes of a tensor that each has, in place where there are several."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def average_gradients(gradients: Iterable[Tensor]) -> None:
+    """Replace gradients of replicated parameters by their mean over the processes, in one exchange for each precision."""
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for group in by_dtype.values():
+        flat = mean(torch.cat([gradient.flatten() for gradient in group]))
+        pieces = flat.split([gradient.numel() for gradient in group])
+        torch._foreach_copy_(group, [piece.view_as(gradient) for piece, gradient in zip(pieces, group, strict=True)])

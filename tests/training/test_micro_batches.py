@@ -12,6 +12,7 @@ from fewstep.diffusion.draws import Draws, Purpose
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.inputs import FreshInputs, RealBatch
 from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
+from fewstep.distillation.sharding import Spread, as_placed, whole
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
@@ -19,6 +20,7 @@ from fewstep.distillation.terms import (
     GeneratorAdversarial,
 )
 from fewstep.networks.adapters import LoraShape
+from fewstep.parallel import local_batch
 from fewstep.training.step import Distillation, two_time_scale_step
 from fewstep.training.update import Update
 from tests.conftest import tiny_denoiser
@@ -45,7 +47,9 @@ class Rows:
         return Condition.cat([self.condition[slice(number, number + 1)] for number in index.tolist()])
 
 
-def build(kind: str, microbatch_size: int) -> tuple[Distillation, RealBatch]:
+def build(
+    kind: str, microbatch_size: int, spread: Spread | None = None, rate: float = 1.0
+) -> tuple[Distillation, RealBatch]:
     """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there."""
     family, _, mode = kind.partition(" ")
     lora = LoraShape(rank=2, alpha=2.0)
@@ -53,20 +57,22 @@ def build(kind: str, microbatch_size: int) -> tuple[Distillation, RealBatch]:
         tiny_text_denoiser(family)  # made once, with random numbers: before the heads' start
     torch.manual_seed(0)
     if family == "edm":
-        roles, table = build_roles(tiny_denoiser(), True), ClassTable(4)
+        roles, table = build_roles(tiny_denoiser(), True, spread=spread), ClassTable(4)
     else:
         teacher, table = tiny_text_denoiser(family), Rows(tiny_condition(family, BATCH, dtype=torch.float64))
         roles = {
-            "full": lambda: build_roles(teacher, True),
-            "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, torch.float32, False),
-            "shared_base": lambda: build_shared_base_roles(teacher, lora, True, torch.float32, True),
+            "full": lambda: build_roles(teacher, True, spread=spread),
+            "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, torch.float32, False, spread),
+            "shared_base": lambda: build_shared_base_roles(teacher, lora, True, torch.float32, True, spread),
         }[mode]()
     randomise(roles)
     shape = roles.teacher.image_shape
-    images = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    condition = table.rows(torch.arange(BATCH) % 4)
+    first, own = local_batch(BATCH)
+    rows = torch.arange(first, first + own)
+    images = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[rows]
+    condition = table.rows(rows % 4)
     if family == "edm":
-        condition = Exact(table).rows(torch.arange(BATCH) % 4)
+        condition = Exact(table).rows(rows % 4)
     run = Distillation(
         roles=roles, inputs=FreshInputs(StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table)),
         generator_terms=[
@@ -77,7 +83,8 @@ def build(kind: str, microbatch_size: int) -> tuple[Distillation, RealBatch]:
             FakeScoreDenoising(roles.fake_score),
             DiscriminatorAdversarial(roles.fake_score, roles.discriminator, 0.2),  # type: ignore[arg-type]
         ],
-        generator_update=update(roles.generator_parameters()), fake_score_update=update(roles.fake_score_parameters()),
+        generator_update=update(roles.generator_parameters(), [roles.generator], rate),
+        fake_score_update=update(roles.fake_score_parameters(), [roles.fake_score, roles.discriminator], rate),
         generator_every=1, microbatch_size=microbatch_size,
     )  # fmt: skip
     return run, RealBatch(images, condition)
@@ -104,28 +111,36 @@ def randomise(roles: Roles) -> None:
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for part in network.parameters():
-                part.add_(0.05 * torch.randn(part.shape, generator=generator))
+                noise = {"": 0.05 * torch.randn(part.shape, generator=generator)}
+                part.add_(as_placed(noise, {"": part})[""])
     for network in (roles.teacher, roles.generator, roles.fake_score, roles.discriminator):
         assert network is not None
         network.double()
 
 
-def update(parameters: dict[str, Any]) -> Update:
-    return Update(parameters, 1.0, torch.optim.SGD(parameters.values(), lr=1.0), 1e9)
+def update(parameters: dict[str, Any], modules: list[Any], rate: float) -> Update:
+    """Plain gradient descent, so that a change of the weights is the gradient; AdamW at smaller rates."""
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    if rate < 1:
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, fused=True)  # type: ignore[assignment]
+    return Update(parameters, rate, optimizer, 1e9 if rate == 1 else 1.0, modules=modules)
 
 
-def gradients(kind: str, microbatch_size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def gradients(
+    kind: str, microbatch_size: int, spread: Spread | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What one step changed in generator, and in fake score and head, at rate 1; and its metrics."""
-    run, real = build(kind, microbatch_size)
+    run, real = build(kind, microbatch_size, spread)
     before = [flat(update) for update in (run.generator_update, run.fake_score_update)]
-    draws = ExactDraws.of_batch(3, 5, BATCH)
+    first, own = local_batch(BATCH)
+    draws = ExactDraws.of_batch(3, 5, own, first=first)
     metrics = two_time_scale_step(run, 5, real, draws)
     after = [flat(update) for update in (run.generator_update, run.fake_score_update)]
     return before[0] - after[0], before[1] - after[1], metrics
 
 
 def flat(update: Update) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in update.parameters.values()]).clone()
+    return torch.cat([whole(parameter.detach()).flatten() for parameter in update.parameters.values()]).clone()
 
 
 @pytest.mark.parametrize("kind", ["edm", "sd full", "sdxl lora_generator", "sd shared_base", "sd3 full"])

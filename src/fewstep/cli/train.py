@@ -34,5 +34,8 @@ def train(
         print_gan_weight(settings)
         return
     with starting():
+        from fewstep.parallel import is_first
         from fewstep.training.run import train as run
-    print(run(settings, data_changed=data_changed).model_folder)
+    finished = run(settings, data_changed=data_changed)
+    if is_first():
+        print(finished.model_folder)

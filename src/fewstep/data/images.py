@@ -27,6 +27,7 @@ from fewstep.data.tables import (
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
+from fewstep.parallel import local_batch
 from fewstep.progress import busy, working
 
 if TYPE_CHECKING:
@@ -248,8 +249,8 @@ class ImageBatches:
         return images, labels.to(device, non_blocking=True)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        first = step * self.batch_size
-        position = torch.arange(first, first + self.batch_size)
+        first, size = local_batch(self.batch_size)
+        position = step * self.batch_size + torch.arange(first, first + size)
         rows = data_order(self.seed, position, len(self.dataset), self._permutations)
         pixels = self.dataset.pixels(rows)
         if self.flip:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.distillation.sharding import Spread, as_placed, mesh_of, shard_head, shard_network, spread_teacher
 from fewstep.families.registry import build_on_meta
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.networks.discriminator import Discriminator
@@ -45,26 +46,32 @@ class Roles:
         }
 
 
-def build_roles(teacher: Denoiser, with_discriminator: bool, frozen_dtype: torch.dtype = torch.float32) -> Roles:
+def build_roles(
+    teacher: Denoiser, with_discriminator: bool, frozen_dtype: torch.dtype = torch.float32, spread: Spread | None = None
+) -> Roles:
     """Three full copies of the teacher's weights; generator and fake score are trained, in float32 and without dropout.
 
     Args:
         frozen_dtype: how the teacher itself is stored from then on.
+        spread: over which processes; None: this one has all.
     """
-    generator, fake_score = build_twin(teacher, "generator"), build_twin(teacher, "fake_score")
+    spread_teacher(teacher, spread)
+    generator, fake_score = build_twin(teacher, "generator", spread), build_twin(teacher, "fake_score", spread)
     for network in (generator, fake_score):
         network.eval().requires_grad_(True)  # eval: distillation uses no dropout
     teacher.eval().requires_grad_(False)
-    device = next(teacher.parameters()).device
-    head = Discriminator(teacher.bottleneck_shape).to(device) if with_discriminator else None
+    head = _head(teacher, with_discriminator)
+    if head is not None:
+        shard_head(head, fake_score)
     return Roles(teacher.to(frozen_dtype), generator, fake_score, head)
 
 
-def build_twin(network: Denoiser, name: str) -> Denoiser:
+def build_twin(network: Denoiser, name: str, spread: Spread | None = None) -> Denoiser:
     """Another network of the same description with the same weights: built without memory, then filled.
 
     Args:
         name: of the new role, where the network is an adapter on a shared base: its twin is another one there.
+        spread: over which processes; None: as the network is.
     """
     if isinstance(network, AdapterRole):
         role = network.shared.add_role(name)
@@ -75,20 +82,28 @@ def build_twin(network: Denoiser, name: str) -> Denoiser:
     ) as apart:  # where modes that watch this thread, as an estimate's, do not see numbers made
         twin = apart.submit(build_on_meta, network.describe()).result()
     twin.noise_schedule, twin.compute_dtype = network.noise_schedule, network.compute_dtype  # never changed, so shared
+    mesh = spread.mesh if spread is not None else mesh_of(network)
+    if mesh is not None:
+        shard_network(twin, mesh)
     fill(twin, {key: value.detach().clone() for key, value in network.state_dict().items()})
     return twin.train(network.training)
 
 
 def fill(network: Denoiser, weights: Mapping[str, Tensor]) -> None:
-    """Put weights into a network that was built on the meta device; it keeps these tensors."""
-    network.load_state_dict(weights, assign=True)
+    """Put weights into a network that was built on the meta device; it keeps these tensors, of a sharded one its parts."""
+    network.load_state_dict(as_placed(weights, network.state_dict()), assign=True)
     parts = [*network.named_parameters(), *network.named_buffers()]
     left = [name for name, part in parts if part.is_meta and name not in weights]
     assert not left, f"not in a state dict: {left}"
 
 
 def build_lora_generator_roles(
-    teacher: Denoiser, lora: LoraShape, with_discriminator: bool, frozen_dtype: torch.dtype, checkpoint: bool
+    teacher: Denoiser,
+    lora: LoraShape,
+    with_discriminator: bool,
+    frozen_dtype: torch.dtype,
+    checkpoint: bool,
+    spread: Spread | None = None,
 ) -> Roles:
     """The generator is a LoRA on the frozen teacher; the fake score is a full float32 network of its own.
 
@@ -96,8 +111,11 @@ def build_lora_generator_roles(
         frozen_dtype: how the frozen weights are stored.
         checkpoint: whether activations are recomputed in the backward pass.
     """
+    spread_teacher(teacher, spread)
     head = _head(teacher, with_discriminator)
-    fake_score = build_twin(teacher, "fake_score").eval().requires_grad_(True)
+    fake_score = build_twin(teacher, "fake_score", spread).eval().requires_grad_(True)
+    if head is not None:
+        shard_head(head, fake_score)
     if checkpoint:
         fake_score.checkpoint_activations()
     shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)
@@ -105,9 +123,15 @@ def build_lora_generator_roles(
 
 
 def build_shared_base_roles(
-    teacher: Denoiser, lora: LoraShape, with_discriminator: bool, frozen_dtype: torch.dtype, checkpoint: bool
+    teacher: Denoiser,
+    lora: LoraShape,
+    with_discriminator: bool,
+    frozen_dtype: torch.dtype,
+    checkpoint: bool,
+    spread: Spread | None = None,
 ) -> Roles:
     """One copy of the weights: teacher bare, generator and fake score each under its own LoRA."""
+    spread_teacher(teacher, spread)
     head = _head(teacher, with_discriminator)
     shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)
     generator, fake_score = shared.add_role("generator"), shared.add_role("fake_score")

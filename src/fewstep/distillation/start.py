@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.roles import Roles
+from fewstep.distillation.sharding import put_weights
 from fewstep.errors import UserError
 from fewstep.formats.dmd2_folder import fit_discriminator, read_dmd2
 from fewstep.formats.roles_folder import read_roles
@@ -23,7 +24,7 @@ def start_from_dmd2(roles: Roles, source: Path) -> None:
     """
     checkpoint = read_dmd2(source)
     weights = fit_network(checkpoint.generator, roles.generator, "generator", str(source))
-    roles.generator.load_state_dict(weights)
+    put_weights(roles.generator, weights)
     others = {"fake_score": checkpoint.fake_score, "discriminator": checkpoint.discriminator}
     _start_others(roles, {name: part for name, part in others.items() if part}, source)
 
@@ -80,7 +81,7 @@ def _lora(network: Denoiser) -> Any:
 def _start_others(roles: Roles, found: Mapping[str, dict[str, Tensor]], source: Path) -> None:
     if "fake_score" in found:
         weights = fit_network(found["fake_score"], roles.fake_score, "fake score", str(source))
-        roles.fake_score.load_state_dict(weights)
+        put_weights(roles.fake_score, weights)
     if "discriminator" in found and roles.discriminator is not None:
         head = fit_discriminator(found["discriminator"], roles.discriminator.state_dict(), str(source))
-        roles.discriminator.load_state_dict(head)
+        put_weights(roles.discriminator, head)

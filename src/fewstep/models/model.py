@@ -14,6 +14,7 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.sharding import whole
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
@@ -23,6 +24,7 @@ from fewstep.formats.text_generator_folder import write_generator_folder
 from fewstep.models.conditioner import Conditioner, LabelConditioner, PromptConditioner
 from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder
 from fewstep.models.progress import counted_evaluations
+from fewstep.parallel import by_the_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -300,11 +302,16 @@ class Model:
 
     def write(self, folder: Path) -> None:
         """Write the model's own weights with its card; of one with a base, the rest is read from there again."""
-        description, weights = self.denoiser.describe(), self.denoiser.own_weights()
-        if not self.base:
-            write_model_folder(folder, description, weights, self.card)
-            return
-        write_generator_folder(folder, description, weights, self.card, self.family.network_part)
+        description = self.denoiser.describe()
+        weights = {name: whole(value) for name, value in self.denoiser.own_weights().items()}
+
+        def write() -> None:
+            if not self.base:
+                write_model_folder(folder, description, weights, self.card)
+                return
+            write_generator_folder(folder, description, weights, self.card, self.family.network_part)
+
+        by_the_first(write)
 
     def __repr__(self) -> str:
         channels, height, width = self.picture_shape

@@ -46,4 +46,5 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, feature: Tensor) -> Tensor:
-        return super().forward(feature.to(torch.promote_types(feature.dtype, torch.float32))).flatten(1).squeeze(1)
+        logits = super().forward(feature.to(torch.promote_types(feature.dtype, torch.float32)))
+        return logits.flatten(1).squeeze(1).clone()  # a view would lose its sharding hook to an operation in place

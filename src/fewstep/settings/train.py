@@ -69,6 +69,16 @@ class MemorySettings(Tree):
         "fp32",
         description="storage of weights that are never trained: the teacher's, which LoRAs sit on; trained ones are fp32",
     )
+    teacher: Literal["sharded", "replicated", "offloaded"] = Field(
+        "sharded",
+        description="under torchrun: the teacher (which LoRAs sit on) in parts over the processes, whole in each, or in parts in "
+        "host memory; trained networks are always in parts",
+    )
+    shard_over: int = Field(
+        0,
+        ge=0,
+        description="under torchrun: processes (of one node) that share one copy of the networks; 0: all of them",
+    )
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
 
 

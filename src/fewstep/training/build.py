@@ -12,6 +12,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import Roles, build_roles
+from fewstep.distillation.sharding import build_spread, put_weights
 from fewstep.distillation.start import (
     refuse_other_memory,
     refuse_other_scale,
@@ -95,10 +96,20 @@ def build_distillation(settings: TrainSettings, teacher: Model, conditions: Cond
         generator_terms=_build_generator_terms(settings, roles, teacher, scales[0]),
         fake_score_terms=_build_fake_score_terms(settings.losses, roles),
         generator_update=build_update(
-            roles.generator_parameters(), optimizer.generator_lr, optimizer, scales[0], "generator_"
+            roles.generator_parameters(),
+            optimizer.generator_lr,
+            optimizer,
+            scales[0],
+            "generator_",
+            modules=[roles.generator],
         ),
         fake_score_update=build_update(
-            roles.fake_score_parameters(), optimizer.fake_score_lr, optimizer, scales[1], "fake_score_"
+            roles.fake_score_parameters(),
+            optimizer.fake_score_lr,
+            optimizer,
+            scales[1],
+            "fake_score_",
+            modules=[roles.fake_score, *([roles.discriminator] if roles.discriminator is not None else [])],
         ),
         generator_every=training.generator_every,
         microbatch_size=training.microbatch_size,
@@ -110,8 +121,9 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     memory = settings.memory
     with_discriminator = settings.losses.gan_discriminator_weight > 0
     dtype = frozen_dtype(settings)
+    spread = build_spread(next(teacher.parameters()).device, memory.teacher, memory.shard_over)
     if memory.mode == "full":
-        roles = build_roles(teacher, with_discriminator, dtype)
+        roles = build_roles(teacher, with_discriminator, dtype, spread)
         if memory.checkpoint_activations:
             for network in (roles.generator, roles.fake_score):
                 network.checkpoint_activations()
@@ -121,7 +133,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
 
     lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets)
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
-    return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations)
+    return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations, spread)
 
 
 def frozen_dtype(settings: TrainSettings) -> torch.dtype:
@@ -148,7 +160,7 @@ def start_roles(roles: Roles, source: Path) -> None:
         weights = earlier.denoiser.state_dict()
         if fault := state_difference(weights, roles.generator.state_dict()):
             raise UserError(f"generator.start_from={source} is another network than the teacher: {fault}")
-        roles.generator.load_state_dict(weights)
+        put_weights(roles.generator, weights)
         with _named(source):
             start_others_beside(roles, source)
         return

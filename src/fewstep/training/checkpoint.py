@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.distillation.sharding import put_weights
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
@@ -99,7 +100,7 @@ def restore_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> 
         own = module.renamed(own)
     if fault := state_difference(own, module.state_dict()):
         raise UserError(f"the checkpoint's {name} is another network: {fault}")
-    module.load_state_dict(own)
+    put_weights(module, own)
 
 
 def random_state() -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.models.model import Model
+from fewstep.parallel import local_batch
 from fewstep.progress import busy
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
@@ -43,7 +44,8 @@ class DistillationJob(GeneratorJob):
         factor = learning_rate_factor(settings.optimizer, step, progress)
         self.run.generator_update.set_rate(factor)
         self.run.fake_score_update.set_rate(factor)
-        draws = Draws.of_batch(settings.training.seed, step, size, self.device)
+        first, own = local_batch(size)
+        draws = Draws.of_batch(settings.training.seed, step, own, self.device, first)
         metrics = two_time_scale_step(self.run, step, self._real_batch(step), draws)
         if self.average is not None and step % settings.training.generator_every == 0:
             span = size * settings.training.generator_every

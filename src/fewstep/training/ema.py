@@ -5,6 +5,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from fewstep.distillation.sharding import local
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -33,8 +35,8 @@ class WeightAverage(Generic[ModuleT]):
     def update(self, module: ModuleT, images_seen: int, batch_size: int) -> None:
         """Move the average toward the weights of `module`; buffers are copied."""
         share = 1 - self.decay(images_seen, batch_size)
-        averaged = [parameter.detach() for parameter in self.module.parameters()]
-        current = [parameter.detach() for parameter in module.parameters()]
+        averaged = [local(parameter.detach()) for parameter in self.module.parameters()]
+        current = [local(parameter.detach()) for parameter in module.parameters()]
         torch._foreach_lerp_(averaged, current, share)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

@@ -1,6 +1,8 @@
 """`fewstep.train` and `fewstep.pretrain`: settings in, a run folder with a finished model out."""
 
 import ctypes
+import json
+import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -11,8 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fewstep.errors import UserError
+from fewstep.parallel import agreed, by_the_first, joined, local_batch, refuse_differences, world_size
 from fewstep.progress import busy, say
-from fewstep.settings import PretrainSettings, TrainSettings, refuse_unread
+from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, refuse_unread
 from fewstep.settings.python import gather_settings
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
@@ -23,7 +27,8 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.results import Run
-from fewstep.training.run_folder import claim_run_folder, run_folder
+from fewstep.training.run_data import read_contents
+from fewstep.training.run_folder import claim_run_folder, refuse_unshared, run_folder
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
 from fewstep.training.watch import watch_for_best
@@ -54,6 +59,8 @@ def pretrain(
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
     console = console or Console(stderr=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("pretrain trains in one process: start it without torchrun")
     settings = gather_settings(PretrainSettings, settings, overrides)
     folder = run_folder(settings)
     settings = prepare_run(settings, folder, console)
@@ -91,8 +98,15 @@ def train(
     """
     console = console or Console(stderr=True)
     settings = gather_settings(TrainSettings, settings, overrides)
+    with joined(settings.compute.device):
+        return _train(settings, console, observers, data_changed)
+
+
+def _train(settings: TrainSettings, console: Console, observers: tuple[Observer, ...], data_changed: bool) -> Run:
+    """`train` in one of its processes."""
     folder = run_folder(settings)
-    settings = prepare_run(settings, folder, console)
+    refuse_strangers(settings, folder)
+    settings = agreed(prepare_run(settings, folder, console))
     kind = WarmupJob if is_warmup(settings) else DistillationJob
     with naming_checkpoint(folder):
         with busy(console, f"Loading the teacher {settings.teacher.path}"):
@@ -104,9 +118,25 @@ def train(
         job: GeneratorJob = kind(settings, teacher)
         watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
         with busy(console, "Looking through the data"):
-            claim_run_folder(settings, folder, data_changed=data_changed)
+            by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed))
         run_job(job, settings, folder, watches=watches, observers=observers, console=console)
     return Run(folder, settings)
+
+
+def refuse_strangers(settings: TrainSettings, folder: Path) -> None:
+    """Refuse processes that would not train together, before any loads a network.
+
+    Raises:
+        UserError: the batch does not divide, other settings or other data somewhere, or a run folder that is not shared.
+    """
+    if world_size() == 1:
+        return
+    local_batch(settings.training.batch_size)
+    refuse_differences(settings.model_dump_json(), "settings")
+    refuse_differences(
+        json.dumps({key: found.fingerprint for key, found in read_contents(flatten_settings(settings)).items()}), "data"
+    )
+    refuse_unshared(folder)
 
 
 def print_gan_weight(settings: TrainSettings) -> None:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.parallel import agreed, by_the_first, gathered, is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.run_data import Content, note_data, read_contents, same_data
 
@@ -19,7 +21,7 @@ LOCK = ".lock"
 # what may change between the sessions of one run
 _FREE = (
     "run.", "best.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes",
-    "training.microbatch_size", "expected",
+    "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over",
 )  # fmt: skip
 _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
@@ -65,6 +67,28 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
         raise
 
 
+def refuse_unshared(folder: Path) -> None:
+    """Raise UserError, naming the process, where a run's processes do not see one run folder."""
+    name = f".{agreed(uuid4().hex)}.writing"
+
+    def leave_sign() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            raise UserError(f"cannot write in run folder {folder}: {error}; choose another run.folder") from error
+
+    by_the_first(leave_sign)
+    blind = [number for number, seen in enumerate(gathered((folder / name).exists())) if not seen]
+    if is_first():
+        (folder / name).unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"process {', '.join(map(str, blind))} does not see what process 0 writes in {folder}: give a run.folder on a disk "
+            "that all machines share"
+        )
+
+
 def hold(folder: Path) -> None:
     """Lock a run folder until `release` or this process's end, however it ends.
 
@@ -72,7 +96,7 @@ def hold(folder: Path) -> None:
         UserError: another process holds it, or it cannot be written.
     """
     key = folder.resolve()
-    if key in _held or fcntl is None:
+    if key in _held or fcntl is None or not is_first():  # one process holds it for all of its run
         return
     try:
         file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115

@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import make_grid, save_grid
+from fewstep.parallel import is_first
 from fewstep.training.health import SampleStatistics, alarms
 
 REFERENCE = "teacher_statistics.json"
@@ -30,7 +31,7 @@ class NonFiniteError(UserError):
 
 
 class RunLog:
-    """Metrics and pictures below one run folder.
+    """Metrics and pictures below one run folder; of many processes the first writes, the others only notice faults.
 
     Args:
         folder: run folder, made if missing.
@@ -40,14 +41,17 @@ class RunLog:
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool, console: Console | None = None) -> None:
         self.folder = folder
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._path = folder / "metrics.jsonl"
+        self.console = console or Console(stderr=True)
+        self._writer: Any = None
+        self._writes = is_first()
+        if not self._writes:
+            return
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
         _cut_metrics(self._path, start_step)
         for name in ("alarms.jsonl", STATISTICS):
             _cut_metrics(folder / name, start_step)
-        self.console = console or Console(stderr=True)
-        self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -71,11 +75,8 @@ class RunLog:
         for step, metrics, numbers in self._pending:
             lines.append({"step": step, **{name: next(values) for name in metrics}, **numbers})
         self._pending = []
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error}; free some space, then repeat the command") from error
+        if self._writes:
+            self._write(lines)
         if self._writer is not None:
             for line in lines:
                 for name, value in line.items():
@@ -90,9 +91,18 @@ class RunLog:
                     )
         return lines[-1]
 
+    def _write(self, lines: list[dict[str, float]]) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error}; free some space, then repeat the command") from error
+
     def picture(self, name: str, step: int, images: Tensor, columns: int) -> Path:
         """Save a grid of images (N, C, H, W) in [-1, 1] as samples/<name>_<step>.png."""
         path = self.folder / "samples" / f"{name}_{step:08d}.png"
+        if not self._writes:
+            return path
         save_grid(path, images, columns)
         if self._writer is not None:
             self._writer.add_image(name, np.asarray(make_grid(images, columns)), step, dataformats="HWC")
@@ -100,11 +110,15 @@ class RunLog:
 
     def note(self, name: str, lines: list[str]) -> None:
         """Write lines of text beside the pictures they belong to, as samples/<name>.txt."""
+        if not self._writes:
+            return
         with replaced_file(self.folder / "samples" / f"{name}.txt") as aside:
             aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def keep_reference(self, statistics: SampleStatistics) -> None:
         """Remember the teacher's sample statistics for the rest of the run, also over interruptions."""
+        if not self._writes:
+            return
         with replaced_file(self.folder / REFERENCE) as aside:
             aside.write_text(json.dumps(statistics.to_dict(), indent=1), encoding="utf-8")
 
@@ -113,6 +127,8 @@ class RunLog:
 
         Alarms also go to `alarms.jsonl`. They never stop a run.
         """
+        if not self._writes:
+            return []
         with open(self.folder / STATISTICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step - 1, **found.to_dict()}) + "\n")
         if self._writer is not None:
@@ -130,6 +146,8 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Add a line of words to `log.txt`, with the time."""
+        if not self._writes:
+            return
         with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:  # full disks: see `flush`
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 

@@ -10,6 +10,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import GeneratorInput, GeneratorInputs, RealBatch
 from fewstep.distillation.roles import Roles
 from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
+from fewstep.parallel import mean, world_size
 from fewstep.training.update import Update
 
 
@@ -56,14 +57,15 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
         if generators_turn:
             x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
             gradient = combined_gradient(run.generator_terms, x0.detach(), batch, part, tally)
-            run.generator_update.backward_at(x0, gradient)
+            run.generator_update.backward_at(x0, gradient, part.is_last)
         else:
             with torch.no_grad():
                 x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
         made.append((x0[: batch.num_fresh].detach(), batch.condition[: batch.num_fresh]))
     updated = run.generator_update.step() if generators_turn else {}
     for part, (fresh, condition) in zip(parts, made, strict=True):
-        run.fake_score_update.backward(fake_score_loss(run.fake_score_terms, fresh, condition, part, tally))
+        loss = fake_score_loss(run.fake_score_terms, fresh, condition, part, tally)
+        run.fake_score_update.backward(loss, part.is_last)
     return {**tally.metrics(), **updated, **run.fake_score_update.step()}
 
 
@@ -73,12 +75,15 @@ class MicroBatch:
 
     Attributes:
         draws, real: of these samples.
-        share: of the whole batch; what a mean over these samples counts in the mean over all.
+        share: of this process's batch; what a mean over these samples counts in the mean over all. Processes have equal
+            batches and take the mean of their gradients, so that a loss is a mean over the global batch.
+        is_last: none follows in this step.
     """
 
     draws: Draws
     real: RealBatch
     share: float
+    is_last: bool
 
 
 def micro_batches(draws: Draws, real: RealBatch, size: int) -> list[MicroBatch]:
@@ -88,7 +93,7 @@ def micro_batches(draws: Draws, real: RealBatch, size: int) -> list[MicroBatch]:
     return [
         MicroBatch(
             replace(draws, positions=draws.positions[rows]), RealBatch(real.images[rows], real.condition[rows]),
-            len(draws.positions[rows]) / count,
+            len(draws.positions[rows]) / count, rows.stop >= count,
         )
         for rows in slices
     ]  # fmt: skip
@@ -106,9 +111,17 @@ class Tally:
         self.losses[name] = self.losses.get(name, 0.0) + share * loss.detach()
 
     def metrics(self) -> dict[str, Tensor]:
-        """Means and norms over the whole batch; each term's norm relative to the first term's."""
-        found = {f"{name}_loss": loss for name, loss in self.losses.items()}
+        """Means and norms over the whole batch of all processes; each term's norm relative to the first term's."""
+        losses = dict(self.losses)
         norms = {name: parts[0] if len(parts) == 1 else torch.stack(parts).norm() for name, parts in self.norms.items()}
+        if (
+            world_size() > 1
+        ):  # in one exchange: a norm's square is a sum over samples, whose gradients count 1 / processes
+            squares = [norm.square() / world_size() for norm in norms.values()]
+            together = mean(torch.stack([*losses.values(), *squares]))
+            losses = dict(zip(losses, together, strict=False))
+            norms = dict(zip(norms, together[len(losses) :].sqrt(), strict=True))
+        found = {f"{name}_loss": loss for name, loss in losses.items()}
         found |= {f"{name}_norm_at_x0": norm for name, norm in norms.items()}
         first = next(iter(norms.values()), torch.zeros(()))  # 0 at first, while fake score and teacher are equal
         for name in list(norms)[1:]:

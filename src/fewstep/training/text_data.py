@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.models.model import Model
+from fewstep.parallel import by_the_first, local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
 from fewstep.progress import busy, working
@@ -38,7 +39,8 @@ class RealLatents:
     orders: dict[int, Tensor] = field(default_factory=dict)  # the permutation of the passes being read
 
     def at(self, step: int, device: torch.device) -> RealBatch:
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        first, size = local_batch(self.batch_size)
+        positions = step * self.batch_size + torch.arange(first, first + size)
         index = data_order(self.seed, positions, len(self.stored), self.orders)
         latents = self.stored.latents(index).to(device, torch.float32)
         return RealBatch(latents, self.captions.rows(index.to(device)))
@@ -68,15 +70,19 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
     if settings.data.text_embeddings == "computed":
         check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
         return teacher.conditioner.table(prompts, teacher.size)
-    console = Console(stderr=True)
-    with busy(console, "Loading the text encoders"):
-        encoders = teacher.conditioner.encoders
-    with working(console, f"Embedding {len(prompts):,} prompts") as report:
-        prepare_embeddings(
-            encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
-            spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
-            max_gigabytes=MOST_GIGABYTES_UNASKED, report=report,
-        )  # fmt: skip
+
+    def embed() -> None:
+        console = Console(stderr=True)
+        with busy(console, "Loading the text encoders"):
+            encoders = teacher.conditioner.encoders
+        with working(console, f"Embedding {len(prompts):,} prompts") as report:
+            prepare_embeddings(
+                encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
+                spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
+                max_gigabytes=MOST_GIGABYTES_UNASKED, report=report,
+            )  # fmt: skip
+
+    by_the_first(embed)
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fewstep.distillation.sharding import whole
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
+from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_all, world_size
 from fewstep.progress import every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
@@ -126,11 +128,12 @@ class Loop:
             for watch in watches:
                 self.stop.at_once(partial(watch.resume, self.step, self.clock.seconds()))
             bar.say(self.progress(), f"step {self.step + 1}, the first one of this session")
-            while not self.stop.signal and not self.is_over():
+            while self.goes_on():
                 self.one_step(bar)
                 due: list[Observer] = [*watches, *observers]
+                seconds = agreed(self.clock.seconds())
                 for observe in due:
-                    self.stop.at_once(partial(observe, self.step, self.clock.seconds()))
+                    self.stop.at_once(partial(observe, self.step, seconds))
             if not self.stop.signal and self.step != self.saved_step:
                 bar.say(self.progress(), "last sample pictures")
                 self.job.pictures(self.log, self.step)
@@ -145,7 +148,7 @@ class Loop:
         """One training step on the clock, and what is due after it off the clock."""
         run, log = self.settings.run, self.log
         self.clock.resume()
-        progress = self.progress()
+        progress = agreed(self.progress())  # rates may follow the clock
         metrics = self.job.step(self.step, progress)
         self.step += 1
         seconds = self.clock.seconds()
@@ -163,10 +166,18 @@ class Loop:
         if self.step % run.checkpoint_every == 0:
             self.save()
 
-    def is_over(self) -> bool:
-        """Whether all steps are made, or the time is up."""
+    def goes_on(self) -> bool:
+        """Whether another step is made: not all are, the time is not up, and no process was asked to stop.
+
+        Processes decide together, by the first one's clock.
+        """
         limit = self.settings.training.time_limit_minutes * 60
-        return self.step >= self.settings.training.num_steps or bool(limit and self.clock.seconds() >= limit)
+        over = self.step >= self.settings.training.num_steps or bool(limit and self.clock.seconds() >= limit)
+        if world_size() == 1:
+            return not (over or self.stop.signal)
+        heard = gathered((over, self.stop.signal))
+        self.stop.signal = next((signal for _, signal in heard if signal is not None), None)
+        return not (heard[0][0] or self.stop.signal)
 
     def progress(self) -> float:
         """Share of the run that is done, 0..1: by steps or by the clock, whichever is nearer its end."""
@@ -183,8 +194,9 @@ class Loop:
             "data_position": self.step * training.batch_size,
             "draws": {"generator": "philox4x32-10", "seed": training.seed},
         }  # fmt: skip
-        tensors = {**self.job.tensors(), **random_state()}
-        write_checkpoint(self.folder / "checkpoints", self.step, tensors, state, self.settings.run.keep_checkpoints)
+        tensors = {name: whole(tensor) for name, tensor in {**self.job.tensors(), **random_state()}.items()}
+        folder, keep = self.folder / "checkpoints", self.settings.run.keep_checkpoints
+        by_the_first(lambda: write_checkpoint(folder, self.step, tensors, state, keep))
         self.saved_step = self.step
 
     def farewell(self) -> str:
@@ -242,7 +254,9 @@ class Bar:
 
 def resume(job: Job, folder: Path) -> tuple[int, float]:
     """Restore the newest checkpoint; returns (finished steps, training seconds), (0, 0) without one."""
-    remove_leftovers(folder / "checkpoints")
+    if is_first():
+        remove_leftovers(folder / "checkpoints")
+    wait_for_all("the run's last checkpoint is read")
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return 0, 0.0

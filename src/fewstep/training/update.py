@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distillation.loss_scale import NO_SCALE, LossScale
+from fewstep.distillation.sharding import as_placed, gradient_norm, is_sharded, local, synchronise
 from fewstep.errors import UserError
+from fewstep.parallel import average_gradients
 from fewstep.settings import OptimizerSettings
 
 SMALLEST_SCALE = 2.0**-10  # a loss scale below it means that overflows do not come from the scale
@@ -29,13 +31,14 @@ class Update:
         max_grad_norm: the norm of all gradients together is clipped at this; 0: never.
         scale: loss scale; the terms that ask for gradients at the role's output share it.
         prefix: of the metrics' names.
+        modules: that have the parameters, whose processes exchange gradients in a step's last backward pass only.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], lr: float, optimizer: torch.optim.Optimizer, max_grad_norm: float,
-        scale: LossScale = NO_SCALE, prefix: str = "",
+        scale: LossScale = NO_SCALE, prefix: str = "", modules: Iterable[nn.Module] = (),
     ) -> None:  # fmt: skip
-        self.parameters, self.lr, self.optimizer = dict(parameters), lr, optimizer
+        self.parameters, self.lr, self.optimizer, self.modules = dict(parameters), lr, optimizer, list(modules)
         self.max_grad_norm, self.scale, self.prefix = max_grad_norm, scale, prefix
 
     def set_rate(self, factor: float) -> None:
@@ -43,12 +46,14 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a scalar loss's gradients."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add a scalar loss's gradients; `last`: the step's last ones of this update."""
+        synchronise(self.modules, last)
         self.scale.scaled(loss).backward()
 
-    def backward_at(self, output: Tensor, gradient: Tensor) -> None:
-        """Add the gradients that follow from `gradient` at the role's `output`, of the same shape."""
+    def backward_at(self, output: Tensor, gradient: Tensor, last: bool = True) -> None:
+        """Add the gradients that follow from `gradient` at the role's `output`, of the same shape; `last` as in `backward`."""
+        synchronise(self.modules, last)
         output.backward(self.scale.scaled(gradient))
 
     def step(self) -> dict[str, Tensor]:
@@ -60,7 +65,7 @@ class Update:
         """
         scaler = self.scale.scaler
         scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf).detach()
+        norm = self._clip()
         scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scale.is_on:
@@ -69,6 +74,17 @@ class Update:
         scaler.update()
         norm = torch.where(norm.isfinite() | (scale <= SMALLEST_SCALE), norm, 0.0)
         return {f"{self.prefix}grad_norm": norm, f"{self.prefix}loss_scale": scale}
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Average what every process has whole, then clip; returns the norm before clipping."""
+        gradients = [part.grad for part in self.parameters.values() if part.grad is not None]
+        average_gradients([gradient for gradient in gradients if not is_sharded(gradient)])
+        norm = gradient_norm(gradients)
+        if gradients:
+            factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        return norm
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The optimiser's state under `name.<parameter>.<field>`, and in fp16 the scale's under `name.loss_scale`."""
@@ -93,6 +109,13 @@ class Update:
             self.scale.restore(scale)
         state = _by_number(own, list(self.parameters), name)
         parameters = list(self.parameters.items())
+        state = {
+            number: {
+                field: as_placed({"": value}, {"": parameters[number][1]})[""] if value.dim() else value
+                for field, value in fields.items()
+            }
+            for number, fields in state.items()
+        }
         for number, fields in state.items():
             key, parameter = parameters[number]
             if fields.keys() != _fields(state) or any(
@@ -127,10 +150,11 @@ def _fields(state: Mapping[int, Mapping[str, Tensor]]) -> set[str]:
 
 def build_update(
     parameters: Mapping[str, nn.Parameter], lr: float, settings: OptimizerSettings, scale: LossScale = NO_SCALE,
-    prefix: str = "",
+    prefix: str = "", modules: Iterable[nn.Module] = (),
 ) -> Update:  # fmt: skip
     """AdamW as published over named parameters, with the settings' clipping."""
-    return Update(parameters, lr, build_adamw(parameters.values(), lr, settings), settings.max_grad_norm, scale, prefix)
+    adamw = build_adamw(parameters.values(), lr, settings)
+    return Update(parameters, lr, adamw, settings.max_grad_norm, scale, prefix, modules)
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], lr: float, settings: OptimizerSettings) -> torch.optim.AdamW:

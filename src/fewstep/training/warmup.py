@@ -8,9 +8,11 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import build_twin
+from fewstep.distillation.sharding import build_spread, spread_teacher
 from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
 from fewstep.models.model import Model
+from fewstep.parallel import local_batch
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distance, build_step_schedule, frozen_dtype
 from fewstep.training.generator_job import GeneratorJob
@@ -36,7 +38,9 @@ class WarmupJob(GeneratorJob):
         steps = build_step_schedule(settings, teacher.denoiser)
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
-        generator = build_twin(teacher.denoiser, "generator").eval().requires_grad_(True)
+        spread = build_spread(teacher.device, settings.memory.teacher, settings.memory.shard_over)
+        spread_teacher(teacher.denoiser, spread)
+        generator = build_twin(teacher.denoiser, "generator", spread).eval().requires_grad_(True)
         teacher.denoiser.to(frozen_dtype(settings))
         if settings.memory.checkpoint_activations:
             generator.checkpoint_activations()
@@ -46,7 +50,7 @@ class WarmupJob(GeneratorJob):
         losses, scale = settings.losses, LossScale.of(generator.compute_dtype, teacher.device)
         self.terms = [Regression(build_distance(losses, teacher), losses.regression_weight, scale=scale)]
         parameters, rates = dict(generator.named_parameters()), settings.optimizer
-        self.update = build_update(parameters, rates.generator_lr, rates, scale, "generator_")
+        self.update = build_update(parameters, rates.generator_lr, rates, scale, "generator_", [generator])
         shape = teacher.denoiser.image_shape
         self._no_data = RealBatch(torch.empty(0, *shape, device=self.device), Condition(0))
 
@@ -57,12 +61,13 @@ class WarmupJob(GeneratorJob):
         """One update on one batch of pairs."""
         settings, size = self.settings, self.settings.training.batch_size
         self.update.set_rate(learning_rate_factor(settings.optimizer, step, progress))
-        draws, tally = Draws.of_batch(settings.training.seed, step, size, self.device), Tally()
+        first, own = local_batch(size)
+        draws, tally = Draws.of_batch(settings.training.seed, step, own, self.device, first), Tally()
         for part in micro_batches(draws, self._no_data, settings.training.microbatch_size):
             batch = self.inputs(self.generator, part.draws, part.real)
             x0 = self.generator.denoise(batch.noisy, batch.level, batch.condition)
             gradient = combined_gradient(list(self.terms), x0.detach(), batch, part, tally)
-            self.update.backward_at(x0, gradient)
+            self.update.backward_at(x0, gradient, part.is_last)
         metrics = {**tally.metrics(), **self.update.step()}
         if self.average is not None:
             self.average.update(self.generator, step * size, size)

@@ -19,6 +19,7 @@ from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
+from fewstep.parallel import agreed, by_the_first
 from fewstep.settings import TrainSettings
 from fewstep.training.generator_job import GeneratorJob
 
@@ -102,16 +103,19 @@ class Watch:
         """Measure after `step` finished steps and `seconds` of training, if it is due."""
         if not self.is_due(step, seconds):
             return
-        figures = dict(self.measure())
+        figures = agreed(dict(self.measure()))
         found, earlier = figures[self.figure], self.best
         if self.keep is not None and found < earlier:
             self.keep(step)
         self.points.append(Point(step, seconds, figures))
-        with replaced_file(self.path) as aside:
-            aside.write_text(json.dumps([_row(point) for point in self.points], indent=1), encoding="utf-8")
+        by_the_first(self._write)
         told = f"{self.figure.replace('_', ' ')} {found:.3f}"
         best = f"best so far {earlier:.3f}" if found >= earlier else "the best so far" + (", kept" if self.keep else "")
         self.console.print(f"step {step}, {seconds / 60:.1f} min: {told}, {best}", highlight=False)
+
+    def _write(self) -> None:
+        with replaced_file(self.path) as aside:
+            aside.write_text(json.dumps([_row(point) for point in self.points], indent=1), encoding="utf-8")
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether a call now would measure."""

@@ -77,7 +77,7 @@ class SD3Denoiser(DiffusersDenoiser):
             else:
                 context, x = block(x, context, embedding)
             if number == self.middle and want != "x0":
-                feature = x.transpose(1, 2).unflatten(2, (height, width))
+                feature = x.transpose(1, 2).unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
                 if want == "bottleneck":
                     return None, feature
         return self._image(net.proj_out(net.norm_out(x, embedding)), height, width), feature

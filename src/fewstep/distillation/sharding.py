@@ -1,0 +1,160 @@
+"""Networks spread over processes: each by itself, block by block, with torch's `fully_shard`.
+
+Trained full networks are always sharded, with their discriminator. Adapters are small and stay outside: every process has
+them whole and their gradients are averaged once a step, so a sharded base under them exchanges no gradients.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import UserError
+from fewstep.parallel import world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Placement = Literal["sharded", "replicated", "offloaded"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the networks of a run lie in its processes.
+
+    Attributes:
+        mesh: one row of processes that share one copy, or several rows with a copy each.
+        teacher: of the frozen weights: a part in every process, a copy in every process, or a part in host memory.
+    """
+
+    mesh: "DeviceMesh"
+    teacher: Placement
+
+
+def build_spread(device: torch.device, teacher: Placement, shard_over: int) -> Spread | None:
+    """None where there is one process.
+
+    Args:
+        shard_over: processes that share one copy of the networks; 0: all of them.
+
+    Raises:
+        UserError: they do not divide the processes there are.
+    """
+    processes = world_size()
+    if processes == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not shard_over or shard_over == processes:
+        return Spread(init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",)), teacher)
+    if processes % shard_over:
+        raise UserError(
+            f"memory.shard_over={shard_over} does not divide {processes} processes; 0 shards over all of them"
+        )
+    shape = (processes // shard_over, shard_over)
+    return Spread(init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")), teacher)
+
+
+def spread_teacher(teacher: Denoiser, spread: Spread | None) -> None:
+    """Shard the frozen network before anything is built from it, so that nothing after it is ever whole."""
+    if spread is not None and spread.teacher != "replicated" and mesh_of(teacher) is None:
+        shard_network(teacher, spread.mesh, offload=spread.teacher == "offloaded")
+
+
+def shard_network(network: Denoiser, mesh: "DeviceMesh", *, offload: bool = False) -> None:
+    """Shard a network block by block; on the meta device its weights are filled in later.
+
+    In half precision weights are gathered in it, gradients are added up in float32, and what is trained stays float32;
+    inputs come as they are, because everything outside of the network is float32.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    half = network.compute_dtype != torch.float32
+    options: dict[str, Any] = {
+        # the root too: its copy from a forward without a backward, as of sample pictures, would outlive an update
+        "reshard_after_forward": True,
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=network.compute_dtype if half else None, reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
+    }  # fmt: skip
+    for block in network.blocks():
+        fully_shard(block, **options)
+    fully_shard(network, **options)
+
+
+def shard_head(head: nn.Module, beside: nn.Module) -> None:
+    """Shard the discriminator where the network whose optimiser trains it is sharded: that has parameters of one kind."""
+    mesh = mesh_of(beside)
+    if mesh is not None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(head, mesh=mesh)
+
+
+def mesh_of(module: nn.Module) -> "DeviceMesh | None":
+    """The processes that a module's parameters are spread over; None where each has them whole."""
+    parts: Iterator[Any] = module.parameters()
+    return next((part.device_mesh for part in parts if is_sharded(part)), None)
+
+
+def as_placed(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the tensors `like` of the same names lie in the processes: of a whole one each takes its own part."""
+    placed: dict[str, Tensor] = {}
+    parts: Any = like
+    for name, value in weights.items():
+        own = parts.get(name)
+        if own is not None and is_sharded(own) and not is_sharded(value):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(
+                value.detach().to(own.device_mesh.device_type), own.device_mesh, own.placements, src_data_rank=None
+            )
+        elif own is not None and not is_sharded(own):
+            value = whole(value)
+        placed[name] = value
+    return placed
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`load_state_dict`, also of whole tensors into a sharded module."""
+    module.load_state_dict(as_placed(weights, module.state_dict()))
+
+
+def synchronise(modules: Iterable[Any], now: bool) -> None:
+    """Whether the next backward passes exchange gradients, or only add them up for a later one that does."""
+    for module in modules:
+        if hasattr(module, "set_requires_gradient_sync"):  # what `fully_shard` makes of a module
+            module.set_requires_gradient_sync(now)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether each process has its part; asked without importing torch's distributed tensors, which takes a second."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a sharded tensor; the tensor itself where it is whole."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor put together on every process; the tensor itself where it is whole. All must ask together."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Norm of all gradients together, sharded or whole; torch's own cannot mix them."""
+    norms: list[Tensor] = []
+    for kind in (False, True):
+        some = [gradient for gradient in gradients if is_sharded(gradient) == kind]
+        if some:
+            norms.append(whole(nn.utils.get_total_norm(some)))
+    return norms[0] if len(norms) == 1 else torch.stack(norms or [torch.zeros(())]).norm()

@@ -1,0 +1,42 @@
+"""Any number of processes and micro-batches give the same gradients and weights as one, in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.equality import changed, trained
+from tests.distributed.processes import run_processes
+
+CI = ["edm/2/sharded/0", "sd full/1/replicated/0", "sdxl lora_generator/2/sharded/0", "sd3 shared_base/1/sharded/0"]
+KINDS = [
+    "edm",
+    *(f"{family} {mode}" for family in ("sd", "sdxl", "sd3") for mode in ("full", "lora_generator", "shared_base")),
+]
+
+
+def compare(processes: int, cases: list[str], tmp_path: Path, long: bool = False) -> None:
+    out = tmp_path / "found.safetensors"
+    ended = run_processes(
+        processes, "-m", "tests.distributed.equality", str(out), *cases, *["--long"] * long, timeout=3000
+    )
+    assert [code for code, _ in ended] == [0] * processes, "\n".join(said for _, said in ended)
+    found = load_file(out)
+    alone: dict[str, dict[str, torch.Tensor]] = {}
+    for case in cases:
+        kind = case.split("/")[0]
+        if kind not in alone:
+            whole = f"{kind}/1/sharded/0"
+            alone[kind] = changed(whole) | (trained(whole) if long else {})
+        for name, value in alone[kind].items():
+            mine, bound = found[f"{case}|{name}"], 1e-8 if name.startswith("trained") else 1e-10
+            if name.startswith("metric"):
+                assert float(mine) == pytest.approx(float(value), rel=1e-6), (case, name)
+            else:
+                assert float(value.norm()) > 1e-4
+                assert float((mine - value).norm() / value.norm()) < bound, (case, name)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    compare(2, CI, tmp_path)
