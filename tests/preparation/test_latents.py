@@ -302,3 +302,25 @@ def test_published_latents_that_cannot_be_used(encoders: TextEncoders, tmp_path:
     write_lmdb(tmp_path / "set", {"latents": values, "prompts": ["a", "b", "c"]})
     assert "standard deviation of nan" in refused()
     assert "a latent is not finite as float16" in refused(scale=1.0)
+
+
+def test_a_new_sample_of_the_distribution_each_pass(job: dict[str, Any], tmp_path: Path) -> None:
+    """Real latents are samples of the VAE's posterior; a resumed run draws the same ones, another pass others."""
+    means = StoredLatents(prepare_latents(folder=tmp_path / "mean", **job))
+    stored = StoredLatents(prepare_latents(folder=tmp_path / "spread", keep_spread=True, **job))
+    everything = torch.arange(len(stored))
+    assert torch.equal(stored.latents(everything), means.latents(everything))
+    draws = [Draws(0, step, everything + len(stored) * step) for step in range(400)]
+    samples = torch.stack([stored.drawn(everything, one) for one in draws])
+    assert torch.equal(samples[0], stored.drawn(everything, draws[0]))
+    assert not torch.equal(samples[0], samples[1])
+    mean, spread = job["autoencoder"].distribution(greys(0))
+    torch.testing.assert_close(samples[:, 0].mean(0), mean[0], atol=0.2 * float(spread.max()) + 2e-3, rtol=0)
+    torch.testing.assert_close(samples[:, 0].std(0), spread[0], rtol=0.25, atol=1e-3)
+    assert torch.equal(means.drawn(everything, draws[0]), means.latents(everything).float())  # nothing to draw from
+
+
+def test_a_changed_deviation_is_noticed(job: dict[str, Any], tmp_path: Path) -> None:
+    folder = prepare_latents(folder=tmp_path / "spread", keep_spread=True, **job)
+    with pytest.raises(UserError, match="spread was True, is None"):
+        prepare_latents(folder=folder, **job)

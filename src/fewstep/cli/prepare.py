@@ -90,6 +90,7 @@ def prepare_latents(
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     noise_seed: Annotated[int | None, typer.Option(help="sample the VAE's distribution with this seed, as published; default: its mean")] = None,
+    keep_spread: Annotated[bool, typer.Option("--keep-spread", help="store the VAE's whole distribution (twice the bytes): training draws a new sample of it each pass, as published")] = False,
     captions: Annotated[str, typer.Option(help="embeddings, or text: nothing but the words, which training then encodes at each step")] = "embeddings",
     num_images: Annotated[int | None, typer.Option(min=1, help="take only the first pictures; default: all")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="read a hub set while it is downloaded, keeping nothing")] = False,
@@ -109,11 +110,22 @@ def prepare_latents(
     with starting():
         from fewstep.preparation.captioned_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
     if from_lmdb is not None:
-        of_pictures = (split, caption_column, resolution, fit, background, noise_seed, num_images, streaming, skip_bad)
-        if of_pictures != ("train", "", 0, "crop", "white", None, None, False, False):
+        of_pictures = (
+            split,
+            caption_column,
+            resolution,
+            fit,
+            background,
+            noise_seed,
+            keep_spread,
+            num_images,
+            streaming,
+            skip_bad,
+        )
+        if of_pictures != ("train", "", 0, "crop", "white", None, False, None, False, False):
             raise UserError(
                 "--from-lmdb takes all of its latents as they are: leave out --split, --caption-column, --resolution, --fit, "
-                "--background, --noise-seed, --num-images, --streaming and --skip-bad"
+                "--background, --noise-seed, --keep-spread, --num-images, --streaming and --skip-bad"
             )
         texts = EmbeddingsOptions(
             truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
@@ -121,7 +133,7 @@ def prepare_latents(
         import_latents(teacher, from_lmdb, folder, texts, scale=lmdb_scale, captions=captions)
         return
     options = LatentsOptions(
-        split=split, caption_column=caption_column, resolution=resolution, fit=fit, background=background, noise_seed=noise_seed,
+        split=split, caption_column=caption_column, resolution=resolution, fit=fit, background=background, noise_seed=noise_seed, keep_spread=keep_spread,
         num_images=num_images, streaming=streaming, skip_bad=skip_bad, truncate=truncate_prompts, shard_size=shard_size,
         batch_size=batch_size, captions=captions, device=device,
     )  # fmt: skip

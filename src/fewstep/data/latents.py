@@ -3,7 +3,7 @@
 Both folders hold shards of n rows. A shard holds `row` (n,), each row's number among the distinct texts of the folder,
 and the texts that no earlier shard has: `text` (m, T, D), `pooled` (m, P), `prompt_bytes` and `prompt_ends`. The first
 shard also holds the unconditional `empty_text` (1, T, D) and `empty_pooled` (1, P); those of latents hold `latents`. Latents whose
-captions are kept as text alone have no embeddings.
+captions are kept as text alone have no embeddings. `latent_std` beside latents are the deviations of the VAE's distribution.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.shard_folder import ShardKind, check_shard, read_complete_manifest, unreadable
 from fewstep.data.stored_rows import StoredRows, map_tensor, read_header
+from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 
 EMBEDDINGS = ShardKind("text embeddings", "embeddings", "fewstep prepare embeddings")
@@ -118,7 +119,12 @@ class StoredLatents:
         self.vae_fingerprint = str(self.manifest.get("job", {}).get("vae"))
         try:
             parts = [map_tensor(folder / entry["file"], "latents") for entry in self.manifest["shards"]]
-            self._latents = StoredRows(parts)
+            self._latents, self._spread = StoredRows(parts), None
+            if self.manifest.get("job", {}).get("spread"):
+                entries = self.manifest["shards"]
+                self._spread = StoredRows([map_tensor(folder / entry["file"], "latent_std") for entry in entries])
+                if self._spread.row_shape != self._latents.row_shape or len(self._spread) != len(self._latents):
+                    raise ValueError("latents and their deviations differ in shape")
             if len(self._latents) != len(self.captions):
                 raise ValueError("latents and captions differ in number")
         except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
@@ -133,8 +139,15 @@ class StoredLatents:
         return self._latents.row_shape
 
     def latents(self, index: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of these rows (B,), float16, on the CPU."""
+        """Latents (B, C, h, w) of these rows (B,), float16, on the CPU; the means where a distribution is stored."""
         return self._latents.rows(index)
+
+    def drawn(self, index: Tensor, draws: Draws) -> Tensor:
+        """Latents (B, C, h, w) of these rows (B,), float32, on the CPU; where their distribution is stored a sample of it."""
+        latents = self.latents(index).float()
+        if self._spread is None:
+            return latents
+        return latents + self._spread.rows(index).float() * draws.normal("encoder_noise", self.latent_shape)
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows (B,): latents (B, C, h, w), text (B, T, D), pooled (B, P) or None, float16, on the CPU."""

@@ -57,14 +57,21 @@ class Autoencoder(nn.Module):
         Args:
             draws: where the encoder gives a distribution: sample it with these draws; None takes its mean.
         """
+        mean, spread = self.distribution(images)
+        return mean if draws is None else mean + spread * draws.normal("encoder_noise", tuple(mean.shape[1:]))
+
+    @torch.no_grad()
+    def distribution(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] to mean and standard deviation of their latents, each (B, C, h, w), float32.
+
+        The deviation is 0 where the encoder gives latents and no distribution.
+        """
         encoded: Any = self.vae.encode(images)
         if not hasattr(encoded, "latent_dist"):
-            return (encoded.latents.float() - self.shift) * self.scale
-        latents = encoded.latent_dist.mean
-        if draws is not None:
-            noise = draws.normal("encoder_noise", tuple(latents.shape[1:]))
-            latents = latents + encoded.latent_dist.std * noise.to(latents.dtype)
-        return (latents.float() - self.shift) * self.scale
+            latents = (encoded.latents.float() - self.shift) * self.scale
+            return latents, torch.zeros_like(latents)
+        found = encoded.latent_dist
+        return (found.mean.float() - self.shift) * self.scale, found.std.float() * self.scale
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

@@ -49,6 +49,7 @@ class LatentsOptions:
     fit: str = "crop"
     background: str = "white"
     noise_seed: int | None = None
+    keep_spread: bool = False
     num_images: int | None = None
     streaming: bool = False
     skip_bad: bool = False
@@ -86,6 +87,8 @@ def make_latents(teacher: str, images: str, folder: Path, options: LatentsOption
     """
     if options.fit not in get_args(Fit):
         raise UserError(f"--fit {options.fit}: choose crop, pad or exact")
+    if options.keep_spread and options.noise_seed is not None:
+        raise UserError("--keep-spread draws a sample each time training reads a picture: leave out --noise-seed")
     check_colour(options.background, "--background")
     with busy(console, f"Opening {images}"):
         source = open_captioned_images(
@@ -102,7 +105,7 @@ def make_latents(teacher: str, images: str, folder: Path, options: LatentsOption
         prepare_latents(
             autoencoder, encoders, source, folder, resolution=options.resolution or family.resolution(model),
             vae_fingerprint=fingerprint, fit=cast(Fit, options.fit), background=options.background, noise_seed=options.noise_seed,
-            num_images=options.num_images, skip_bad=options.skip_bad, truncate=options.truncate,
+            keep_spread=options.keep_spread, num_images=options.num_images, skip_bad=options.skip_bad, truncate=options.truncate,
             shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, options.captions),
             report=report,
         )  # fmt: skip

@@ -37,12 +37,13 @@ class _Part(NamedTuple):
     latents: Tensor
     captions: list[str]
     source_rows: int
+    spread: Tensor | None = None  # standard deviations of the latents, likewise, where training draws from them
 
 
 def prepare_latents(
     autoencoder: Autoencoder, encoders: TextEncoders, source: CaptionedImages, folder: Path, *, resolution: int,
     vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", background: str = "white", noise_seed: int | None = None,
-    num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
+    keep_spread: bool = False, num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
     batch_size: int = 8, captions: Captions = "embeddings", report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store latents and caption embeddings as float16, each distinct caption's once. A missing caption is the empty prompt.
@@ -54,6 +55,7 @@ def prepare_latents(
         vae_fingerprint: of the autoencoder's folder (formats/fingerprints.py).
         background: the colour under transparent pixels.
         noise_seed: None stores the mean of the VAE's distribution; a number a sample of it, drawn with this seed.
+        keep_spread: store the deviations too; training then draws a new sample each time it reads a picture.
         num_images: rows of the source to take, from its beginning; None takes all.
         skip_bad: leave out pictures that do not decode or fit, and too long captions; otherwise they end the job with their
             name.
@@ -71,19 +73,19 @@ def prepare_latents(
     job = {
         "images": source.facts, "num_images": num_images, "resolution": resolution, "fit": fit,
         "noise_seed": noise_seed, "skip_bad": skip_bad, "vae": vae_fingerprint,
-        **({"background": background} if background != "white" else {}),
+        **({"background": background} if background != "white" else {}), **({"spread": True} if keep_spread else {}),
         **_text_job(encoders, truncate, shard_size, captions),
     }  # fmt: skip
     known = [number for number in (num_images, source.num_rows) if number is not None]
     total = min(known) if known else None
     reader = _Reader(
-        autoencoder, encoders, source, resolution, fit, background, noise_seed, skip_bad, truncate, batch_size,
+        autoencoder, encoders, source, resolution, fit, background, noise_seed, keep_spread, skip_bad, truncate, batch_size,
         lambda taken: report(taken, total),
     )  # fmt: skip
     table = PromptTable(encoders, batch_size)
 
     def latent_bytes() -> int:
-        return 2 * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
+        return 2 * (1 + keep_spread) * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
 
     return _write_parts(folder, job, table, reader.read_part, total, shard_size, report, latent_bytes)
 
@@ -99,6 +101,7 @@ class _Reader:
     fit: Literal["crop", "pad", "exact"]
     background: str
     noise_seed: int | None
+    keep_spread: bool
     skip_bad: bool
     truncate: bool
     batch_size: int
@@ -114,7 +117,8 @@ class _Reader:
         if self._rows is None:
             self._rows = self.source.rows(first)
         side = self.resolution // self.autoencoder.factor
-        latents = [torch.empty(0, self.autoencoder.latent_channels, side, side)]
+        nothing = torch.empty(0, self.autoencoder.latent_channels, side, side)
+        latents, spreads = [nothing], [nothing]
         captions: list[str] = []
         taken = 0
         while taken < size and (batch := list(islice(self._rows, min(self.batch_size, size - taken)))):
@@ -123,11 +127,13 @@ class _Reader:
             kept = [number for number, picture in enumerate(found) if picture is not None]
             if kept:
                 pixels = np.stack([picture for picture in found if picture is not None])
-                latents.append(self._encode(pixels, [first + taken + number for number in kept]))
+                found_latents, spread = self._encode(pixels, [first + taken + number for number in kept])
+                latents.append(found_latents)
+                spreads.append(spread)
             captions += [batch[number].caption if batch[number].caption.strip() else "" for number in kept]
             taken += len(batch)
             self.report(first + taken)
-        return _Part(torch.cat(latents), captions, taken)
+        return _Part(torch.cat(latents), captions, taken, torch.cat(spreads) if self.keep_spread else None)
 
     def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:
         try:
@@ -147,13 +153,16 @@ class _Reader:
             return None
         return picture
 
-    def _encode(self, pixels: np.ndarray, positions: list[int]) -> Tensor:
+    def _encode(self, pixels: np.ndarray, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Latents to store, and the deviations of their distribution."""
         device = self.autoencoder.device
         images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
-        draws = None
-        if self.noise_seed is not None:
-            draws = Draws(self.noise_seed, 0, torch.tensor(positions, dtype=torch.int64, device=device))
-        return self.autoencoder.encode(images, draws).cpu()
+        if self.noise_seed is None:
+            mean, spread = self.autoencoder.distribution(images)
+            return mean.cpu(), spread.cpu()
+        draws = Draws(self.noise_seed, 0, torch.tensor(positions, dtype=torch.int64, device=device))
+        latents = self.autoencoder.encode(images, draws).cpu()
+        return latents, torch.zeros_like(latents)
 
 
 def import_lmdb_latents(
@@ -213,6 +222,8 @@ def _write_parts(
         if part.source_rows:
             texts = table.text_tensors(part.captions)[0] if as_text else table.shard_tensors(part.captions)
             tensors = {"latents": _half(part.latents), **texts}
+            if part.spread is not None:
+                tensors["latent_std"] = _half(part.spread)
             entry = write_tensors(folder, len(manifest["shards"]), tensors, len(part.captions), LATENTS)
             manifest["shards"].append({**entry, "source_rows": part.source_rows})
         manifest["complete"] = part.source_rows < size or taken == total

@@ -12,6 +12,7 @@ from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_latents_
 from fewstep.data.prompts import load_prompts
 from fewstep.data.tables import tell
 from fewstep.diffusion.condition import ConditionTable
+from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
@@ -42,7 +43,7 @@ class RealLatents:
         first, size = local_batch(self.batch_size)
         positions = step * self.batch_size + torch.arange(first, first + size)
         index = data_order(self.seed, positions, len(self.stored), self.orders)
-        latents = self.stored.latents(index).to(device, torch.float32)
+        latents = self.stored.drawn(index, Draws(self.seed, step, positions)).to(device)
         return RealBatch(latents, self.captions.rows(index.to(device)))
 
 
