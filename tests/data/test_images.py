@@ -560,3 +560,10 @@ def test_flipping_mirrors_half_of_the_samples_by_their_own_draw(coloured: ImageD
             assert torch.equal(other[row], expected)
             mirrored += int(torch.equal(other[row], images[row].flip(2)))
     assert 70 < mirrored < 130
+
+
+@pytest.mark.parametrize("label", [10**30, "1" * 40, 1.5, None, "cat"])
+def test_labels_that_are_no_class_numbers(tmp_path: Path, label: object) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(7)["bytes"])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
+    assert "for a.png, not integer class labels" in refused(tmp_path, num_classes=4)

@@ -476,3 +476,37 @@ def test_a_small_difference_of_two_estimates_is_not_rounded(
     expected = out * (fake - real) / distance / fresh.numel()
     assert relative_error(result.gradient[:FRESH], expected) < 1e-6
     assert result.gradient.dtype == torch.float32
+
+
+class Seen(Exception):
+    """What the discriminator's network was given."""
+
+
+@pytest.mark.parametrize(("max_index", "highest"), [(999, 999), (300, 300), (0, 0), (-1, 0)])
+def test_how_far_the_gan_noises_images(
+    fake_score: EDMDenoiser, head: Discriminator, batch: GeneratorInput, monkeypatch: pytest.MonkeyPatch,
+    max_index: int, highest: int,
+) -> None:  # fmt: skip
+    """The whole grid, a part of it, or clean images at its first level; of generator and discriminator alike."""
+    many = 400
+    condition = Condition.from_labels(torch.arange(many) % 4, 4)
+    images, grid = torch.full((many, *SHAPE), 0.25), fake_score.noise_schedule.at(torch.arange(1000))
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def bottleneck(noisy: Tensor, level: Tensor, _: Condition) -> Tensor:
+        given.append((noisy, level))
+        raise Seen
+
+    monkeypatch.setattr(fake_score, "bottleneck", bottleneck)
+    whole = GeneratorInput(images, torch.full((many,), 80.0), condition, many)
+    draws = Draws.of_batch(0, 0, many)
+    with pytest.raises(Seen):
+        GeneratorAdversarial(fake_score, head, 1.0, max_index=max_index)(images, whole, draws)
+    with pytest.raises(Seen):
+        DiscriminatorAdversarial(fake_score, head, 1.0, max_index=max_index)(
+            images, condition, RealBatch(images, condition), draws
+        )
+    for noisy, level in given:
+        assert level.max() <= grid[highest]
+        assert level.max() > 0.8 * grid[highest]
+        assert bool((noisy == 0.25).all()) == (max_index < 0)

@@ -114,6 +114,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
             losses={
                 "distribution_matching_weight": 0.7, "min_level_index": 5, "max_level_index": 900,
                 "gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3, "regression_weight": 0.25,
+                "gan_max_level_index": 300,
             },
             optimizer={"generator_lr": 1e-4, "fake_score_lr": 3e-4, "max_grad_norm": 2.0, "betas": [0.5, 0.6]},
             training={"generator_every": 7},
@@ -129,6 +130,9 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
     assert (matching.teacher, matching.fake_score) == (run.roles.teacher, run.roles.fake_score)
     assert regression.distance is pixel_distance
     assert [term.weight for term in run.fake_score_terms] == [1.0, 0.3]
+    assert isinstance(adversarial, GeneratorAdversarial)
+    assert isinstance(run.fake_score_terms[1], DiscriminatorAdversarial)
+    assert (adversarial.max_index, run.fake_score_terms[1].max_index) == (300, 300)
     assert (run.generator_every, run.microbatch_size) == (7, 0)
     assert isinstance(run.inputs, FreshAndPairedInputs)
     assert len(run.inputs.paired.pairs) == 6

@@ -154,3 +154,26 @@ def _being_written(checkpoints: Path, since: int) -> bool:
 def _train_quietly(settings) -> None:  # type: ignore[no-untyped-def]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     train(settings)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles
+def test_continued_compiled_run_is_bit_identical(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """torch.compile in both sessions; and what it trains is what a run without it trains, but for rounding."""
+    compute = {"compile": True}
+    train(tiny_train_settings(teacher_folder, pictures, tmp_path / "whole", compute=compute, training={"num_steps": 4}))
+    for stop in (2, 4):
+        train(
+            tiny_train_settings(
+                teacher_folder, pictures, tmp_path / "parts", compute=compute, training={"num_steps": stop}
+            )
+        )
+    whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert_identical(whole, parts)
+    assert not any("_orig_mod" in name for name in whole)  # a run without it can go on from here
+    train(tiny_train_settings(teacher_folder, pictures, tmp_path / "plain", training={"num_steps": 4}))
+    plain = final_tensors(tmp_path / "plain")
+    assert plain.keys() == whole.keys()
+    weights = [name for name in plain if name.startswith("generator.") and plain[name].is_floating_point()]
+    assert weights
+    assert max(float((plain[name] - whole[name]).abs().max()) for name in weights) < 1e-3

@@ -122,11 +122,7 @@ def prepare_latents(
             streaming,
             skip_bad,
         )
-        if of_pictures != ("train", "", 0, "crop", "white", None, False, None, False, False):
-            raise UserError(
-                "--from-lmdb takes all of its latents as they are: leave out --split, --caption-column, --resolution, --fit, "
-                "--background, --noise-seed, --keep-spread, --num-images, --streaming and --skip-bad"
-            )
+        _refuse_for_lmdb(of_pictures)
         texts = EmbeddingsOptions(
             truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
         )
@@ -138,6 +134,15 @@ def prepare_latents(
         batch_size=batch_size, captions=captions, device=device,
     )  # fmt: skip
     make_latents(teacher, images, folder, options)
+
+
+def _refuse_for_lmdb(of_pictures: tuple[object, ...]) -> None:
+    """Raise UserError where an option that only pictures read is not at its default."""
+    if of_pictures != ("train", "", 0, "crop", "white", None, False, None, False, False):
+        raise UserError(
+            "--from-lmdb takes all of its latents as they are: leave out --split, --caption-column, --resolution, --fit, "
+            "--background, --noise-seed, --keep-spread, --num-images, --streaming and --skip-bad"
+        )
 
 
 @prepare.command("features")

@@ -165,7 +165,7 @@ def _folder_labels(
         )
         values = [listing.metadata[name].get(column) for name in listing.names]
         whole = [int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value for value in values]
-        wrong = next((place for place, value in enumerate(whole) if type(value) is not int), None)
+        wrong = next((n for n, value in enumerate(whole) if type(value) is not int or abs(value) >= 2**31), None)
         if wrong is not None:
             raise UserError(
                 f"{where}: column {column!r} holds {values[wrong]!r} for {listing.names[wrong]}, not integer class labels; "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
-from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.draws import Draws, Purpose
 from fewstep.diffusion.precision import wide
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.loss_scale import NO_SCALE, LossScale
@@ -79,6 +79,26 @@ class DistributionMatching:
         return TermResult(loss, pad_rows(direction / direction.numel(), len(x0)))
 
 
+@dataclass(frozen=True)
+class AdversarialNoise:
+    """How images are noised before the discriminator sees them.
+
+    Attributes:
+        max_index: highest grid index, counted from 0; -1 leaves images clean, at the grid's first level.
+    """
+
+    fake_score: Denoiser
+    max_index: int
+
+    def draw_index(self, draws: Draws, purpose: Purpose) -> Tensor:
+        """A grid index for each sample, (B,)."""
+        return draws.integers(purpose, 0, min(max(self.max_index, 0) + 1, self.fake_score.noise_schedule.num_levels))
+
+    def add(self, images: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """Noisy images (B, C, H, W) at levels (B,), or the images themselves."""
+        return images if self.max_index < 0 else self.fake_score.add_noise(images, noise, level)
+
+
 @dataclass
 class GeneratorAdversarial:
     """Fool the discriminator on noised images; neither fake score nor head receives gradient.
@@ -91,9 +111,13 @@ class GeneratorAdversarial:
     weight: float
     name: str = "gan_generator"
     scale: LossScale = NO_SCALE
+    max_index: int = 999
+
+    def __post_init__(self) -> None:
+        self.noise = AdversarialNoise(self.fake_score, self.max_index)
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
-        index = draws.integers("gan_level", 0, self.fake_score.noise_schedule.num_levels)
+        index = self.noise.draw_index(draws, "gan_level")
         noise = draws.normal("gan_noise", self.fake_score.image_shape)
         return self.at(x0, batch, index, noise)
 
@@ -101,7 +125,7 @@ class GeneratorAdversarial:
         """The term at given grid indices (n,) and noises (n, C, H, W), n = batch.num_fresh."""
         fresh = x0[: batch.num_fresh].detach().requires_grad_(True)
         level = self.fake_score.noise_schedule.at(index)
-        noisy = self.fake_score.add_noise(fresh, noise, level)
+        noisy = self.noise.add(fresh, noise, level)
         feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
         loss = generator_adversarial_loss(self.discriminator(feature))
         return TermResult(loss.detach(), pad_rows(self.scale.gradient_at(loss, fresh), len(x0)))
@@ -178,13 +202,17 @@ class DiscriminatorAdversarial:
     discriminator: Discriminator
     weight: float
     name: str = "gan_discriminator"
+    max_index: int = 999
+
+    def __post_init__(self) -> None:
+        self.noise = AdversarialNoise(self.fake_score, self.max_index)
 
     def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
-        levels, shape = self.fake_score.noise_schedule.num_levels, self.fake_score.image_shape
+        shape = self.fake_score.image_shape
         return self.at(
             x0, condition, real,
-            draws.integers("disc_level_real", 0, levels), draws.normal("disc_noise_real", shape),
-            draws.integers("disc_level_generated", 0, levels), draws.normal("disc_noise_generated", shape),
+            self.noise.draw_index(draws, "disc_level_real"), draws.normal("disc_noise_real", shape),
+            self.noise.draw_index(draws, "disc_level_generated"), draws.normal("disc_noise_generated", shape),
         )  # fmt: skip
 
     def at(
@@ -194,7 +222,7 @@ class DiscriminatorAdversarial:
         """The loss at given grid indices (B,) and noises (B, C, H, W) of real and generated images."""
         level = self.fake_score.noise_schedule.at(torch.cat([real_index, generated_index]))
         images, noise = torch.cat([real.images, x0]), torch.cat([real_noise, generated_noise])
-        noisy = self.fake_score.add_noise(images, noise, level)
+        noisy = self.noise.add(images, noise, level)
         feature = self.fake_score.bottleneck(noisy, level, Condition.cat([real.condition, condition]))
         real_logits, generated_logits = self.discriminator(feature).split([len(real.images), len(x0)])
         return discriminator_adversarial_loss(real_logits, generated_logits)

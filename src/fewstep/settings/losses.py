@@ -19,6 +19,11 @@ class LossSettings(Tree):
     )
     gan_generator_weight: NonNegative = Field(0.0, description="weight of the generator's GAN loss")
     gan_discriminator_weight: NonNegative = Field(0.0, description="weight of the discriminator's loss")
+    gan_max_level_index: int = Field(
+        999,
+        ge=-1,
+        description="highest grid index of the GAN's noise, from 0 on; -1: no noise, the GAN sees clean images",
+    )
     regression_weight: NonNegative = Field(0.0, description="weight of DMD's regression on noise-image pairs")
     lpips_files: tuple[str, ...] = Field(
         (),

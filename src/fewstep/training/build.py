@@ -223,7 +223,13 @@ def _build_generator_terms(
     if losses.gan_generator_weight:
         assert roles.discriminator is not None
         terms.append(
-            GeneratorAdversarial(roles.fake_score, roles.discriminator, losses.gan_generator_weight, scale=scale)
+            GeneratorAdversarial(
+                roles.fake_score,
+                roles.discriminator,
+                losses.gan_generator_weight,
+                scale=scale,
+                max_index=losses.gan_max_level_index,
+            )
         )
     if losses.regression_weight:
         terms.append(Regression(build_distance(losses, teacher), losses.regression_weight, scale=scale))
@@ -248,5 +254,12 @@ def build_distance(losses: LossSettings, teacher: Model) -> Callable[[Tensor, Te
 def _build_fake_score_terms(losses: LossSettings, roles: Roles) -> list[FakeScoreTerm]:
     terms: list[FakeScoreTerm] = [FakeScoreDenoising(roles.fake_score)]
     if roles.discriminator is not None:
-        terms.append(DiscriminatorAdversarial(roles.fake_score, roles.discriminator, losses.gan_discriminator_weight))
+        terms.append(
+            DiscriminatorAdversarial(
+                roles.fake_score,
+                roles.discriminator,
+                losses.gan_discriminator_weight,
+                max_index=losses.gan_max_level_index,
+            )
+        )
     return terms
