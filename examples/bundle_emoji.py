@@ -39,6 +39,7 @@ from fewstep.preparation.features import train_feature_network, vary_shape_and_c
 from fewstep.progress import lines
 
 ASSETS = Path(__file__).parents[1] / "src/fewstep/assets/emoji"
+NUM_STEPS = 50
 TEACHERS = ("sd", "sdxl")
 ORDER_SEED, MOST_PER_TEXT, LIMIT_BYTES = 0, 2, 30e6
 PARTS = ("pictures", "features", "teachers")
@@ -144,7 +145,7 @@ def write_published_names(folder: Path) -> None:
 
 
 def bundle_teachers(run: Path, num_images: int, seed: int) -> None:
-    """Both folders as they are, and what they reach in 50 DDIM steps at the recipe's guidance."""
+    """Both folders as they are, and what they reach in `NUM_STEPS` DDIM steps at the recipe's guidance."""
     recipe = tomllib.loads((ASSETS / "recipe.toml").read_text(encoding="utf-8"))
     guidance = float(recipe["teacher"]["guidance_scale"])
     for name in TEACHERS:
@@ -154,16 +155,16 @@ def bundle_teachers(run: Path, num_images: int, seed: int) -> None:
     check_size()
     bench, figures = load_bench(ASSETS), {}
     for name in TEACHERS:
-        teacher = load_teacher(ASSETS / name, device="cpu", precision="bf16")
+        teacher = load_teacher(ASSETS / name, device="cpu", precision="auto")
         found = bench.measure(
-            teacher, f"emoji-{name}", num_images=num_images, seed=seed, num_steps=50, guidance_scale=guidance
+            teacher, f"emoji-{name}", num_images=num_images, seed=seed, num_steps=NUM_STEPS, guidance_scale=guidance
         )
         on_curve = measure_model(
             teacher, name, bench.classifier, bench.reference, num_images=min(FACTS.curve_images, num_images), seed=seed,
-            num_steps=50, guidance_scale=guidance, batch_size=32, prompts=bench.prompts,
+            num_steps=NUM_STEPS, guidance_scale=guidance, batch_size=32, prompts=bench.prompts,
         )  # fmt: skip
         figures[f"emoji-{name}"] = {
-            **found.to_dict(), "num_steps": 50, "guidance_scale": guidance, "on_curve": on_curve.to_dict(),
+            **found.to_dict(), "num_steps": NUM_STEPS, "guidance_scale": guidance, "on_curve": on_curve.to_dict(),
         }  # fmt: skip
         print(found.sentence(), flush=True)
     (ASSETS / "teacher_measurement.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -189,7 +190,7 @@ def write_provenance(command: str, split: Split) -> None:
     example = next(iter(figures.values()))
     text = PROVENANCE.format(
         command=command, accuracy=accuracy, train=len(split["train"]), held_out=len(split["held_out"]),
-        rows="\n".join(lines), guidance=example["guidance_scale"], seed=next(iter(measured.values())).seed,
+        rows="\n".join(lines), steps=NUM_STEPS, guidance=example["guidance_scale"], seed=next(iter(measured.values())).seed,
     )  # fmt: skip
     (ASSETS / "PROVENANCE.md").write_text(text, encoding="utf-8")
 
@@ -261,7 +262,7 @@ Last made with `{command}`.
 The classifier names the category of {accuracy}. A text ends with its category ("red apple, food & drink"), so text
 following by category asks little: that the end of the prompt is obeyed.
 
-| teacher, 50 DDIM steps, guidance {guidance:g}, seed {seed} | Frechet distance, training texts (pictures) | held-out texts | right category, held-out | with shuffled prompts |
+| teacher, {steps} DDIM steps, guidance {guidance:g}, seed {seed} | Frechet distance, training texts (pictures) | held-out texts | right category, held-out | with shuffled prompts |
 | --- | --- | --- | --- | --- |
 {rows}
 

@@ -72,7 +72,7 @@ def main(data: str, run: str) -> None:
     reference = FeatureStatistics.of(dataset_features(network, train))
     reference.save(ASSETS / "reference_train.npz")
     FeatureStatistics.of(dataset_features(network, test)).save(ASSETS / "reference_test.npz")
-    teacher = load_teacher("bundled:fashion-mnist", precision="bf16")
+    teacher = load_teacher("bundled:fashion-mnist", precision="auto")
     figure = measure_model(teacher, "teacher", network, reference, num_images=NUM_TEACHER_IMAGES, seed=0)
     (ASSETS / "teacher_measurement.json").write_text(json.dumps(figure.to_dict(), indent=1))
     print(figure.sentence())

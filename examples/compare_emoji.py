@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=1_000, help="behind the distance on training texts")
     parser.add_argument("--teacher-steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="of teachers")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure-teachers", action="store_true", help="do not use the shipped figures")
     options = parser.parse_args(arguments)

@@ -160,7 +160,7 @@ def embed_texts(texts: list[str], batch_size: int = 64) -> Tensor:
 
 def made_pictures(source: str, texts: list[str], options: argparse.Namespace) -> Tensor:
     """One picture a text by a teacher or generator, (N, 3, H, W)."""
-    model = load_model(source, precision="bf16")
+    model = load_model(source, precision="auto")
     if model.conditioner.takes != "prompts":
         raise UserError(f"{source} is not a text-to-image model")
     sample, _ = model_sampler(

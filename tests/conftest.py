@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fewstep import devices
+from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
@@ -95,6 +97,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = ModelCard(role="teacher", class_names=tuple(f"class{i}" for i in range(4)), can_be_guided=True)
     write_model_folder(folder, denoiser.describe(), denoiser.state_dict(), card)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_teacher_steps() -> Iterator[None]:
+    """Teachers in diffusers folders usually take 50 guided steps; 4 where the subject is something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersFamily, "default_num_steps", 4)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import bundle_emoji as script
 
+TEACHER_STEPS = 4
 RECIPE = Path(__file__).parents[1] / "src/fewstep/assets/emoji/recipe.toml"
 
 TRAIN = {f"{name}, {group}": "x" for group in ("food", "flags") for name in ("red cat", "a dog", "cat", "dog", "bird")}
@@ -52,5 +53,6 @@ def bundle(work: Path, *options: str) -> Path:
     run = work / "run" if (work / "run").is_dir() else write_run(work / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "ASSETS", target)
+        patch.setattr(script, "NUM_STEPS", TEACHER_STEPS)
         script.main([str(data), str(run), "--passes", "8", "--teacher-images", "6", *options])
     return target.parent

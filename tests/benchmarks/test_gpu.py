@@ -53,7 +53,14 @@ def test_a_network_in_every_column(tmp_path: Path) -> None:
     assert rows[1]["ours is faster by"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("lora_generator", marks=pytest.mark.long), "shared_base"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("full", marks=pytest.mark.long),
+        pytest.param("lora_generator", marks=pytest.mark.long),
+        "shared_base",
+    ],
+)
 def test_text_networks_in_every_memory_mode(tmp_path: Path, mode: str) -> None:
     bench = gpu.Bench("cpu", True, tmp_path, time.monotonic() + 60, part="one")
     counted = gpu_parts.compare(bench, gpu_runs.Case("sdxl", 2, mode, precision="fp32", guidance=8.0, steps=(999, 499)))

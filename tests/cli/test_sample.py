@@ -382,7 +382,7 @@ def test_compile_without_a_compiler(classes: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch_warns
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compile_for_real(tmp_path: Path) -> None:

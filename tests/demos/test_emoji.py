@@ -22,7 +22,7 @@ from fewstep.formats import bundled
 from fewstep.formats.bundled import bundled_models, bundled_path
 from fewstep.models.load import load_model
 from tests.cli.test_main import fewstep as run
-from tests.emoji_assets import HELD_OUT, TRAIN, bundle
+from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle
 
 ASSETS = bundled.ASSETS
 FEW = dataclasses.replace(emoji.FACTS, measured=8, curve_images=8, fewest=8, batch_size=8, sampled=4)
@@ -79,7 +79,7 @@ def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
         found = Measurement.from_dict(figures[role])
         assert f"{found.values['frechet_distance']} ({found.num_images})" in page
         assert f"{found['held_out_distance']:.3f} (4)" in page
-    assert figures["teacher"]["evaluations_per_image"] == 50
+    assert figures["teacher"]["evaluations_per_image"] == TEACHER_STEPS
     assert figures["generator"]["evaluations_per_image"] == 4
     assert "frechet_distance" not in figures["real"]
     assert f"{figures['real']['held_out_distance']:.3f} (4)" in page

@@ -13,7 +13,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import load_bench
 from fewstep.evaluation.measure import Measurement
-from tests.emoji_assets import HELD_OUT, TRAIN, bundle, script
+from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle, script
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,11 @@ def test_teachers_are_copied_and_measured(work: Path) -> None:
         copy, original = load_file(work / "assets/emoji" / name / path), load_file(work / "run" / name / path)
         assert all(torch.equal(copy[key], original[key]) for key in copy | original)
         found = Measurement.from_dict(figures[f"emoji-{name}"])
-        assert (found.num_images, found.evaluations_per_image, found.values["agreement"].num_images) == (6, 50, 4)
+        assert (found.num_images, found.evaluations_per_image, found.values["agreement"].num_images) == (
+            6,
+            TEACHER_STEPS,
+            4,
+        )
         assert figures[f"emoji-{name}"]["guidance_scale"] == 4.0
         assert found.to_dict() == {key: figures[f"emoji-{name}"][key] for key in found.to_dict()}
         assert Measurement.from_dict(figures[f"emoji-{name}"]["on_curve"]).num_images == 6

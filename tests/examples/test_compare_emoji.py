@@ -12,7 +12,7 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.formats import bundled
 from tests.cli.test_main import fewstep as run
-from tests.emoji_assets import bundle
+from tests.emoji_assets import TEACHER_STEPS, bundle
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -46,7 +46,7 @@ def test_picture_and_table(
     rows = re.findall(
         r"^\| (teacher|4 steps|real held-out pictures) \| (\S+) \|", capsys.readouterr().out, re.MULTILINE
     )
-    assert rows == [("teacher", "50"), ("4 steps", "4"), ("real held-out pictures", "-")]
+    assert rows == [("teacher", str(TEACHER_STEPS)), ("4 steps", "4"), ("real held-out pictures", "-")]
     found = json.loads((tmp_path / "a/compared.json").read_text())
     shipped = json.loads((made[0] / "emoji/teacher_measurement.json").read_text())["emoji-sd"]
     assert found["teacher"]["frechet_distance"] == shipped["frechet_distance"]

@@ -22,6 +22,7 @@ from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
 
+LONG, ONE = pytest.mark.long, (399,)
 SHAPE = LoraShape(4, 1.0)  # a wrong scale would be a factor of 4
 LORA_FILES = {"lora": "pytorch_lora_weights.safetensors", "kohya-lora": "out.safetensors"}
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -41,9 +42,13 @@ def plain_lcm(pipe: Any) -> Any:
     return LCMScheduler.from_config(pipe.scheduler.config)
 
 
-@pytest.mark.parametrize("steps", [FOUR, (399,)], ids=["four", "one"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("kind", LORA_FILES)
+@pytest.mark.parametrize(("kind", "family", "steps"), [  # each value once; the other triples in the long run
+    ("lora", "sd", FOUR), ("kohya-lora", "sdxl", ONE),
+    *(pytest.param(*triple, marks=LONG) for triple in [
+        ("lora", "sd", ONE), ("lora", "sdxl", FOUR), ("lora", "sdxl", ONE),
+        ("kohya-lora", "sd", FOUR), ("kohya-lora", "sd", ONE), ("kohya-lora", "sdxl", FOUR),
+    ]),
+])  # fmt: skip
 def test_a_lora_in_a_stock_pipeline(tmp_path: Path, kind: str, family: str, steps: tuple[int, ...]) -> None:
     """Loaded, then fused; with the export's scheduler, then with a plain one and typed timesteps; and taken out again."""
     out, generator = exported(tmp_path, kind, family, steps)
@@ -66,8 +71,12 @@ def test_a_lora_in_a_stock_pipeline(tmp_path: Path, kind: str, family: str, step
         assert (render(pipe, generator, 3, **options) - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("steps", [FOUR, (399,), (999,)], ids=["four", "399", "999"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize(("family", "steps"), [
+    ("sd", ONE), ("sdxl", FOUR),
+    *(pytest.param(*pair, marks=LONG) for pair in [
+        ("sd", FOUR), ("sd", (999,)), ("sdxl", ONE), ("sdxl", (999,)),
+    ]),
+])  # fmt: skip
 def test_a_unet_under_a_plain_scheduler_with_typed_timesteps(
     tmp_path: Path, family: str, steps: tuple[int, ...]
 ) -> None:
@@ -85,8 +94,10 @@ def as_tensor(pictures: Any) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated")  # the pipeline's own
-@pytest.mark.parametrize("steps", [FOUR, (399,)], ids=["four", "one"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [("sd", FOUR), ("sdxl", ONE), *(pytest.param(*pair, marks=LONG) for pair in [("sd", ONE), ("sdxl", FOUR)])],
+)
 def test_a_t2i_adapter(tmp_path: Path, family: str, steps: tuple[int, ...]) -> None:
     """The exported components in an adapter pipeline: our pixels while the adapter is off, others while it is on."""
     out, generator = exported(tmp_path, "diffusers", family, steps)

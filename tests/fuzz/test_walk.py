@@ -21,11 +21,11 @@ def walk(tmp_path: Path, *arguments: str) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_a_sample_of_all_damaged_files(tmp_path: Path) -> None:
-    found = walk(tmp_path, "--sample", "150", "--seed", os.environ.get("FUZZ_SEED", "0"))
+    found = walk(tmp_path, "--sample", "60", "--seed", os.environ.get("FUZZ_SEED", "0"))
     assert found["failures"] == []
-    assert int(str(found["mutants"])) >= 100
-    assert int(str(found["exit 2"])) > 50  # the mutants bite
-    assert int(str(found["exit 0"])) > 10  # and are not all crude
+    assert int(str(found["mutants"])) >= 40
+    assert int(str(found["exit 2"])) > 20  # the mutants bite
+    assert int(str(found["exit 0"])) > 3  # and are not all crude
 
 
 @pytest.mark.long

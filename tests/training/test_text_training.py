@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.errors import UserError
-from fewstep.estimate.describe import describe_distillation
+from fewstep.estimate import describe
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.export.export import ExportOptions, export_generator
@@ -33,6 +33,8 @@ from fewstep.training.run import train
 from tests.cli.test_main import fewstep as fewstep_command
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
+
+pytestmark = pytest.mark.usefixtures("few_teacher_steps")
 
 PROMPTS = ["red cat", "a dog", "blue bird", "dog", "cat"]
 FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
@@ -123,15 +125,18 @@ def test_memory_modes_agree_at_the_first_step(work: Path, tmp_path: Path) -> Non
     """Before anything is trained all modes are the same three networks: the first losses are equal."""
     first = {}
     for mode, memory in MODES.items():
+        if "recomputed" in mode:  # equal to what is kept: tests/networks/test_adapters.py
+            continue
         folder = tmp_path / mode.replace(", ", "-")
         train(settings(work, "sdxl", folder, memory=memory, training={"num_steps": 1}))
         line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
         names = ("distribution_matching_loss", "fake_score_loss", "gan_discriminator_loss", "gan_generator_loss")
         first[mode] = [line[name] for name in names]
-    for mode in MODES:
+    for mode in first:
         assert first[mode] == pytest.approx(first["full"], rel=1e-4), mode
 
 
+@pytest.mark.long
 def test_sd3_trains_50_steps(work: Path, tmp_path: Path) -> None:
     changes = {"training": {"num_steps": 50}, "optimizer": {"generator_lr": 1e-4, "fake_score_lr": 1e-3}}
     train(
@@ -185,7 +190,9 @@ def test_average_of_a_lora_generator(work: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state[name.removeprefix("average.")], tensors[name]) for name in names)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(name, marks=pytest.mark.long) for name in ("full", "lora_generator")), "shared_base"]
+)
 def test_continues_from_an_earlier_run(work: Path, tmp_path: Path, mode: str) -> None:
     """The second run starts from the first one's generator and fake score; its head is new, the first had none."""
     no_gan = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
@@ -234,7 +241,9 @@ def test_an_earlier_run_of_another_memory_is_refused(
             train(second)
 
 
-def test_a_schedule_that_no_stock_scheduler_carries_is_told_at_the_start(work: Path, tmp_path: Path) -> None:
+def test_a_schedule_that_no_stock_scheduler_carries_is_told_at_the_start(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the words in which the export refuses it, on the console and in a dry run; the run goes on."""
     steps = {"step_indices": [999, 666, 333]}
     odd = settings(work, "sd", tmp_path / "run", generator=steps, training={"num_steps": 1})
@@ -245,9 +254,11 @@ def test_a_schedule_that_no_stock_scheduler_carries_is_told_at_the_start(work: P
     ) as error:
         export_generator(result, tmp_path / "out", ExportOptions(num_samples=0, device="cpu"))
     assert f"warning: {error.value}\n" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"warning: {error.value}" in describe_distillation(odd)
+    known = describe.estimate_run(odd, open_teacher(odd).denoiser, autoencoder=None, pictures=True)
+    monkeypatch.setattr(describe, "estimate_run", lambda *_, **__: known)  # memory is not the subject
+    assert f"warning: {error.value}" in describe.describe_distillation(odd)
     even = settings(work, "sd", tmp_path / "run", generator={"step_indices": [998, 665, 332]})
-    assert not any("warning" in line for line in describe_distillation(even))
+    assert not any("warning" in line for line in describe.describe_distillation(even))
 
 
 def test_steps_beyond_the_teachers_grid_are_refused(work: Path, tmp_path: Path) -> None:
@@ -393,13 +404,13 @@ def test_warm_up_then_distillation(work: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     one_step = {"step_indices": [399]}
     data = {"pairs": str(tmp_path / "pairs"), "prompts": "", "latents": ""}
-    many = {"num_steps": 30}
+    many = {"num_steps": 16}
     options: dict[str, Any] = {"losses": alone, "generator": one_step, "data": data}
     train(settings(work, "sdxl", tmp_path / "warm", training=many, **options))
     lines = [json.loads(line) for line in (tmp_path / "warm/metrics.jsonl").read_text().splitlines()]
     losses = [line["regression_loss"] for line in lines if "regression_loss" in line]
     assert sum(losses[-5:]) < sum(losses[:5])
-    train(settings(work, "sdxl", tmp_path / "parts", training={"num_steps": 14}, **options))
+    train(settings(work, "sdxl", tmp_path / "parts", training={"num_steps": 8}, **options))
     train(settings(work, "sdxl", tmp_path / "parts", training=many, **options))
     whole, _ = read_checkpoint(list_checkpoints(tmp_path / "warm/checkpoints")[-1])
     parts, _ = read_checkpoint(list_checkpoints(tmp_path / "parts/checkpoints")[-1])
