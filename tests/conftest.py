@@ -115,9 +115,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _the_same_precision_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` is fp32 in tests, whatever the processor likes: never slow, and the same numbers on every machine."""
+    """`auto` is fp32 in tests, whatever the processor likes: never slow, the same numbers and lines on every machine."""
     if not request.node.get_closest_marker("real_precision"):
         monkeypatch.setattr(devices, "_fast_precision", lambda device: ("fp32", ""))
+        monkeypatch.setattr(devices, "_slow_warning", lambda name, device: "")
 
 
 @pytest.fixture(autouse=True)

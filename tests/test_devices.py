@@ -16,6 +16,7 @@ from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.precision import settle_precision
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.real_precision
 
 
 @pytest.fixture
@@ -31,7 +32,6 @@ def chosen(wanted: str, device: torch.device = CPU) -> tuple[str, list[str]]:
     return choose_precision(wanted, device, said.append), said
 
 
-@pytest.mark.real_precision
 @pytest.mark.parametrize(
     ("factor", "name", "line"),
     [
@@ -58,7 +58,6 @@ def test_a_fast_one_and_fp32_need_no_word(slowdown: dict[str, float]) -> None:
     assert chosen("fp32") == ("fp32", [])
 
 
-@pytest.mark.real_precision
 @pytest.mark.parametrize(("supported", "name"), [(True, "bf16"), (False, "fp32")])
 def test_a_gpu_knows(monkeypatch: pytest.MonkeyPatch, supported: bool, name: str) -> None:
     monkeypatch.setattr(
@@ -73,7 +72,6 @@ def test_another_precision_is_refused() -> None:
         choose_precision("fp8", CPU)
 
 
-@pytest.mark.real_precision
 def test_the_measurement_sees_missing_instructions() -> None:
     """Without bf16 instructions, which torch can be told to leave alone, `auto` is fp32 in well under two seconds."""
     code = (
@@ -114,7 +112,6 @@ def settled(tmp_path: Path, **groups: dict[str, object]) -> tuple[str, list[str]
     return settle_precision(settings(**groups), tmp_path, said.append).compute.precision, said
 
 
-@pytest.mark.real_precision
 def test_a_run_takes_what_is_fast_and_goes_on_with_it(tmp_path: Path, slowdown: dict[str, float]) -> None:
     assert settled(tmp_path) == ("fp32", ["precision fp32: bf16 would be 15 times slower here"])
     stored = settings(compute={"device": "cpu", "precision": "fp32"}).model_dump_json()
@@ -124,14 +121,12 @@ def test_a_run_takes_what_is_fast_and_goes_on_with_it(tmp_path: Path, slowdown: 
     assert settled(tmp_path, compute={"device": "cpu", "precision": "bf16"}) == ("bf16", [])
 
 
-@pytest.mark.real_precision
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"compute": 1}', '{"compute": {"precision": ["fp32"]}}', "\x00"])
 def test_a_damaged_run_folder_is_left_to_who_reads_it(tmp_path: Path, slowdown: dict[str, float], text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
     assert settled(tmp_path)[0] == "fp32"
 
 
-@pytest.mark.real_precision
 def test_weights_stored_in_bf16_are_computed_with_in_bf16(tmp_path: Path, slowdown: dict[str, float]) -> None:
     memory = {"mode": "shared_base", "frozen_precision": "bf16"}
     name, said = settled(tmp_path, memory=memory)
