@@ -103,6 +103,11 @@ class _Lines:
             say(self.console, f"{self.what}: {far}")
 
 
+def tell(line: str) -> None:
+    """One line on standard error, where nothing else was asked for."""
+    say(Console(stderr=True), line)
+
+
 def say(console: Console, line: str) -> None:
     """One line as it is, however long: no markup, no breaking; warnings in yellow."""
     style = "yellow" if line.startswith("warning") else ""

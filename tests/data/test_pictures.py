@@ -44,7 +44,7 @@ def test_orientation_tags_are_applied(orientation: int) -> None:
 
 
 @pytest.mark.parametrize(("background", "colour"), [("white", 255), ("black", 0), ("#0a0a0a", 10)])
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 def test_transparent_pixels_show_the_background(mode: str, background: str, colour: int) -> None:
     """What lies under them, left over by an editor, is shown by no viewer."""
     pixels = np.zeros((4, 4, 4), np.uint8)
@@ -59,8 +59,6 @@ def test_transparent_pixels_show_the_background(mode: str, background: str, colo
         whole = Image.fromarray(np.repeat([[0], [0], [1], [1]], 4, 1).astype(np.uint8), "P")
         whole.putpalette([77, 77, 77, 0, 255, 0])
         options["transparency"] = 1
-    elif mode == "PA":
-        whole = whole.convert("PA") if hasattr(Image, "never") else whole.convert("LA")
     elif mode == "LA":
         whole = whole.convert("LA")
     found = decoded(whole, background=background, **options)

@@ -48,8 +48,6 @@ def read_prompts(given: list[str], file: str) -> list[str]:
 
 def tell(line: str) -> None:
     """One line on standard error."""
-    from rich.console import Console
+    from fewstep import progress
 
-    from fewstep.progress import say
-
-    say(Console(stderr=True), line)
+    progress.tell(line)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from fewstep.data.listing import Listing, is_picture, list_pictures_below, walk_files
 from fewstep.data.prompts import check_column
-from fewstep.data.tables import load_parquet, picture_tables, split_files, tell, unreadable
+from fewstep.data.tables import load_parquet, picture_tables, split_files, unreadable
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
 from fewstep.formats.source import Source
+from fewstep.progress import tell
 
 _CHUNK = 64
 

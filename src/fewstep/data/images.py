@@ -22,13 +22,12 @@ from fewstep.data.tables import (
     open_table,
     picture_tables,
     table_labels,
-    tell,
 )
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 from fewstep.parallel import local_batch
-from fewstep.progress import busy, working
+from fewstep.progress import busy, tell, working
 
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
-from fewstep.data.tables import tell
 from fewstep.errors import UserError
+from fewstep.progress import tell
 
 Fit = Literal["crop", "pad", "exact"]
 _PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF

@@ -8,10 +8,10 @@ from typing import Any
 
 from fewstep.data.csv_rows import csv_columns, csv_rows
 from fewstep.data.metadata import METADATA
-from fewstep.data.tables import tell
 from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.inert_pickle import read_pickled_strings
+from fewstep.progress import tell
 
 _SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
 _LISTS = (".txt", ".pkl")

@@ -1,7 +1,6 @@
 """Pictures by row before they are decoded: files of a folder, or a column of parquet files and hub sets through `datasets`."""
 
 import glob
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from fewstep.settings import DataSettings
 
 Report = Callable[[str], None]
-
-
-def tell(line: str) -> None:
-    """One line for people, where nothing else was asked for."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class PictureRows(Protocol):

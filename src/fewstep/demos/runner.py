@@ -173,7 +173,6 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
     bench.classifier.to(teacher.device)
     counts = _fit_to_machine(facts, settings, teacher, bench, console)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": counts.sampled})})
-    say(console, "Building generator, fake score and their optimisers ...")
     job = DistillationJob(settings, teacher)
     claim_run_folder(settings, folder)
     curve = watch_quality(
@@ -206,7 +205,7 @@ def _fit_to_machine(
     size = sum(parameter.numel() for parameter in teacher.denoiser.parameters()) / 1e6
     say(
         console,
-        f"Teacher: {size:.1f} M parameters, {evaluations} evaluations per picture; measuring this machine's speed ...",
+        f"Teacher: {size:.1f} M parameters, {evaluations} evaluations per picture",
     )
     with busy(console, "Measuring this machine's speed"):
         pace: Pace = measure_pace(teacher, bench, facts.batch_size, bench.prompts)

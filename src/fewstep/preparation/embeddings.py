@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fewstep.data.latents import EMBEDDINGS, pack_texts, read_texts
 from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
-from fewstep.data.tables import tell
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
+from fewstep.progress import tell
 
 _WORTH_SAYING = 0.1  # gigabytes
 

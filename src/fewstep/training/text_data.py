@@ -10,7 +10,6 @@ from torch import Tensor
 from fewstep.data.images import data_order
 from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_latents_fit
 from fewstep.data.prompts import load_prompts
-from fewstep.data.tables import tell
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
@@ -21,7 +20,7 @@ from fewstep.models.model import Model
 from fewstep.parallel import by_the_first, local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
-from fewstep.progress import busy, working
+from fewstep.progress import busy, tell, working
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import EMBEDDINGS
 
