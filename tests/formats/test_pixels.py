@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewstep.formats.pixels import make_grid, save_side_by_side, to_uint8
+from fewstep.formats.pixels import Block, make_grid, save_comparison, to_uint8
 
 
 def test_to_uint8_rounds_and_clamps() -> None:
@@ -23,11 +23,23 @@ def test_grid_places_pictures_row_by_row_with_a_white_line_between() -> None:
     assert (grid[:, 4] == 255).all()
 
 
-def test_side_by_side_is_enlarged_and_keeps_left_and_right(tmp_path: Path) -> None:
-    left, right = torch.full((24, 1, 4, 4), -1.0), torch.zeros(24, 1, 4, 4)
-    save_side_by_side(tmp_path / "both.png", left, right, columns=24, scale=3)
-    with Image.open(tmp_path / "both.png") as picture:
-        pixels = np.asarray(picture)
-    assert pixels.shape == (4 * 3, (119 + 119 // 24 + 119) * 3, 3)
-    assert (pixels[:11, :11] == 0).all()
-    assert (pixels[:11, -11:] == 128).all()
+def test_a_comparison_has_captions_above_names_beside_and_enlarged_grids(tmp_path: Path) -> None:
+    red, blue = (torch.full((count, 3, 20, 20), -1.0) for count in (4, 2))
+    red[:, 0], blue[:, 2] = 1.0, 1.0
+    rows = {"teacher": red, "generator": blue}
+    save_comparison(tmp_path / "one.png", [Block(["a shoe", "a caption of many long words"], rows)], scale=3)
+    save_comparison(tmp_path / "two.png", [Block(["a"] * 2, rows), Block(["b"] * 2, {"x": blue})], scale=3)
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        pixels, more = np.asarray(one), np.asarray(two)
+    is_red, is_blue = ((pixels == colour).all(axis=2) for colour in ((255, 0, 0), (0, 0, 255)))
+    assert (is_red.sum(), is_blue.sum()) == (4 * 60 * 60, 2 * 60 * 60)
+    down, across = np.nonzero(is_red)
+    assert (np.ptp(down) + 1, np.ptp(across) + 1) == (
+        123,
+        123,
+    )  # two rows of two, one pixel between, three times as large
+    assert np.nonzero(is_blue)[0].min() > down.max()
+    assert (pixels[: down.min(), across.min() :] < 100).any()  # captions
+    assert (pixels[down.min() :, : across.min()] < 100).any()  # names
+    assert more.shape[1] == pixels.shape[1]
+    assert (more == (0, 0, 255)).all(axis=2).sum() == 2 * is_blue.sum()

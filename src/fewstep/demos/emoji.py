@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 
 from fewstep.demos import runner
-from fewstep.demos.runner import DemoFacts, Result, Shown
+from fewstep.demos.runner import DemoFacts, Result
 from fewstep.evaluation.bench import NEIGHBOURS
 from fewstep.evaluation.report import PromptCards, Section, Text
-from fewstep.formats.pixels import save_side_by_side
+from fewstep.formats.pixels import Block, save_comparison
 
 
 def run_text_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console: Console | None = None) -> Path:
@@ -51,8 +51,17 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _save(folder: Path, shown: Shown) -> None:
-    save_side_by_side(folder / "side_by_side.png", shown.teacher, shown.generator, columns=6)
+def _save(folder: Path, result: Result) -> None:
+    """Prompts nobody was trained on with their real pictures, then prompts the teacher was trained on."""
+    shown, split = result.shown, len(result.shown.known)
+    guided, few = (
+        f"teacher, {result.teacher.evaluations_per_image} guided steps",
+        f"generator, {result.generator.evaluations_per_image} steps",
+    )
+    save_comparison(folder / "side_by_side.png", [
+        Block(shown.unseen, {"real": shown.real, guided: shown.teacher[split:], few: shown.generator[split:]}),
+        Block(shown.known, {guided: shown.teacher[:split], few: shown.generator[:split]}),
+    ])  # fmt: skip
 
 
 def _notes(result: Result) -> list[str]:

@@ -2,15 +2,20 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
+from fewstep.data.images import load_images
 from fewstep.demos import runner
-from fewstep.demos.runner import DemoFacts, Result, Shown
+from fewstep.demos.runner import DemoFacts, Result
 from fewstep.evaluation.report import Picture, Pictures
 from fewstep.formats.bundled import bundled_path
-from fewstep.formats.pixels import save_grid, save_side_by_side
+from fewstep.formats.pixels import Block, save_comparison, save_grid
+from fewstep.settings.data import DataSettings
 
 COLUMNS = 10  # of the grids
+SHOWN_ROWS = 3  # of each model, beside real pictures
 
 
 def run_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, console: Console | None = None) -> Path:
@@ -48,11 +53,30 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def _save(folder: Path, shown: Shown) -> None:
+def _save(folder: Path, result: Result) -> None:
+    shown = result.shown
     columns = min(COLUMNS, len(shown.teacher))
     save_grid(folder / "teacher.png", shown.teacher, columns)
     save_grid(folder / "generator.png", shown.generator, columns)
-    save_side_by_side(folder / "side_by_side.png", shown.teacher, shown.generator, columns)
+    real, names = _real_pictures(columns)
+    few = SHOWN_ROWS * columns
+    made = {
+        f"teacher, {result.teacher.evaluations_per_image} evaluations": shown.teacher[:few],
+        f"generator, {result.generator.evaluations_per_image} evaluation": shown.generator[:few],
+    }
+    save_comparison(folder / "side_by_side.png", [Block(names, {"real": real} | made)])
+
+
+def _real_pictures(count: int) -> tuple[Tensor, list[str]]:
+    """The first real picture of each of the first classes, (count, 1, 28, 28), and the classes' names."""
+    data = load_images(
+        DataSettings(images=str(bundled_path("fashion-mnist/train.parquet"))), resolution=28, channels=1, num_classes=COLUMNS,
+        report=lambda line: None,
+    )  # fmt: skip
+    assert data.labels is not None
+    first = [int((data.labels == label).nonzero()[0, 0]) for label in range(count)]
+    names = data.class_names or [str(label) for label in range(COLUMNS)]
+    return data.pixels(torch.tensor(first)) / 127.5 - 1, names[:count]
 
 
 FACTS = DemoFacts(

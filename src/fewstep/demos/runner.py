@@ -119,7 +119,7 @@ class DemoFacts:
     columns: Mapping[str, str]
     tiles: Callable[[Result], Sequence[tuple[str, str]]]
     pictures: Callable[[Result], Sequence[Section]]
-    save_pictures: Callable[[Path, Shown], None]
+    save_pictures: Callable[[Path, Result], None]
     notes: Callable[[Result], Sequence[str]]
     facts: Callable[[Result], Sequence[str]]
     next_commands: Sequence[tuple[str, str]]
@@ -183,7 +183,7 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
     exported = run_job(job, settings, folder, watches=(curve,), console=console)
     generator = load_generator(exported, device=settings.compute.device, precision=settings.compute.precision)
     result = _measure(facts, settings, bench, teacher, generator, counts, curve, console)
-    facts.save_pictures(folder, result.shown)
+    facts.save_pictures(folder, result)
     path = write_report(folder / "report.html", facts.title, _sections(facts, result, folder))
     spent = (time.perf_counter() - started) / 60
     figures = {

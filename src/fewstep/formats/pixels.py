@@ -1,14 +1,19 @@
 """Tensors in [-1, 1] as 8-bit pictures and tiled grids."""
 
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fewstep.formats.atomic import replaced_file
+
+_FONT, _LETTER, _LINE, _GAP, _NAMES_LETTERS = 12, 7, 17, 8, 16  # pixels; letters of the names at the left
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -59,13 +64,55 @@ def _metadata(facts: dict[str, object]) -> PngInfo:
     return info
 
 
-def save_side_by_side(path: Path, left: Tensor, right: Tensor, columns: int, scale: int = 2) -> None:
-    """Two grids next to each other, enlarged `scale` times without smoothing, as one PNG."""
-    grids = [make_grid(images, columns) for images in (left, right)]
-    gap = grids[0].width // 24
-    canvas = Image.new("RGB", (grids[0].width + gap + grids[1].width, max(grid.height for grid in grids)), "white")
-    canvas.paste(grids[0], (0, 0))
-    canvas.paste(grids[1], (grids[0].width + gap, 0))
-    enlarged = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.NEAREST)
+@dataclass(frozen=True)
+class Block:
+    """Rows of pictures above one another that answer the same wishes.
+
+    Attributes:
+        captions: what each column shows.
+        rows: by what made them, the pictures in the order of the captions, (N, C, H, W) in [-1, 1]; where there are
+            several of each, N is a multiple of the captions' number.
+    """
+
+    captions: Sequence[str]
+    rows: Mapping[str, Tensor]
+
+
+def save_comparison(path: Path, blocks: Sequence[Block], scale: int = 2) -> None:
+    """Blocks below one another as one PNG, enlarged `scale` times without smoothing: captions above, makers at the left."""
+    drawn = [_drawn_block(block, scale) for block in blocks]
+    canvas = Image.new("RGB", (max(one.width for one in drawn), sum(one.height for one in drawn)), "white")
+    top = 0
+    for one in drawn:
+        canvas.paste(one, (0, top))
+        top += one.height
     with replaced_file(path) as aside:
-        enlarged.save(aside, format="PNG")
+        canvas.save(aside, format="PNG")
+
+
+def _drawn_block(block: Block, scale: int) -> Image.Image:
+    """Captions, then a grid for each row's name."""
+    columns = len(block.captions)
+    grids = [make_grid(images, columns) for images in block.rows.values()]
+    wide = scale * (grids[0].width + 1) // columns
+    captions = [_wrapped(caption, wide // _LETTER) for caption in block.captions]
+    names = [_wrapped(name, _NAMES_LETTERS) for name in block.rows]
+    head = _LINE * max(caption.count("\n") + 1 for caption in captions) + _GAP
+    left = _NAMES_LETTERS * _LETTER + _GAP
+    height = head + sum(scale * grid.height + _GAP for grid in grids)
+    canvas = Image.new("RGB", (left + scale * grids[0].width, height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT)
+    for column, caption in enumerate(captions):
+        draw.multiline_text((left + column * wide, 0), caption, fill="black", font=font, spacing=2)
+    top = head
+    for name, grid in zip(names, grids, strict=True):
+        draw.multiline_text((0, top), name, fill="black", font=font, spacing=2)
+        size = (grid.width * scale, grid.height * scale)
+        canvas.paste(grid.resize(size, Image.Resampling.NEAREST), (left, top))
+        top += size[1] + _GAP
+    return canvas
+
+
+def _wrapped(text: str, letters: int) -> str:
+    """Lines of at most so many letters; what is longer than four lines is cut."""
+    return "\n".join(textwrap.wrap(text, max(letters, 4), max_lines=4, placeholder=" ..."))
