@@ -141,6 +141,11 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
                 "download it again"
             )
     for name, encoder in parts.items():
+        if name.startswith("text_encoder") and not isinstance(encoder.config.eos_token_id, int | None):
+            raise UserError(
+                f"{folder / name / 'config.json'} is damaged: eos_token_id is {str(encoder.config.eos_token_id)[:60]}, not one "
+                "number; download it again"
+            )
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
             last, known = max(tokenizer.get_vocab().values()), int(encoder.config.vocab_size)
