@@ -575,5 +575,5 @@ def test_keys_that_are_gone_are_told() -> None:
 
 
 def test_counts_are_those_a_tensor_can_have() -> None:
-    with pytest.raises(UserError, match="training.batch_size"):
+    with pytest.raises(UserError, match=r"training\.batch_size"):
         parse_settings(TrainSettings, {"training": {"batch_size": 10**12}}, "test")
