@@ -34,10 +34,10 @@ def tiny_sd_folder(path: Path, *, prediction_type: str = "epsilon", seed: int = 
         **_UNET, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
     )  # fmt: skip
-    _save_parts(path, unet=unet, vae=_vae(0.18215), text_encoder=CLIPTextModel(_text_config()))
+    save_parts(path, unet=unet, vae=tiny_vae(0.18215), text_encoder=CLIPTextModel(_text_config()))
     DDIMScheduler(**_BETAS, prediction_type=prediction_type).save_pretrained(path / "scheduler")
     _save_tokenizer(path / "tokenizer", pad=END)
-    _save_index(
+    save_index(
         path, "StableDiffusionPipeline", scheduler="DDIMScheduler", text_encoder="CLIPTextModel",
         tokenizer="CLIPTokenizer", unet="UNet2DConditionModel", vae="AutoencoderKL", safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -52,10 +52,10 @@ def tiny_sd2_folder(path: Path, *, seed: int = 0) -> Path:
         **_UNET, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(2, 4), use_linear_projection=True,
     )  # fmt: skip
-    _save_parts(path, unet=unet, vae=_vae(0.18215), text_encoder=CLIPTextModel(_text_config(hidden_act="gelu")))
+    save_parts(path, unet=unet, vae=tiny_vae(0.18215), text_encoder=CLIPTextModel(_text_config(hidden_act="gelu")))
     DDIMScheduler(**_BETAS, prediction_type="v_prediction").save_pretrained(path / "scheduler")
     _save_tokenizer(path / "tokenizer", pad="!")
-    _save_index(
+    save_index(
         path, "StableDiffusionPipeline", scheduler="DDIMScheduler", text_encoder="CLIPTextModel",
         tokenizer="CLIPTokenizer", unet="UNet2DConditionModel", vae="AutoencoderKL", safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -72,14 +72,14 @@ def tiny_sdxl_folder(path: Path, *, prediction_type: str = "epsilon", seed: int 
         transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,
     )  # fmt: skip
-    _save_parts(
-        path, unet=unet, vae=_vae(0.13025), text_encoder=CLIPTextModel(_text_config()),
+    save_parts(
+        path, unet=unet, vae=tiny_vae(0.13025), text_encoder=CLIPTextModel(_text_config()),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(projection_dim=24)),
     )  # fmt: skip
     DDIMScheduler(**_BETAS, prediction_type=prediction_type).save_pretrained(path / "scheduler")
     _save_tokenizer(path / "tokenizer", pad=END)
     _save_tokenizer(path / "tokenizer_2", pad="!")
-    _save_index(
+    save_index(
         path, "StableDiffusionXLPipeline", scheduler="DDIMScheduler", text_encoder="CLIPTextModel",
         text_encoder_2="CLIPTextModelWithProjection", tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer",
         unet="UNet2DConditionModel", vae="AutoencoderKL", feature_extractor=None, image_encoder=None,
@@ -100,11 +100,11 @@ def tiny_sd3_folder(path: Path, *, seed: int = 0) -> Path:
         name: CLIPTextModelWithProjection(_text_config(projection_dim=24))
         for name in ("text_encoder", "text_encoder_2")
     }
-    _save_parts(path, transformer=transformer, vae=_vae(1.5305, shift_factor=0.0609), **encoders)
+    save_parts(path, transformer=transformer, vae=tiny_vae(1.5305, shift_factor=0.0609), **encoders)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(path / "scheduler")
     _save_tokenizer(path / "tokenizer", pad=END)
     _save_tokenizer(path / "tokenizer_2", pad="!")
-    _save_index(
+    save_index(
         path, "StableDiffusion3Pipeline", scheduler="FlowMatchEulerDiscreteScheduler",
         text_encoder="CLIPTextModelWithProjection", text_encoder_2="CLIPTextModelWithProjection", text_encoder_3=None,
         tokenizer="CLIPTokenizer", tokenizer_2="CLIPTokenizer", tokenizer_3=None,
@@ -137,7 +137,7 @@ _BETAS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _vae(scaling_factor: float, **options: Any) -> AutoencoderKL:
+def tiny_vae(scaling_factor: float, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -154,7 +154,7 @@ def _text_config(**options: Any) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _save_parts(path: Path, **parts: Any) -> None:
+def save_parts(path: Path, **parts: Any) -> None:
     for name, part in parts.items():
         part.eval().save_pretrained(path / name, safe_serialization=True)
 
@@ -169,7 +169,7 @@ def _save_tokenizer(path: Path, pad: str) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _save_index(path: Path, pipeline: str, **parts: str | bool | None) -> None:
+def save_index(path: Path, pipeline: str, **parts: str | bool | None) -> None:
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.35.0"}
     for name, kind in parts.items():
         if kind is None:
@@ -177,5 +177,5 @@ def _save_index(path: Path, pipeline: str, **parts: str | bool | None) -> None:
         elif isinstance(kind, bool):
             index[name] = kind
         else:
-            index[name] = ["transformers" if kind.startswith("CLIP") else "diffusers", kind]
+            index[name] = ["transformers" if kind.startswith(("CLIP", "Qwen2Tok", "Qwen3")) else "diffusers", kind]
     (path / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -59,27 +59,28 @@ def test_embeddings_by_place_in_the_list(tmp_path: Path, pooled: bool) -> None:
     stored = StoredEmbeddings(write_folder(tmp_path, EMBEDDINGS, pooled))
     assert (len(stored), stored.num_distinct, stored.text_fingerprint) == (9, 3, "t" * 64)
     index = torch.tensor([8, 0, 7, 1, 7])
-    text, pool = stored.rows(index)
+    text, pool, lengths = stored.rows(index)
+    assert lengths is None
     expected = torch.tensor([POSITIONS[i] for i in index.tolist()])
     assert (text.dtype, text.shape) == (torch.float16, (5, 3, 4))
     assert torch.equal(text, expected.half().reshape(-1, 1, 1).expand(-1, 3, 4))
     assert stored.prompts(index) == [["a cat", "ein Hündchen", "🐈\n"][row] for row in expected.tolist()]
-    assert torch.equal(stored.empty_text, torch.full((1, 3, 4), -1.0).half())
+    assert torch.equal(stored.empty[0], torch.full((1, 3, 4), -1.0).half())
     if pooled:
         assert pool is not None
-        assert stored.empty_pooled is not None
+        assert stored.empty[1] is not None
         assert torch.equal(pool, (10 + expected).half().reshape(-1, 1).expand(-1, 5))
-        assert torch.equal(stored.empty_pooled, torch.full((1, 5), -2.0).half())
+        assert torch.equal(stored.empty[1], torch.full((1, 5), -2.0).half())
     else:
         assert pool is None
-        assert stored.empty_pooled is None
+        assert stored.empty[1] is None
 
 
 def test_latents_with_their_captions(tmp_path: Path) -> None:
     stored = StoredLatents(write_folder(tmp_path, LATENTS))
     assert (len(stored), stored.latent_shape, stored.vae_fingerprint) == (9, (4, 8, 8), "v" * 64)
     index = torch.randperm(9)
-    latents, text, pooled = stored.rows(index)
+    latents, text, pooled, _ = stored.rows(index)
     assert torch.equal(latents[:, 0, 0, 0].long() - 100, index)
     assert text[:, 0, 0].long().tolist() == [POSITIONS[i] for i in index.tolist()]
     assert pooled is not None

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +199,18 @@ def test_a_mask_is_a_part_with_the_mask_of_the_empty_prompt() -> None:
     condition = Condition(2, {"text_mask": mask}, {"text_mask": empty})
     both = Condition.cat([condition.unconditional(), condition])
     assert both["text_mask"].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]
+
+
+def test_texts_of_different_lengths_are_padded_where_they_meet() -> None:
+    """Both branches of guidance, and real beside generated captions: shorter rows end in zeros, each keeps its length."""
+    long, short = torch.ones(2, 5, 3), torch.ones(1, 2, 3)
+    empty: dict[str, Any] = {"text": 2 * torch.ones(1, 1, 3), "text_length": torch.tensor([1])}
+    first = Condition(2, {"text": long, "text_length": torch.tensor([5, 4])}, empty)
+    second = Condition(1, {"text": short, "text_length": torch.tensor([2])}, empty)
+    both = Condition.cat([second, first, first.unconditional()])
+    assert both["text"].shape == (5, 5, 3)
+    assert both["text_length"].tolist() == [2, 5, 4, 1, 1]
+    for row, (value, kept) in enumerate([(1, 2), (1, 5), (1, 5), (2, 1), (2, 1)]):
+        assert torch.equal(both["text"][row, :kept], torch.full((kept, 3), float(value)))
+        assert not both["text"][row, kept:].any()
+    assert both.unconditional()["text"].shape == (5, 1, 3)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,7 +7,9 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, DenoiserOutput, Want, guided_denoise
 from fewstep.diffusion.per_sample import per_sample
-from fewstep.diffusion.schedules import KarrasSchedule
+from fewstep.diffusion.schedules import DiscreteSchedule, FlowSchedule, KarrasSchedule
+from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.prediction import Prediction, predicted_x0
 from tests.conftest import tiny_denoiser
 
 
@@ -90,3 +94,28 @@ def test_any_number_of_axes(shape: tuple[int, ...]) -> None:
     x0 = guided_denoise(RecordingDenoiser(), noisy, level, condition, 2.0)
     for row, label in enumerate((1.0, 4.0, 2.0)):
         torch.testing.assert_close(x0[row], noisy[row] + level[row] + 2 * label)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+@pytest.mark.parametrize("cap", [0.0, 0.5, 1.0, 100.0])
+def test_the_norm_of_what_the_network_predicts_is_capped(prediction: Prediction, cap: float) -> None:
+    """Recomputed on raw predictions in float64: what guidance made longer than cap times the conditional one is scaled down."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(1, 1)
+    schedule: Any = FlowSchedule(3.0) if prediction == "flow" else DiscreteSchedule(torch.linspace(0.99, 0.01, 1000))
+    denoiser = DiffusersDenoiser(network, {}, schedule, prediction, (4, 2, 2))
+    denoiser.guidance_norm_cap = cap
+    level = schedule.at(torch.tensor([10, 400, 900]))
+    noisy, raws = torch.randn(3, 4, 2, 2).double(), torch.randn(2, 3, 4, 2, 2).double()
+    raws[1, 0] = raws[0, 0] + 0.01 * raws[1, 0]
+    alpha, sigma = (per_sample(part(level).double(), noisy) for part in (schedule.alpha, schedule.sigma))
+    uncond, cond = (predicted_x0(prediction, raw, noisy, alpha, sigma) for raw in raws)
+    raw = raws[0] + 5 * (raws[1] - raws[0])
+    if cap:
+        ratio = cap * raws[1].flatten(1).norm(dim=1) / raw.flatten(1).norm(dim=1)
+        raw = raw * per_sample(ratio.clamp(max=1), raw)
+    expected = predicted_x0(prediction, raw, noisy, alpha, sigma)
+    found = denoiser.guide(uncond, cond, noisy, level, 5.0)
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-6
+    plain = uncond + 5 * (cond - uncond)
+    assert bool(((found - plain).flatten(1).norm(dim=1) > 1e-3)[1:].all()) == (cap in (0.5, 1.0))

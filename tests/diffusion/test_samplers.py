@@ -148,7 +148,7 @@ def test_heun_does_not_depend_on_the_batch_and_leaves_its_input() -> None:
 def test_generate_is_one_differentiable_forward_from_pure_noise() -> None:
     denoiser, noise = tiny_denoiser().double(), torch.randn(2, 1, 16, 16, dtype=torch.float64)
     condition = Condition.from_one_hot(torch.eye(4).double()[:2])
-    x0 = generate(denoiser, noise, condition, 999)
+    x0 = generate(denoiser, noise, condition, denoiser.noise_schedule.expanded(999, 2, noise.device))
     sigma = denoiser.noise_schedule.grid[999]
     torch.testing.assert_close(x0, denoiser.denoise(sigma * noise, sigma.expand(2), condition))
     x0.sum().backward()
@@ -158,7 +158,7 @@ def test_generate_is_one_differentiable_forward_from_pure_noise() -> None:
 @pytest.mark.parametrize("index", [999, 399])
 def test_generate_starts_at_its_own_level(index: int) -> None:
     denoiser, noise = GaussianDenoiser(), some_noise()
-    x0 = generate(denoiser, noise, Condition(3), index)
+    x0 = generate(denoiser, noise, Condition(3), denoiser.noise_schedule.expanded(index, 3, noise.device))
     sigma = denoiser.noise_schedule.grid[index].item()
     torch.testing.assert_close(x0, noise * sigma * DATA_STD**2 / spread(sigma) ** 2)
     assert [level.tolist() for level in denoiser.levels] == [[sigma] * 3]

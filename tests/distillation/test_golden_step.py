@@ -46,7 +46,8 @@ def batch(golden: dict[str, torch.Tensor]) -> GeneratorInput:
 
 
 def test_generated(golden, networks) -> None:  # type: ignore[no-untyped-def]
-    x0 = generate(networks[1], golden["noise"], Condition.from_one_hot(golden["class_labels"]), 999)
+    level = networks[1].noise_schedule.expanded(999, 4, torch.device("cpu"))
+    x0 = generate(networks[1], golden["noise"], Condition.from_one_hot(golden["class_labels"]), level)
     assert relative_error(x0, golden["generated"]) < 1e-5
 
 

@@ -68,7 +68,8 @@ def step(request: pytest.FixtureRequest) -> Step:
 
 def test_generated(step: Step) -> None:
     with torch.no_grad():
-        x0 = generate(step.generator, step["noise"], step.batch.condition, step.timestep)
+        level = step.generator.noise_schedule.expanded(step.timestep, len(step["noise"]), torch.device("cpu"))
+        x0 = generate(step.generator, step["noise"], step.batch.condition, level)
     assert relative_error(x0, step["generated"]) < 1e-5
 
 

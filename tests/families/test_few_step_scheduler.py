@@ -8,6 +8,7 @@ import torch
 
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
+from fewstep.families.few_steps import build_flow_scheduler
 from fewstep.families.registry import family_of, recognise
 from fewstep.families.sd3.denoiser import SD3Denoiser
 from tests.export.text_generators import FOLDERS
@@ -110,7 +111,9 @@ def test_a_schedule_with_zero_terminal_signal(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("steps", [(999,), (999, 499), (999, 749, 499, 249), (999, 749), (999, 899, 799)])
+@pytest.mark.parametrize(
+    "steps", [(999,), (999, 499), (999, 749, 499, 249), (999, 749), (999, 899, 799), (999, 749, 699)]
+)
 @pytest.mark.parametrize("shift", [3.0, 1.0])
 def test_flow_steps_and_levels_are_the_generators(
     networks: dict[str, Any], steps: tuple[int, ...], shift: float
@@ -136,7 +139,12 @@ def test_flow_schedulers_refuse_another_number_of_steps(networks: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("steps", "nearest"),
-    [((399,), [999]), ((998, 665, 332), [999, 665, 331]), ((999, 749, 699), [999, 849, 699]), ((900, 0), [999, 0])],
+    [
+        ((399,), [999]),
+        ((998, 665, 332), [999, 665, 331]),
+        ((999, 749, 699, 400), [999, 800, 601, 402]),
+        ((900, 0), [999, 0]),
+    ],
 )
 def test_flow_steps_that_cannot_travel_are_refused_with_the_nearest(
     networks: dict[str, Any], steps: tuple[int, ...], nearest: list[int]
@@ -145,3 +153,29 @@ def test_flow_steps_that_cannot_travel_are_refused_with_the_nearest(
         build_few_step_scheduler(networks["sd3"], StepSchedule(steps))
     assert str(error.value).endswith(f": the nearest are generator.step_indices={nearest}")
     build_few_step_scheduler(networks["sd3"], StepSchedule(tuple(nearest)))
+
+
+def trained(sigmas: list[float]) -> StepSchedule:
+    """Steps with levels of their own, whatever the grid says of their indices."""
+    return StepSchedule(tuple(range(999, 999 - len(sigmas), -1)), sigmas=tuple(sigmas))
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [[1.0, 0.9, 0.75, 0.5], [1.0, 0.75], [1.0, 0.6, 0.55], [1.0, 0.95, 0.9, 0.85], [1.0], [0.9 - 0.8 * n / 7 + 0.1 for n in range(8)]],
+)  # fmt: skip
+def test_levels_travel_where_the_pipeline_gives_even_steps(networks: dict[str, Any], sigmas: list[float]) -> None:
+    n = len(sigmas)
+    even = [1 - number / n for number in range(n)]
+    scheduler = build_flow_scheduler(networks["sd3"], trained(sigmas), even)
+    again: Any = type(scheduler).from_config(scheduler.config)
+    again.set_timesteps(sigmas=even, mu=1.3)  # of a dynamic shift, which is off
+    torch.testing.assert_close(again.sigmas, torch.tensor([*sigmas, 0.0]), rtol=0, atol=1e-5)
+    if n == 4 and sigmas[1] == 0.9:
+        assert again.config.shift == pytest.approx(3)
+
+
+def test_levels_on_no_such_curve_are_refused(networks: dict[str, Any]) -> None:
+    for sigmas in ([1.0, 0.9, 0.5, 0.45], [0.9, 0.5], [0.9]):
+        with pytest.raises(UserError, match="cannot travel in a diffusers scheduler"):
+            build_flow_scheduler(networks["sd3"], trained(sigmas), [1 - n / len(sigmas) for n in range(len(sigmas))])

@@ -136,11 +136,3 @@ def test_tokenizer_and_encoder_belong_together(model: Path, tmp_path: Path) -> N
     (folder / "tokenizer/tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="does not say how many tokens the encoder reads"):
         load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
-
-
-def test_the_end_token_is_one_number(model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(model, tmp_path / "model")
-    path = folder / "text_encoder/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, 2]}))
-    with pytest.raises(UserError, match=r"text_encoder/config.json is damaged: eos_token_id is \[1, 2\]"):
-        load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)

@@ -41,7 +41,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_rows_are_the_encoders_own(encoders: TextEncoders, whole: Path) -> None:
     stored = StoredEmbeddings(whole)
     index = torch.tensor([9, 0, 4, 7])
-    text, pooled = stored.rows(index)
+    text, pooled, _ = stored.rows(index)
     expected = encoders.encode([PROMPTS[i] for i in index.tolist()])
     torch.testing.assert_close(text.float(), expected.text, atol=2e-3, rtol=2e-3)
     assert (text[0] - text[1]).abs().mean() > 0.01  # the comparison can fail
@@ -51,8 +51,8 @@ def test_rows_are_the_encoders_own(encoders: TextEncoders, whole: Path) -> None:
         assert pooled is not None
         torch.testing.assert_close(pooled.float(), expected.pooled, atol=2e-3, rtol=2e-3)
     empty = encoders.encode_empty()
-    torch.testing.assert_close(stored.empty_text.float(), empty.text, atol=2e-3, rtol=2e-3)
-    assert (stored.empty_pooled is None) == (empty.pooled is None)
+    torch.testing.assert_close(stored.empty[0].float(), empty.text, atol=2e-3, rtol=2e-3)
+    assert (stored.empty[1] is None) == (empty.pooled is None)
     assert stored.prompts(torch.arange(10)) == PROMPTS
 
 
@@ -162,7 +162,7 @@ def test_no_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cut all long ones with --a-callers-own$"):
         prepare_embeddings(encoders, prompts, folder, cut_with="--a-callers-own")
     stored = StoredEmbeddings(prepare_embeddings(encoders, [fits, long], folder, truncate=True))
-    text, _ = stored.rows(torch.tensor([0, 1]))
+    text, *_ = stored.rows(torch.tensor([0, 1]))
     torch.testing.assert_close(text[0].float(), text[1].float(), atol=2e-3, rtol=2e-3)
 
 

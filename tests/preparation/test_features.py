@@ -178,9 +178,3 @@ def test_features_see_pictures_as_files_would_have_them(trained: tuple[SmallClas
     torch.testing.assert_close(found, model(rounded))
     assert not torch.allclose(found, model(images), atol=1e-4)
     assert json.loads((trained[1] / "config.json").read_text())["num_classes"] == 4
-
-
-@pytest.mark.parametrize("stages", [0, -1, 11, 10**12])
-def test_a_network_of_too_many_stages_is_refused_before_it_is_built(stages: int) -> None:
-    with pytest.raises(ValueError, match=f"num_stages={stages} is not between 1 and 10"):
-        SmallClassifier(1, 4, num_stages=stages)

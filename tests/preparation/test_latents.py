@@ -73,7 +73,7 @@ def test_the_mean_latents_and_the_captions(job: dict[str, Any], tmp_path: Path) 
     assert {(4, 10), (8, 10)} < set(progress)
     assert progress[-1] == (10, 10)
     index = torch.tensor([9, 0, 4])
-    latents, text, _ = stored.rows(index)
+    latents, text, *_ = stored.rows(index)
     expected = job["autoencoder"].encode(greys(*index.tolist()))
     torch.testing.assert_close(latents.float(), expected, atol=1e-3, rtol=1e-3)
     assert not torch.equal(latents[0], latents[1])  # the comparison can fail

@@ -572,8 +572,3 @@ def test_keys_that_are_gone_are_told() -> None:
         "compute.threads: now the environment's OMP_NUM_THREADS, or torch's choice without it",
         "run.tensorboard: now left out",
     ]
-
-
-def test_counts_are_those_a_tensor_can_have() -> None:
-    with pytest.raises(UserError, match=r"training\.batch_size"):
-        parse_settings(TrainSettings, {"training": {"batch_size": 10**12}}, "test")

@@ -10,7 +10,7 @@ from fewstep.data.look import look_at_pictures
 from fewstep.errors import UserError
 from fewstep.models.load import load_teacher
 from fewstep.settings import DataSettings, PretrainSettings, TrainSettings, parse_settings
-from fewstep.training.inferred import _stored, settle_data, settle_network, suppose_network
+from fewstep.training.inferred import settle_data, settle_network, suppose_network
 from fewstep.training.run import pretrain, train
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
@@ -110,9 +110,3 @@ def test_a_parquet_file_is_looked_at(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
     look = look_at_pictures(DataSettings(images=str(tmp_path / "x.parquet")))
     assert (look.channels, look.num_classes) == (1, 3)
-
-
-def test_settings_nested_without_end_say_nothing_of_the_data(tmp_path: Path) -> None:
-    """Whether they are whole is asked elsewhere, in one sentence."""
-    (tmp_path / "settings.json").write_text('{"data": ' + "[" * 100_000)
-    assert _stored(tmp_path, "data") == {}

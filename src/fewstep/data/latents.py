@@ -4,6 +4,8 @@ Both folders hold shards of n rows. A shard holds `row` (n,), each row's number 
 and the texts that no earlier shard has: `text` (m, T, D), `pooled` (m, P), `prompt_bytes` and `prompt_ends`. The first
 shard also holds the unconditional `empty_text` (1, T, D) and `empty_pooled` (1, P); those of latents hold `latents`. Latents whose
 captions are kept as text alone have no embeddings. `latent_std` beside latents are the deviations of the VAE's distribution.
+Of encoders whose texts differ in length, `length` (m,) and `empty_length` (1,) say how many tokens count, and T is the longest
+of each shard.
 """
 
 from pathlib import Path
@@ -74,7 +76,8 @@ class StoredEmbeddings(StoredTexts):
     """The embeddings of a prompt list, addressed by the prompt's place in the list; read from disk row by row.
 
     Attributes:
-        empty_text: (1, T, D), float16; empty_pooled: (1, P), float16, or None. The unconditional branch.
+        empty: text (1, T, D) and pooled (1, P) in float16, and tokens (1,); None for what there is none of. The
+            unconditional branch.
 
     Raises:
         UserError: as `StoredTexts`.
@@ -83,22 +86,34 @@ class StoredEmbeddings(StoredTexts):
     def __init__(self, folder: Path, kind: ShardKind = EMBEDDINGS) -> None:
         super().__init__(folder, kind)
         try:
-            self._text = StoredRows([map_tensor(path, "text") for path in self._paths])
-            has_pooled = "pooled" in read_header(self._paths[0])
-            self._pooled = StoredRows([map_tensor(path, "pooled") for path in self._paths]) if has_pooled else None
-            self.empty_text = torch.from_numpy(map_tensor(self._paths[0], "empty_text").copy())
-            self.empty_pooled = (
-                torch.from_numpy(map_tensor(self._paths[0], "empty_pooled").copy()) if has_pooled else None
-            )
-            if len(self._text) != self.num_distinct:
+            self._columns: list[StoredRows | None] = []
+            self.empty: tuple[Tensor, Tensor | None, Tensor | None] = self._open_columns()
+            if any(len(column) != self.num_distinct for column in self._columns if column is not None):
                 raise ValueError("texts and embeddings differ in number")
         except (OSError, KeyError, ValueError) as error:
             raise unreadable(folder, error, kind) from None
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings at these places (B,): text (B, T, D) and pooled (B, P) or None, float16, on the CPU."""
+    def _open_columns(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Map what there is of text, pooled embeddings and tokens; returns the unconditional row."""
+        names, rows = read_header(self._paths[0]), list[Tensor | None]()
+        for name in ("text", "pooled", "length"):
+            if name not in names and name != "text":
+                self._columns.append(None)
+                rows.append(None)
+                continue
+            parts = [map_tensor(path, name) for path in self._paths]
+            self._columns.append(StoredRows(parts, padded=name == "text" and "length" in names))
+            rows.append(torch.from_numpy(map_tensor(self._paths[0], f"empty_{name}").copy()))
+        text, pooled, lengths = rows
+        assert text is not None
+        return text, pooled, lengths
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings at these places (B,): text (B, T, D), pooled (B, P) or None, tokens (B,) or None; float16, on the CPU."""
         row = self._row[index.cpu()]
-        return self._text.rows(row), None if self._pooled is None else self._pooled.rows(row)
+        text, pooled, lengths = (None if column is None else column.rows(row) for column in self._columns)
+        assert text is not None
+        return text, pooled, lengths
 
 
 class StoredLatents:
@@ -149,8 +164,8 @@ class StoredLatents:
             return latents
         return latents + self._spread.rows(index).float() * draws.normal("encoder_noise", self.latent_shape)
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows (B,): latents (B, C, h, w), text (B, T, D), pooled (B, P) or None, float16, on the CPU."""
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Rows (B,): latents (B, C, h, w), and text, pooled and tokens as `StoredEmbeddings.rows`; float16, on the CPU."""
         assert isinstance(self.captions, StoredEmbeddings), "these captions are kept as text"
         return self.latents(index), *self.captions.rows(index)
 

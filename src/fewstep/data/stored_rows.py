@@ -14,6 +14,9 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8
 class StoredRows:
     """Rows of arrays (n_k, ...) that follow each other.
 
+    Args:
+        padded: the rows of different arrays may differ in length; shorter ones are read with zeros at their end.
+
     Attributes:
         row_shape: shape of one row.
 
@@ -21,12 +24,12 @@ class StoredRows:
         ValueError: no arrays, or rows of different shape or dtype.
     """
 
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        if len({(part.shape[1:], part.dtype) for part in parts}) != 1:
+    def __init__(self, parts: list[np.ndarray], *, padded: bool = False) -> None:
+        if len({(part.shape[2 if padded else 1 :], part.dtype) for part in parts}) != 1:
             raise ValueError("the shards hold rows of different shapes")
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
-        self.row_shape: tuple[int, ...] = parts[0].shape[1:]
+        self.row_shape: tuple[int, ...] = max(part.shape[1:] for part in parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -41,10 +44,11 @@ class StoredRows:
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {numbers.min()}..{numbers.max()} of {len(self)}")
         part_of = np.searchsorted(self._ends, numbers, side="right")
-        result = np.empty((len(numbers), *self.row_shape), self._parts[0].dtype)
+        result = np.zeros((len(numbers), *self.row_shape), self._parts[0].dtype)
         for number in np.unique(part_of):
             part, chosen = self._parts[number], part_of == number
-            result[chosen] = part[numbers[chosen] - (self._ends[number] - len(part))]
+            own = tuple(slice(side) for side in part.shape[1:])
+            result[(chosen, *own)] = part[numbers[chosen] - (self._ends[number] - len(part))]
         return torch.from_numpy(result)
 
 

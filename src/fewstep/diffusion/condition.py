@@ -15,7 +15,8 @@ Empty: TypeAlias = Tensor | Literal["same"]  # one row (1, ...) for all samples;
 class Condition:
     """Conditions of a batch, an immutable set of named tensors: `condition["text"]`.
 
-    A mask is a part like any other, e.g. "text_mask" (B, T), whose unconditional row is the mask of the empty prompt.
+    Text of different lengths is padded with zeros at its end, and "text_length" (B,) says how many tokens each row has; the
+    unconditional row has a length of its own.
 
     Attributes:
         batch_size: B, needed where there is no tensor to read it from.
@@ -86,7 +87,7 @@ class Condition:
 
     @staticmethod
     def cat(parts: "list[Condition]") -> "Condition":
-        """Concatenate along the batch; parts without samples are skipped, the unconditional rows are the first part's.
+        """Concatenate along the batch, shorter texts padded; parts without samples are skipped, the unconditional rows are the first part's.
 
         Raises:
             ValueError: the parts are conditioned on different things.
@@ -96,7 +97,7 @@ class Condition:
         if any(part.parts.keys() != first.parts.keys() for part in parts):
             kinds = sorted({", ".join(part.parts) or "nothing" for part in parts})
             raise ValueError(f"conditions on different things cannot be concatenated: {' / '.join(kinds)}")
-        whole = {name: torch.cat([part.parts[name] for part in parts]) for name in first.parts}
+        whole = {name: join_rows([part.parts[name] for part in parts]) for name in first.parts}
         return replace(first, batch_size=sum(len(part) for part in parts), parts=whole)
 
 
@@ -140,6 +141,14 @@ class ClassTable:
             return []
         named = len(self.class_names) == self.num_classes
         return [self.class_names[number] if named else f"class {number}" for number in index.tolist()]
+
+
+def join_rows(parts: list[Tensor]) -> Tensor:
+    """Concatenate along the batch; where rows (T, ...) differ in length, shorter ones are padded with zeros at their end."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, [0, 0] * (part.ndim - 2) + [0, longest - part.shape[1]]) for part in parts]
+    return torch.cat(parts)
 
 
 def _twin(part: Tensor, row: Empty) -> Tensor:

@@ -37,6 +37,8 @@ class Denoiser(nn.Module):
         bottleneck_shape: of one feature that the discriminator reads.
         compute_dtype: precision inside the network (float32 or bfloat16); everything outside is float32.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
+        guidance_norm_cap: the guided prediction's norm is at most this times the conditional one's, where the network can say
+            what it predicts; 0: no limit.
     """
 
     noise_schedule: NoiseSchedule
@@ -45,6 +47,7 @@ class Denoiser(nn.Module):
     bottleneck_shape: tuple[int, ...]
     compute_dtype: torch.dtype
     lora_targets: tuple[str, ...] = ()
+    guidance_norm_cap: float = 0.0
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         """Estimate x0 and/or return the bottleneck feature.
@@ -73,6 +76,15 @@ class Denoiser(nn.Module):
         feature = self(noisy, level, condition, "bottleneck").bottleneck
         assert feature is not None
         return feature
+
+    def guide(
+        self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, level: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """x0 (B, ...) under guidance, from the two branches' x0 at `noisy`: uncond + w (cond - uncond).
+
+        Families whose pipelines form it otherwise say so here.
+        """
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of layers that `forward` calls one after the other: what is recomputed, compiled and sharded."""
@@ -157,7 +169,7 @@ def network_input(network: nn.Module, noisy: Tensor) -> Tensor:
 def guided_denoise(
     denoiser: Denoiser, noisy: Tensor, level: Tensor, condition: Condition, guidance_scale: float
 ) -> Tensor:
-    """x0 estimate under guidance: uncond + w (cond - uncond), so w = 1 is plain conditional denoising.
+    """x0 estimate under guidance: uncond + w (cond - uncond), so w = 1 is plain conditional denoising (see `Denoiser.guide`).
 
     Both branches go through one forward of twice the batch; w = 1 costs a single plain forward.
 
@@ -175,4 +187,4 @@ def guided_denoise(
     both = Condition.cat([condition.unconditional(), condition])
     x0 = denoiser.denoise(twice(noisy), twice(level), both)
     unconditional, conditional = x0.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return denoiser.base_network.guide(unconditional, conditional, noisy, level, guidance_scale)

@@ -99,14 +99,34 @@ def sample_ddim(
     """
     schedule = denoiser.noise_schedule
     indices = trailing_indices(num_steps, schedule.num_levels)
-    levels = [schedule.expanded(index, len(noise), noise.device) for index in indices]
-    x = wide(schedule.initial(noise, levels[0]))
-    for number, level in enumerate(levels):
+    levels = schedule.at(torch.tensor(indices, device=noise.device))
+    return sample_levels(denoiser, noise, condition, levels, guidance_scale=guidance_scale)
+
+
+@torch.no_grad()
+def sample_levels(
+    denoiser: Denoiser, noise: Tensor, condition: Condition, levels: Tensor, *, guidance_scale: float = 1.0
+) -> Tensor:
+    """Deterministic first-order sampling through given noise levels; the last x0 is the image.
+
+    Args:
+        denoiser: a model whose first level here is (nearly) pure noise.
+        noise: unit Gaussian, (B, ...).
+        condition: B conditions.
+        levels: the schedule's own noise coordinates in falling noise, (n,).
+
+    Returns:
+        x0, (B, ...), float32, not clamped.
+    """
+    schedule, size = denoiser.noise_schedule, len(noise)
+    x = wide(schedule.initial(noise, levels[0].expand(size)))
+    for number in range(len(levels)):
+        level = levels[number].expand(size)
         x0 = wide(guided_denoise(denoiser, x.float(), level, condition, guidance_scale))
         if number == len(levels) - 1:
             return x0.float()
         alpha, sigma = (per_sample(wide(part(level)), x) for part in (schedule.alpha, schedule.sigma))
-        after = levels[number + 1]
+        after = levels[number + 1].expand(size)
         estimated_noise = (x - alpha * x0) / sigma
         x = (
             per_sample(wide(schedule.alpha(after)), x) * x0
@@ -129,11 +149,9 @@ def sample_euler(
     return sample_ddim(denoiser, started, condition, num_steps=num_steps, guidance_scale=guidance_scale)
 
 
-def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, index: int) -> Tensor:
-    """One forward of a generator from pure noise at grid index `index`; differentiable. Returns x0 (B, ...)."""
-    schedule = denoiser.noise_schedule
-    level = schedule.expanded(index, len(noise), noise.device)
-    return denoiser.denoise(schedule.initial(noise, level), level, condition)
+def generate(denoiser: Denoiser, noise: Tensor, condition: Condition, level: Tensor) -> Tensor:
+    """One forward of a generator from pure noise at a level (B,); differentiable. Returns x0 (B, ...)."""
+    return denoiser.denoise(denoiser.noise_schedule.initial(noise, level), level, condition)
 
 
 @torch.no_grad()
@@ -149,15 +167,16 @@ def sample_few_steps(
         denoiser: the generator.
         noise: unit Gaussian for the first step, (B, ...).
         condition: B conditions.
-        steps: grid indices, noisiest first.
+        steps: of the generator, noisiest first.
         fresh_noise: number of the step (1, 2, ...) -> unit Gaussian (B, ...) that enters it.
 
     Returns:
         x0, (B, ...), float32, not clamped.
     """
-    x0 = generate(denoiser, noise, condition, steps.indices[0])
-    for number, index in enumerate(steps.indices[1:], start=1):
-        level = denoiser.noise_schedule.expanded(index, len(noise), noise.device)
+    schedule = denoiser.noise_schedule
+    x0 = generate(denoiser, noise, condition, steps.level(schedule, 0, len(noise), noise.device))
+    for number in range(1, len(steps)):
+        level = steps.level(schedule, number, len(noise), noise.device)
         x0 = denoiser.denoise(denoiser.add_noise(x0, fresh_noise(number), level), level, condition)
     return x0
 

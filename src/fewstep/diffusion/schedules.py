@@ -1,7 +1,7 @@
 """Noise schedules: what "level" means for a model, and the grid of levels it is trained and sampled on."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -36,6 +36,10 @@ class NoiseSchedule(ABC):
     def at(self, index: Tensor) -> Tensor:
         """Levels (B,) at integer grid indices (B,)."""
         return self._grid_on(index.device)[index]
+
+    def travelling(self, indices: tuple[int, ...]) -> tuple[float, ...]:
+        """The levels at grid indices that a generator keeps beside its weights; none of a grid that is the model's for good."""
+        return ()
 
     def expanded(self, index: int, batch_size: int, device: torch.device) -> Tensor:
         """The level at one grid index for a whole batch, (B,)."""
@@ -158,6 +162,9 @@ class FlowSchedule(NoiseSchedule):
     def grid(self) -> Tensor:
         return self._grid
 
+    def travelling(self, indices: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(float(self.grid[index]) for index in indices)
+
     def alpha(self, level: Tensor) -> Tensor:
         return 1 - level
 
@@ -181,10 +188,15 @@ class StepSchedule:
     """Grid indices in the order they are used, noisiest first: (999,) or (999, 749, 499, 249).
 
     The generator predicts x0 at each index; between two steps fresh noise is added down to the next level.
+
+    Attributes:
+        sigmas: of generators of flow models, their exact noise levels, one an index, as they travel with the weights: the
+            grid they were taken from depends on the latents' size. Empty: the teacher's grid at the indices.
     """
 
     indices: tuple[int, ...]
     num_levels: int = 1000
+    sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", tuple(int(index) for index in self.indices))
@@ -195,6 +207,27 @@ class StepSchedule:
             raise ValueError(f"generator.step_indices {wrong} lie outside 0..{self.num_levels - 1}")
         if list(self.indices) != sorted(set(self.indices), reverse=True):
             raise ValueError(f"generator.step_indices {list(self.indices)} must fall strictly, noisiest first")
+        sigmas = list(self.sigmas)
+        if sigmas and (len(sigmas) != len(self) or sigmas != sorted(set(sigmas), reverse=True)):
+            raise ValueError(f"the noise levels {sigmas} are not one a step, noisiest first")
+        if sigmas and not 0 < sigmas[-1] <= sigmas[0] <= 1:
+            raise ValueError(f"the noise levels {sigmas} do not lie in (0, 1]")
+
+    @classmethod
+    def on(cls, schedule: NoiseSchedule, indices: tuple[int, ...]) -> "StepSchedule":
+        """Steps on a teacher's grid, with what of its levels travels with a generator; raises ValueError as the class does."""
+        steps = cls(indices, schedule.num_levels)
+        return replace(steps, sigmas=schedule.travelling(steps.indices))
+
+    def level(self, schedule: NoiseSchedule, number: int, batch_size: int, device: torch.device) -> Tensor:
+        """The noise level of step `number` (from 0) for a whole batch, (B,)."""
+        if self.sigmas:
+            return torch.full((batch_size,), self.sigmas[number], device=device)
+        return schedule.expanded(self.indices[number], batch_size, device)
+
+    def levels(self, schedule: NoiseSchedule, device: torch.device) -> Tensor:
+        """The noise levels of all steps, (n,)."""
+        return torch.cat([self.level(schedule, number, 1, device) for number in range(len(self))])
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -93,7 +93,7 @@ class PairedInputs:
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         device = draws.positions.device
         noise, image, labels = self.pairs.rows(draws.integers("pair_order", 0, len(self.pairs)), device)
-        level = generator.noise_schedule.expanded(self.steps.indices[0], len(noise), device)
+        level = self.steps.level(generator.noise_schedule, 0, len(noise), device)
         noisy = generator.noise_schedule.initial(noise, level)
         return GeneratorInput(noisy, level, self.conditions.rows(labels), 0, image)
 
@@ -110,7 +110,7 @@ class NoisedDataInputs:
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         schedule, shape = generator.noise_schedule, generator.image_shape
         chosen = draws.integers("simulated_step", 0, len(self.steps))
-        level = schedule.at(torch.tensor(self.steps.indices, device=chosen.device)[chosen])
+        level = self.steps.levels(schedule, chosen.device)[chosen]
         pure = schedule.initial(draws.normal("generator_noise", shape), level)
         noised = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
         noisy = torch.where(per_sample(chosen == 0, pure), pure, noised)
@@ -139,7 +139,7 @@ def simulated_input(
     chosen = draws.shared_integer("simulated_step", len(steps))
 
     def level(number: int) -> Tensor:
-        return schedule.expanded(steps.indices[number], len(condition), device)
+        return steps.level(schedule, number, len(condition), device)
 
     noisy = schedule.initial(draws.normal("generator_noise", generator.image_shape), level(0))
     for number in range(chosen):

@@ -27,9 +27,6 @@ class FeatureNetwork(Protocol):
         """(B, C, H, W) in [-1, 1] -> (B, F), float32."""
 
 
-_MOST_STAGES = 10  # each halves the picture
-
-
 class SmallClassifier(nn.Module):
     """A convolutional classifier of a data set whose last pooled layer serves as features.
 
@@ -47,8 +44,6 @@ class SmallClassifier(nn.Module):
         class_names: Sequence[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 1 <= num_stages <= _MOST_STAGES:
-            raise ValueError(f"num_stages={num_stages} is not between 1 and {_MOST_STAGES}")
         self.name, self.class_names = name, tuple(class_names)
         self.arguments = {
             "channels": channels, "num_classes": num_classes, "width": width, "name": name, "num_stages": num_stages,

@@ -86,7 +86,7 @@ def run_figures(generator_folder: Path, card: ModelCard) -> list[tuple[str, str]
     for path in sorted(folder.glob("*.json")):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             continue
         if path.name == "best.json":
             found += _best_figure(values, card)

@@ -154,7 +154,7 @@ def load_text_pipeline(folder: Path, **options: Any) -> TextPipeline:
         card = replace(card, base=str(values.get("base", "")), licence=str(values.get("licence", "")))
         absent = dict.fromkeys(absent_components(folder))
         pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent, **options)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is missing files or damaged ({str(error).splitlines()[0]}); export it again"
         ) from error

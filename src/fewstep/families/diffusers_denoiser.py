@@ -19,7 +19,13 @@ from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.precision import wide
 from fewstep.diffusion.schedules import DiscreteSchedule, NoiseSchedule
 from fewstep.errors import UserError
-from fewstep.families.prediction import Prediction, native_denoising_weight, predicted_x0
+from fewstep.families.prediction import (
+    Prediction,
+    native_denoising_weight,
+    predicted_x0,
+    scaled_prediction,
+    x0_of_scaled,
+)
 
 
 class DiffusersDenoiser(Denoiser):
@@ -79,6 +85,19 @@ class DiffusersDenoiser(Denoiser):
         alpha, sigma = (per_sample(part, noisy) for part in self._alpha_sigma(level))
         x0 = predicted_x0(self.prediction, wide(raw), wide(noisy), alpha, sigma)
         return DenoiserOutput(x0.to(noisy.dtype), bottleneck)
+
+    def guide(
+        self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, level: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """As the contract's; with a norm cap, what the network predicts is scaled down to that norm, each sample as a whole."""
+        guided = super().guide(unconditional, conditional, noisy, level, guidance_scale)
+        if not self.guidance_norm_cap:
+            return guided
+        noisy, alpha = noisy.to(guided.dtype), per_sample(self._alpha_sigma(level)[0], noisy).to(guided.dtype)
+        plain, strong = (scaled_prediction(self.prediction, x0, noisy, alpha) for x0 in (conditional, guided))
+        norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (plain, strong)]
+        ratio = (self.guidance_norm_cap * norms[0] / norms[1]).clamp(max=1)
+        return x0_of_scaled(self.prediction, per_sample(ratio, strong) * strong, noisy, alpha)
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()

@@ -154,6 +154,8 @@ class DiffusersFamily(Family):
         parts, rows = {"text": embeddings.text}, dict[str, Empty](text=empty.text)
         if embeddings.pooled is not None and empty.pooled is not None:
             parts["pooled"], rows["pooled"] = embeddings.pooled, empty.pooled
+        if embeddings.lengths is not None and empty.lengths is not None:
+            parts["text_length"], rows["text_length"] = embeddings.lengths, empty.lengths
         return Condition(len(embeddings.text), parts, rows)
 
     def autoencoder(self, folder: Path) -> "Autoencoder | None":

@@ -24,6 +24,20 @@ def predicted_x0(prediction: Prediction, output: Tensor, noisy: Tensor, alpha: T
     return noisy - sigma * output
 
 
+def scaled_prediction(prediction: Prediction, x0: Tensor, noisy: Tensor, alpha: Tensor) -> Tensor:
+    """sigma times the raw output that `predicted_x0` makes this x0 of; alike for all x0 at one `noisy` and level."""
+    if prediction == "epsilon":
+        return noisy - alpha * x0
+    return (alpha * noisy if prediction == "v_prediction" else noisy) - x0
+
+
+def x0_of_scaled(prediction: Prediction, scaled: Tensor, noisy: Tensor, alpha: Tensor) -> Tensor:
+    """Inverse of `scaled_prediction`."""
+    if prediction == "epsilon":
+        return (noisy - scaled) / alpha
+    return (alpha * noisy if prediction == "v_prediction" else noisy) - scaled
+
+
 def native_denoising_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Weight (B,) that turns the squared x0 error into the mean squared error of the raw prediction.
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "sd": "stable_diffusion.family:StableDiffusion",
     "sdxl": "stable_diffusion.family:StableDiffusionXL",
     "sd3": "sd3.family:StableDiffusion3",
+    "z-image": "z_image.family:ZImage",
 }
 
 

@@ -24,7 +24,7 @@ def text_fingerprint(folder: Path) -> str:
     """
     try:
         index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'model_index.json'} cannot be read ({error}); give a diffusers folder") from None
     names = [name for name, value in sorted(index.items()) if name.startswith("text_encoder") and value != [None, None]]
     if not names:
@@ -67,7 +67,7 @@ def _add_component(digest: "hashlib._Hash", folder: Path) -> None:
         for path in files:
             with path.open("rb") as file:
                 add_content(digest, file, path.stat().st_size)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}); download the model again") from None
     if not files:
         raise UserError(f"{folder} holds no weights as safetensors; download the model again")

@@ -21,7 +21,7 @@ CARD = "fewstep.json"
 _REMEDY = "export the model again"
 _MAX_LEVELS = 100_000
 _KINDS: dict[str, type] = {
-    "role": str, "step_indices": list, "num_levels": int, "class_names": list, "can_be_guided": bool, "made_with": dict,
+    "role": str, "step_indices": list, "num_levels": int, "step_sigmas": list, "class_names": list, "can_be_guided": bool, "made_with": dict,
     "licence": str, "base": str,
 }  # fmt: skip
 
@@ -39,6 +39,7 @@ class ModelCard:
         made_with: resolved settings, steps and library version of the run that made it.
         licence: of the weights.
         base: model that the remaining components of a text-to-image generator are read from.
+        step_sigmas: of generators of flow models, the noise level at each index, exact; empty: the teacher's grid says.
     """
 
     role: str
@@ -49,6 +50,7 @@ class ModelCard:
     made_with: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     base: str = ""
+    step_sigmas: tuple[float, ...] = ()
 
 
 def write_model_folder(
@@ -127,13 +129,20 @@ def card_from_json(values: Mapping[str, Any], path: Path) -> ModelCard:
     for name, kind in _KINDS.items():
         if name in values or name in ("role", "step_indices", "class_names"):
             entry(values, name, kind, path, _REMEDY)
-    card = ModelCard(
-        **{**values, "step_indices": tuple(values["step_indices"]), "class_names": tuple(values["class_names"])}
-    )
+    lists = {name: tuple(value) for name, value in values.items() if _KINDS[name] is list}
+    card = ModelCard(**{**values, **lists})
     if not 0 < card.num_levels <= _MAX_LEVELS:
         raise UserError(f"{path} is damaged: num_levels is {card.num_levels}, not 1 to {_MAX_LEVELS}; {_REMEDY}")
     if not all(type(index) is int and 0 <= index < card.num_levels for index in card.step_indices):
         raise UserError(f"{path} is damaged: step_indices {list(card.step_indices)[:8]} are not in its grid; {_REMEDY}")
+    if not (_are_levels(card.step_sigmas) and len(card.step_sigmas) in (0, len(card.step_indices))):
+        raise UserError(f"{path} is damaged: step_sigmas {list(card.step_sigmas)[:8]} are no noise levels; {_REMEDY}")
     if not all(isinstance(name, str) for name in card.class_names):
         raise UserError(f"{path} is damaged: class_names are not all texts; {_REMEDY}")
     return card
+
+
+def _are_levels(sigmas: tuple[Any, ...]) -> bool:
+    """Whether they are numbers in (0, 1], noisiest first."""
+    numbers = all(type(sigma) in (int, float) and 0 < sigma <= 1 for sigma in sigmas)
+    return numbers and list(sigmas) == sorted(set(sigmas), reverse=True)

@@ -188,7 +188,7 @@ class Model:
         """
         if not self.is_generator:
             raise UserError("a teacher has no step schedule; distil it with fewstep.train, or load a generator")
-        return StepSchedule(self.card.step_indices, self.card.num_levels)
+        return StepSchedule(self.card.step_indices, self.card.num_levels, self.card.step_sigmas)
 
     def evaluations(self, num_inference_steps: int | None = None) -> int:
         """Network evaluations a picture takes; guidance makes each one of a teacher's twice as large."""

@@ -10,28 +10,44 @@ import torch
 import transformers
 from torch import Tensor
 
+from fewstep.diffusion.condition import join_rows
 from fewstep.errors import UserError
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
 from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
 from fewstep.networks.text_layout import TextLayout
 
 _MOST_TOKENS = 100_000  # transformers' word for "no limit" is far above, any encoder's limit far below
+_PLACE = "fewstep"  # where a prompt stands in a chat template
 
 
 class TextEmbeddings(NamedTuple):
     """What the text encoders of one family make of N prompts."""
 
     text: Tensor  # (N, T, D), float32
-    pooled: Tensor | None  # (N, P), float32; None where the family has none
+    pooled: Tensor | None = None  # (N, P), float32; None where the family has none
+    lengths: Tensor | None = None  # (N,), int64: tokens of each prompt, zeros follow them; None where all are T
 
     def rows(self, index: Any) -> "TextEmbeddings":
         """Some of the rows."""
-        return TextEmbeddings(self.text[index], None if self.pooled is None else self.pooled[index])
+        return TextEmbeddings(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "TextEmbeddings":
-        """On another device, as float32."""
-        pooled = None if self.pooled is None else self.pooled.to(device, torch.float32)
-        return TextEmbeddings(self.text.to(device, torch.float32), pooled)
+        """On another device, as float32; prompts of different lengths no wider than the longest."""
+        text, pooled, lengths = self
+        if lengths is not None:
+            text = text[:, : max(1, int(lengths.max()))] if len(lengths) else text[:, :1]
+            lengths = lengths.to(device)
+        pooled = None if pooled is None else pooled.to(device, torch.float32)
+        return TextEmbeddings(text.to(device, torch.float32), pooled, lengths)
+
+    @classmethod
+    def cat(cls, parts: "list[TextEmbeddings]") -> "TextEmbeddings":
+        """The rows of several, those of shorter prompts padded with zeros."""
+        text, pooled, lengths = (
+            None if column[0] is None else join_rows(list(column)) for column in zip(*parts, strict=True)
+        )
+        assert text is not None
+        return cls(text, pooled, lengths)
 
 
 class TextEncoders:
@@ -106,29 +122,38 @@ class TextEncoders:
         return getattr(self._pipeline, max(limits, key=lambda name: (name in self.layout.token_limits, limits[name])))
 
     def count_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt, start and end included."""
-        return len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        """Tokens of a prompt, start and end (or its chat template) included."""
+        return len(self._tokens(prompt))
 
     def cut_part(self, prompt: str) -> str:
         """The end of a prompt beyond `max_tokens`, which the encoders do not see; empty for one that fits."""
+        tokens = self._tokens(prompt)
+        if self.layout.chat is None:
+            return str(self._tokenizer.decode(tokens[self.max_tokens - 1 : -1])).strip()  # each ends with an end token
+        after = self.layout.chat(self._tokenizer, _PLACE).partition(_PLACE)[2]
+        return str(self._tokenizer.decode(tokens[self.max_tokens :])).removesuffix(after).strip()
+
+    def _tokens(self, prompt: str) -> list[int]:
         tokenizer = self._tokenizer
-        tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        return str(tokenizer.decode(tokens[self.max_tokens - 1 : -1])).strip()  # each text ends with an end token
+        text = prompt if self.layout.chat is None else self.layout.chat(tokenizer, prompt)
+        return list(tokenizer(text, truncation=False, verbose=False).input_ids)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeddings:
         """Embeddings of N prompts as the model's own pipeline makes them; longer ones are cut at `max_tokens`, silently."""
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        taken = inspect.signature(self._pipeline.encode_prompt).parameters
+        options = {name: value for name, value in options.items() if name in taken}
         with quiet_loading():  # the libraries say of each cut prompt, and of ones that another encoder sees whole
-            encoded = self._pipeline.encode_prompt(prompts, **options, **self.layout.encode_options)
-        return TextEmbeddings(encoded[0].float(), encoded[2].float() if self.layout.has_pooled else None)
+            encoded = self._pipeline.encode_prompt(list(prompts), **options, **self.layout.encode_options)
+        return TextEmbeddings(*self.layout.read_encoded(encoded))
 
     def encode_empty(self) -> TextEmbeddings:
         """One row for the unconditional branch: zeros where the model's config says so, else the empty prompt."""
         empty = self.encode([""])
         if self.layout.zeros_option and self._pipeline.config[self.layout.zeros_option]:
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
-            return TextEmbeddings(torch.zeros_like(empty.text), pooled)
+            return TextEmbeddings(torch.zeros_like(empty.text), pooled, empty.lengths)
         return empty
 
 
@@ -141,11 +166,6 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
                 "download it again"
             )
     for name, encoder in parts.items():
-        if name.startswith("text_encoder") and not isinstance(encoder.config.eos_token_id, int | None):
-            raise UserError(
-                f"{folder / name / 'config.json'} is damaged: eos_token_id is {str(encoder.config.eos_token_id)[:60]}, not one "
-                "number; download it again"
-            )
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
             last, known = max(tokenizer.get_vocab().values()), int(encoder.config.vocab_size)

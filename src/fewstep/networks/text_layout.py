@@ -1,8 +1,31 @@
 """What a family says of its text encoders: which components of which classes, and how its own pipeline calls them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Encoded: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def read_text_and_pooled(encoded: Any) -> Encoded:
+    """(text, its negative, pooled, ...), of pipelines with a pooled embedding."""
+    return encoded[0].float(), encoded[2].float(), None
+
+
+def read_text_alone(encoded: Any) -> Encoded:
+    """(text (N, T, D), ...), all T tokens of it read by the network."""
+    return encoded[0].float(), None, None
+
+
+def read_text_list(encoded: Any) -> Encoded:
+    """([text (T_i, D) of each prompt], ...), of pipelines whose networks take lists."""
+    rows = [row.float() for row in encoded[0]]
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    return pad_sequence(rows, batch_first=True), None, lengths
 
 
 @dataclass(frozen=True)
@@ -18,7 +41,9 @@ class TextLayout:
         pipeline_options: how the pipeline is built.
         index_options: entries of model_index.json that the pipeline is built with, where they are there.
         encode_options: further arguments of `encode_prompt`.
-        has_pooled: whether there is a pooled embedding.
+        read_encoded: what `encode_prompt` returned -> text (N, T, D), pooled (N, P) or None, tokens a prompt (N,) or None.
+        chat: puts a prompt into the tokenizer's chat template, as the pipeline does: (tokenizer, prompt) -> text; None: it
+            takes prompts as they are.
         zeros_option: the pipeline's own setting that makes the unconditional row zeros; empty: the empty prompt.
         network: the component whose config the pipeline reads while encoding; empty: none.
         token_limits: longest prompts of tokenizers whose own setting is not what the pipeline goes by.
@@ -32,7 +57,8 @@ class TextLayout:
     pipeline_options: Mapping[str, Any] = field(default_factory=dict)
     index_options: tuple[str, ...] = ()
     encode_options: Mapping[str, Any] = field(default_factory=dict)
-    has_pooled: bool = True
+    read_encoded: Callable[[Any], Encoded] = read_text_and_pooled
+    chat: Callable[[Any, str], str] | None = None
     zeros_option: str = ""
     network: str = ""
     token_limits: Mapping[str, int] = field(default_factory=dict)

@@ -263,7 +263,7 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
                 f"for DMD2's four steps, {_listed(one_step)} for its one step of this model"
             )
     try:
-        return StepSchedule(indices, denoiser.noise_schedule.num_levels)
+        return StepSchedule.on(denoiser.noise_schedule, indices)
     except ValueError as error:
         raise UserError(f"--step-indices {_listed(indices)}: {error}") from None
 
@@ -279,7 +279,14 @@ def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _generator_card(source: Path, what: str, steps: StepSchedule, base: str = "") -> ModelCard:
-    return ModelCard("generator", steps.indices, steps.num_levels, made_with=_origin(source, what), base=base)
+    return ModelCard(
+        "generator",
+        steps.indices,
+        steps.num_levels,
+        made_with=_origin(source, what),
+        base=base,
+        step_sigmas=steps.sigmas,
+    )
 
 
 def _origin(source: Path, what: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def _announce(
 ) -> None:  # fmt: skip
     left = table.num_new(prompts)
     what = f"embeddings of {left:,} prompts"
-    announce_size(folder, what, left * table.row_bytes, spare_with, max_gigabytes=max_gigabytes)
+    announce_size(folder, what, left * table.row_bytes(prompts), spare_with, max_gigabytes=max_gigabytes)
 
 
 def announce_size(
@@ -142,10 +142,14 @@ class PromptTable:
         """Distinct prompts among these that no earlier shard holds."""
         return len(set(prompts) - self._rows.keys())
 
-    @property
-    def row_bytes(self) -> int:
-        """What one prompt's embeddings take on disk."""
-        return sum(2 * part[0].numel() for part in self._encoded_empty() if part is not None)
+    def row_bytes(self, prompts: Sequence[str] = ()) -> int:
+        """What one prompt's embeddings take on disk; at most, where they differ in length (all prompts, if known, say by how much)."""
+        text, pooled, lengths = self._encoded_empty()
+        tokens = text.shape[1]
+        if lengths is not None:
+            longest = max((self._encoders.count_tokens(prompt) for prompt in set(prompts)), default=math.inf)
+            tokens = int(min(self._encoders.max_tokens, longest))
+        return 2 * (tokens * text.shape[2] + (0 if pooled is None else pooled[0].numel()))
 
     def _encoded_empty(self) -> TextEmbeddings:
         if self._empty is None:
@@ -168,14 +172,8 @@ class PromptTable:
         for start in range(0, len(new), self._batch_size):
             encoded.append(self._encoders.encode(new[start : start + self._batch_size]).to("cpu"))
             report(min(start + self._batch_size, len(new)))
-        tensors["text"] = _half(torch.cat([part.text for part in encoded]))
-        if empty.pooled is not None:
-            tensors["pooled"] = _half(torch.cat([part.pooled for part in encoded if part.pooled is not None]))
-        if first:
-            tensors["empty_text"] = _half(empty.text)
-            if empty.pooled is not None:
-                tensors["empty_pooled"] = _half(empty.pooled)
-        return tensors
+        tensors |= _columns(TextEmbeddings.cat(encoded))
+        return tensors | _columns(empty, "empty_") if first else tensors
 
     def text_tensors(self, prompts: list[str]) -> tuple[dict[str, Tensor], list[str]]:
         """Rows and new texts of a shard of these prompts (n), without embeddings; and the new texts."""
@@ -183,6 +181,16 @@ class PromptTable:
         self.add_known(new)
         rows = torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64)
         return {"row": rows, **pack_texts(new)}, new
+
+
+def _columns(embeddings: TextEmbeddings, prefix: str = "") -> dict[str, Tensor]:
+    """What there is of embeddings, as shards name it."""
+    columns = {"text": _half(embeddings.text)}
+    if embeddings.pooled is not None:
+        columns["pooled"] = _half(embeddings.pooled)
+    if embeddings.lengths is not None:
+        columns["length"] = embeddings.lengths.clone()
+    return {prefix + name: value for name, value in columns.items()}
 
 
 def _half(values: Tensor) -> Tensor:

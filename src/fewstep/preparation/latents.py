@@ -210,7 +210,7 @@ def _write_parts(
     """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took."""
     as_text = job.get("captions") == "text"
     if not (folder / MANIFEST).exists():
-        _announce(folder, total, latent_bytes(), 0 if as_text else table.row_bytes)
+        _announce(folder, total, latent_bytes(), 0 if as_text else table.row_bytes())
     manifest = start_or_continue(folder, job, LATENTS)
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))

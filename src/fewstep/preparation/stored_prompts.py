@@ -30,7 +30,7 @@ class EmbeddingsOnDisk:
     @property
     def empty(self) -> TextEmbeddings:
         """The unconditional branch."""
-        return TextEmbeddings(self.stored.empty_text, self.stored.empty_pooled)
+        return TextEmbeddings(*self.stored.empty)
 
 
 def stored_prompts(teacher: Model, folder: Path) -> ConditionTable:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from fewstep.errors import UserError
 
-Positive = Annotated[int, Field(gt=0, lt=2**31)]  # a count that a tensor can have
+Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 SettingsT = TypeVar("SettingsT", bound="Tree")

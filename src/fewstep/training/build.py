@@ -43,13 +43,13 @@ from fewstep.training.update import build_update
 
 
 def build_step_schedule(settings: TrainSettings, teacher: Denoiser) -> StepSchedule:
-    """The generator's grid indices on its teacher's grid.
+    """The generator's steps on its teacher's grid.
 
     Raises:
         UserError: an index the teacher's grid does not have.
     """
     try:
-        return StepSchedule(settings.generator.step_indices, teacher.noise_schedule.num_levels)
+        return StepSchedule.on(teacher.noise_schedule, settings.generator.step_indices)
     except ValueError as error:
         raise UserError(str(error)) from None
 

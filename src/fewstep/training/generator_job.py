@@ -143,6 +143,7 @@ class GeneratorJob:
         }  # fmt: skip
         return ModelCard(
             role="generator", step_indices=self.steps.indices, num_levels=self.steps.num_levels,
+            step_sigmas=self.steps.sigmas,
             class_names=self.teacher.card.class_names, made_with=made_with, licence=self.teacher.card.licence,
         )  # fmt: skip
 

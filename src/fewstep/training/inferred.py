@@ -112,6 +112,6 @@ def _stored(folder: Path, group: str) -> dict[str, Any]:
     """What the run folder's settings say, or nothing; whether they are whole is asked elsewhere."""
     try:
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))[group]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
     return stored if isinstance(stored, dict) else {}

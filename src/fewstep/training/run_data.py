@@ -111,11 +111,7 @@ def _read(path: Path) -> dict[str, Content]:
     if not path.is_file():
         return {}
     try:
-        found = {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
-        for key, content in found.items():
-            if not (isinstance(content.fingerprint, str) and isinstance(content.num_files, int)):
-                raise ValueError(f"{key} has no fingerprint or number of files")
-        return found
+        return {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or choose another run.folder") from None
 

@@ -60,6 +60,6 @@ class StableDiffusion3(DiffusersFamily):
         return Condition(size, {"text": text, "pooled": pooled}, {"text": text[:1], "pooled": pooled[:1]})
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
-        from fewstep.families.sd3.few_step_scheduler import build_few_step_scheduler
+        from fewstep.families.few_steps import build_flow_scheduler
 
-        return build_few_step_scheduler(denoiser, steps)
+        return build_flow_scheduler(denoiser, steps, None)

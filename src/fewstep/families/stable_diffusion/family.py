@@ -15,7 +15,7 @@ from fewstep.families.stable_diffusion.config_keys import NETWORK_KEYS, SCHEDULE
 from fewstep.families.stable_diffusion.ldm_keys import ldm_layers
 from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
 from fewstep.families.stable_diffusion.single_file import LAYOUT, UNREAD_FILES, XL_LAYOUT, XL_UNREAD_FILES
-from fewstep.networks.text_layout import TextLayout
+from fewstep.networks.text_layout import TextLayout, read_text_alone
 
 if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEmbeddings
@@ -46,7 +46,7 @@ class StableDiffusion(DiffusersFamily):
     vae_read = VAE_READ
     text_layout = TextLayout(
         "sd", title, "StableDiffusionPipeline", {"text_encoder": ("CLIPTextModel",), "tokenizer": _TOKENIZERS},
-        pipeline_options={"requires_safety_checker": False}, has_pooled=False,
+        pipeline_options={"requires_safety_checker": False}, read_encoded=read_text_alone,
     )  # fmt: skip
 
     def has_network(self, config: dict[str, Any]) -> bool:

@@ -1,0 +1,188 @@
+"""Z-Image behind the contract: its own pipeline's pictures, its own forward's numbers, native loss and bottleneck recomputed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor
+
+from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.samplers import sample_noise
+from fewstep.errors import UserError
+from fewstep.families.registry import build_released, recognise
+from fewstep.models.load import load_teacher
+from fewstep.models.model import Model
+from tests.conftest import relative_error
+from tests.tiny_flow_models import tiny_z_image_folder
+
+PROMPTS = ["red cat", "a dog that sleeps on a chair of wood in the garden behind the house"]  # 1 and 2 times 32 tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_z_image_folder(tmp_path_factory.mktemp("models") / "z-image")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Model:
+    return load_teacher(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Any:
+    pipe: Any = ZImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def conditions(teacher: Model, prompts: list[str] = PROMPTS) -> Condition:
+    return teacher.conditioner.table(prompts, teacher.size).rows(torch.arange(len(prompts)))
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "guidance", "cap"),
+    [(None, 4, 0.0, 0.0), (None, 7, 4.0, 0.0), (None, 3, 4.0, 0.8), ((24, 8), 2, 2.5, 1.0)],
+)
+def test_pictures_are_the_pipelines(
+    teacher: Model, pipe: Any, size: tuple[int, int] | None, steps: int, guidance: float, cap: float
+) -> None:
+    """Same noise, steps and guidance, its cap of the norm included; its g is our w - 1."""
+    height, width = size or (16, 16)
+    noise = sample_noise(teacher.denoiser, 0, 0, 2, torch.device("cpu"), shape=(4, height // 2, width // 2))
+    theirs = pipe(
+        list(PROMPTS), num_inference_steps=steps, guidance_scale=guidance, cfg_normalization=cap, latents=noise.clone(),
+        height=height, width=width, output_type="pt",
+    ).images  # fmt: skip
+    teacher.denoiser.guidance_norm_cap = cap
+    try:
+        ours = teacher.sample(
+            PROMPTS, num_inference_steps=steps, guidance_scale=guidance + 1, size=size, output="tensor", progress=False
+        )
+    finally:
+        teacher.denoiser.guidance_norm_cap = 0.0
+    assert (ours - (theirs * 2 - 1)).abs().max() < 1e-4
+    assert ours.std() > 0.05
+
+
+def their_forward(network: Any, noisy: Tensor, level: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """Its own forward over lists, in float64 but for what it rounds itself, and the image tokens after the middle layer as maps."""
+    seen: list[Tensor] = []
+    hook = network.layers[(len(network.layers) - 1) // 2].register_forward_hook(lambda *call: seen.append(call[2]))
+    captions = [row[:length] for row, length in zip(condition["text"], condition["text_length"].tolist(), strict=True)]
+    with torch.no_grad():
+        raw = network(list(noisy.unsqueeze(2)), 1 - level, captions, return_dict=False)[0]
+    hook.remove()
+    height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+    tokens = seen[0][:, : height * width]
+    maps = torch.stack([torch.stack([tokens[:, y * width + x] for x in range(width)], -1) for y in range(height)], 2)
+    return torch.stack([part[:, 0] for part in raw]), maps
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 10), (12, 12)])
+def test_x0_native_loss_and_bottleneck_recomputed(folder: Path, teacher: Model, shape: tuple[int, int]) -> None:
+    """From the network's own forward: v = -raw, x0 = noisy - sigma v, loss mse(v, noise - x0); 36 patches need no padding of 32."""
+    denoiser: Any = recognise(folder).load(folder, 2 * max(shape))
+    assert denoiser.image_shape[-1] == max(shape)
+    denoiser.eval().double()
+    condition = conditions(teacher)
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 2, 4, *shape, dtype=torch.float64)
+    level = torch.tensor([0.9, 0.2], dtype=torch.float64)
+    sigma = level.view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * clean + sigma * noise
+    double = Condition(2, {"text": condition["text"].double(), "text_length": condition["text_length"]})
+    raw, maps = their_forward(denoiser.network, noisy, level, double)
+    output = denoiser(noisy, level, double, "both")
+    # rotations are complex64 in the network, so its own float64 rounds them
+    assert relative_error(output.x0, noisy + sigma * raw) < 1e-6
+    assert relative_error(output.bottleneck, maps) < 1e-6
+    assert torch.equal(denoiser(noisy, level, double, "bottleneck").bottleneck, output.bottleneck)
+    native = ((-raw - (noise - clean)) ** 2).flatten(1).mean(1)
+    weighted = denoiser.denoising_weight(level).double() * ((output.x0 - clean) ** 2).flatten(1).mean(1)
+    assert relative_error(weighted, native) < 1e-5
+    assert denoiser.bottleneck_shape == (32, max(shape) // 2, max(shape) // 2)
+
+
+def test_a_caption_does_not_depend_on_its_neighbours(teacher: Model) -> None:
+    """Alone, beside a longer one, and in a batch padded further."""
+    noisy, level = torch.randn(1, 4, 8, 8), torch.tensor([0.7])
+    alone = conditions(teacher, PROMPTS[:1])
+    both = conditions(teacher)
+    assert both["text_length"].tolist() == [alone["text_length"].item(), both["text"].shape[1]]
+    assert both["text"].shape[1] > 64 > 32 > alone["text_length"].item() - 32
+    twin = Condition.cat([both.unconditional(), both])[2:]
+    expected = teacher.denoiser.denoise(noisy, level, alone).detach()
+    for other in (both, twin):
+        x0 = teacher.denoiser.denoise(noisy.expand(2, -1, -1, -1), level.expand(2), other)
+        assert relative_error(x0[:1], expected) < 1e-5
+    assert not torch.allclose(x0[0], x0[1], atol=1e-2)
+
+
+def test_captions_are_encoded_as_the_pipeline_does(teacher: Model, pipe: Any) -> None:
+    theirs, _ = pipe.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    found = teacher.conditioner.encoders.encode(PROMPTS)
+    assert found.lengths is not None
+    assert found.lengths.tolist() == [len(row) for row in theirs]
+    for ours, row in zip(found.text, theirs, strict=True):
+        torch.testing.assert_close(ours[: len(row)], row)
+        assert not ours[len(row) :].any()
+    encoders = teacher.conditioner.encoders
+    assert encoders.count_tokens(PROMPTS[0]) == len(theirs[0])
+    assert encoders.max_tokens == 512
+    long = "a" * 600 + " the end"
+    assert encoders.cut_part(long) == long[512 - 6 :]  # <|im_start|>, user and the line's end take 6 of single bytes
+    assert encoders.cut_part("short") == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [((16, 18), "multiples of 4"), ((16, 132), "positions for sides up to 128")],
+)
+def test_sizes_the_patches_cannot_take_are_refused(teacher: Model, size: tuple[int, int], told: str) -> None:
+    with pytest.raises(UserError, match=rf"size {size[0]}x{size[1]}: this model .*{told}"):
+        teacher.check_size(*size)
+
+
+def test_more_image_tokens_than_a_dynamic_shift_is_known_for(tmp_path: Path) -> None:
+    options = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 20}
+    folder = tiny_z_image_folder(tmp_path / "dynamic", **options)
+    teacher = load_teacher(folder, device="cpu")
+    teacher.check_size(16, 20)
+    told = r"30 image tokens are more than the 20 \(about 4x4\) that the scheduler's dynamic shift is known for"
+    with pytest.raises(UserError, match=rf"size 20x24: {told}"):
+        teacher.check_size(20, 24)
+    with pytest.raises(UserError, match=r"36 image tokens .* \(teacher\.resolution\)"):
+        load_teacher(folder, device="cpu", resolution=24)
+
+
+def test_pictures_of_a_dynamic_shift_are_the_pipelines(tmp_path: Path) -> None:
+    folder = tiny_z_image_folder(tmp_path / "dynamic", use_dynamic_shifting=True, shift_terminal=0.02)
+    teacher, pipe = load_teacher(folder, device="cpu"), ZImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    for height, width in ((16, 16), (32, 24)):
+        noise = sample_noise(teacher.denoiser, 0, 0, 1, torch.device("cpu"), shape=(4, height // 2, width // 2))
+        theirs = pipe(
+            "red cat", num_inference_steps=3, guidance_scale=0.0, latents=noise, height=height, width=width,
+            output_type="pt",
+        ).images  # fmt: skip
+        ours = teacher.sample(
+            "red cat", num_inference_steps=3, guidance_scale=1, size=(height, width), output="tensor", progress=False
+        )
+        assert (ours - (theirs * 2 - 1)).abs().max() < 1e-4
+
+
+def test_the_released_shape() -> None:
+    """The defaults of diffusers' class: 30 layers of width 3840."""
+    from diffusers import ZImageTransformer2DModel
+
+    denoiser: Any = build_released("z-image", 512)
+    with torch.device("meta"):
+        theirs = ZImageTransformer2DModel()
+    assert {n: p.shape for n, p in denoiser.network.state_dict().items()} == {
+        n: p.shape for n, p in theirs.state_dict().items()
+    }
+    assert round(sum(p.numel() for p in denoiser.parameters()) / 1e6) == 6155
+    assert denoiser.image_shape == (16, 64, 64)
+    assert len(denoiser.blocks()) == 34
