@@ -247,14 +247,16 @@ def test_a_few_step_teacher_is_not_guided(teacher: Path, tmp_path: Path) -> None
     with Image.open(picture) as opened:
         assert opened.info["fewstep:guidance_scale"] == "1.0"
     words = refused(*command, "--guidance-scale", 7.5, "--out", tmp_path / "refused")
-    assert words.startswith("--guidance-scale: guidance_scale=7.5: the scheduler of this model is one for few steps")
+    assert words.startswith(
+        "--guidance-scale: guidance_scale=7.5: this is a few-step model, by its scheduler or its name"
+    )
     assert not (tmp_path / "refused").exists()
     (tmp_path / "prompts.txt").write_text("cat\n")
     reference = ("--features", "bundled:emoji", "--reference", "bundled:emoji/reference_train.npz")
     options = ("--prompts", tmp_path / "prompts.txt", "--guidance-scale", 2, "--device", "cpu")
     answer = run("evaluate", folder, *reference, *options)
     assert (answer.code, answer.out) == (2, "")
-    assert "guidance_scale=2.0: the scheduler of this model is one for few steps" in answer.err
+    assert "guidance_scale=2.0: this is a few-step model, by its scheduler or its name" in answer.err
 
 
 def test_a_negative_prompt_leads_the_teacher_away(teacher: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.export.text_generators import write_run
 def card(kind: str, steps: tuple[int, ...] = (999, 749, 499, 249), **facts: object) -> str:
     made = ModelCard("generator", steps, made_with={"num_steps": 5, "settings": {"a": 1}}, licence="mit")
     common = {"base": "org/name", "network_class": "UNet2DConditionModel", "scheduler_class": "LCMScheduler"}
+    common["comfyui_lora"] = "kohya-lora"
     return render_card(CardFacts("out", kind, "/x/out", made, "fp16", **{**common, **facts}))  # type: ignore[arg-type]
 
 
@@ -37,6 +38,9 @@ def test_each_lora_says_who_reads_it() -> None:
     assert "`models/loras`, open `comfyui_workflow.json`" in kohya
     assert "sampler `lcm`, scheduler `simple`, 4 steps, cfg 1" in kohya
     assert "<lora:out:1>" in kohya
+    assert "**For diffusers and ComfyUI**" in card("lora", comfyui_lora="lora")
+    assert "for it, export `--as lora`" in card("kohya-lora", comfyui_lora="lora")
+    assert "ComfyUI" not in card("lora", comfyui_lora="")
 
 
 def test_single_files_say_how_other_programs_run_them() -> None:

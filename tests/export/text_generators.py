@@ -15,10 +15,11 @@ from fewstep.formats.model_folder import ModelCard
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape, SharedBase
+from tests.tiny_flow_models import tiny_z_image_folder
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
+    "sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder, "z-image": tiny_z_image_folder,
     "sd-v": partial(tiny_sd_folder, prediction_type="v_prediction"),
     "sdxl-v": partial(tiny_sdxl_folder, prediction_type="v_prediction"),
 }  # fmt: skip
@@ -41,7 +42,8 @@ def write_run(
     """A run folder around a generator as `fewstep train` writes it; its teacher lies beside it."""
     teacher = load_teacher(FOLDERS[family](folder / "teacher"), device="cpu")
     network = SharedBase(teacher.denoiser, lora).add_role("generator") if lora else teacher.denoiser
-    facts = ModelCard(role="generator", step_indices=steps, **card)
+    sigmas = teacher.denoiser.noise_schedule.travelling(steps)
+    facts = ModelCard(role="generator", step_indices=steps, step_sigmas=sigmas, **card)
     teacher.student(moved(network, 0.15 if lora else 0.03), facts).write(folder / "run/generator")
     return folder / "run"
 
@@ -58,8 +60,8 @@ def render(pipe: Any, generator: Model, seed: int, **options: Any) -> Tensor:
         sample_noise(generator.denoiser, seed, 0, count, torch.device("cpu"), step=step)
         for step in range(len(generator.card.step_indices) + 1)
     ]
-    module = "scheduling_flow_match_lcm" if generator.family.name == "sd3" else "scheduling_lcm"
+    module = "scheduling_flow_match_lcm" if generator.card.step_sigmas else "scheduling_lcm"
     pipe.set_progress_bar_config(disable=True)
     with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=noises[1:]):
-        images = pipe(PROMPTS, latents=noises[0].clone(), output_type="pt", **options).images
+        images = pipe(list(PROMPTS), latents=noises[0].clone(), output_type="pt", **options).images
     return images * 2 - 1

@@ -1,19 +1,28 @@
 """Z-Image behind the contract: its own pipeline's pictures, its own forward's numbers, native loss and bottleneck recomputed."""
 
+import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.errors import UserError
-from fewstep.families.registry import build_released, recognise
+from fewstep.families.registry import build_released, family_named, recognise, single_file_layouts, unread_files
+from fewstep.families.z_image.shapes import LORA_TARGETS
+from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
+from fewstep.formats.single_file import read_single_file
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
+from fewstep.settings import TrainSettings, parse_settings
+from fewstep.training.build import open_teacher
 from tests.conftest import relative_error
 from tests.tiny_flow_models import tiny_z_image_folder
 
@@ -186,3 +195,88 @@ def test_the_released_shape() -> None:
     assert round(sum(p.numel() for p in denoiser.parameters()) / 1e6) == 6155
     assert denoiser.image_shape == (16, 64, 64)
     assert len(denoiser.blocks()) == 34
+
+
+def test_lora_names_of_the_released_shape(tmp_path: Path) -> None:
+    """All 238 layers, in each dialect that trainers write; diffusers' own converter reads ours as the same."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_z_image_lora_to_diffusers
+
+    denoiser: Any = build_released("z-image")
+    modules = [name for name, _ in denoiser.named_modules()]
+    layers = [name for name in modules if name.endswith(tuple(f".{target}" for target in LORA_TARGETS))]
+    assert len(layers) == 34 * 7
+    state = {
+        f"{name}.lora_{part}.weight": torch.full((1, 1), float(n)) for n, name in enumerate(layers) for part in "AB"
+    }
+    lora = LoraWeights(1, 2.0, state)
+    write_kohya_lora(tmp_path / "kohya.safetensors", lora, {})
+    write_peft_lora(tmp_path / "peft.safetensors", lora, "transformer", {})
+    peft = load_file(tmp_path / "peft.safetensors")
+    kohya = load_file(tmp_path / "kohya.safetensors")
+    theirs = _convert_non_diffusers_z_image_lora_to_diffusers(dict(kohya))
+    assert theirs.keys() == peft.keys()
+    for name in layers:
+        key = name.replace("network.", "transformer.")
+        product = theirs[f"{key}.lora_B.weight"] @ theirs[f"{key}.lora_A.weight"]
+        torch.testing.assert_close(product, 2 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"])
+    trainers = {
+        name.replace("transformer.", "diffusion_model.").replace(".to_out.0.", ".out."): v for name, v in peft.items()
+    }
+    save_file(trainers, tmp_path / "diffusion_model.safetensors")
+    for file in ("kohya", "peft", "diffusion_model"):
+        found = read_lora(tmp_path / f"{file}.safetensors", modules, denoiser_aliases(denoiser))
+        assert set(found.targets) == set(layers)
+
+
+def denoiser_aliases(denoiser: Any) -> Any:
+    return partial(family_named("z-image").layer_aliases, denoiser.describe())
+
+
+def test_queries_keys_and_values_in_one_layer_are_refused(tmp_path: Path) -> None:
+    """As ComfyUI's own layout has them."""
+    denoiser: Any = build_released("z-image")
+    name = "lora_unet_layers_0_attention_qkv"
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(24, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(UserError, match=r"2 of its 2 keys name layers that this network does not have.*attention_qkv"):
+        read_lora(
+            tmp_path / "a.safetensors", [name for name, _ in denoiser.named_modules()], denoiser_aliases(denoiser)
+        )
+
+
+def test_a_single_file_is_known_by_its_keys(tmp_path: Path) -> None:
+    for prefix in ("model.diffusion_model.", ""):
+        save_file({f"{prefix}cap_embedder.0.weight": torch.ones(1)}, tmp_path / "z.safetensors")
+        with pytest.raises(UserError, match=r"is Z-Image; single files of .* are read"):
+            read_single_file(tmp_path / "z.safetensors", single_file_layouts(), unread_files())
+
+
+def named_turbo(folder: Path, where: str) -> Path:
+    """A copy of a folder that says in one place that it is Z-Image-Turbo."""
+    place = {"hub": "models--Tongyi-MAI--Z-Image-Turbo/snapshots/0123", "folder": "my_z_image_turbo"}.get(where, "mine")
+    copied = folder.parent / where / place
+    shutil.copytree(folder, copied)
+    if where in ("model_index.json", "transformer/config.json"):
+        config = json.loads((copied / where).read_text())
+        (copied / where).write_text(json.dumps({**config, "_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}))
+    return copied
+
+
+@pytest.mark.parametrize("where", ["hub", "folder", "model_index.json", "transformer/config.json"])
+def test_turbo_is_no_teacher(folder: Path, where: str) -> None:
+    """Its configs are the base's but for the shift; its name says it, wherever it stands."""
+    turbo = named_turbo(folder, where)
+    settings = parse_settings(TrainSettings, {"teacher": {"path": str(turbo)}, "compute": {"device": "cpu"}}, "test")
+    with pytest.raises(UserError, match=r"is z-image-turbo, a distilled release .* distil Tongyi-MAI/Z-Image$"):
+        open_teacher(settings)
+    model = load_teacher(turbo, device="cpu")
+    assert model.default_guidance == 1
+    with pytest.raises(UserError, match=r"guidance_scale=6: this is a few-step model, by its scheduler or its name"):
+        model.check_guidance(6)
+
+
+def test_the_base_is_a_teacher(folder: Path) -> None:
+    path = {"teacher": {"path": str(folder)}, "compute": {"device": "cpu"}}
+    assert open_teacher(parse_settings(TrainSettings, path, "test")).default_guidance == 6

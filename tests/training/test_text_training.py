@@ -31,13 +31,17 @@ from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import train
 from tests.cli.test_main import fewstep as fewstep_command
+from tests.tiny_flow_models import tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
 
 pytestmark = pytest.mark.usefixtures("few_teacher_steps")
 
 PROMPTS = ["red cat", "a dog", "blue bird", "dog", "cat"]
-FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
+FOLDERS = {
+    "sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
+    "z-image": tiny_z_image_folder,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,8 @@ MODES = {
         ("sd", "lora_generator"),
         ("sdxl", "full, recomputed"),
         ("sd3", "shared_base, recomputed"),
+        ("z-image", "lora_generator"),
+        *(pytest.param("z-image", mode, marks=pytest.mark.long) for mode in ("full", "shared_base, recomputed")),
         *(pytest.param("sd", mode, marks=pytest.mark.long) for mode in MODES if mode != "lora_generator"),
         pytest.param("sdxl", "shared_base", marks=pytest.mark.long),
     ],
@@ -137,11 +143,20 @@ def test_memory_modes_agree_at_the_first_step(work: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-def test_sd3_trains_50_steps(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("sd3", "full"), ("z-image", "full"), ("z-image", "lora_generator"), ("z-image", "shared_base")],
+)
+def test_flow_models_train_50_steps(work: Path, tmp_path: Path, family: str, mode: str) -> None:
     changes = {"training": {"num_steps": 50}, "optimizer": {"generator_lr": 1e-4, "fake_score_lr": 1e-3}}
     train(
         settings(
-            work, "sd3", tmp_path / "run", run={"checkpoint_every": 50, "folder": str(tmp_path / "run")}, **changes
+            work,
+            family,
+            tmp_path / "run",
+            run={"checkpoint_every": 50, "folder": str(tmp_path / "run")},
+            memory=MODES[mode],
+            **changes,
         )
     )
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -368,7 +383,7 @@ def test_a_few_step_model_is_not_guided(work: Path, tmp_path: Path) -> None:
     config = folder / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("DDIMScheduler", "LCMScheduler"))
     teacher = {"path": str(folder), "guidance_scale": 3.0}
-    with pytest.raises(UserError, match=r"guidance_scale=3\.0: the scheduler of this model is one for few steps"):
+    with pytest.raises(UserError, match=r"guidance_scale=3\.0: this is a few-step model, by its scheduler or its name"):
         train(settings(work, "sd", tmp_path / "run", teacher=teacher))
     train(settings(work, "sd", tmp_path / "run", teacher=teacher | {"guidance_scale": 1.0}, training={"num_steps": 1}))
 

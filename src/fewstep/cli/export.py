@@ -15,7 +15,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="new folder to write")],
     *,
     kind: Annotated[str, typer.Option("--as", help="diffusers, unet, lora, kohya-lora, single-file or edm")] = "diffusers",
-    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32; unless set fp16, for class-conditional generators fp32")] = "",
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32; unless set the precision of its family: fp16 or bf16 as its pipeline is used, fp32 for class-conditional generators")] = "",
     base: Annotated[str, typer.Option(help="text-to-image: the teacher's folder or hub id, if it has moved since training")] = "",
     prompt: Annotated[list[str] | None, typer.Option(help="text-to-image: prompt of the sample pictures; may be given several times")] = None,
     num_samples: Annotated[int, typer.Option(min=0, help="sample pictures in the model card")] = 8,

@@ -1,8 +1,10 @@
 """What the README.md of an export says: the facts, and which template tells how it is used."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
@@ -26,10 +28,13 @@ class CardFacts:
         base: the teacher's folder or hub id; empty for class-conditional generators.
         component: "unet" or "transformer".
         network_class: what diffusers calls the network.
+        comfyui_lora: as which kind of LoRA ComfyUI knows all layers of this model; empty: nothing is known.
         scheduler_class: the stock scheduler that carries few-step schedules.
         has_scheduler: whether `scheduler/` lies beside the weights.
         has_workflow: whether `comfyui_workflow.json` does.
         prompts: of the sample pictures.
+        call_options: what the pipeline's call is told beside prompt and steps.
+        pipeline_dtype: what torch calls the precision that its pipeline is opened in on a GPU.
         absent: components that the base has no weights for and diffusers wants to be told of.
         figures: (what was measured, value), ready to print.
     """
@@ -43,11 +48,14 @@ class CardFacts:
     base: str = ""
     component: str = "unet"
     network_class: str = ""
+    comfyui_lora: str = ""
     scheduler_class: str = ""
     has_scheduler: bool = True
     has_workflow: bool = False
     num_samples: int = 0
     prompts: tuple[str, ...] = ()
+    call_options: Mapping[str, Any] = field(default_factory=dict)
+    pipeline_dtype: str = "float16"
     absent: tuple[str, ...] = ()
     figures: list[tuple[str, str]] = field(default_factory=list)
 

@@ -31,7 +31,6 @@ _WRITERS = {
     },
     "labels": {"diffusers": ("class_folder", "export_class_folder"), "edm": ("class_folder", "export_edm_pickle")},
 }  # fmt: skip
-_PRECISIONS = {"prompts": "fp16", "labels": "fp32"}
 KINDS = tuple(dict.fromkeys(kind for kinds in _WRITERS.values() for kind in kinds))
 PROMPTS = (
     "a red cat on a green sofa", "a lighthouse in a storm at night", "a bowl of fruit, oil painting",
@@ -46,7 +45,7 @@ class ExportOptions:
 
     Attributes:
         kind: one of `KINDS`.
-        precision: "fp16", "bf16" or "fp32"; empty: fp16 for text-to-image, fp32 for class-conditional generators.
+        precision: "fp16", "bf16" or "fp32"; empty: its family's (`Family.export_precision`).
         base: where the teacher of a text-to-image generator lies, where it is not where it was during training.
         prompts: of the sample pictures; empty: `PROMPTS`.
         num_samples: pictures in the model card.
@@ -80,7 +79,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         what = {"prompts": "text-to-image", "labels": "class-conditional"}[takes]
         kinds = ", ".join(_WRITERS[takes])
         raise UserError(f"--as {options.kind}: {source} is a {what} generator, which exports as {kinds}")
-    precision = options.precision or _PRECISIONS[takes]
+    precision = options.precision or generator.family.export_precision
     card = generator.card
     base = options.base or card.base or generator.base
     card = replace(card, licence=options.licence or card.licence, base=base)
@@ -96,9 +95,9 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
             base=card.base, component=family.component, network_class=family.network_class,
-            scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
+            comfyui_lora=family.comfyui_lora, pipeline_dtype=str(DTYPES[family.export_precision]).removeprefix("torch."), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
             num_samples=len(images), prompts=_prompts(options) if takes == "prompts" else (),
-            absent=_absent(generator), figures=run_figures(_folder(source), card),
+            call_options=family.pipeline_options(generator.size), absent=_absent(generator), figures=run_figures(_folder(source), card),
         )  # fmt: skip
         (aside / "README.md").write_text(render_card(facts), encoding="utf-8")
     return target

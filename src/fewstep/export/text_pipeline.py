@@ -65,7 +65,8 @@ def export_network(folder: Path, generator: Model, name: str, dtype: torch.dtype
     description = base.describe()
     kind = type(base.network).__name__
     # the side of a picture, where a pipeline is not told one, is the one the generator was trained for
-    config = {"_class_name": kind, **description["network"], "sample_size": description["latent_size"]}
+    side = {"sample_size": description["latent_size"]} if "sample_size" in description["network"] else {}
+    config = {"_class_name": kind, **description["network"], **side}
     (folder / part / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     values = {**asdict(generator.card), "description": description}
     (folder / CARD).write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -108,10 +109,11 @@ class TextPipeline:
     Attributes:
         pipe: the diffusers pipeline.
         card: the generator's steps and origin.
+        fixed: arguments of the pipeline's call that are the generator's: guidance off, its size.
     """
 
-    def __init__(self, pipe: Any, card: ModelCard) -> None:
-        self.pipe, self.card = pipe, card
+    def __init__(self, pipe: Any, card: ModelCard, fixed: Mapping[str, Any]) -> None:
+        self.pipe, self.card, self.fixed = pipe, card, fixed
 
     def __call__(self, prompt: str | list[str], **options: Any) -> Any:
         """As the diffusers pipeline, in the generator's own number of steps and without guidance.
@@ -124,9 +126,11 @@ class TextPipeline:
             raise UserError(
                 f"num_inference_steps={options['num_inference_steps']}: this generator makes a picture in {steps}; leave it out"
             )
-        if options.setdefault("guidance_scale", 1.0) != 1 or options.get("negative_prompt"):
-            raise UserError("a generator has its guidance built in: leave out guidance_scale and negative_prompt")
-        return self.pipe(prompt, **options)
+        own = {name: value for name, value in self.fixed.items() if name not in ("height", "width")}
+        if any(options.get(name, value) != value for name, value in own.items()) or options.get("negative_prompt"):
+            raise UserError(f"a generator has its guidance built in: leave out {', '.join(own)} and negative_prompt")
+        # a list of its own: some pipelines write into the one they are given
+        return self.pipe(prompt if isinstance(prompt, str) else list(prompt), **{**self.fixed, **options})
 
     def to(self, *arguments: Any, **options: Any) -> "TextPipeline":
         """Move the pipeline to a device or precision."""
@@ -134,7 +138,7 @@ class TextPipeline:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("pipe", "card"):  # not there while unpickling or copying
+        if name in ("pipe", "card", "fixed"):  # not there while unpickling or copying
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
@@ -152,10 +156,12 @@ def load_text_pipeline(folder: Path, **options: Any) -> TextPipeline:
         values = json.loads((folder / CARD).read_text(encoding="utf-8"))
         card = ModelCard(role="generator", step_indices=tuple(values["step_indices"]))
         card = replace(card, base=str(values.get("base", "")), licence=str(values.get("licence", "")))
+        family, side = family_of(values["description"]), int(values["description"]["latent_size"])
+        side *= family.pixels_per_latent(folder)
         absent = dict.fromkeys(absent_components(folder))
         pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is missing files or damaged ({str(error).splitlines()[0]}); export it again"
         ) from error
-    return TextPipeline(pipe, card)
+    return TextPipeline(pipe, card, family.pipeline_options((side, side)))

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from fewstep.diffusion.samplers import sample_ddim, sample_euler
 from fewstep.errors import UserError
 from fewstep.families.config_keys import KnownKeys, refuse_other_keys
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
-from fewstep.families.diffusers_folder import has_guidance_built_in, is_diffusers_folder
+from fewstep.families.diffusers_folder import has_guidance_built_in, is_diffusers_folder, names_of
 from fewstep.families.family import Description, Family
 from fewstep.formats.diffusers_index import (
     INDEX,
@@ -58,6 +58,8 @@ class DiffusersFamily(Family):
         scheduler_keys: the scheduler configs that are understood.
         network_keys: the network configs that are understood.
         vae_read: keys of the VAE's config, beyond its architecture, that are honoured.
+        guidance_off: arguments of its pipeline's call that switch guidance off.
+        distilled_releases: {name of a few-step release, in small letters with dashes: the model it was made from}.
     """
 
     description_name: str
@@ -65,12 +67,15 @@ class DiffusersFamily(Family):
     scheduler_keys: KnownKeys
     network_keys: KnownKeys
     vae_read: tuple[str, ...]
+    guidance_off: Mapping[str, float] = {"guidance_scale": 1}
+    distilled_releases: Mapping[str, str] = {}
     takes = "prompts"
     sampler_name = "DDIM"
     pair_sampler = "Euler, trailing"
     default_num_steps = 50
     default_guidance_scale = 7.5
     default_batch_size = 4
+    export_precision = "fp16"
 
     @abstractmethod
     def has_network(self, config: dict[str, Any]) -> bool:
@@ -123,7 +128,7 @@ class DiffusersFamily(Family):
 
     def read_card(self, folder: Path) -> ModelCard:
         levels = int(read_scheduler(folder).get("num_train_timesteps", 1000))
-        return ModelCard(role="teacher", num_levels=levels, can_be_guided=not has_guidance_built_in(folder))
+        return ModelCard(role="teacher", num_levels=levels, can_be_guided=not self._guidance_built_in(folder))
 
     def evaluations(self, num_steps: int) -> int:
         return num_steps
@@ -141,8 +146,15 @@ class DiffusersFamily(Family):
     def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
         if guidance_scale != 1 and not card.can_be_guided:
             raise UserError(
-                f"guidance_scale={guidance_scale}: the scheduler of this model is one for few steps, its guidance is built in; "
-                "use 1, or give the model it was distilled from"
+                f"guidance_scale={guidance_scale}: this is a few-step model, by its scheduler or its name, its guidance is built "
+                "in; use 1, or give the model it was distilled from"
+            )
+
+    def refuse_as_teacher(self, folder: Path) -> None:
+        if release := self._distilled_release(folder):
+            raise UserError(
+                f"{folder} is {release}, a distilled release whose guidance is built in and whose scores are of few noise levels: "
+                f"it is no teacher; distil {self.distilled_releases[release]}"
             )
 
     def text_encoders(self, folder: Path) -> "TextEncoders":
@@ -181,8 +193,19 @@ class DiffusersFamily(Family):
     def pixels_per_latent(self, folder: Path) -> int:
         return vae_factor(read_vae_config(folder))
 
+    def pipeline_options(self, size: tuple[int, int]) -> dict[str, Any]:
+        return dict(self.guidance_off)
+
     def resolution(self, folder: Path) -> int:
         return int(self._network_config(folder)["sample_size"]) * self.pixels_per_latent(folder)
+
+    def _guidance_built_in(self, folder: Path) -> bool:
+        return has_guidance_built_in(folder) or bool(self._distilled_release(folder))
+
+    def _distilled_release(self, folder: Path) -> str:
+        """Which of `distilled_releases` a folder's names say it is; empty: none."""
+        names = " ".join(names_of(folder, self.component)).lower().replace("_", "-")
+        return next((release for release in self.distilled_releases if release in names), "")
 
     def _scheduler(self, folder: Path) -> dict[str, Any]:
         """The scheduler's config without private entries, understood whole."""

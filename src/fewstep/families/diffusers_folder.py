@@ -1,14 +1,17 @@
 """Teachers in diffusers' own format: find the folder, say which network it holds and whether it can be guided."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index, read_scheduler
+from fewstep.formats.json_files import read_json_object
 from fewstep.formats.source import Source
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")  # of the hub's cache
 
 
 def resolve_model_folder(source: str | Path | Source) -> Path:
@@ -43,10 +46,20 @@ def is_diffusers_folder(path: Path) -> bool:
 def has_guidance_built_in(folder: Path) -> bool:
     """Whether a folder's scheduler is one of few-step models, as our own exports have: their guidance is distilled in.
 
-    Networks that take guidance as an input are refused on loading. What says nothing (SDXL-Turbo has the config and a
-    scheduler of SDXL) cannot be told from a model to be guided.
+    Networks that take guidance as an input are refused on loading. Releases with the config and the scheduler of their
+    base (Turbo, Lightning) are known by their names (`names_of`), or not at all.
     """
     return read_scheduler(folder).get("_class_name") in _FEW_STEP_SCHEDULERS
+
+
+def names_of(folder: Path, component: str) -> Iterator[str]:
+    """What a model is called: its folder, its name on the hub where it lies in the hub's cache, and what its index and the
+    network's config say they were loaded from."""
+    yield folder.name
+    if found := _SNAPSHOT.search(folder.as_posix()):
+        yield found[1]
+    for path in (folder / INDEX, folder / component / "config.json"):
+        yield str(read_json_object(path).get("_name_or_path", "")) if path.is_file() else ""
 
 
 def refuse_unknown_network(folder: Path, families: Iterable[Family]) -> None:

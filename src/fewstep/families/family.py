@@ -60,6 +60,7 @@ class Family(ABC):
         default_batch_size: pictures made at once unless told otherwise.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         has_kohya_names: whether kohya's trainer names its LoRA layers as diffusers does, or by `layer_aliases`.
+        comfyui_lora: as which of our LoRA exports ComfyUI knows all of its layers; empty: nothing is known.
         single_file: how its models lie in one file; None: such files are neither read nor written.
         unread_files: beginnings of keys by which files of its models in other layouts are known -> what people call them.
         file_words: what the file names of DMD2's generators call its models.
@@ -67,6 +68,7 @@ class Family(ABC):
         shapes: released networks by name (as `teacher.network` has them), as descriptions that `build` takes.
         new_shapes: networks that `fewstep pretrain` can train, as `network.name` has them.
         one_step_indices: grid index that DMD2's published one-step generators run at.
+        export_precision: of its exports unless told otherwise, "fp32", "fp16" or "bf16".
         autoencoder_config: the released models' VAE, for estimates; empty where x0 are the pictures themselves.
     """
 
@@ -83,6 +85,7 @@ class Family(ABC):
     default_batch_size: int
     lora_targets: tuple[str, ...] = ()
     has_kohya_names: bool = False
+    comfyui_lora: str = ""
     single_file: SingleFileLayout | None = None
     unread_files: Mapping[str, str] = {}
     file_words: tuple[str, ...] = ()
@@ -90,6 +93,7 @@ class Family(ABC):
     shapes: Mapping[str, Description] = {}
     new_shapes: tuple[str, ...] = ()
     one_step_indices: tuple[int, ...] = (999,)
+    export_precision: str = "fp32"
     autoencoder_config: Mapping[str, Any] = {}
 
     # --- which models are of this family
@@ -187,6 +191,9 @@ class Family(ABC):
     def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
         """Raise UserError where a teacher cannot be guided at this scale, as far as its card says."""
 
+    def refuse_as_teacher(self, folder: Path) -> None:  # noqa: B027  of most families there are no such releases
+        """Raise UserError where a folder's model is a release that was distilled already, as far as its names say."""
+
     # --- what it is conditioned on, and what becomes pictures
 
     def text_encoders(self, folder: Path) -> "TextEncoders":
@@ -244,6 +251,11 @@ class Family(ABC):
             UserError: that format cannot hold this network.
         """
         raise NotImplementedError(f"{self.title} has no format of its own")
+
+    def pipeline_options(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of its stock pipeline's call for a generator of pictures of this size (pixels): guidance off, and what else
+        the pipeline would choose otherwise."""
+        return {}
 
     def few_step_scheduler(self, denoiser: Denoiser, steps: StepSchedule) -> Any:
         """The stock diffusers scheduler whose `set_timesteps(len(steps))` gives exactly these steps.

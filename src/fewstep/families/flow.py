@@ -107,6 +107,10 @@ class FlowFamily(DiffusersFamily):
 
         return build_flow_scheduler(denoiser, steps, [1 - number / len(steps) for number in range(len(steps))])
 
+    def pipeline_options(self, size: tuple[int, int]) -> dict[str, Any]:
+        """With the size: these networks' configs have no place for it, and their pipelines make 1024 pixels unasked."""
+        return {**super().pipeline_options(size), "height": size[0], "width": size[1]}
+
     def resolution(self, folder: Path) -> int:
         """The side that the VAE's config names: these transformers have none."""
         return int(self.read_autoencoder_config(folder).get("sample_size") or self.default_resolution)

@@ -191,6 +191,8 @@ def open_teacher(settings: TrainSettings) -> Model:
         settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision,
         resolution=settings.teacher.resolution,
     )  # fmt: skip
+    if teacher.folder is not None:
+        teacher.family.refuse_as_teacher(teacher.folder)
     if settings.teacher.network:
         check_network(teacher, settings)
     return teacher

@@ -13,7 +13,14 @@ from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.family import Description
 from fewstep.families.stable_diffusion.config_keys import NETWORK_KEYS, SCHEDULER_KEYS, VAE_READ
 from fewstep.families.stable_diffusion.ldm_keys import ldm_layers
-from fewstep.families.stable_diffusion.shapes import LORA_TARGETS, SHAPES, VAE, XL_SHAPES
+from fewstep.families.stable_diffusion.shapes import (
+    DISTILLED_RELEASES,
+    LORA_TARGETS,
+    SHAPES,
+    VAE,
+    XL_DISTILLED_RELEASES,
+    XL_SHAPES,
+)
 from fewstep.families.stable_diffusion.single_file import LAYOUT, UNREAD_FILES, XL_LAYOUT, XL_UNREAD_FILES
 from fewstep.networks.text_layout import TextLayout, read_text_alone
 
@@ -35,6 +42,8 @@ class StableDiffusion(DiffusersFamily):
     scheduler_class = "LCMScheduler"
     lora_targets = LORA_TARGETS
     has_kohya_names = True
+    comfyui_lora = "kohya-lora"
+    distilled_releases = DISTILLED_RELEASES
     single_file = LAYOUT
     unread_files = UNREAD_FILES
     file_words: tuple[str, ...] = ("sd",)
@@ -80,6 +89,7 @@ class StableDiffusionXL(StableDiffusion):
     single_file = XL_LAYOUT
     unread_files = XL_UNREAD_FILES
     file_words = ("sdxl", "xl")
+    distilled_releases = XL_DISTILLED_RELEASES
     shapes = XL_SHAPES
     one_step_indices = (399,)
     text_layout = TextLayout(

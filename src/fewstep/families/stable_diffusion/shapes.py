@@ -40,3 +40,6 @@ VAE: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
+# name of a release with guidance built in: the model it was made from
+DISTILLED_RELEASES = {"sd-turbo": "stabilityai/stable-diffusion-2-1"}
+XL_DISTILLED_RELEASES = dict.fromkeys(("sdxl-turbo", "sdxl-lightning"), "stabilityai/stable-diffusion-xl-base-1.0")

@@ -1,5 +1,6 @@
 """Z-Image: a transformer that predicts the flow over one stream of image and caption tokens, with Qwen3 as text encoder."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -7,9 +8,10 @@ import torch
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.family import Description
 from fewstep.families.flow import FlowFamily
 from fewstep.families.z_image.config_keys import NETWORK_KEYS, VAE_READ
-from fewstep.families.z_image.shapes import LORA_TARGETS, SHAPES, VAE
+from fewstep.families.z_image.shapes import DISTILLED_RELEASES, GUIDANCE_OFF, LORA_TARGETS, SHAPES, UNREAD_FILES, VAE
 from fewstep.networks.text_layout import TextLayout, read_text_list
 
 _TOKENS = 512  # of a caption in its template, as the pipeline cuts it
@@ -30,7 +32,13 @@ class ZImage(FlowFamily):
     description_name = "z-image"
     network_class = "ZImageTransformer2DModel"
     default_guidance_scale = 6.0
+    export_precision = "bf16"  # as its pipeline is used in diffusers' documentation
+    guidance_off = GUIDANCE_OFF
+    distilled_releases = DISTILLED_RELEASES
     lora_targets = LORA_TARGETS
+    has_kohya_names = True
+    comfyui_lora = "lora"
+    unread_files = UNREAD_FILES
     shapes = SHAPES
     autoencoder_config = VAE
     network_keys = NETWORK_KEYS
@@ -46,6 +54,11 @@ class ZImage(FlowFamily):
         from fewstep.families.z_image.denoiser import ZImageDenoiser
 
         return ZImageDenoiser(network, scheduler, latent_size, self.default_num_steps)
+
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
+        """The last projection of an attention as the original code calls it, which has the other three in one layer."""
+        last = ".attention.to_out.0"
+        return {name.removesuffix(last) + ".attention.out": name for name in modules if name.endswith(last)}
 
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network

@@ -1,4 +1,4 @@
-"""LoRA targets, released network and VAE of Z-Image."""
+"""LoRA targets, released network and VAE of Z-Image, names and files of its releases."""
 
 from typing import Any
 
@@ -19,3 +19,12 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
+# beginnings of keys of single files
+UNREAD_FILES = {
+    f"{prefix}{part}.": "Z-Image"
+    for prefix in ("model.diffusion_model.", "")
+    for part in ("cap_embedder", "context_refiner")
+}
+GUIDANCE_OFF = {"guidance_scale": 0}  # g of pos + g (pos - neg)
+# name of a release with guidance built in: the model it was made from
+DISTILLED_RELEASES = {"z-image-turbo": "Tongyi-MAI/Z-Image"}
