@@ -34,7 +34,7 @@ from emoji_teacher_models import (
     predict_noise,
     save_folder,
 )
-from emoji_teacher_training import Budget, autoencoder_loss, diffusion_loss, teach_text, train
+from emoji_teacher_training import Budget, autoencoder_loss, diffusion_loss, fast_precision, teach_text, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ BATCH = {"vae": 8, "sd": 32, "sdxl": 32}
 def encode_all(vae: AutoencoderKL, pictures: Pictures, batch: int = 64) -> Tensor:
     """Posterior means of all pictures, unscaled, (N, 4, 16, 16)."""
     rows = torch.arange(len(pictures.texts)).split(batch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_precision():
         means = [vae.encode(pictures.batch(part)).latent_dist.mean.float() for part in rows]
     return torch.cat(means).contiguous()
 
@@ -128,7 +128,7 @@ def run_diffusion(options: argparse.Namespace, pictures: Pictures, split: Split,
         pipeline = assemble(vae, average, tokenizer)
         pipeline.set_progress_bar_config(disable=True)
         same_noise = torch.Generator().manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             images = pipeline(
                 prompts, num_inference_steps=options.sampling_steps, guidance_scale=4.0, generator=same_noise,
                 output_type="pt",
