@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import __version__
+from fewstep import __version__, progress
 from fewstep.cli import main as cli
 from fewstep.data.noise_image_pairs import NoiseImagePairs
 from fewstep.evaluation.features import SmallClassifier
@@ -78,11 +78,20 @@ class Answer(NamedTuple):
 
 
 def fewstep(*arguments: object) -> Answer:
-    """Run the command line in this process; anything but a normal end or an exit code is an error of the test."""
+    """Run the command line in this process; anything but a normal end or an exit code is an error of the test.
+
+    Lines about work that takes long are left out: what a command says does not depend on the machine.
+    """
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     argv = ["fewstep", *map(str, arguments)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", argv):
+    patient = mock.patch.object(progress, "PATIENCE_SECONDS", 3600.0)
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patient,
+        mock.patch.object(sys, "argv", argv),
+    ):
         try:
             cli.main()
         except SystemExit as stop:

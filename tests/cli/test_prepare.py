@@ -97,7 +97,7 @@ def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
     assert pairs.labels.tolist() == list(range(5))
     stored = StoredEmbeddings(tmp_path / "p/embeddings")
     check_embeddings_fit(stored, text_fingerprint=text_fingerprint(teacher))
-    text, pooled = stored.rows(torch.tensor([3, 0]))
+    text, pooled, _ = stored.rows(torch.tensor([3, 0]))
     assert torch.equal(text, arrays.rows("prompt_embeds_list", [3, 0])[:, 0])
     assert pooled is not None
     assert torch.equal(pooled, arrays.rows("pooled_prompt_embeds", [3, 0])[:, 0])
