@@ -24,6 +24,15 @@ class RunInterrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def stopped_by(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """What asked a command to end, as people call it, and the exit code that says so."""
+    return ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
+
+
 def disk_error(error: OSError, where: object = "") -> UserError | None:
     """What to tell of a disk that is full, read-only or not ours, or of a path that is no place for files; None for other faults.
 

@@ -14,7 +14,7 @@ from fewstep.cli import main as entry
 from fewstep.cli import quickstart as quickstarts
 from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.main import app
-from fewstep.errors import RunInterrupted
+from fewstep.errors import RunInterrupted, Terminated
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import run_folder
 from tests.cli.test_main import fewstep
@@ -108,7 +108,8 @@ def test_own_errors_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (Terminated(), 143, "stopped by SIGTERM"),
         (
             RunInterrupted("stopped by SIGTERM; saved", 143),
             143,

@@ -175,7 +175,9 @@ def test_ctrl_c_prints_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands_sample, "sample_pictures", interrupt)
-    assert fewstep("sample", "model").err.splitlines()[-1] == "fewstep: interrupted"  # there is nothing to continue
+    assert (
+        fewstep("sample", "model").err.splitlines()[-1] == "fewstep: stopped by Ctrl-C"
+    )  # there is nothing to continue
 
 
 # --- Settings

@@ -17,7 +17,7 @@ SLOW = 4.0  # seconds of each slowed piece of work
 SLOWED = f"""
 import sys, time
 import fewstep.estimate.describe, fewstep.evaluation.evaluate, fewstep.models.sampling, fewstep.training.run
-from fewstep.cli import main as entry
+from fewstep import __main__ as entry
 from fewstep.models.model import Model
 from fewstep.training import distill, generator_job, run
 
@@ -114,15 +114,39 @@ def start(code: str, *words: object) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def interrupted(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Exit code and last line after Ctrl-C, which must end the process within seconds."""
-    process.send_signal(signal.SIGINT)
+def interrupted(process: "subprocess.Popen[str]", by: int = signal.SIGINT) -> tuple[int, str]:
+    """Exit code and last line after a signal, which must end the process within seconds."""
+    process.send_signal(by)
     _, err = process.communicate(timeout=180)
     assert "Traceback" not in err
     return process.returncode, err.splitlines()[-1]
 
 
-ENTRY = "from fewstep.cli.main import main; main()"
+ENTRY = "from fewstep.__main__ import main; main()"
+SLOW_IMPORT = f"""
+import importlib.abc, sys, time
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "fewstep.cli.main":
+            print("slow", file=sys.stderr, flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+{ENTRY}
+"""
+
+
+def wait_for_slow(process: "subprocess.Popen[str]") -> None:
+    """Until the process says that it is where it stays."""
+    assert process.stderr is not None
+    while process.stderr.readline().strip() not in ("slow", ""):
+        pass
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, (130, "Ctrl-C")), (signal.SIGTERM, (143, "SIGTERM"))])
+def test_signals_while_libraries_are_imported(number: int, end: tuple[int, str]) -> None:
+    process = start(SLOW_IMPORT, "--version")
+    wait_for_slow(process)
+    assert interrupted(process, number) == (end[0], f"fewstep: stopped by {end[1]}")
 
 
 def test_ctrl_c_in_a_run_names_checkpoint_and_command(teacher_folder: Path, recipe: Path, tmp_path: Path) -> None:
@@ -139,17 +163,13 @@ def test_ctrl_c_in_a_run_names_checkpoint_and_command(teacher_folder: Path, reci
     assert line.endswith(f"Continue with: fewstep {' '.join(map(str, words))}")
 
 
-def test_ctrl_c_before_the_first_step(teacher_folder: Path, recipe: Path, tmp_path: Path) -> None:
-    """While the teacher is loaded there is no checkpoint; a command that does not continue says that it was interrupted."""
+def test_signals_before_the_first_step(teacher_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    """While the teacher is loaded there is no checkpoint; a command that does not continue says what stopped it."""
     slow = SLOWED.replace(f"time.sleep({SLOW})", "print('slow', file=sys.stderr, flush=True); time.sleep(60)")
     process = start(slow, "train", recipe, f"teacher.path={teacher_folder}", f"run.folder={tmp_path / 'run'}")
-    assert process.stderr is not None
-    while process.stderr.readline().strip() not in ("slow", ""):
-        pass
-    code, line = interrupted(process)
-    assert (code, line.partition(". Continue")[0]) == (130, "fewstep: stopped by Ctrl-C; there is no checkpoint yet")
+    wait_for_slow(process)
+    code, line = interrupted(process, signal.SIGTERM)
+    assert (code, line.partition(". Continue")[0]) == (143, "fewstep: stopped by SIGTERM; there is no checkpoint yet")
     process = start(slow, "sample", teacher_folder, "--grid", tmp_path / "a.png")
-    assert process.stderr is not None
-    while process.stderr.readline().strip() not in ("slow", ""):
-        pass
-    assert interrupted(process) == (130, "fewstep: interrupted")
+    wait_for_slow(process)
+    assert interrupted(process) == (130, "fewstep: stopped by Ctrl-C")

@@ -24,7 +24,7 @@ from fewstep.cli.report import report
 from fewstep.cli.sample import sample
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
-from fewstep.errors import RunInterrupted, UserError, disk_error
+from fewstep.errors import RunInterrupted, UserError, disk_error, stopped_by
 
 
 class Interrupted(BaseException):
@@ -45,10 +45,11 @@ class Commands(TyperGroup):
         except RunInterrupted as stop:
             again = shlex.join(["fewstep", *sys.argv[1:]])
             raise Interrupted(f"{stop}. Continue with: {again}", stop.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            name, code = stopped_by(stop)
             goes_on = any(word in CONTINUED for word in sys.argv[1:3])
             again = f"; what is finished is kept. Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}" * goes_on
-            raise Interrupted(f"interrupted{again}", 130) from None
+            raise Interrupted(f"stopped by {name}{again}", code) from None
 
 
 app = typer.Typer(
@@ -63,7 +64,7 @@ CONTINUED = {"pairs", "embeddings", "latents"}
 def main() -> None:
     """Run the command line.
 
-    Bad input ends with one sentence and exit code 2, Ctrl-C with 130. Any other exception is a fault of ours or of a
+    Bad input ends with one sentence and exit code 2, Ctrl-C with 130, SIGTERM with 143. Any other exception is a fault of ours or of a
     library: one sentence with the file that has the traceback, and exit code 1; `--debug` shows the traceback.
     """
     # before a library is imported: nothing is counted or sent anywhere unless a hub id is named

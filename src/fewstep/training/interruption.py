@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from fewstep.errors import RunInterrupted
+from fewstep.errors import RunInterrupted, stopped_by
 from fewstep.training.checkpoint import list_checkpoints
 
 _PATIENCE_SECONDS = 1.0
@@ -77,7 +77,7 @@ def _say_how_to_end() -> None:
 
 @contextmanager
 def naming_checkpoint(folder: Path) -> Iterator[None]:
-    """Around a whole run: where Ctrl-C finds it before or after its steps, or a second time, the last checkpoint is named.
+    """Around a whole run: where Ctrl-C or SIGTERM finds it before or after its steps, or Ctrl-C a second time, the last checkpoint is named.
 
     Raises:
         RunInterrupted: instead of KeyboardInterrupt.
@@ -86,7 +86,8 @@ def naming_checkpoint(folder: Path) -> Iterator[None]:
         yield
     except RunInterrupted:
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        name, code = stopped_by(stop)
         checkpoints = list_checkpoints(folder / "checkpoints")
         kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise RunInterrupted(f"stopped by Ctrl-C; {kept}", 128 + signal.SIGINT) from None
+        raise RunInterrupted(f"stopped by {name}; {kept}", code) from None
