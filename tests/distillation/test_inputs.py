@@ -170,6 +170,27 @@ def test_paired_inputs_follow_the_fresh_ones(generator: EDMDenoiser, tmp_path: P
     assert batch.condition["class_labels"][4:].argmax(1).tolist() == [[3, 2, 1, 0, 3][row] for row in rows]
 
 
+def test_pairs_of_several_steps(generator: EDMDenoiser, tmp_path: Path) -> None:
+    """The stored noise at the first step, the pair's image with noise of the step's level at later ones; the image is the target."""
+    noise = torch.randn(5, *SHAPE).half()
+    images = torch.randint(0, 256, (5, *SHAPE), dtype=torch.uint8)
+    write_manifest(
+        tmp_path, {"shards": [write_shard(tmp_path, 0, noise, images, torch.arange(5) % 4)], "complete": True}
+    )
+    size, draws = 100, Draws.of_batch(0, 3, 100)
+    batch = PairedInputs(FOUR, ClassTable(4), NoiseImagePairs(tmp_path))(generator, draws, NO_DATA)
+    rows, other = draws.integers("pair_order", 0, 5), noises(draws)[1]
+    sigmas = generator.noise_schedule.grid[list(FOUR.indices)]
+    assert min(int((batch.level == sigma).sum()) for sigma in sigmas) > 12  # 25 expected of each
+    clean = images[rows].float() / 127.5 - 1
+    torch.testing.assert_close(batch.target, clean)
+    for number in range(size):
+        sigma = batch.level[number]
+        noised = clean[number] + sigma * other[number]
+        expected = sigma * noise[rows[number]].float() if sigma == sigmas[0] else noised
+        torch.testing.assert_close(batch.noisy[number], expected)
+
+
 def test_the_ablation_draws_a_step_for_each_sample(generator: EDMDenoiser) -> None:
     """Real data noised to that sample's step with its own condition; pure noise at the first."""
     size = 200

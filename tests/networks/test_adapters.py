@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,6 +146,33 @@ def test_recomputed_activations_belong_to_the_role_of_the_forward(family: str) -
         assert (kept is None) == (recomputed_gradient is None)
         if kept is not None:
             torch.testing.assert_close(recomputed_gradient, kept, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_acts_where_gradients_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On inputs of the updates alone: scores and sampling see the whole network, recomputing leaves out the same inputs."""
+    monkeypatch.setattr("tests.networks.test_adapters.SHAPE", replace(SHAPE, dropout=0.5))
+    gradients, condition = [], tiny_condition("sd", dtype=torch.float64)
+    for recomputed in (False, True):
+        shared, generator, _ = two_roles(tiny_text_denoiser("sd"))
+        if recomputed:
+            shared.checkpoint_activations()
+        inputs = noisy_input(), some_levels(shared.base, 700, 100), condition
+        with torch.no_grad():
+            whole, bare = generator.denoise(*inputs), shared.base.denoise(*inputs)  # type: ignore[arg-type]
+        torch.manual_seed(4)
+        x0 = generator.denoise(*inputs)  # type: ignore[arg-type]
+        torch.rand(5)  # what other dropout draws meanwhile changes nothing
+        x0.square().sum().backward()
+        gradients.append([part.grad for part in generator.parameters()])
+        assert relative_error(x0, whole) > 1e-3
+        assert torch.equal(generator.denoise(*inputs).detach(), x0.detach()) is False  # type: ignore[arg-type]
+    for kept, again in zip(*gradients, strict=True):
+        assert kept is None or torch.allclose(kept, again, rtol=1e-9, atol=1e-12)
+    plain_shared, plain, _ = two_roles(tiny_text_denoiser("sd"))
+    plain_shared.binding.dropout = 0.0
+    with torch.no_grad():
+        assert torch.equal(whole, plain.denoise(*inputs))  # type: ignore[arg-type]
+        assert not torch.equal(whole, bare)
 
 
 def test_checkpoint_binds_and_restores() -> None:

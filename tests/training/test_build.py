@@ -366,6 +366,24 @@ def test_regression_brings_the_generator_to_the_stored_images(
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_a_warmup_of_several_steps(teacher_folder: Path, pairs_folder: Path, tmp_path: Path) -> None:
+    """Its generator has these steps, and distillation starts from it."""
+    steps = {"step_indices": [999, 499]}
+    train(tiny_train_settings(
+        teacher_folder, tmp_path, tmp_path / "warm", data={"images": "", "pairs": str(pairs_folder)}, generator=steps,
+        losses={**NO_GAN, "regression_weight": 1.0, "distribution_matching_weight": 0.0}, training={"num_steps": 2},
+    ))  # fmt: skip
+    warm = load_generator(tmp_path / "warm")
+    assert warm.card.step_indices == (999, 499)
+    settings = tiny_train_settings(
+        teacher_folder, tmp_path, tmp_path / "run", data={"images": ""}, losses=NO_GAN,
+        generator={**steps, "start_from": str(tmp_path / "warm")}, training={"num_steps": 1}, optimizer={"generator_lr": 1e-12},
+    )  # fmt: skip
+    train(settings)
+    began = load_generator(tmp_path / "run").denoiser.state_dict()
+    assert all(torch.allclose(value, began[name], atol=1e-9) for name, value in warm.denoiser.state_dict().items())
+
+
 def test_a_warmup_that_recomputes_activations_is_the_same_run(
     teacher_folder: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:

@@ -89,8 +89,10 @@ MODES = {
     "full, recomputed": {"mode": "full", "checkpoint_activations": True},
     "lora_generator": {"mode": "lora_generator", "lora_rank": 4},
     "shared_base": {"mode": "shared_base", "lora_rank": 4},
-    "shared_base, recomputed": {"mode": "shared_base", "lora_rank": 4, "checkpoint_activations": True},
-}
+    "shared_base, recomputed": {
+        "mode": "shared_base", "lora_rank": 4, "checkpoint_activations": True, "lora_dropout": 0.2,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,9 @@ class Denoiser(nn.Module):
         return self.noise_schedule.add_noise(x0, noise, level)
 
 
-def plain_checkpoint(block: Callable[..., Any], *inputs: Any) -> Any:
-    """torch's non-reentrant activation checkpoint; random state is kept only where dropout needs it."""
-    random = isinstance(block, nn.Module) and block.training
+def plain_checkpoint(block: Callable[..., Any], *inputs: Any, random: bool = False) -> Any:
+    """torch's non-reentrant activation checkpoint; random state is kept only where dropout needs it: in training, or `random`."""
+    random = random or (isinstance(block, nn.Module) and block.training)
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
 
 

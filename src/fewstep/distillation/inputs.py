@@ -82,6 +82,9 @@ class FreshAndPairedInputs:
 class PairedInputs:
     """Stored noises alone, whose images by the teacher are known; drawn with replacement.
 
+    For a generator of several steps each pair has a step of its own: the stored noise at the first, its image noised to the
+    step's level at later ones. The target is the image.
+
     Attributes:
         conditions: the conditions that the pairs' labels number.
     """
@@ -93,8 +96,7 @@ class PairedInputs:
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         device = draws.positions.device
         noise, image, labels = self.pairs.rows(draws.integers("pair_order", 0, len(self.pairs)), device)
-        level = self.steps.level(generator.noise_schedule, 0, len(noise), device)
-        noisy = generator.noise_schedule.initial(noise, level)
+        noisy, level = at_own_steps(generator, self.steps, draws, noise, image)
         return GeneratorInput(noisy, level, self.conditions.rows(labels), 0, image)
 
 
@@ -108,13 +110,24 @@ class NoisedDataInputs:
     steps: StepSchedule
 
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
-        schedule, shape = generator.noise_schedule, generator.image_shape
-        chosen = draws.integers("simulated_step", 0, len(self.steps))
-        level = self.steps.levels(schedule, chosen.device)[chosen]
-        pure = schedule.initial(draws.normal("generator_noise", shape), level)
-        noised = generator.add_noise(real.images, draws.normal("simulation_noise", shape, 1), level)
-        noisy = torch.where(per_sample(chosen == 0, pure), pure, noised)
+        noise = draws.normal("generator_noise", generator.image_shape)
+        noisy, level = at_own_steps(generator, self.steps, draws, noise, real.images)
         return GeneratorInput(noisy, level, real.condition, num_fresh=len(noisy))
+
+
+def at_own_steps(
+    generator: Denoiser, steps: StepSchedule, draws: Draws, noise: Tensor, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Samples (B, C, H, W) at a step of their own each, and its level (B,): `noise` as it is at the first step, at later ones
+    `images` with other noise."""
+    schedule = generator.noise_schedule
+    chosen = draws.integers("simulated_step", 0, len(steps))
+    level = steps.levels(schedule, chosen.device)[chosen]
+    pure = schedule.initial(noise, level)
+    if len(steps) == 1:
+        return pure, level
+    noised = generator.add_noise(images, draws.normal("simulation_noise", generator.image_shape, 1), level)
+    return torch.where(per_sample(chosen == 0, pure), pure, noised), level
 
 
 def uniform_condition(conditions: ConditionTable, draws: Draws) -> Condition:

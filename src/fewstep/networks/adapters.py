@@ -21,11 +21,15 @@ from fewstep.networks.lora_layers import Binding, cast_factors, wrap_layers
 
 @dataclass(frozen=True)
 class LoraShape:
-    """Rank, alpha (the update is scaled by alpha / rank) and target layers; no targets: the family's published ones."""
+    """Rank, alpha (the update is scaled by alpha / rank) and target layers; no targets: the family's published ones.
+
+    `dropout` is the share of each update's inputs that forwards with gradients leave out; it is no part of what is trained.
+    """
 
     rank: int = 64
     alpha: float = 8.0
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
 
 
 class SharedBase:
@@ -42,7 +46,7 @@ class SharedBase:
     def __init__(self, base: Denoiser, lora: LoraShape) -> None:
         self.base, self.lora = base, lora
         self.targets = choose_targets(base, lora)
-        self.binding = Binding()
+        self.binding = Binding(dropout=lora.dropout)
         base.requires_grad_(False)
         self.layers = wrap_layers(base, self.targets, self.binding, lora.alpha / lora.rank)
         self.is_compiled = False
@@ -75,15 +79,16 @@ class SharedBase:
 
     def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Activation checkpoint that binds, when it recomputes, the role of the forward it belongs to."""
+        random = self.lora.dropout > 0
         if torch.compiler.is_compiling():  # the role is a constant of the compiled form
-            return plain_checkpoint(block, *inputs)
+            return plain_checkpoint(block, *inputs, random=random)
         of_this_forward = replace(self.binding)
 
         def run(*inputs: Any) -> Any:
             with self._rebound(of_this_forward):
                 return block(*inputs)
 
-        return plain_checkpoint(run, *inputs)
+        return plain_checkpoint(run, *inputs, random=random)
 
     def checkpoint_activations(self) -> None:
         """Keep block inputs only, in every role."""

@@ -1,6 +1,6 @@
 """Layers that several roles share: a frozen linear or convolution, and beside it a low-rank update for each role.
 
-    y = W x + (alpha / rank) B A x
+    y = W x + (alpha / rank) B A x, while it trains with dropout B A dropout(x)
 
 The layers are called thousands of times a step, so a forward does nothing else: the product with B adds itself to
 `W x` (one kernel), and the factors come in the precision of the forward, all of a role in one cast.
@@ -28,10 +28,12 @@ class Binding:
         role: whose update takes part now; None: nobody's, the layers are their base.
         factors: of that role in the precision of the forward, A and B of layer n at 2 n and 2 n + 1; empty: the
             parameters themselves.
+        dropout: share of an update's inputs that a forward leaves out which gradients go through.
     """
 
     role: str | None = None
     factors: tuple[Tensor, ...] = ()
+    dropout: float = 0.0
 
 
 class LoraLayer(nn.Module):
@@ -88,6 +90,8 @@ class LoraLayer(nn.Module):
             down, up = self.parameters_of(binding.role)
         base: Any = self.base_layer
         y = base(x)  # on x as it came: rows put together first would round float32 runs otherwise than before
+        if binding.dropout and torch.is_grad_enabled():
+            x = F.dropout(x, binding.dropout)
         if isinstance(base, nn.Linear):
             inner = F.linear(x, down).flatten(0, -2)
             return torch.addmm(y.reshape(-1, y.shape[-1]), inner, up.t(), alpha=self.scale).view(y.shape)

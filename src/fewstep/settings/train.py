@@ -65,6 +65,9 @@ class MemorySettings(Tree):
     lora_rank: Positive = Field(64, description="rank of each LoRA")
     lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
     lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of each LoRA's inputs that a training step leaves out"
+    )
     frozen_precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="storage of weights that are never trained: the teacher's, which LoRAs sit on; trained ones are fp32",
@@ -166,8 +169,15 @@ def _impossible_steps(settings: TrainSettings) -> str:
             "generator.training_inputs='noised_data' reads the real batch of the GAN: set "
             "losses.gan_discriminator_weight too"
         )
-    if len(indices) != 1 and losses.regression_weight:
-        return f"losses.regression_weight needs a one-step generator: generator.step_indices has {len(indices)} entries"
+    if (
+        len(indices) != 1
+        and losses.regression_weight
+        and (losses.distribution_matching_weight or losses.gan_generator_weight)
+    ):
+        return (
+            "losses.regression_weight beside other losses needs a one-step generator: generator.step_indices has "
+            f"{len(indices)} entries; the regression alone warms up any number of steps"
+        )
     return ""
 
 

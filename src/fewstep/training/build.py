@@ -131,7 +131,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     from fewstep.distillation.roles import build_lora_generator_roles, build_shared_base_roles
     from fewstep.networks.adapters import LoraShape
 
-    lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets)
+    lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets, memory.lora_dropout)
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
     return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations, spread)
 

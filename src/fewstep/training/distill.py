@@ -46,6 +46,8 @@ class DistillationJob(GeneratorJob):
         self.run.fake_score_update.set_rate(factor)
         first, own = local_batch(size)
         draws = Draws.of_batch(settings.training.seed, step, own, self.device, first)
+        if settings.memory.lora_dropout:
+            torch.manual_seed(draws.shared_integer("global_state", 2**31) + first)
         metrics = two_time_scale_step(self.run, step, self._real_batch(step), draws)
         if self.average is not None and step % settings.training.generator_every == 0:
             span = size * settings.training.generator_every
