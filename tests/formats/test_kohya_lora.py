@@ -115,6 +115,7 @@ def peft_folder(folder: Path, **config: object) -> Path:
         ({"alpha_pattern": {"conv1": 3}, "rank_pattern": {"conv1": 3}}, 2, 1),
         ({"alpha_pattern": {"attentions.0.to_out.0": 12}, "use_rslora": True}, 12 / 3**0.5, 6 / 3**0.5),
         ({"alpha_pattern": {"v1": 3}}, 2, 2),
+        ({"r": 5, "rank_pattern": {".*attn.*|.*conv.*": 3}}, 2, 2),
         ({"use_dora": False, "lora_bias": False, "modules_to_save": None, "loftq_config": {}}, 2, 2),
     ],
 )
@@ -162,6 +163,9 @@ def test_peft_itself_scales_so(tmp_path: Path) -> None:
         ({"alpha_pattern": {"(a+)+b": 3}}, "more than the end of a layer's name"),
         ({"alpha_pattern": [1]}, "alpha_pattern is not an object"),
         ({"lora_alpha": "six"}, "about alpha is damaged"),
+        ({"r": "3"}, "about rank is damaged"),
+        ({"r": 0}, r"has rank 3, adapter_config\.json or the header says 0"),
+        ({"r": 4, "rank_pattern": {"conv1": 3}}, r"to_out\.0 has rank 3, .* says 4"),
     ],
 )
 def test_facts_that_are_not_honoured_are_refused_by_name(

@@ -41,21 +41,37 @@ class LoraScale:
         alpha: of every layer that no pattern names; None: the layer's rank.
         patterns: alpha by the end of a layer's name, first match first.
         stabilised: divide by the root of the rank.
+        rank: that the config gives every layer which no pattern names; None: it does not say.
+        ranks: as `patterns`, of the rank.
     """
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
     stabilised: bool = False
+    rank: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
     def alpha_of(self, layer: str, rank: int) -> float:
         """The alpha under which alpha / rank is the layer's scale.
 
         Args:
             layer: its name in the network, without the network's own.
+
+        Raises:
+            ValueError: the config says another rank, so that it is not this file's.
         """
-        named = (value for pattern, value in self.patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        alpha = next(named, self.alpha if self.alpha is not None else float(rank))
+        said = _named(layer, self.ranks, self.rank)
+        if said not in (None, rank):
+            raise ValueError(f"{layer} has rank {rank}, {CONFIG} or the header says {said:g}")
+        alpha = _named(layer, self.patterns, self.alpha)
+        alpha = float(rank) if alpha is None else alpha
         return alpha * math.sqrt(rank) if self.stabilised else alpha
+
+
+def _named(layer: str, patterns: Mapping[str, float], otherwise: float | None) -> float | None:
+    """The value of the first pattern that a layer's name ends in."""
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(found, otherwise)
 
 
 def read_lora_scale(path: Path, header: Mapping[str, str]) -> LoraScale:
@@ -88,29 +104,38 @@ def _object(path: Path, text: str) -> dict[str, Any]:
 
 def _scale(config: Mapping[str, Any], path: Path) -> LoraScale:
     _refuse_unknown(config, path)
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{path}: what it says about alpha is damaged (alpha_pattern is not an object)")
-    for pattern in patterns:
+    rank, alpha = (
+        None if config.get(name) is None else _number(config[name], path, what)
+        for name, what in (("r", "rank"), ("lora_alpha", "alpha"))
+    )
+    alphas, ranks = _patterns(config, path, "alpha"), _patterns(config, path, "rank")
+    for pattern in alphas:
         if not _PLAIN_PATTERN.fullmatch(pattern):
             raise UserError(
                 f"{path}: alpha_pattern {pattern[:100]!r} is more than the end of a layer's name; name the layers in full"
             )
-    return LoraScale(
-        None if alpha is None else _number(alpha, path), {name: _number(value, path) for name, value in patterns.items()},
-        config.get("use_rslora") is True,
-    )  # fmt: skip
+    stabilised = config.get("use_rslora") is True
+    if not all(_PLAIN_PATTERN.fullmatch(pattern) for pattern in ranks):  # the tensors have their ranks all the same
+        return LoraScale(alpha, alphas, stabilised)
+    return LoraScale(alpha, alphas, stabilised, rank, ranks)
 
 
-def _number(value: object, path: Path) -> float:
+def _patterns(config: Mapping[str, Any], path: Path, what: str) -> dict[str, float]:
+    """{end of a layer's name: its alpha or rank}."""
+    patterns = config.get(f"{what}_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path}: what it says about {what} is damaged ({what}_pattern is not an object)")
+    return {name: _number(value, path, what) for name, value in patterns.items()}
+
+
+def _number(value: object, path: Path, what: str) -> float:
     try:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     except OverflowError:
         pass
     raise UserError(
-        f"{path}: what it says about alpha is damaged (it is {str(value)[:40]!r}, not a number)".replace("\n", " ")
+        f"{path}: what it says about {what} is damaged (it is {str(value)[:40]!r}, not a number)".replace("\n", " ")
     )
 
 
