@@ -1,12 +1,14 @@
 """A stand-in for the shipped emoji set: generated pictures, tiny teachers, everything else made by the real script."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.tiny_models import tiny_sd_folder, tiny_sdxl_folder
@@ -42,6 +44,17 @@ def write_run(folder: Path) -> Path:
         make(folder / name)
         (folder / name / "split.json").write_text(json.dumps({"train": TRAIN, "held_out": HELD_OUT}))
     return folder
+
+
+def made_once(factory: pytest.TempPathFactory) -> Path:
+    """The folder of one `bundle` for all tests, whichever process comes first; nobody writes into it."""
+    root = factory.getbasetemp()
+    work = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / "emoji-bundle"
+    with FileLock(f"{work}.lock"):
+        if not (work / "done").is_file():
+            bundle(work)
+            (work / "done").touch()
+    return work
 
 
 def bundle(work: Path, *options: str) -> Path:

@@ -27,7 +27,7 @@ def test_work_is_named_before_it_is_done(capsys: pytest.CaptureFixture[str], mon
     for done in range(0, 1200, 100):
         clock.now += 1.1
         report(done, 1100)
-    assert capsys.readouterr().err == "Measuring: 400 of 1,100\nMeasuring: 900 of 1,100\n"
+    assert capsys.readouterr().err == "Measuring: 400 of 1,100, 10 s left\nMeasuring: 900 of 1,100, 2 s left\n"
 
 
 @pytest.mark.parametrize("named", [busy, working])

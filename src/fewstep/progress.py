@@ -7,7 +7,15 @@ from contextlib import contextmanager
 from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PATIENCE_SECONDS = 1.0  # work that is over sooner is not spoken of where there is no terminal
 LINE_EVERY_SECONDS = 5.0
@@ -66,6 +74,7 @@ def working(console: Console, what: str) -> Iterator[Report]:
         return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
@@ -97,10 +106,18 @@ class _Lines:
             say(self.console, f"{self.what}: {now - self._begun:.0f} s")
 
     def __call__(self, done: int, total: int | None) -> None:
-        if 0 < done != total and time.perf_counter() - self._last >= LINE_EVERY_SECONDS:
-            self._last = time.perf_counter()
-            far = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-            say(self.console, f"{self.what}: {far}")
+        now = time.perf_counter()
+        if 0 < done != total and now - self._last >= LINE_EVERY_SECONDS:
+            self._last = now
+            left = f" of {total:,}, {duration((now - self._begun) * (total - done) / done)} left" if total else ""
+            say(self.console, f"{self.what}: {done:,}{left}")
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def tell(line: str) -> None:

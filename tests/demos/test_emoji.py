@@ -22,7 +22,7 @@ from fewstep.formats import bundled
 from fewstep.formats.bundled import bundled_models, bundled_path
 from fewstep.models.load import load_model
 from tests.cli.test_main import fewstep as run
-from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle
+from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, made_once
 
 ASSETS = bundled.ASSETS
 FEW = dataclasses.replace(emoji.FACTS, measured=8, curve_images=8, fewest=8, batch_size=8, sampled=4)
@@ -37,7 +37,7 @@ def refuse(*args: object) -> None:
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle(tmp_path_factory.mktemp("set"), "--passes", "2", "--teacher-images", "2")
+    return made_once(tmp_path_factory) / "assets"
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_figures_stand_in_the_report(finished: Path, assets: Path) -> None:
     assert f"{figures['real']['held_out_distance']:.3f} (4)" in page
     assert len(figures["curve"]) >= 2
     assert all(distance > 0 and count == 8 for _, distance, count in figures["curve"])
-    assert "8 pictures behind each point, 8 behind the last, 2 behind the teacher&#39;s line" in page
-    assert page.count("fewer than a Frechet distance") == 4  # 8, 2 and 4 pictures for 128 features
+    assert "8 pictures behind each point, 8 behind the last, 6 behind the teacher&#39;s line" in page
+    assert page.count("fewer than a Frechet distance") == 4  # 8, 6 and 4 pictures for 128 features
     on_curve = json.loads((assets / "emoji/teacher_measurement.json").read_text())["emoji-sd"]["on_curve"]
     assert re.search(rf"teacher {on_curve['frechet_distance']:.2f}|teacher {on_curve['frechet_distance']:.3g}", page)
     speeds = [figures[role]["images_per_second"] for role in ("generator", "teacher")]

@@ -1,6 +1,7 @@
 """What ships for the text quick start, made from generated pictures and tiny teachers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,12 @@ from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import load_bench
 from fewstep.evaluation.measure import Measurement
-from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle, script
+from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle, made_once, script
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    bundle(folder)
-    return folder
+    return made_once(tmp_path_factory)
 
 
 def test_prompts_and_held_out_pictures(work: Path) -> None:
@@ -77,10 +76,11 @@ def test_provenance_says_what_was_found(work: Path) -> None:
     assert "{" not in text
 
 
-def test_too_much_to_ship_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_to_ship_is_refused(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "LIMIT_BYTES", 1000)
+    shutil.copytree(work, tmp_path / "work")
     with pytest.raises(UserError, match="is larger than 0 MB"):
-        bundle(work, "--only", "pictures")
+        bundle(tmp_path / "work", "--only", "pictures")
 
 
 def test_teachers_of_different_texts_are_refused(work: Path, tmp_path: Path) -> None:

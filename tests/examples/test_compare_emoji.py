@@ -12,7 +12,7 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.formats import bundled
 from tests.cli.test_main import fewstep as run
-from tests.emoji_assets import TEACHER_STEPS, bundle
+from tests.emoji_assets import TEACHER_STEPS, made_once
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -25,15 +25,15 @@ SMALL = ("--num-images", "6", "--teacher-steps", "2", "--precision", "fp32")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A stand-in for what ships, and a run of two steps on it."""
-    work = tmp_path_factory.mktemp("compare")
+    work, assets = tmp_path_factory.mktemp("compare"), made_once(tmp_path_factory) / "assets"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundled, "ASSETS", bundle(work))
+        patch.setattr(bundled, "ASSETS", assets)
         answer = run(
             "train", RECIPE, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2",
             "compute.device=cpu", f"run.folder={work / 'generator-run'}",
         )  # fmt: skip
         assert answer.code == 0, answer.err
-    return work / "assets", work / "generator-run"
+    return assets, work / "generator-run"
 
 
 def test_picture_and_table(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.data.images import data_order
-from fewstep.devices import choose_device
+from fewstep.devices import DTYPES, choose_device, choose_precision
+from fewstep.diffusion.denoiser import computing_in
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
 
@@ -40,7 +41,7 @@ class LabelledPictures(Protocol):
 def train_feature_network(
     dataset: LabelledPictures, folder: Path, *, num_classes: int, num_passes: int = 6, batch_size: int = 256,
     seed: int = 0, flip: bool = False, device: str = "auto", name: str = "classifier", width: int = 32,
-    num_stages: int = 3, augment: Augment | None = None, label_smoothing: float = 0.0,
+    num_stages: int = 3, augment: Augment | None = None, label_smoothing: float = 0.0, precision: str = "auto",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SmallClassifier:  # fmt: skip
     """Train on labelled pictures with a one-cycle rate and save the network.
@@ -49,6 +50,7 @@ def train_feature_network(
         dataset: labelled pictures.
         folder: where to save; appears whole or not at all.
         width, num_stages: of the network.
+        precision: "fp32", "bf16", or "auto": what is fast on the device.
         augment: changes each batch (B, C, H, W) in [-1, 1], e.g. `vary_shape_and_colour`; small sets need it.
         report: called with (finished steps, all steps) after each.
 
@@ -58,6 +60,7 @@ def train_feature_network(
     if dataset.labels is None:
         raise UserError("a feature network needs labelled pictures: sort them into one folder a class")
     place = choose_device(device)
+    dtype = DTYPES[choose_precision(precision, place)]
     torch.manual_seed(seed)
     names = dataset.class_names or ()
     model = SmallClassifier(dataset.channels, num_classes, width, name, num_stages, names).to(place).train()
@@ -74,7 +77,7 @@ def train_feature_network(
             images = torch.where(mirrored.to(place)[:, None, None, None], images.flip(3), images)
         if augment is not None:
             images = augment(images, generator)
-        with torch.autocast(place.type, torch.bfloat16):
+        with computing_in(dtype, place):
             logits = model.logits(images)
             loss = F.cross_entropy(logits, dataset.labels[rows].to(place), label_smoothing=label_smoothing)
         loss.backward()

@@ -10,7 +10,7 @@ from fewstep.data.images import ImageDataset, load_images
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
 from fewstep.data.tables import has_split
-from fewstep.devices import choose_device, precision_of
+from fewstep.devices import choose_device, choose_precision, precision_of
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
@@ -119,10 +119,11 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
         UserError: pictures that are not there, without labels, or of other classes.
     """
     dataset = options.pictures.open("train", options.num_classes)
+    precision = choose_precision("auto", choose_device(options.device), partial(say, console))
     with working(console, f"Training {options.num_passes} passes over {len(dataset):,} pictures") as report:
         model = train_feature_network(
             dataset, folder, num_classes=options.num_classes, num_passes=options.num_passes, flip=options.flip,
-            seed=options.seed, device=options.device, name=options.name, report=report,
+            seed=options.seed, device=options.device, name=options.name, precision=precision, report=report,
         )  # fmt: skip
     place = Path(options.pictures.images).expanduser()
     if place.exists() and not has_split(place, "test"):
