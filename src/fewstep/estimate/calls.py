@@ -4,6 +4,7 @@ torch works out shapes in Python, at 0.2 ms an operation; what an earlier call w
 gave is made again in a tenth of that.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,49 +47,63 @@ class Calls:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation returns. Real numbers (a noise schedule's table) may be among its arguments."""
+        if func in _VIEWS and args[0].is_meta:  # torch's own way is as short
+            return func(*args, **kwargs)
         tensors: list[Tensor] = []
         try:
-            key = (func, _token(args, tensors), *((name, _token(value, tensors)) for name, value in kwargs.items()))
+            key = _key(func, args, kwargs, tensors)
             recipe = self._recipes.get(key)
         except TypeError:  # an argument cannot be hashed
             return func(*args, **kwargs)
-        real = [not is_meta(tensor) for tensor in tensors]
-        if any(real):
-            return func(*args, **kwargs) if all(real) else func(*_on_meta(args), **kwargs)
         if recipe is not None:
             return _repeat(recipe, tensors)
+        real = [not tensor.is_meta for tensor in tensors]
+        if any(real):
+            return func(*args, **kwargs) if all(real) else func(*_on_meta(args), **kwargs)
         made = func(*args, **kwargs)
         if key not in self._recipes:
             self._recipes[key] = _learn(key, tensors, made, args, kwargs)
         return made
 
 
-def is_meta(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape alone; its own `device` may be said to be another inside a rehearsal."""
-    return tensor.untyped_storage().device == META
+_aten = torch.ops.aten
+# Views that one kernel of torch makes; what they view must be on the meta device.
+_VIEWS = {
+    _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten._unsafe_view.default,
+    _aten.permute.default, _aten.unsqueeze.default, _aten.expand.default, _aten.alias.default,
+}  # fmt: skip
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """What an operation's outputs may depend on; its tensors are added to `tensors`."""
+    if not kwargs:
+        return func, _tokens(args, tensors)
+    return func, _tokens(args, tensors), tuple(kwargs), _tokens(kwargs.values(), tensors)
 
 
 def _on_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value if is_meta(value) else value.to(META)
+        return value.to(META)
     return type(value)(_on_meta(part) for part in value) if type(value) in (list, tuple) else value
 
 
-def _token(value: Any, tensors: list[Tensor]) -> Any:
-    """What an operation's outputs may depend on in an argument; its tensors are added to `tensors`."""
-    kind = type(value)
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return value.shape, value.stride(), value.dtype, value.storage_offset()
-    if kind is list or kind is tuple:
-        return (kind, *(_token(part, tensors) for part in value))
-    return kind, value  # 1, 1.0 and True are equal, and give other types
+def _tokens(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is list or kind is tuple:
+            found.append((kind, _tokens(value, tensors)))
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            found += (value.shape, value.stride(), value.dtype, value.storage_offset(), value.is_meta)
+        else:
+            found += (kind, value)  # 1, 1.0 and True are equal, and give other types
+    return tuple(found)
 
 
 def _learn(key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[str, Any]) -> Recipe | None:
     """How each output came about; None where it cannot be made again from shapes alone."""
-    after = (key[0], _token(args, []), *((name, _token(value, [])) for name, value in kwargs.items()))
-    if after != key:  # an argument was resized
+    if _key(key[0], args, kwargs, []) != key:  # an argument was resized
         return None
     kind = type(made) if type(made) in (list, tuple) else None
     outputs: list[Any] = []
@@ -101,7 +116,7 @@ def _learn(key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[s
         if (
             not isinstance(part, Tensor)
             or part.layout != torch.strided
-            or not is_meta(part)
+            or not part.is_meta
             or part.is_conj()
             or part.is_neg()
         ):

@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from fewstep.estimate.calls import META, Calls, is_meta
+from fewstep.estimate.calls import META, Calls
 
 ACTIVATIONS = "activations"
 _aten = torch.ops.aten
@@ -40,7 +41,6 @@ class Meter(TorchDispatchMode):
         live: bytes by kind; everything is an activation until `assign` says otherwise.
         total: bytes of all kinds.
         peak: the largest total since `start_phase`, in bytes.
-        at_peak: `live` at that moment.
         flops: floating-point operations of matrix products, convolutions and attention.
     """
 
@@ -48,11 +48,13 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live: Counter[str] = Counter()
         self.total = self.peak = self.flops = 0
-        self.at_peak: Counter[str] = Counter()
+        self._at_peak: Counter[str] = Counter()
+        self._rising = True  # the total is its peak, and `_at_peak` is yet to be taken
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._kinds: dict[int, str] = {}
         self._calls = Calls() if calls is None else calls
         self.casts: dict[int, Tensor] = {}  # autocast's copies of weights, until it ends
+        self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext  # keeps others from following what we ask
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -61,10 +63,14 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self.quiet():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation, counted."""
         if self.casts and not torch.is_autocast_enabled("cpu"):
             self.casts.clear()
-        kwargs = kwargs or {}
-        if func is _aten._local_scalar_dense.default and is_meta(args[0]):
+        if func is _aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # no tensor has a value: the step's one host number is which simulated step to train
         made = self._calls(func, args, kwargs)
         count = _FLOPS.get(func._overloadpacket)
@@ -77,6 +83,7 @@ class Meter(TorchDispatchMode):
 
     def assign(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Say what the storages of these tensors are for."""
+        self._keep_peak()
         for tensor in tensors:
             self._note(tensor)
             key = id(tensor.untyped_storage())
@@ -89,11 +96,18 @@ class Meter(TorchDispatchMode):
 
     def start_phase(self) -> None:
         """Forget the peak and the arithmetic so far."""
-        self._mark()
-        self.flops = 0
+        self.peak, self.flops, self._rising = self.total, 0, True
 
-    def _mark(self) -> None:
-        self.peak, self.at_peak = self.total, self.live.copy()
+    @property
+    def at_peak(self) -> Counter[str]:
+        """`live` when the total was at its peak."""
+        self._keep_peak()
+        return self._at_peak
+
+    def _keep_peak(self) -> None:
+        """Before the total falls, or is split otherwise: what it was made of, if it is the largest so far."""
+        if self._rising:
+            self._at_peak, self._rising = self.live.copy(), False
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -106,10 +120,11 @@ class Meter(TorchDispatchMode):
         self.live[ACTIVATIONS] += size
         self.total += size
         if self.total > self.peak:
-            self._mark()
+            self.peak, self._rising = self.total, True
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
+            self._keep_peak()
             size = self._storages.pop(key)[1]
             self.live[self._kinds.pop(key)] -= size
             self.total -= size
