@@ -3,7 +3,6 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +53,6 @@ class Meter(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
         self._calls = Calls() if calls is None else calls
         self.casts: dict[int, Tensor] = {}  # autocast's copies of weights, until it ends
-        self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext  # keeps others from following what we ask
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -63,11 +61,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self.quiet():
-            return self._run(func, args, kwargs or {})
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation, counted."""
+        kwargs = kwargs or {}
         if self.casts and not torch.is_autocast_enabled("cpu"):
             self.casts.clear()
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
