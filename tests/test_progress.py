@@ -2,13 +2,14 @@
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fewstep import progress
-from fewstep.progress import busy, lines, working
+from fewstep.progress import Stderr, be_quiet, busy, lines, say, working
 
 
 class Clock:
@@ -52,6 +53,25 @@ def test_work_that_does_not_end_says_that_it_goes_on(
     with named(Console(stderr=True), "Downloading"):
         time.sleep(0.2)
     assert capsys.readouterr().err.startswith("Downloading ...\nDownloading: 0 s\n")
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    be_quiet(True)
+    yield
+    be_quiet(False)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.02)
+    console = Stderr()
+    with busy(console, "Loading"):
+        time.sleep(0.1)
+    lines(console, "Measuring")
+    say(console, "a line")
+    say(console, "warning: it is slow")
+    assert capsys.readouterr().err == "warning: it is slow\n"
 
 
 def test_an_error_inside_ends_the_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 
 if TYPE_CHECKING:
     from fewstep.diffusion.denoiser import Denoiser
@@ -144,7 +143,7 @@ def cpu_slowdown(name: str) -> float:
     torch.set_num_threads(1)
     try:
         seconds: dict[str, list[float]] = {"fp32": [], name: []}
-        with busy(Console(stderr=True), "Measuring which precision is fast here"):
+        with busy(Stderr(), "Measuring which precision is fast here"):
             for _ in range(3):
                 for precision, spent in seconds.items():
                     spent.append(_probe_seconds(DTYPES[precision]))

@@ -21,6 +21,30 @@ PATIENCE_SECONDS = 1.0  # work that is over sooner is not spoken of where there 
 LINE_EVERY_SECONDS = 5.0
 STILL_EVERY_SECONDS = 30.0  # between lines about work that does not say how far it is
 
+_settings = {"quiet": False}
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether bars and lines about progress are left out; warnings are not."""
+    _settings["quiet"] = quiet
+
+
+class Stderr(Console):
+    """Standard error, where people are told what is being done."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is written."""
+        return _settings["quiet"]
+
+    @quiet.setter
+    def quiet(self, value: bool) -> None:
+        pass  # rich's own start; `be_quiet` decides
+
+
 Report = Callable[[int, int | None], None]
 """Takes (done, in all); None where it is not known how many there are."""
 
@@ -122,10 +146,12 @@ def duration(seconds: float) -> str:
 
 def tell(line: str) -> None:
     """One line on standard error, where nothing else was asked for."""
-    say(Console(stderr=True), line)
+    say(Stderr(), line)
 
 
 def say(console: Console, line: str) -> None:
-    """One line as it is, however long: no markup, no breaking; warnings in yellow."""
+    """One line as it is, however long: no markup, no breaking; warnings in yellow, also where the rest is quiet."""
     style = "yellow" if line.startswith("warning") else ""
+    if style and isinstance(console, Stderr) and console.quiet:
+        console = Console(stderr=True)
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from fewstep.cli.main import app
 from fewstep.errors import RunInterrupted, Terminated
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import run_folder
-from tests.cli.test_main import fewstep
+from tests.cli.test_main import Answer, fewstep
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,6 +166,16 @@ def test_every_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "g.png").is_file()
     assert not (tmp_path / "~").exists()
     assert run_folder(TrainSettings.model_validate({"run": {"folder": "~/run"}})) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("place", [1, 8])
+def test_quiet_may_stand_anywhere_and_leaves_errors(tmp_path: Path, place: int) -> None:
+    words = ["sample", "bundled:fashion-mnist", "--num-images", 1, "--teacher-steps", 1, "--grid", tmp_path / "g.png"]
+    loud = fewstep(*words)
+    assert "images/s" in loud.err
+    words.insert(place, "--quiet")
+    assert fewstep(*words) == Answer(0, loud.out, "")
+    assert fewstep("sample", tmp_path / "nothing", "--quiet").err.startswith("fewstep: ")
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.ENOTDIR, 2), (errno.EBADF, 1)])

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from fewstep.app.safety import SafetyChecker, load_safety_checker
@@ -21,7 +20,7 @@ from fewstep.models.decoder import Decoder
 from fewstep.models.load import load_model, load_teacher
 from fewstep.models.model import Model
 from fewstep.models.picture_list import Picture, list_pictures, wishes_of
-from fewstep.progress import busy, say
+from fewstep.progress import Stderr, busy, say
 
 ALL_CLASSES = -1
 NUM_EXAMPLES = 5
@@ -287,7 +286,7 @@ def load_studio(settings: AppSettings) -> Studio:
     Raises:
         UserError: a model, TAESD or safety checker that is not there, is damaged or does not fit.
     """
-    console = Console(stderr=True)
+    console = Stderr()
     precision = precision_of(settings.precision, settings.device, partial(say, console))
     place: dict[str, Any] = {"device": settings.device, "precision": precision}
     with busy(console, f"Loading {settings.model}"):

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fewstep.cli.options import starting
 from fewstep.errors import UserError
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 
 
 def convert(
@@ -21,7 +20,7 @@ def convert(
     indices = _parse_indices(step_indices)
     with starting():
         from fewstep.preparation.convert import convert_weights
-    with busy(Console(stderr=True), f"Converting {source}"):
+    with busy(Stderr(), f"Converting {source}"):
         told = convert_weights(source, out, base=base, step_indices=indices)
     print(told)
 

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fewstep.cli.options import Device, starting
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 
 
 def export(
@@ -31,7 +30,7 @@ def export(
         kind=kind, precision=dtype, base=base, prompts=tuple(prompt or ()), num_samples=num_samples, licence=licence,
         repo=push, device=device,
     )  # fmt: skip
-    console = Console(stderr=True)
+    console = Stderr()
     with busy(console, f"Exporting {generator}"):
         folder = export_generator(generator, out, options)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -25,6 +25,7 @@ from fewstep.cli.sample import sample
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
 from fewstep.errors import RunInterrupted, UserError, disk_error, stopped_by
+from fewstep.progress import be_quiet
 
 
 class Interrupted(BaseException):
@@ -71,7 +72,8 @@ def main() -> None:
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0"), ("DO_NOT_TRACK", "1")):
         os.environ.setdefault(name, value)
     debug = "--debug" in sys.argv[1:]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
+    be_quiet("--quiet" in sys.argv[1:])
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]
     try:
         app(prog_name="fewstep")
     except UserError as error:
@@ -128,6 +130,10 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", help="no bars and no lines on the way, warnings and errors only; may stand anywhere"),
+    ] = False,
 ) -> None:
     """Distil a diffusion model into a generator that needs one to four steps."""
 

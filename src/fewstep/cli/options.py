@@ -29,11 +29,10 @@ AnyPrecision = Annotated[
 @contextmanager
 def starting() -> Iterator[None]:
     """Around a command's heavy imports, which take seconds."""
-    from rich.console import Console
 
-    from fewstep.progress import busy
+    from fewstep.progress import Stderr, busy
 
-    with busy(Console(stderr=True), "Loading torch"):
+    with busy(Stderr(), "Loading torch"):
         yield
 
 

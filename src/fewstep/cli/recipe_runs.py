@@ -5,10 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fewstep.cli.options import tell
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 
 
 def with_folder(settings: Any, recipe: Path) -> Any:
@@ -33,7 +31,7 @@ def print_dry_run(settings: Any, lines: Iterable[str]) -> None:
     for key, value in flatten_settings(settings).items():
         print(f"{key} = {value!r}")
     print(flush=True)
-    console, left = Console(stderr=True), iter(lines)
+    console, left = Stderr(), iter(lines)
     while True:
         with busy(console, "Rehearsing the run"):
             line = next(left, None)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.listing import Listing, list_pictures_below
@@ -27,7 +26,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 from fewstep.parallel import local_batch
-from fewstep.progress import busy, tell, working
+from fewstep.progress import Stderr, busy, tell, working
 
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings
@@ -77,7 +76,7 @@ class ImageDataset:
     def _decode_all(self) -> Tensor:
         """Every picture, with progress on standard error."""
         parts, done = [], 0
-        with working(Console(stderr=True), f"Decoding {len(self):,} pictures") as report:
+        with working(Stderr(), f"Decoding {len(self):,} pictures") as report:
             for part in self._pool.map(self._decode_chunk, _chunks(range(len(self)), 64)):
                 parts.append(part)
                 done += len(part)
@@ -137,12 +136,12 @@ def load_images(
     path = Path(settings.images).expanduser()
     if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
         where = f"data.images={settings.images}"
-        with busy(Console(stderr=True), f"Listing the pictures of {settings.images}"):
+        with busy(Stderr(), f"Listing the pictures of {settings.images}"):
             listing = list_pictures_below(path, settings.split, where)
             listing, labels, names = _folder_labels(listing, settings, num_classes)
         report(f"{settings.images}: {listing.sentence()}")
         return ImageDataset(FolderRows(listing.paths), labels, names, *size, report=report)
-    with busy(Console(stderr=True), f"Opening {settings.images or 'data.images'}"):
+    with busy(Stderr(), f"Opening {settings.images or 'data.images'}"):
         table = open_table(settings)
     column = image_column(table, settings)
     labels, names = table_labels(table, settings, num_classes) if num_classes else (None, None)

@@ -18,7 +18,7 @@ from fewstep.demos.fashion_mnist import FACTS
 from fewstep.demos.pace import MEASURING_SHARE
 from fewstep.devices import check_compiler, choose_device, choose_precision
 from fewstep.errors import UserError
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import prepare_run
@@ -31,7 +31,7 @@ _TEXT = ("diffusers", "transformers", "peft")
 
 def examine() -> Iterator[str]:
     """Lines about versions, device, precision, disk, the time of a quick start, and what would fail."""
-    console = Console(stderr=True)
+    console = Stderr()
     yield f"fewstep {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     found = {name: _version(name) for name in (*_TEXT, "gradio", "tensorboard")}
     yield "with " + ", ".join(f"{name} {number}" for name, number in found.items() if number)

@@ -29,7 +29,7 @@ from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
 from fewstep.models.load import load_generator
 from fewstep.models.model import Model
-from fewstep.progress import Report, busy, say, working
+from fewstep.progress import Report, Stderr, busy, say, working
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
@@ -158,7 +158,7 @@ def run_quickstart(
     """
     if not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: the quick start needs more than 0 minutes of training")
-    console = console or Console(stderr=True)
+    console = console or Stderr()
     started = time.perf_counter()
     say(console, "Loading the teacher ...")
     with naming_checkpoint(folder):

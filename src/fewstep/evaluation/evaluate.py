@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.images import load_images
@@ -18,10 +17,10 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
-from fewstep.progress import busy, say, working
+from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
 
-console = Console(stderr=True)
+console = Stderr()
 
 
 @dataclass(frozen=True)

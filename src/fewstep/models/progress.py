@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+
+from fewstep.progress import Stderr
 
 
 @contextmanager
 def counted_evaluations(network: nn.Module, total: int, *, shown: bool) -> Iterator[None]:
     """Show how many of `total` forwards of a network are done, on a terminal or in a notebook."""
-    console = Console(stderr=True)
+    console = Stderr()
     if not shown or not total or not (console.is_terminal or console.is_jupyter):
         yield
         return

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fewstep import __version__
@@ -27,9 +26,9 @@ from fewstep.models.picture_list import (
     wishes_of,
 )
 from fewstep.models.picture_writer import PictureWriter, Speed
-from fewstep.progress import busy, say, working
+from fewstep.progress import Stderr, busy, say, working
 
-console = Console(stderr=True)
+console = Stderr()
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
         labels=labels, prompts=options.prompts, num_classes=model.denoiser.num_classes, num_images=options.num_images, seed=options.seed, seeds=seeds, first=options.first,
     )  # fmt: skip
     for line in model.conditioner.warnings(dict.fromkeys([*options.prompts, options.negative_prompt or ""])):
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
     if options.compile:
         _compile(model)
     batch_size = options.batch_size or model.family.default_batch_size

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from rich.console import Console
-
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.latents import StoredEmbeddings, StoredLatents
 from fewstep.data.pictures import check_colour
@@ -18,12 +16,12 @@ from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
 from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
-from fewstep.progress import busy, working
+from fewstep.progress import Stderr, busy, working
 
 if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEncoders
 
-console = Console(stderr=True)
+console = Stderr()
 Fit = Literal["crop", "pad", "exact"]
 Captions = Literal["embeddings", "text"]
 

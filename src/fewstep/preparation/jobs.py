@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from fewstep.data.images import ImageDataset, load_images
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
@@ -22,10 +20,10 @@ from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.preparation.stored_prompts import stored_prompts
-from fewstep.progress import busy, say, working
+from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
 
-console = Console(stderr=True)
+console = Stderr()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
@@ -12,7 +11,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.models.model import Model
 from fewstep.parallel import local_batch
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 from fewstep.settings import TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
@@ -33,7 +32,7 @@ class DistillationJob(GeneratorJob):
     def __init__(self, settings: TrainSettings, teacher: Model) -> None:
         conditions = build_conditions(settings, teacher, run_folder(settings))
         self.real_data = build_real_data(settings, teacher)
-        with busy(Console(stderr=True), "Building generator, fake score and their optimisers"):
+        with busy(Stderr(), "Building generator, fake score and their optimisers"):
             self.run = build_distillation(settings, teacher, conditions)
         steps = build_step_schedule(settings, teacher.denoiser)
         super().__init__(settings, teacher, steps, conditions, self.run.roles.generator)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fewstep.errors import UserError
+from fewstep.progress import Stderr
 from fewstep.settings import TrainSettings
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
@@ -56,7 +57,7 @@ def suggest_gan_weight(settings: TrainSettings, num_updates: int = 20, console: 
     matching: list[torch.Tensor] = []
     gan: list[torch.Tensor] = []
     steps = range(2 * num_updates * every)
-    for step in track(steps, "measuring gradient norms", console=console or Console(stderr=True)):
+    for step in track(steps, "measuring gradient norms", console=console or Stderr()):
         metrics = job.step(step, progress=0.0)
         if step >= num_updates * every and "gan_generator_norm_at_x0" in metrics:
             matching.append(metrics["distribution_matching_norm_at_x0"])

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fewstep import __version__
@@ -20,7 +19,7 @@ from fewstep.families.family import NewNetwork
 from fewstep.families.registry import build_denoiser, describe_new, family_of
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.losses import denoising_loss
-from fewstep.progress import busy
+from fewstep.progress import Stderr, busy
 from fewstep.settings import PretrainSettings
 from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
@@ -58,7 +57,7 @@ class Pretraining:
         )
         self.class_names = dataset.class_names or []
         self.batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
-        with busy(Console(stderr=True), "Building the network"):
+        with busy(Stderr(), "Building the network"):
             self._build(description)
 
     def _build(self, description: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fewstep.errors import UserError
 from fewstep.parallel import agreed, by_the_first, joined, local_batch, refuse_differences, world_size
-from fewstep.progress import busy, say
+from fewstep.progress import Stderr, busy, say
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, refuse_unread
 from fewstep.settings.python import gather_settings
 from fewstep.training.build import open_teacher, schedule_warning
@@ -58,7 +58,7 @@ def pretrain(
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    console = console or Console(stderr=True)
+    console = console or Stderr()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("pretrain trains in one process: start it without torchrun")
     settings = gather_settings(PretrainSettings, settings, overrides)
@@ -96,7 +96,7 @@ def train(
     Raises:
         UserError: bad input, other settings than the folder's, a full disk, a non-finite metric.
     """
-    console = console or Console(stderr=True)
+    console = console or Stderr()
     settings = gather_settings(TrainSettings, settings, overrides)
     with joined(settings.compute.device):
         return _train(settings, console, observers, data_changed)
@@ -143,7 +143,7 @@ def print_gan_weight(settings: TrainSettings) -> None:
     """`fewstep train --suggest-gan-weight`."""
     from fewstep.training.gan_weight import suggest_gan_weight
 
-    settings = prepare_run(settings, run_folder(settings), Console(stderr=True))
+    settings = prepare_run(settings, run_folder(settings), Stderr())
     found = suggest_gan_weight(settings)
     print(
         f"losses.gan_generator_weight={found.equal_weight:.2g} makes the GAN's gradient at the generator's output as strong as "

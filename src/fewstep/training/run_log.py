@@ -20,6 +20,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.pixels import make_grid, save_grid
 from fewstep.parallel import is_first
+from fewstep.progress import Stderr, say
 from fewstep.training.health import SampleStatistics, alarms
 
 REFERENCE = "teacher_statistics.json"
@@ -43,7 +44,7 @@ class RunLog:
         self.folder = folder
         self._pending: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
         self._path = folder / "metrics.jsonl"
-        self.console = console or Console(stderr=True)
+        self.console = console or Stderr()
         self._writer: Any = None
         self._writes = is_first()
         if not self._writes:
@@ -141,7 +142,7 @@ class RunLog:
         with open(self.folder / "alarms.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step - 1, "alarm": sentence}) + "\n" for sentence in sentences)
         for sentence in sentences:
-            self.console.print(f"[bold yellow]step {step}:[/] {sentence}")
+            say(self.console, f"warning: step {step}: {sentence}")
         return sentences
 
     def say(self, line: str) -> None:

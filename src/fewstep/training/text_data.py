@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.images import data_order
@@ -20,7 +19,7 @@ from fewstep.models.model import Model
 from fewstep.parallel import by_the_first, local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
-from fewstep.progress import busy, tell, working
+from fewstep.progress import Stderr, busy, tell, working
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import EMBEDDINGS
 
@@ -72,7 +71,7 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
         return teacher.conditioner.table(prompts, teacher.size)
 
     def embed() -> None:
-        console = Console(stderr=True)
+        console = Stderr()
         with busy(console, "Loading the text encoders"):
             encoders = teacher.conditioner.encoders
         with working(console, f"Embedding {len(prompts):,} prompts") as report:

@@ -19,7 +19,7 @@ from fewstep.distillation.sharding import whole
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
 from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_all, world_size
-from fewstep.progress import every, say
+from fewstep.progress import Stderr, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
     damaged,
@@ -89,7 +89,7 @@ def run_job(
         UserError: a non-finite metric, a full disk, a damaged checkpoint, another process in the folder.
         RunInterrupted: Ctrl-C or SIGTERM; a checkpoint is saved. A second Ctrl-C ends at once.
     """
-    console = console or Console(stderr=True)
+    console = console or Stderr()
     hold(folder)
     try:
         with Interruption() as stop:

@@ -20,6 +20,7 @@ from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed, by_the_first
+from fewstep.progress import Stderr
 from fewstep.settings import TrainSettings
 from fewstep.training.generator_job import GeneratorJob
 
@@ -85,7 +86,7 @@ class Watch:
         figure: str = DISTANCE, console: Console | None = None,
     ) -> None:  # fmt: skip
         self.measure, self.path, self.due, self.keep, self.figure = measure, path, due, keep, figure
-        self.console = console or Console(stderr=True)
+        self.console = console or Stderr()
         self.points: list[Point] = []
 
     def resume(self, step: int, seconds: float) -> None:
