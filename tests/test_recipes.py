@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.families.registry import build_released
 from fewstep.settings import TrainSettings, load_settings
+from fewstep.training.build import schedule_warning
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -106,6 +108,24 @@ def test_one_gpu_recipe_shares_one_base() -> None:
     assert settings.memory.frozen_precision == "bf16"
     assert settings.memory.checkpoint_activations
     assert settings.training.batch_size == 1
+
+
+def test_z_image_is_ours_and_says_so() -> None:
+    """Values have a reason each, no published figure stands beside them, and its steps travel in its pipeline's scheduler."""
+    path = RECIPES / "z_image_dmd2_4step_one_gpu.toml"
+    settings = load_settings(TrainSettings, path)
+    assert settings.expected == "no figure known: ours, for one GPU, not tuned on real weights"
+    assert (settings.memory.mode, settings.memory.lora_rank, settings.memory.frozen_precision) == (
+        "shared_base", 64, "bf16",
+    )  # fmt: skip
+    assert settings.generator.step_indices == (999, 749, 499, 249)
+    assert settings.losses.gan_discriminator_weight == settings.losses.gan_generator_weight == 0
+    assert settings.teacher.guidance_scale == 5 + 1  # the pipeline's default, which it writes as g = w - 1
+    head = path.read_text()
+    assert "not tuned on real weights" in head
+    assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
+    teacher = build_released(settings.teacher.network)
+    assert schedule_warning(settings, teacher) == []
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "sdxl_dmd2_4step_one_gpu"])

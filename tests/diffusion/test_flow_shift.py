@@ -106,3 +106,10 @@ def test_a_generator_keeps_its_levels() -> None:
 def test_levels_that_are_none_are_refused(sigmas: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="the noise levels"):
         StepSchedule((999, 749), sigmas=sigmas)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.75, 3.0, 6.0])
+def test_travelling_levels_are_the_grids_own(shift: float) -> None:
+    schedule = FlowSchedule(shift)
+    indices = tuple(range(999, -1, -1))
+    assert schedule.travelling(indices) == tuple(schedule.grid.flip(0).tolist())

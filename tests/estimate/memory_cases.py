@@ -27,9 +27,20 @@ from fewstep.training.step import two_time_scale_step
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SIZES = {"small": (32, 16), "middle": (64, 16), "large": (96, 24)}  # channels, side of the latents
 
+Z_IMAGE: dict[str, Any] = {
+    "family": "z-image", "latent_size": 32, "scheduler": {"num_train_timesteps": 1000, "shift": 6.0},
+    "network": {
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 96, "n_layers": 4, "n_refiner_layers": 1,
+        "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 64, "rope_theta": 256.0,
+        "t_scale": 1000.0, "axes_dims": (8, 8, 8), "axes_lens": (1024, 32, 32),
+    },
+}  # fmt: skip
+
 
 def description(size: str) -> dict[str, Any]:
-    """An SDXL-like U-Net: attention on the lower level, pooled embeddings and time ids."""
+    """An SDXL-like U-Net: attention on the lower level, pooled embeddings and time ids; or a network like Z-Image's."""
+    if size == "z-image":
+        return Z_IMAGE
     channels, side = SIZES[size]
     network = {
         "sample_size": side, "in_channels": 4, "out_channels": 4, "block_out_channels": (channels, 2 * channels),
@@ -61,12 +72,17 @@ def case_settings(mode: str, batch_size: int, **memory: Any) -> TrainSettings:
 
 
 class Embeddings:
-    """Three prompts of 77 tokens."""
+    """Three prompts of 77 tokens, or of 512 and no pooled embedding, as estimates take Z-Image's."""
+
+    def __init__(self, family: str) -> None:
+        self.has_lengths = family == "z-image"
 
     def __len__(self) -> int:
         return 3
 
     def rows(self, index: torch.Tensor) -> TextEmbeddings:
+        if self.has_lengths:
+            return TextEmbeddings(torch.randn(len(index), 512, 64), lengths=torch.full((len(index),), 512))
         return TextEmbeddings(torch.randn(len(index), 77, 64), torch.randn(len(index), 24))
 
 
@@ -74,7 +90,7 @@ def train_two_steps(settings: TrainSettings, network: Denoiser) -> None:
     """What `fewstep train` does with a loaded teacher: build, then two steps; the optimisers' states exist in the second."""
     prepare_denoiser(network, "cpu", settings.compute.precision)
     teacher = build_model(network, ModelCard(role="teacher", can_be_guided=True))
-    source, size = Embeddings(), (128, 128)
+    source, size = Embeddings(teacher.family.name), (128, 128)
     table = PromptTable(source, source.rows(torch.zeros(1)), teacher.family, size)
     run = build_distillation(settings, teacher, table)
     batch = settings.training.batch_size

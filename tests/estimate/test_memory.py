@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.diffusion.schedules import FlowSchedule, StepSchedule
 from fewstep.distillation.roles import build_shared_base_roles
 from fewstep.errors import UserError
 from fewstep.estimate.machine import meta_machine
@@ -65,6 +66,22 @@ def test_predicted_peak_is_the_measured_one(mode: str, size: str) -> None:
         memory["frozen_precision"] = "bf16"
     measured = measured_peak(case_settings(mode, 2, **memory), size)
     assert predicted(mode, size, **memory).step == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+@pytest.mark.parametrize("memory", [{}, {"checkpoint_activations": True}])
+def test_predicted_peak_of_a_flow_transformer(mode: str, memory: dict[str, Any]) -> None:
+    measured = measured_peak(case_settings(mode, 2, **memory), "z-image")
+    assert predicted(mode, "z-image", **memory).step == pytest.approx(measured, rel=0.02)
+
+
+def test_a_flow_models_steps_can_be_rehearsed() -> None:
+    """Their noise levels travel as numbers; a tensor's were all 0 where there is no memory, and no dry run ended."""
+    with meta_machine(gpu=True):
+        steps = StepSchedule.on(FlowSchedule(6.0), (999, 749, 499, 249))
+    assert steps.sigmas == tuple(FlowSchedule(6.0).grid[[999, 749, 499, 249]].tolist())
+    assert predicted("shared_base", "z-image", 1, checkpoint_activations=True).step > 2**20
 
 
 def test_what_lies_between_steps_is_counted_exactly() -> None:
@@ -199,7 +216,12 @@ def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions", "image_shape"),
-    [("sd15", 859.52, (4, 64, 64)), ("sdxl", 2567.46, (4, 128, 128)), ("sd3-medium", 2028.33, (16, 128, 128))],
+    [
+        ("sd15", 859.52, (4, 64, 64)),
+        ("sdxl", 2567.46, (4, 128, 128)),
+        ("sd3-medium", 2028.33, (16, 128, 128)),
+        ("z-image", 6154.91, (16, 128, 128)),
+    ],
 )
 def test_released_networks_have_their_published_size(
     name: str, millions: float, image_shape: tuple[int, int, int]

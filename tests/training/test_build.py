@@ -324,6 +324,20 @@ def test_the_right_teacher_is_accepted_whatever_its_dropout() -> None:
         check_network(build_model(wider, ModelCard("teacher")), settings)
 
 
+@pytest.mark.parametrize(("mode", "dtype"), [("shared_base", torch.bfloat16), ("full", torch.float32)])
+def test_a_base_of_adapters_alone_comes_to_its_device_as_it_is_stored(
+    teacher_folder: Path, mode: str, dtype: torch.dtype
+) -> None:
+    """Elsewhere trained networks start from the teacher in float32."""
+    settings = settings_of(
+        teacher={"path": str(teacher_folder)}, memory={"mode": mode, "frozen_precision": "bf16"},
+        compute={"precision": "bf16", "device": "cpu"},
+    )  # fmt: skip
+    teacher = open_teacher(settings).denoiser
+    assert {parameter.dtype for parameter in teacher.parameters()} == {dtype}
+    assert teacher.compute_dtype == torch.bfloat16
+
+
 def test_no_teacher() -> None:
     with pytest.raises(UserError, match=r"teacher\.path is not set"):
         open_teacher(settings_of())

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,7 +164,9 @@ class FlowSchedule(NoiseSchedule):
         return self._grid
 
     def travelling(self, indices: tuple[int, ...]) -> tuple[float, ...]:
-        return tuple(float(self.grid[index]) for index in indices)
+        # the grid's numbers without its tensor, which has none where a run is rehearsed without memory
+        us = [(index + 1) / self.num_levels for index in indices]
+        return tuple(float(np.float32(self.shift * u / (1 + (self.shift - 1) * u))) for u in us)
 
     def alpha(self, level: Tensor) -> Tensor:
         return 1 - level

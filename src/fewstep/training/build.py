@@ -184,13 +184,17 @@ def _named(source: Path) -> Iterator[None]:
 
 
 def open_teacher(settings: TrainSettings) -> Model:
-    """The teacher of a run, on its device and in its precision."""
+    """The teacher of a run, on its device and in its precision.
+
+    Where nothing but adapters is ever trained it is stored as `memory.frozen_precision` says before it goes to the
+    device, which then never holds it in float32.
+    """
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
-    teacher = load_teacher(
-        settings.teacher.path, device=settings.compute.device, precision=settings.compute.precision,
-        resolution=settings.teacher.resolution,
-    )  # fmt: skip
+    teacher = load_teacher(settings.teacher.path, device="cpu", resolution=settings.teacher.resolution)
+    if settings.memory.mode == "shared_base":
+        teacher.denoiser.to(frozen_dtype(settings))
+    teacher.to(settings.compute.device, settings.compute.precision)
     if teacher.folder is not None:
         teacher.family.refuse_as_teacher(teacher.folder)
     if settings.teacher.network:
