@@ -69,13 +69,14 @@ class RandomPrompts:
     """Embeddings of a few made-up prompts, on the device."""
 
     table: Condition
+    on_host = False
 
     @property
     def num_rows(self) -> int:
         """How many there are."""
         return len(self.table)
 
-    def rows(self, index: Tensor) -> Condition:
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
         """The conditions at these numbers."""
         return replace(
             self.table, batch_size=len(index), parts={n: part[index] for n, part in self.table.parts.items()}

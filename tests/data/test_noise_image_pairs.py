@@ -61,7 +61,7 @@ def test_rows_are_ready_for_training(tmp_path: Path) -> None:
     shards = write_folder(tmp_path)
     noise, images, labels = (torch.cat(column) for column in zip(*shards, strict=True))
     index = torch.tensor([4, 0, 4])
-    some_noise, some_images, some_labels = NoiseImagePairs(tmp_path).rows(index, torch.device("cpu"))
+    some_noise, some_images, some_labels = NoiseImagePairs(tmp_path).rows(index)
     assert some_noise.dtype == some_images.dtype == torch.float32
     assert torch.equal(some_noise, noise[index].half().float())
     torch.testing.assert_close(some_images, images[index].float() / 127.5 - 1)

@@ -179,7 +179,6 @@ SOME = ("emoji_dmd2_1step", "emoji_sdxl_dmd2_4step_lora")
 )
 def test_recipes_need_nothing_else(shipped: Path, tmp_path: Path, recipe: str) -> None:
     file = RECIPE_FOLDER / f"{recipe}.toml"
-    assert "network: " in run("train", file, "--dry-run").out
     answer = run(
         "train", file, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2", "compute.device=cpu",
         f"run.folder={tmp_path / 'run'}",

@@ -42,8 +42,9 @@ class Rows:
 
     condition: Condition
     num_rows: int = BATCH
+    on_host: bool = True
 
-    def rows(self, index: Tensor) -> Condition:
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
         return Condition.cat([self.condition[slice(number, number + 1)] for number in index.tolist()])
 
 
@@ -95,13 +96,14 @@ class Exact:
     """A table's conditions in float64."""
 
     table: Any
+    on_host = False
 
     @property
     def num_rows(self) -> int:
         return int(self.table.num_rows)
 
-    def rows(self, index: Tensor) -> Condition:
-        found = self.table.rows(index)
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
+        found = self.table.rows(index, device)
         return Condition.from_one_hot(found["class_labels"].double())
 
 

@@ -3,6 +3,8 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.data.noise_image_pairs import NoiseImagePairs, write_shard
+from fewstep.data.shard_folder import write_manifest
 from fewstep.diffusion.condition import ClassTable, Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.schedules import KarrasSchedule, StepSchedule
-from fewstep.distillation.inputs import FreshInputs, GeneratorInput, RealBatch
+from fewstep.distillation.inputs import FreshInputs, GeneratorInput, PairedInputs, RealBatch, uniform_condition
 from fewstep.distillation.roles import build_roles
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
@@ -23,6 +27,9 @@ from fewstep.distillation.terms import (
     TermResult,
 )
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.registry import family_named
+from fewstep.models.conditioner import PromptTable
+from fewstep.networks.text_encoders import TextEmbeddings
 from fewstep.training.step import Distillation, two_time_scale_step
 from fewstep.training.update import Update
 from tests.conftest import relative_error, tiny_denoiser
@@ -315,6 +322,53 @@ def test_the_host_never_waits_for_a_copy() -> None:
     two_time_scale_step(run, 0, real, draws)  # what is copied once may be kept
     with NoBlockingCopy() as seen:
         two_time_scale_step(run, 1, real, draws_of(1, "meta"))
+    assert not seen.copies
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Embeddings in host memory."""
+
+    embeddings: TextEmbeddings
+
+    def __len__(self) -> int:
+        return len(self.embeddings.text)
+
+    def rows(self, index: Tensor) -> TextEmbeddings:
+        return self.embeddings.rows(index)
+
+    def texts(self, index: Tensor) -> list[str]:
+        return [f"prompt {number}" for number in index.tolist()]
+
+
+def test_prompts_and_pairs_are_looked_up_on_the_host(tmp_path: Path) -> None:
+    """Their rows lie in host memory: the same numbers as on the device, drawn there, and one copy that nobody waits for."""
+    family, size, count = family_named("sd"), (64, 64), 8
+    source = TextEmbeddings(torch.arange(5.0).view(5, 1, 1).expand(5, 77, 16).clone())
+    table = PromptTable(Stored(source), source.rows(slice(0, 1)), family, size)
+    there, here = Draws.of_batch(1, 2, count, "meta"), Draws.of_batch(1, 2, count)
+    uniform_condition(table, there)  # the empty prompt is copied once
+    with NoBlockingCopy() as seen:
+        condition = uniform_condition(table, there)
+    assert not seen.copies
+    assert condition["text"].shape == (count, 77, 16)
+    assert condition["text"].device.type == "meta"
+    drawn = there.part(slice(2, 6)).on_host()
+    assert torch.equal(drawn.integers("generator_label", 0, 5), here.integers("generator_label", 0, 5)[2:6])
+    expected = source.text[here.integers("generator_label", 0, 5)]
+    assert torch.equal(uniform_condition(table, here)["text"], expected)
+    folder = tmp_path / "pairs"
+    images, noise = torch.zeros(3, *SHAPE, dtype=torch.uint8), torch.zeros(3, *SHAPE)
+    folder.mkdir()
+    write_manifest(
+        folder, {"shards": [write_shard(folder, 0, noise, images, torch.tensor([2, 0, 1]))], "complete": True}
+    )
+    pairs = PairedInputs(StepSchedule((999,)), table, NoiseImagePairs(folder))
+    network: Any = tiny_denoiser().to("meta")
+    real = real_batch("meta")
+    pairs(network, there, real)
+    with NoBlockingCopy() as seen:
+        assert pairs(network, there, real).target.device.type == "meta"  # type: ignore[union-attr]
     assert not seen.copies
 
 

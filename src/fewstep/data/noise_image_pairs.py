@@ -34,13 +34,12 @@ class NoiseImagePairs:
     def __len__(self) -> int:
         return len(self.noise)
 
-    def rows(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise and images (B, C, H, W) float32, images in [-1, 1], or latents as they are; condition numbers (B,) int64."""
-        index = index.to(self.noise.device)
-        images = self.images[index].to(device).float()
+        images = self.images[index].float()
         if self.images.dtype == torch.uint8:
             images = images / 127.5 - 1
-        return self.noise[index].to(device).float(), images, self.labels[index].to(device)
+        return self.noise[index].float(), images, self.labels[index]
 
 
 def write_shard(folder: Path, number: int, noise: Tensor, images: Tensor, labels: Tensor) -> dict[str, Any]:

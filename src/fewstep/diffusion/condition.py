@@ -112,8 +112,12 @@ class ConditionTable(Protocol):
     def noun(self) -> str:
         """What they are, in the plural: "classes" or "prompts"."""
 
-    def rows(self, index: Tensor) -> Condition:
-        """The conditions at these numbers (B,), on the index's device."""
+    @property
+    def on_host(self) -> bool:
+        """Whether numbers are looked up in host memory: a GPU's numbers would make the host wait for it."""
+
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
+        """The conditions at these numbers (B,), on a device; None: the index's."""
 
     def names(self, index: Tensor) -> list[str]:
         """What the conditions at these numbers (B,) are, for people: a class or prompt each; nothing where there is but one."""
@@ -126,14 +130,15 @@ class ClassTable:
     num_classes: int
     class_names: tuple[str, ...] = ()
     noun: str = "classes"
+    on_host = False
 
     @property
     def num_rows(self) -> int:
         """Classes, at least 1."""
         return max(1, self.num_classes)
 
-    def rows(self, index: Tensor) -> Condition:
-        return Condition.from_labels(index, self.num_classes)
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
+        return Condition.from_labels(index.to(device or index.device, non_blocking=True), self.num_classes)
 
     def names(self, index: Tensor) -> list[str]:
         """Names of the classes, or "class 3" where they have none; nothing without classes."""

@@ -37,23 +37,38 @@ class Draws:
         seed: the run's seed, 0 <= seed < 2**64; or one a sample, B of them.
         step: training step, or any other 32-bit number that separates draws.
         positions: global sample indices of this batch, (B,), int64, on the device to draw on.
+        host: the same in host memory, where that is another device and they are known there.
     """
 
     seed: int | tuple[int, ...]
     step: int
     positions: Tensor
+    host: Tensor | None = None
 
     @classmethod
     def of_batch(
         cls, seed: int, step: int, batch_size: int, device: torch.device | str = "cpu", first: int = 0
     ) -> "Draws":
         """Draws of the samples first..first + batch_size - 1."""
-        return cls(seed, step, torch.arange(first, first + batch_size, dtype=torch.int64, device=device))
+        positions, elsewhere = range(first, first + batch_size), torch.device(device).type != "cpu"
+        numbers = torch.arange(positions.start, positions.stop, dtype=torch.int64, device=device)
+        host = torch.arange(positions.start, positions.stop, dtype=torch.int64) if elsewhere else None
+        return cls(seed, step, numbers, host)
+
+    def part(self, rows: slice) -> "Draws":
+        """The draws of some of the samples."""
+        return replace(self, positions=self.positions[rows], host=None if self.host is None else self.host[rows])
+
+    def on_host(self) -> "Draws":
+        """The same draws in host memory; nothing waits for the device where `of_batch` made these."""
+        if self.positions.device.type == "cpu":
+            return self
+        return replace(self, positions=self.positions.cpu() if self.host is None else self.host, host=None)
 
     def normal(self, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
         """Unit Gaussian, (B, *shape), float32; `number` tells several of one purpose apart."""
         if not has_float64(self.positions.device):
-            return self._on_cpu().normal(purpose, shape, number).to(self.positions.device)
+            return self.on_host().normal(purpose, shape, number).to(self.positions.device)
         count, code = math.prod(shape), _code(purpose, number)
         blocks, fused = -(-count // 4), self._fused()
         if fused is not None and isinstance(self.seed, int):
@@ -80,7 +95,7 @@ class Draws:
     def _first_word(self, purpose: Purpose) -> Tensor:
         """The first 32-bit word of a purpose for every sample, int64 (B,)."""
         if not has_float64(self.positions.device):
-            return self._on_cpu()._first_word(purpose).to(self.positions.device)
+            return self.on_host()._first_word(purpose).to(self.positions.device)
         code = _code(purpose, 0)
         if len(self.positions) > _MANY:
             return self._words(code, 1)[0][:, 0]
@@ -104,10 +119,6 @@ class Draws:
             return _philox_words(torch, self.positions[:, None], blocks, code, step, self.seed)
         words = _philox_words(np, self.positions.numpy()[:, None], blocks, code, step, self.seed)
         return tuple(torch.from_numpy(word) for word in words)
-
-    def _on_cpu(self) -> "Draws":
-        """The same draws made on the CPU, for devices without float64."""
-        return replace(self, positions=self.positions.cpu())
 
     def _in_numpy(self) -> bool:
         """Whether the positions are plain memory of this machine (a rehearsal has fake ones)."""

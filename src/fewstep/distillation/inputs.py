@@ -95,9 +95,11 @@ class PairedInputs:
 
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         device = draws.positions.device
-        noise, image, labels = self.pairs.rows(draws.integers("pair_order", 0, len(self.pairs)), device)
+        noise, image, labels = self.pairs.rows(draws.on_host().integers("pair_order", 0, len(self.pairs)))
+        condition = self.conditions.rows(labels, device)
+        noise, image = (part.to(device, non_blocking=True) for part in (noise, image))
         noisy, level = at_own_steps(generator, self.steps, draws, noise, image)
-        return GeneratorInput(noisy, level, self.conditions.rows(labels), 0, image)
+        return GeneratorInput(noisy, level, condition, 0, image)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def at_own_steps(
 
 def uniform_condition(conditions: ConditionTable, draws: Draws) -> Condition:
     """Conditions drawn uniformly from all there are, with replacement."""
-    return conditions.rows(draws.integers("generator_label", 0, conditions.num_rows))
+    source = draws.on_host() if conditions.on_host else draws
+    return conditions.rows(source.integers("generator_label", 0, conditions.num_rows), draws.positions.device)
 
 
 @torch.no_grad()

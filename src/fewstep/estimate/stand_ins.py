@@ -25,12 +25,13 @@ class Prompts:
     denoiser: Denoiser
     num_rows: int = 1
     noun: str = "prompts"
+    on_host: bool = False
 
     def names(self, index: Tensor) -> list[str]:
         """Nothing: no prompt is known."""
         return []
 
-    def rows(self, index: Tensor) -> Condition:
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
         return family_of(self.denoiser.describe()).example_condition(self.denoiser, len(index))
 
 
@@ -43,7 +44,7 @@ class Pairs:
     def __len__(self) -> int:
         return 1
 
-    def rows(self, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.zeros(len(index), *self.shape), torch.zeros(len(index), *self.shape), torch.zeros_like(index)
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -157,8 +157,10 @@ class _LabelList:
         """Number of labels."""
         return len(self.labels)
 
-    def rows(self, index: Tensor) -> Condition:
-        return self.classes.rows(self.labels.to(index.device)[index])
+    on_host = False
+
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
+        return self.classes.rows(self.labels.to(index.device)[index], device)
 
     def names(self, index: Tensor) -> list[str]:
         """The classes at these numbers, for people."""
@@ -211,15 +213,19 @@ class PromptTable:
     family: Family
     size: Size
     noun: str = "prompts"
+    on_host = True
+    _empty_on: "dict[torch.device, TextEmbeddings]" = field(default_factory=dict)  # copied to each device once
 
     @property
     def num_rows(self) -> int:
         """Number of prompts."""
         return len(self.source)
 
-    def rows(self, index: Tensor) -> Condition:
-        embeddings = self.source.rows(index.cpu()).to(index.device)
-        return self.family.condition(embeddings, self.empty.to(index.device), self.size)
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
+        device = index.device if device is None else device
+        if device not in self._empty_on:
+            self._empty_on[device] = self.empty.to(device)
+        return self.family.condition(self.source.rows(index.cpu()).to(device), self._empty_on[device], self.size)
 
     def names(self, index: Tensor) -> list[str]:
         """The prompts at these numbers."""

@@ -36,9 +36,9 @@ class TextEmbeddings(NamedTuple):
         text, pooled, lengths = self
         if lengths is not None:
             text = text[:, : max(1, int(lengths.max()))] if len(lengths) else text[:, :1]
-            lengths = lengths.to(device)
-        pooled = None if pooled is None else pooled.to(device, torch.float32)
-        return TextEmbeddings(text.to(device, torch.float32), pooled, lengths)
+            lengths = lengths.to(device, non_blocking=True)
+        pooled = None if pooled is None else pooled.to(device, torch.float32, non_blocking=True)
+        return TextEmbeddings(text.to(device, torch.float32, non_blocking=True), pooled, lengths)
 
     @classmethod
     def cat(cls, parts: "list[TextEmbeddings]") -> "TextEmbeddings":

@@ -1,6 +1,6 @@
 """One training step of DMD and DMD2: the two time-scale update rule, read from top to bottom."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def micro_batches(draws: Draws, real: RealBatch, size: int) -> list[MicroBatch]:
     slices = [slice(first, first + (size or count)) for first in range(0, count, size or count)]
     return [
         MicroBatch(
-            replace(draws, positions=draws.positions[rows]), RealBatch(real.images[rows], real.condition[rows]),
+            draws.part(rows), RealBatch(real.images[rows], real.condition[rows]),
             len(draws.positions[rows]) / count, rows.stop >= count,
         )
         for rows in slices

@@ -41,8 +41,8 @@ class RealLatents:
         first, size = local_batch(self.batch_size)
         positions = step * self.batch_size + torch.arange(first, first + size)
         index = data_order(self.seed, positions, len(self.stored), self.orders)
-        latents = self.stored.drawn(index, Draws(self.seed, step, positions)).to(device)
-        return RealBatch(latents, self.captions.rows(index.to(device)))
+        latents = self.stored.drawn(index, Draws(self.seed, step, positions)).to(device, non_blocking=True)
+        return RealBatch(latents, self.captions.rows(index, device))
 
 
 def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> ConditionTable:
