@@ -28,9 +28,9 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 SIZES = {"small": (32, 16), "middle": (64, 16), "large": (96, 24)}  # channels, side of the latents
 
 Z_IMAGE: dict[str, Any] = {
-    "family": "z-image", "latent_size": 32, "scheduler": {"num_train_timesteps": 1000, "shift": 6.0},
+    "family": "z-image", "latent_size": 16, "scheduler": {"num_train_timesteps": 1000, "shift": 6.0},
     "network": {
-        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 96, "n_layers": 4, "n_refiner_layers": 1,
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 96, "n_layers": 2, "n_refiner_layers": 1,
         "n_heads": 4, "n_kv_heads": 4, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 64, "rope_theta": 256.0,
         "t_scale": 1000.0, "axes_dims": (8, 8, 8), "axes_lens": (1024, 32, 32),
     },

@@ -1,5 +1,6 @@
 """The README.md of an export: which tool reads which file, and how; the same bytes from run to run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def card(kind: str, steps: tuple[int, ...] = (999, 749, 499, 249), **facts: obje
     made = ModelCard("generator", steps, made_with={"num_steps": 5, "settings": {"a": 1}}, licence="mit")
     common = {"base": "org/name", "network_class": "UNet2DConditionModel", "scheduler_class": "LCMScheduler"}
     common["comfyui_lora"] = "kohya-lora"
+    made = facts.pop("card", made)  # type: ignore[assignment]
     return render_card(CardFacts("out", kind, "/x/out", made, "fp16", **{**common, **facts}))  # type: ignore[arg-type]
 
 
@@ -41,6 +43,17 @@ def test_each_lora_says_who_reads_it() -> None:
     assert "**For diffusers and ComfyUI**" in card("lora", comfyui_lora="lora")
     assert "for it, export `--as lora`" in card("kohya-lora", comfyui_lora="lora")
     assert "ComfyUI" not in card("lora", comfyui_lora="")
+
+
+def test_a_lora_on_a_users_lora_says_what_comes_first() -> None:
+    """In code, in words and in stable-diffusion.cpp's prompt."""
+    merged = replace(ModelCard("generator", (999, 749, 499, 249)), base_loras=("/x/style.safetensors:0.5", "b.pt:1.0"))
+    text = card("kohya-lora", card=merged)
+    first, second = (text.index(f"pipe.fuse_lora(lora_scale={strength})") for strength in (0.5, 1.0))
+    assert text.index("pipe.load_lora_weights('/x/style.safetensors')") < first < second < text.index("out.safetensors")
+    assert "with `style` at 0.5, then `b` at 1.0** merged into it, and is\nright on nothing else" in text
+    assert "<lora:style:0.5> <lora:b:1.0> <lora:out:1>" in text
+    assert "fuse_lora" not in card("single-file", card=merged) + card("diffusers", card=merged) + card("lora")
 
 
 def test_single_files_say_how_other_programs_run_them() -> None:

@@ -26,7 +26,9 @@ def open_pipeline(folder: Path) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(("steps", "lora"), [(FOUR, None), (FOUR, LoraShape(4, 2.0)), ((999,), None)])
+@pytest.mark.parametrize(
+    ("steps", "lora"), [(FOUR, None), (FOUR, LoraShape(4, 2.0)), pytest.param((999,), None, marks=pytest.mark.long)]
+)
 def test_the_pipeline_makes_our_pixels(tmp_path: Path, steps: tuple[int, ...], lora: LoraShape | None) -> None:
     run = write_run(tmp_path, "z-image", steps, lora)
     generator = load(run)
@@ -52,7 +54,7 @@ def test_load_pipeline_needs_a_prompt_only(tmp_path: Path) -> None:
         pipe("cat", num_inference_steps=8)
 
 
-@pytest.mark.parametrize("kind", ["lora", "kohya-lora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.long), "kohya-lora"])
 def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, kind: str) -> None:
     """kohya's keys through diffusers' own converter."""
     run = write_run(tmp_path, "z-image", lora=LoraShape(4, 1.0))  # a wrong scale would be a factor of 4

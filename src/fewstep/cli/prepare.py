@@ -27,6 +27,7 @@ def prepare_pairs(
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own many-step sampler; its usual number unless set (DMD's published pairs have 256)")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="text-to-image teachers: merge FILE:0.8 into it, as teacher.loras does; may be given several times")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:  # fmt: skip
@@ -38,9 +39,9 @@ def prepare_pairs(
             raise UserError(
                 "--from-lmdb brings its own prompts and samples: leave out --prompts, --truncate-prompts and --teacher-steps"
             )
-        if seed or guidance_scale != 1 or batch_size is not None or precision != "fp32":
+        if seed or guidance_scale != 1 or batch_size is not None or precision != "fp32" or lora:
             raise UserError(
-                "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size and --precision"
+                "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size, --precision and --lora"
             )
         with starting():
             from fewstep.preparation.captioned_jobs import import_pairs
@@ -50,7 +51,7 @@ def prepare_pairs(
         from fewstep.preparation.jobs import PairsOptions, make_pairs
     options = PairsOptions(
         num_pairs=num_pairs or 25_000, prompts=prompts, truncate=truncate_prompts, seed=seed, teacher_steps=teacher_steps,
-        guidance_scale=guidance_scale, batch_size=batch_size, device=device, precision=precision,
+        guidance_scale=guidance_scale, batch_size=batch_size, loras=tuple(lora or ()), device=device, precision=precision,
     )  # fmt: skip
     make_pairs(teacher, folder, options)
 

@@ -26,6 +26,7 @@ def sample(
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: steps of the model's own many-step sampler; its usual number unless set")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: uncond + w (cond - uncond); 1 is off; the model's usual scale unless set")] = None,
     tiny_vae: Annotated[str, typer.Option("--tiny-vae", help="decode with a TAESD: diffusers folder or hub id, e.g. madebyollin/taesdxl")] = "",
+    lora: Annotated[list[str] | None, typer.Option(help="text-to-image teachers: merge FILE:0.8 into it, as teacher.loras does; may be given several times")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network: a slow first batch, then faster ones")] = False,
     device: Device = "auto",
     precision: AnyPrecision = "auto",
@@ -36,7 +37,8 @@ def sample(
     options = SampleOptions(
         prompts=tuple(read_prompts(prompt or [], prompts)), labels=labels, num_images=num_images, seed=seed,
         seeds=seeds, first=first, size=size, negative_prompt=negative_prompt, batch_size=batch_size, out=out, grid=grid,
-        teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae, compile=compiled, device=device,
+        teacher_steps=teacher_steps, guidance_scale=guidance_scale, tiny_vae=tiny_vae, compile=compiled, loras=tuple(lora or ()),
+        device=device,
         precision=precision,
     )  # fmt: skip
     sample_pictures(model, options)

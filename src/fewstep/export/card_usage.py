@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.formats.lora_list import split_strength
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
 
@@ -70,6 +71,12 @@ class CardFacts:
     def weights_file(self) -> str:
         """Name of the one file of weights, for kinds that have one."""
         return _FILES.get(self.kind, "{name}.safetensors").format(name=self.name)
+
+    @property
+    def base_loras(self) -> list[tuple[str, str, float]]:
+        """(file, its name without ending, strength) of the LoRAs that a LoRA's base was merged with, in their order."""
+        found = [split_strength(lora) for lora in self.card.base_loras] if "lora" in self.kind else []
+        return [(name, Path(name).stem, strength) for name, strength in found]
 
     @property
     def weights_path(self) -> str:

@@ -152,8 +152,8 @@ def _write_single_file(
 
 
 def _write_workflow(folder: Path, generator: Model, name: str, kind: str) -> bool:
-    """Beside files that ComfyUI loads, a workflow for it; False where none can say this generator's noise levels."""
-    if kind not in ("single-file", "kohya-lora"):
+    """Beside files that ComfyUI loads, a workflow for it; False where none can say this generator's noise levels, or its base."""
+    if kind not in ("single-file", "kohya-lora") or (kind == "kohya-lora" and generator.card.base_loras):
         return False
     workflow: Any = import_module("fewstep.export.comfyui").write_workflow
     file, base = f"{name}.safetensors", f"{Path(generator.card.base).name or 'base'}.safetensors"

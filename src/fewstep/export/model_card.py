@@ -21,7 +21,8 @@ SAMPLES = "samples.png"
 def file_header(card: ModelCard) -> dict[str, str]:
     """Metadata of the safetensors files: schedule, base model, recipe, library version, licence."""
     settings = card.made_with.get("settings", {})
-    return {
+    merged = {"base_loras": json.dumps(list(card.base_loras))} if card.base_loras else {}
+    return merged | {
         "format": "pt", "role": card.role, "step_indices": json.dumps(list(card.step_indices)),
         "num_levels": str(card.num_levels), "base_model": hub_name(card.base) or card.base,
         "recipe": json.dumps(settings), "num_steps": str(card.made_with.get("num_steps", "")),

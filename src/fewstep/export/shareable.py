@@ -19,10 +19,11 @@ def without_local_paths(card: ModelCard, *, keep_base: bool) -> ModelCard:
 
     Args:
         card: of the generator that is exported.
-        keep_base: leave `base` as it is, so that the export finds its base model on this machine.
+        keep_base: leave `base` and `base_loras` as they are, so that the export finds its base model on this machine.
     """
     base = card.base if keep_base else shareable_base(card.base)
-    return replace(card, base=base, made_with=_cut(card.made_with))
+    loras = card.base_loras if keep_base else tuple(_cut(card.base_loras))
+    return replace(card, base=base, base_loras=loras, made_with=_cut(card.made_with))
 
 
 def shareable_base(base: str) -> str:

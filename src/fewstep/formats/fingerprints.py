@@ -46,14 +46,18 @@ def vae_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def network_fingerprint(folder: Path) -> str:
+def network_fingerprint(folder: Path, merged: str = "") -> str:
     """Fingerprint of the U-Net or transformer of a diffusers folder, made the same way: two fine-tunes differ in it.
+
+    Args:
+        merged: fingerprint of what was merged into it; empty: nothing.
 
     Raises:
         UserError: no config or weights there.
     """
     digest = hashlib.sha256()
     _add_component(digest, folder / ("transformer" if (folder / "transformer").is_dir() else "unet"))
+    digest.update(merged.encode())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ _REMEDY = "export the model again"
 _MAX_LEVELS = 100_000
 _KINDS: dict[str, type] = {
     "role": str, "step_indices": list, "num_levels": int, "step_sigmas": list, "class_names": list, "can_be_guided": bool, "made_with": dict,
-    "licence": str, "base": str,
+    "licence": str, "base": str, "base_loras": list,
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class ModelCard:
         made_with: resolved settings, steps and library version of the run that made it.
         licence: of the weights.
         base: model that the remaining components of a text-to-image generator are read from.
+        base_loras: LoRAs ("FILE:STRENGTH") that are merged into the base's network, of a teacher into its own.
         step_sigmas: of generators of flow models, the noise level at each index, exact; empty: the teacher's grid says.
     """
 
@@ -51,6 +52,7 @@ class ModelCard:
     licence: str = ""
     base: str = ""
     step_sigmas: tuple[float, ...] = ()
+    base_loras: tuple[str, ...] = ()
 
 
 def write_model_folder(
@@ -137,8 +139,9 @@ def card_from_json(values: Mapping[str, Any], path: Path) -> ModelCard:
         raise UserError(f"{path} is damaged: step_indices {list(card.step_indices)[:8]} are not in its grid; {_REMEDY}")
     if not (_are_levels(card.step_sigmas) and len(card.step_sigmas) in (0, len(card.step_indices))):
         raise UserError(f"{path} is damaged: step_sigmas {list(card.step_sigmas)[:8]} are no noise levels; {_REMEDY}")
-    if not all(isinstance(name, str) for name in card.class_names):
-        raise UserError(f"{path} is damaged: class_names are not all texts; {_REMEDY}")
+    for name in ("class_names", "base_loras"):
+        if not all(isinstance(text, str) for text in getattr(card, name)):
+            raise UserError(f"{path} is damaged: {name} are not all texts; {_REMEDY}")
     return card
 
 

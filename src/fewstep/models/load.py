@@ -1,5 +1,8 @@
 """Where a path leads: teachers, generators, or whichever of the two it holds."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
-from fewstep.families.registry import build_denoiser, build_on_meta, component_of, recognise
+from fewstep.families.registry import build_denoiser, build_on_meta, component_of, family_of, recognise
 from fewstep.formats.compare import state_difference
+from fewstep.formats.lora_list import LoraFile
+from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import first_line
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
@@ -18,7 +23,8 @@ from fewstep.models.model import Model, build_model
 
 
 def load_teacher(
-    source: str | Path, *, device: str = "auto", precision: str = "fp32", resolution: int = 0
+    source: str | Path, *, device: str = "auto", precision: str = "fp32", resolution: int = 0,
+    loras: Sequence[str] = (),
 ) -> Model:  # fmt: skip
     """Load a diffusion model, the teacher of a distillation.
 
@@ -28,11 +34,12 @@ def load_teacher(
         device: "auto", "cpu", "cuda", "cuda:N", "mps".
         precision: "fp32", "bf16" or "fp16" inside the network.
         resolution: side of a text-to-image model's pictures in pixels; 0 takes its own.
+        loras: "FILE" or "FILE:0.8", merged into a text-to-image model's network in their order.
 
     Raises:
-        UserError: no such model, or a damaged one.
+        UserError: no such model, or a damaged one; a LoRA that is missing, damaged or another model's.
     """
-    place = Source.parse(source)
+    place, files = Source.parse(source), [LoraFile.parse(lora) for lora in loras]
     folder = place.of_role("teacher")
     if folder is None:
         need_text_libraries()
@@ -41,7 +48,11 @@ def load_teacher(
     family = recognise(folder)
     if family.takes == "prompts":
         need_text_libraries()
+    elif files:
+        raise UserError(f"{source} is a class-conditional teacher: LoRAs are merged into text-to-image models")
     denoiser, card = family.load(folder, resolution), family.read_card(folder)
+    _merge(denoiser, files)
+    card = replace(card, base_loras=tuple(map(str, files)))
     components = (folder, place.lasting_name) if family.takes == "prompts" else (None, "")
     return build_model(denoiser.eval(), card, *components).to(device, precision)
 
@@ -76,8 +87,13 @@ def load_generator(
     return build_model(family.load(folder).eval(), card).to(device, precision)
 
 
-def load_model(source: str | Path, *, device: str = "auto", precision: str = "fp32") -> Model:
+def load_model(
+    source: str | Path, *, device: str = "auto", precision: str = "fp32", loras: Sequence[str] = ()
+) -> Model:
     """Load whichever the path holds, a teacher or a generator; of a run folder with both, the generator.
+
+    Args:
+        loras: as `load_teacher` takes them; a generator takes none.
 
     Raises:
         UserError: no such model, or a damaged one.
@@ -85,15 +101,18 @@ def load_model(source: str | Path, *, device: str = "auto", precision: str = "fp
     place = Source.parse(source)
     folder = place.of_role("generator")
     if folder is None:
-        return load_teacher(source, device=device, precision=precision)
+        return load_teacher(source, device=device, precision=precision, loras=loras)
     is_generator = is_generator_folder(folder)
     if not is_generator:
         teacher = place.of_role("teacher")
         holds_teacher = teacher != place.path and folder == place.path
         _refuse_absent(folder, f"model {source}")
         is_generator = not holds_teacher and bool(recognise(folder).read_card(folder).step_indices)
-    load = load_generator if is_generator else load_teacher
-    return load(source, device=device, precision=precision)
+    if not is_generator:
+        return load_teacher(source, device=device, precision=precision, loras=loras)
+    if loras:
+        raise UserError(f"{source} is a generator: LoRAs are merged into teachers; distil with teacher.loras")
+    return load_generator(source, device=device, precision=precision)
 
 
 def need_text_libraries() -> None:
@@ -123,10 +142,32 @@ def _load_on_base(folder: Path, base: str) -> Model:
         family = recognise(components)
         denoiser = family.load(components, int(description["latent_size"]) * family.pixels_per_latent(components))
     if "lora" in description:
+        if not whole:
+            _merge(denoiser, _base_loras(folder, card))
         denoiser = _with_adapter(denoiser, description, weights, folder, source)
     else:
         _load_network(denoiser, weights, folder)
     return build_model(denoiser.eval(), card, components, source)
+
+
+def _merge(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
+    """Add LoRAs to a teacher's or base's own weights."""
+    if loras:
+        from fewstep.networks.merged_loras import merge_loras
+
+        description = denoiser.describe()
+        merge_loras(denoiser, loras, partial(family_of(description).layer_aliases, description))
+
+
+def _base_loras(folder: Path, card: ModelCard) -> list[LoraFile]:
+    """What a LoRA generator's base was merged with; the files may lie beside it."""
+    try:
+        return [LoraFile.parse(lora, beside=folder) for lora in card.base_loras]
+    except UserError as error:
+        raise UserError(
+            f"{folder} was distilled from its base with LoRAs merged into it, {', '.join(card.base_loras)}: put the files back, or "
+            "into this folder"
+        ) from error
 
 
 def _described_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> Denoiser:

@@ -18,6 +18,8 @@ from fewstep.distillation.sharding import whole
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
+from fewstep.formats.fingerprints import network_fingerprint
+from fewstep.formats.lora_list import loras_fingerprint
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import to_pictures
 from fewstep.formats.text_generator_folder import write_generator_folder
@@ -243,6 +245,18 @@ class Model:
             self.conditioner.to(place)
             self.decoder.to(place)
         return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the network in its folder and the LoRAs merged into it; empty where the network is everything.
+
+        Raises:
+            UserError: a file is not there any more.
+        """
+        merged = self.card.base_loras
+        if self.folder is None:
+            return ""
+        return network_fingerprint(self.folder, loras_fingerprint(merged) if merged else "")
 
     @property
     def size(self) -> tuple[int, int]:

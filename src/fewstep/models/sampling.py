@@ -50,6 +50,7 @@ class SampleOptions:
     guidance_scale: float | None = None
     tiny_vae: str = ""
     compile: bool = False
+    loras: tuple[str, ...] = ()
     device: str = "auto"
     precision: str = "auto"
 
@@ -61,7 +62,7 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
     options = replace(options, precision=precision)
     size, seeds, labels = parse_size(options.size), read_seeds(options.seeds), read_labels(options.labels)
     with busy(console, f"Loading {source}"):
-        model = load_model(source, device=options.device, precision=options.precision)
+        model = load_model(source, device=options.device, precision=options.precision, loras=options.loras)
     takes = model.conditioner.takes
     how = _text_options(model, options, size) if takes == "prompts" else _class_options(model, options, labels)
     how |= _steps_and_guidance(model, options)
@@ -228,4 +229,6 @@ def _facts(model: Model, source: str, options: SampleOptions, how: dict[str, Any
     facts |= {name: how[name] for name in ("guidance_scale", "negative_prompt") if name in how}
     if options.tiny_vae:
         facts["tiny_vae"] = options.tiny_vae
+    if options.loras:
+        facts["loras"] = ", ".join(options.loras)
     return facts

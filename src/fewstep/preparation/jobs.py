@@ -37,6 +37,7 @@ class PairsOptions:
     teacher_steps: int | None = None
     guidance_scale: float = 1.0
     batch_size: int | None = None
+    loras: tuple[str, ...] = ()
     device: str = "auto"
     precision: str = "fp32"
 
@@ -80,7 +81,7 @@ def make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
     """
     precision = precision_of(options.precision, options.device, partial(say, console))
     with busy(console, f"Loading the teacher {teacher}"):
-        model = load_teacher(teacher, device=options.device, precision=precision)
+        model = load_teacher(teacher, device=options.device, precision=precision, loras=options.loras)
     conditions = model.conditioner.every
     if conditions is None:
         conditions = _pair_prompts(model, folder, options)

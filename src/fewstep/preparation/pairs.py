@@ -10,7 +10,6 @@ from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
 from fewstep.data.shard_folder import start_or_continue, write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
-from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.models.model import Model
 
 
@@ -46,7 +45,7 @@ def prepare_pairs(
     if conditions is None:
         raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
     if teacher.folder is not None:
-        job["network"] = network_fingerprint(teacher.folder)
+        job["network"] = teacher.fingerprint
     manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
     for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
         first = number * shard_size

@@ -29,6 +29,10 @@ class TeacherSettings(Tree):
     path: str = Field(
         "", description="folder or .pkl of the teacher, hub id, or 'bundled:fashion-mnist', 'bundled:emoji-sd', ..."
     )
+    loras: tuple[str, ...] = Field(
+        (),
+        description="your LoRAs, merged into a text-to-image teacher: ['FILE:0.8', ...], in kohya's, diffusers' or PEFT's keys",
+    )
     network: str = Field(
         "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
     )

@@ -191,7 +191,8 @@ def open_teacher(settings: TrainSettings) -> Model:
     """
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
-    teacher = load_teacher(settings.teacher.path, device="cpu", resolution=settings.teacher.resolution)
+    named = settings.teacher
+    teacher = load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
     if settings.memory.mode == "shared_base":
         teacher.denoiser.to(frozen_dtype(settings))
     teacher.to(settings.compute.device, settings.compute.precision)

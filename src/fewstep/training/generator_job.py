@@ -145,6 +145,7 @@ class GeneratorJob:
             role="generator", step_indices=self.steps.indices, num_levels=self.steps.num_levels,
             step_sigmas=self.steps.sigmas,
             class_names=self.teacher.card.class_names, made_with=made_with, licence=self.teacher.card.licence,
+            base_loras=self.teacher.card.base_loras,
         )  # fmt: skip
 
     def save_result(self, folder: Path, num_steps: int) -> Path:

@@ -20,7 +20,6 @@ from fewstep.distillation.inputs import (
     RealBatch,
 )
 from fewstep.errors import UserError
-from fewstep.formats.fingerprints import network_fingerprint
 from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 
@@ -144,7 +143,7 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: M
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
     made_by = pairs.manifest.get("job", {}).get("network")
-    if made_by is not None and teacher.folder is not None and made_by != network_fingerprint(teacher.folder):
+    if made_by is not None and teacher.folder is not None and made_by != teacher.fingerprint:
         raise UserError(
             f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
             f"({pairs.manifest['job'].get('teacher')}): prepare pairs with this teacher"

@@ -71,7 +71,9 @@ class Run:
         if isinstance(self.settings, PretrainSettings):
             return load_teacher(self.folder, device=self.settings.compute.device)
         teacher = self.settings.teacher
-        return load_teacher(teacher.path, device=self.settings.compute.device, resolution=teacher.resolution)
+        return load_teacher(
+            teacher.path, device=self.settings.compute.device, resolution=teacher.resolution, loras=teacher.loras
+        )
 
     @cached_property
     def metrics(self) -> Metrics:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,17 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import add_content
+from fewstep.formats.lora_list import loras_fingerprint
 
 FILE = "data.json"
-SOURCES = ("teacher.path", "data.images", "data.prompts", "data.latents", "data.pairs")  # settings that name data
+SOURCES = (
+    "teacher.path",
+    "teacher.loras",
+    "data.images",
+    "data.prompts",
+    "data.latents",
+    "data.pairs",
+)  # settings that name data
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,14 @@ def read_content(source: str) -> Content:
 
 def read_contents(values: dict[str, Any]) -> dict[str, Content]:
     """What each setting that names data leads to, by dotted key, from flat settings."""
-    return {key: read_content(str(values[key])) for key in SOURCES if values.get(key)}
+    return {key: _content(values[key]) for key in SOURCES if values.get(key)}
+
+
+def _content(value: str | Sequence[str]) -> Content:
+    """Of one source, or of a list of LoRAs with their strengths."""
+    if isinstance(value, str):
+        return read_content(value)
+    return Content(", ".join(value), loras_fingerprint(value)[:32], len(value))
 
 
 def same_data(

@@ -1,0 +1,56 @@
+"""LoRAs that users bring, added to a network's own weights: the network is that fine-tune from then on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.formats.kohya_lora import LoraWeights, read_lora
+from fewstep.formats.lora_list import LoraFile
+from fewstep.formats.lora_spellings import LayerAliases
+
+
+@torch.no_grad()
+def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases) -> None:
+    """W + strength * alpha / rank * B A for every layer of every LoRA, in kohya's, diffusers' or PEFT's keys.
+
+    All are read and compared with the network before any weight changes.
+
+    Args:
+        network: on the CPU, float32.
+        aliases: other names of its layers, as its family says them.
+
+    Raises:
+        UserError: a file that is no LoRA or another network's, shapes that do not fit, numbers that are none.
+    """
+    layers = dict(network.named_modules())
+    found = [(lora, read_lora(lora.path, layers, aliases)) for lora in loras]
+    for lora, weights in found:
+        _check(lora, weights, layers)
+    for lora, weights in found:
+        for target in weights.targets:
+            weight: Any = layers[target].weight
+            weight += lora.strength * update_of(weights, target).view_as(weight)
+
+
+def update_of(lora: LoraWeights, target: str) -> Tensor:
+    """(alpha / rank) B A of a layer, (out, in x kernel)."""
+    down, up = (lora.state[f"{target}.lora_{part}.weight"].flatten(1) for part in "AB")
+    return lora.alpha / lora.rank * (up @ down)
+
+
+def _check(lora: LoraFile, weights: LoraWeights, layers: dict[str, nn.Module]) -> None:
+    for target in weights.targets:
+        down, up = (weights.state[f"{target}.lora_{part}.weight"] for part in "AB")
+        weight = getattr(layers[target], "weight", None)
+        shape = () if weight is None else tuple(weight.shape)
+        kernels = {tuple(size) for size in (shape[2:], down.shape[2:]) if any(side != 1 for side in size)}
+        if len(shape) < 2 or (len(up), down.shape[1]) != shape[:2] or kernels - {shape[2:]}:
+            raise UserError(
+                f"LoRA {lora.path} is for another base: its layer {target} is {tuple(up.shape[:1] + down.shape[1:])}, this "
+                f"network's {shape}"
+            )
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"LoRA {lora.path} is damaged: its layer {target} has numbers that are infinite or none")
