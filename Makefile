@@ -44,6 +44,9 @@ test: $(DEV) ## the tests that CI runs, on every core: 9 minutes on two
 test-long: $(DEV) ## every test: the full matrices, 1,000 damaged files a format, every key of every config, 100 kills and 105 small disks, too
 	FUZZ_FILES=1000 $(PYTEST) -m 'long or not long'
 
+test-distributed: $(DEV) ## many processes on this machine: equality with one in every family, memory mode and split; 20 kills; bad input
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m 'long or not long'
+
 test-fast: $(DEV) ## the tests that need seconds, in under 90 of them
 	$(PYTEST) -m 'not slow and not long'
 
@@ -81,4 +84,4 @@ emoji-assets: $(TEXT) ## remake the bundled text-to-image teachers, features and
 	for stage in vae sd sdxl; do $(BIN)/python examples/train_emoji_teacher.py data/emoji runs/emoji --stage $$stage || exit 1; done
 	$(BIN)/python examples/bundle_emoji.py data/emoji runs/emoji
 
-.PHONY: help setup quickstart text-quickstart test test-long test-fast test-diffusers test-clients format lint types bench docs assets emoji-assets
+.PHONY: help setup quickstart text-quickstart test test-long test-distributed test-fast test-diffusers test-clients format lint types bench docs assets emoji-assets

@@ -7,17 +7,20 @@ together they decide over a group on the host (gloo), what networks exchange goe
 """
 
 import hashlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, disk_error
 
 T = TypeVar("T")
 PATIENCE = "FEWSTEP_WAIT_SECONDS"  # environment: how long a process waits for another before it gives up
@@ -113,22 +116,58 @@ def own_gpu(device: str) -> None:
     torch.cuda.set_device(local)
 
 
+def _patience() -> timedelta:
+    return timedelta(seconds=float(os.environ.get(PATIENCE, _PATIENCE_SECONDS)))
+
+
 def _start(device: str) -> Any:
     """The process group; returns the store through which processes that fail are heard."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    waits = timedelta(seconds=float(os.environ.get(PATIENCE, _PATIENCE_SECONDS)))
+    waits = _patience()
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=waits))
+        agents, number, count = next(dist.rendezvous("env://", timeout=waits))
+        store = dist.PrefixStore(_attempt(agents, number, count, waits), agents)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("group", store), rank=number,
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=number,
             world_size=count, timeout=waits,
         )  # fmt: skip
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0][:150]})"
         ) from error
     return store
+
+
+def _attempt(store: Any, number: int, count: int, waits: timedelta) -> str:
+    """A name for this start of all processes together, from the first one.
+
+    torchrun's store outlives a restart, and processes that found each other's addresses of the start before would wait for
+    the dead. So each says a word of its own, the first repeats all words with the name, and who hears his own answers.
+
+    Raises:
+        UserError: some do not come in time; names them.
+    """
+    word, until = uuid4().hex, time.monotonic() + waits.total_seconds()
+    store.set(f"hello {number}", word)
+    while time.monotonic() < until:
+        if number == 0:
+            here = [other for other in range(count) if store.check([f"hello {other}"])]
+            store.set("go", json.dumps([word, *(store.get(f"hello {other}").decode() for other in here)]))
+            if all(store.check([f"{word} {other}"]) for other in range(1, count)):
+                return word
+        elif store.check(["go"]):
+            name, *words = json.loads(store.get("go"))
+            if word in words:
+                store.set(f"{name} {number}", "here")
+                return str(name)
+        time.sleep(0.02)
+    late = [other for other in range(1, count) if number == 0 and not store.check([f"{word} {other}"])]
+    raise UserError(
+        f"process {number} waited {waits.total_seconds():.0f} s in vain for process {', '.join(map(str, late)) or '0'} to start"
+    )
 
 
 def _named(error: UserError, store: Any) -> BaseException:
@@ -162,36 +201,42 @@ def wait_for_all(what: str) -> None:
     if world_size() == 1:
         return
     try:
-        dist.monitored_barrier(
-            timeout=timedelta(seconds=float(os.environ.get(PATIENCE, _PATIENCE_SECONDS))), wait_all_ranks=True
-        )
+        dist.monitored_barrier(timeout=_patience(), wait_all_ranks=True)
     except RuntimeError as error:
         raise UserError(f"waited in vain before {what}: {str(error).splitlines()[0][:200]}") from error
 
 
-def agreed(value: T) -> T:
+def group_apart() -> Any:
+    """A group on the host of all processes for what goes on beside training; None for one process."""
+    return dist.new_group(backend="gloo", timeout=_patience()) if world_size() > 1 else None
+
+
+def agreed(value: T, group: Any = None) -> T:
     """The first process's value, on all."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]
 
 
-def gathered(value: T) -> list[T]:
+def gathered(value: T, group: Any = None) -> list[T]:
     """Every process's value, in their order."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group)
     return found
 
 
-def by_the_first(work: Callable[[], T]) -> T | None:
+def by_the_first(work: Callable[[], T], group: Any = None) -> T | None:
     """Let the first process do something once, while the others wait; its result is None on them.
 
+    Args:
+        group: over which the others hear of it.
+
     Raises:
-        UserError: the first process's, on all.
+        UserError: the first process's, on all; also for a disk that is full or not writable.
     """
     result, fault = None, None
     if is_first():
@@ -199,7 +244,11 @@ def by_the_first(work: Callable[[], T]) -> T | None:
             result = work()
         except UserError as error:
             fault = error
-    told = agreed(str(fault) if fault is not None else None)
+        except OSError as error:
+            fault = disk_error(error)
+            if fault is None:
+                raise
+    told = agreed(str(fault) if fault is not None else None, group)
     if told is not None:
         raise fault or UserError(told)
     return result

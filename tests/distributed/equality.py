@@ -44,18 +44,22 @@ def trained(case: str) -> dict[str, Tensor]:
     return {"trained generator": flat(run.generator_update), "trained fake_score": flat(run.fake_score_update)}
 
 
-def main(out: Path, cases: list[str], long: bool) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings(
-        "error", message="FSDP2-wrapped"
-    )  # a view that an operation in place could take a hook from
+def answer(out: Path, cases: list[str], long: bool) -> None:
+    """Write what the processes that joined find."""
     found: dict[str, Tensor] = {}
-    with joined("cpu"):
+    with warnings.catch_warnings():  # an error: a view that an operation in place could take a hook from
+        warnings.filterwarnings("error", message="FSDP2-wrapped")
         for case in cases:
             results: dict[str, Any] = changed(case) | (trained(case) if long else {})
             found |= {f"{case}|{name}": value.detach().clone() for name, value in results.items()}
-        if is_first():
-            save_file(found, out)
+    if is_first():
+        save_file(found, out)
+
+
+def main(out: Path, cases: list[str], long: bool) -> None:
+    torch.set_num_threads(1)
+    with joined("cpu"):
+        answer(out, cases, long)
 
 
 if __name__ == "__main__":

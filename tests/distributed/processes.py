@@ -19,7 +19,7 @@ def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-        "FEWSTEP_WAIT_SECONDS": "60", **more,
+        "FEWSTEP_WAIT_SECONDS": "120", **more,
     }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def run_processes(
         }  # fmt: skip
         started.append(
             subprocess.Popen(
-                [sys.executable, *arguments], env=environment(**group, **(each or {}).get(rank, {})), cwd=ROOT,
+                [sys.executable, *arguments], env=environment(**{**group, **(each or {}).get(rank, {})}), cwd=ROOT,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip

@@ -14,11 +14,12 @@ from fewstep.distillation import terms
 from fewstep.errors import UserError
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
-from fewstep.training import run_log, trainer
+from fewstep.training import run_log
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import pretrain, train
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.run_log import Clock, NonFiniteError, RunLog
+from fewstep.training.saving import Saver
 from fewstep.training.trainer import run_job
 from fewstep.training.update import Update
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
@@ -178,13 +179,13 @@ def test_observers_pictures_and_checkpoints_are_off_the_clock(
         seen.append((step, seconds))
         clockwork.sleep(70)
 
-    original = trainer.write_checkpoint
+    original = Saver.start
 
-    def slow_checkpoint(*arguments: Any) -> Path:
+    def slow_checkpoint(*arguments: Any) -> None:
         clockwork.sleep(90)
-        return original(*arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(trainer, "write_checkpoint", slow_checkpoint)
+    monkeypatch.setattr(Saver, "start", slow_checkpoint)
     job = Counting(seconds=2.0, picture_seconds=50.0)
     settings = counting_settings(tmp_path, run={"sample_every": 2, "checkpoint_every": 2})
     run_job(job, settings, tmp_path, observers=(observer,))

@@ -1,7 +1,8 @@
 """Arguments that several commands have, and what they become. Light: no heavy import."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def starting() -> Iterator[None]:
 
     from fewstep.progress import Stderr, busy
 
-    with busy(Stderr(), "Loading torch"):
+    first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks
+    with busy(Stderr(), "Loading torch") if first else nullcontext():
         yield
 
 

@@ -13,6 +13,12 @@ _NOT_THE_MODEL = {"transformers_version", "torch_dtype", "dtype"}
 _NUM_BLOCKS, _BLOCK_BYTES = 256, 2**16
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def text_fingerprint(folder: Path) -> str:
     """Fingerprint of all text encoders of a diffusers folder.
 

@@ -4,9 +4,9 @@ One checkpoint is a folder `step_NNNNNNNN/` with `tensors.safetensors` and `stat
 a dotted name, flushed to disk and renamed; a reader never sees half of one.
 """
 
-import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from fewstep.distillation.sharding import put_weights
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
+from fewstep.formats.fingerprints import file_digest
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.adapters import AdapterRole
+from fewstep.parallel import gathered, rank, world_size
+from fewstep.training.sharded_checkpoint import read_parts
 
 TENSORS = "tensors.safetensors"
 _PREFIX = "step_"
@@ -32,7 +35,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched and nothing is left behind.
     """
-    target = folder / f"{_PREFIX}{step:08d}"
+    target = checkpoint_path(folder, step)
     with written_aside(target) as aside:
         write_tensor_file(aside / TENSORS, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
         proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
@@ -42,6 +45,11 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
     return target
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` finished steps lies."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first."""
     if not folder.is_dir():
@@ -49,8 +57,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and JSON state of one checkpoint, proven to be what was written.
+def read_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and JSON state of one checkpoint, proven to be what was written, by any number of processes.
+
+    Args:
+        like: tensors of the run by their names: of sharded ones each process reads its own part. All must ask together.
 
     Checkpoints of earlier versions have no digests and are taken as they are.
 
@@ -62,10 +73,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(state, dict):
             raise damaged(path, "state.json has another shape")
         files, names = state.pop("files", None), state.pop("tensors", None)
-        if files is not None and files != {TENSORS: file_digest(path / TENSORS)}:
-            raise damaged(path, f"{TENSORS} is not what was written")
-        tensors = load_file(path / TENSORS)
-    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+        _prove(path, files, shared=like is not None)
+        in_parts = like is not None or TENSORS not in (files or {TENSORS: ""})
+        tensors = read_parts(path, like or {}) if in_parts else load_file(path / TENSORS)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise damaged(path, f"{type(error).__name__}: {error}") from error
@@ -74,17 +85,28 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
+def _prove(path: Path, files: Any, shared: bool) -> None:
+    """Raise UserError where files are not what was written; `shared`: each process reads some of them."""
+    names = sorted(files) if isinstance(files, dict) else []
+    faults = [
+        name
+        for name in (names[rank() :: world_size()] if shared else names)
+        if not (path / name).is_file() or file_digest(path / name) != files[name]
+    ]
+    if shared:
+        faults = [name for some in gathered(faults) for name in some]
+    if faults or (files is not None and not names):
+        gone = [name for name in faults if not (path / name).exists()]
+        raise damaged(
+            path, f"{gone[0]} is missing" if gone else f"{(faults or ['state.json'])[0]} is not what was written"
+        )
+
+
 def damaged(path: Path, why: str) -> UserError:
     """The error for a checkpoint that cannot be continued from; offers the one before it."""
     earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
     offer = f"continue from {earlier[-1].name}, the one before" if earlier else "begin again: there is none before it"
     return UserError(f"checkpoint {path} is damaged ({why}); remove it to {offer}")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -69,6 +69,15 @@ class GeneratorJob:
             tensors.update(update.tensors(name))
         return tensors
 
+    def layout(self) -> dict[str, Tensor]:
+        """Networks, and the moments that their optimisers will have."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules().items():
+            tensors.update(module_tensors(name, module))
+        for name, update in self.updates().items():
+            tensors.update(update.layout(name))
+        return tensors
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `tensors`."""
         for name, module in self.modules().items():

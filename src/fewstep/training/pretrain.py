@@ -116,6 +116,10 @@ class Pretraining:
             **self.update.tensors("optimizer"),
         }
 
+    def layout(self) -> dict[str, Tensor]:
+        """The same, in one process."""
+        return self.tensors()
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `tensors`."""
         restore_module("teacher", self.denoiser, tensors)

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fewstep.distillation.sharding import whole
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
-from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_all, world_size
+from fewstep.parallel import agreed, gathered, is_first, wait_for_all, world_size
 from fewstep.progress import Stderr, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
@@ -27,11 +26,11 @@ from fewstep.training.checkpoint import (
     random_state,
     read_checkpoint,
     restore_random_state,
-    write_checkpoint,
 )
 from fewstep.training.interruption import Interruption
 from fewstep.training.run_folder import hold, release
 from fewstep.training.run_log import Clock, RunLog
+from fewstep.training.saving import Saver
 
 PLAIN_EVERY_SECONDS = 30  # between lines about a run's progress where there is no terminal
 Observer = Callable[[int, float], None]
@@ -63,6 +62,9 @@ class Job(Protocol):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `tensors`."""
 
+    def layout(self) -> dict[str, Tensor]:
+        """Tensors that lie in the processes as those of these names will in `tensors`."""
+
     def pictures(self, log: RunLog, step: int) -> None:
         """Write sample pictures after `step` finished steps."""
 
@@ -93,7 +95,13 @@ def run_job(
     hold(folder)
     try:
         with Interruption() as stop:
-            step = Loop(job, settings, folder, console, stop).run(watches, observers)
+            loop = Loop(job, settings, folder, console, stop)
+            try:
+                step = loop.run(watches, observers)
+            except Exception:
+                with suppress(UserError):  # a checkpoint that is being written is finished
+                    loop.saver.finish()
+                raise
         return job.save_result(folder, step)
     except OSError as error:  # of the disk, wherever in a run: its log, TensorBoard's thread, our own clean-up
         if told := disk_error(error, folder):
@@ -112,6 +120,7 @@ class Loop:
         self.job, self.settings, self.folder, self.console, self.stop = job, settings, folder, console, stop
         self.step, elapsed = resume(job, folder)
         self.saved_step = self.step
+        self.saver = Saver(folder / "checkpoints", settings.run.keep_checkpoints)
         self.log = RunLog(folder, self.step, find_spec("tensorboard") is not None, console)
         self.clock = Clock(elapsed)
         self.clock.pause()
@@ -139,6 +148,7 @@ class Loop:
                 self.job.pictures(self.log, self.step)
             if self.step != self.saved_step:
                 self.save()
+            self.saver.finish()
             if self.stop.signal:
                 raise RunInterrupted(self.farewell(), 128 + self.stop.signal)
             bar.show(1.0, f"step {self.step}, done")
@@ -170,13 +180,17 @@ class Loop:
         """Whether another step is made: not all are, the time is not up, and no process was asked to stop.
 
         Processes decide together, by the first one's clock.
+
+        Raises:
+            UserError: a checkpoint could not be written.
         """
         limit = self.settings.training.time_limit_minutes * 60
         over = self.step >= self.settings.training.num_steps or bool(limit and self.clock.seconds() >= limit)
-        if world_size() == 1:
-            return not (over or self.stop.signal)
-        heard = gathered((over, self.stop.signal))
-        self.stop.signal = next((signal for _, signal in heard if signal is not None), None)
+        heard = gathered((over, self.stop.signal, self.saver.failed))
+        if any(failed for _, _, failed in heard):
+            self.saver.finish()
+        if world_size() > 1:
+            self.stop.signal = next((signal for _, signal, _ in heard if signal is not None), None)
         return not (heard[0][0] or self.stop.signal)
 
     def progress(self) -> float:
@@ -186,7 +200,7 @@ class Loop:
         return max(self.step / training.num_steps, self.clock.seconds() / limit if limit else 0.0)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint."""
         self.log.flush()
         training = self.settings.training
         state = {
@@ -194,9 +208,7 @@ class Loop:
             "data_position": self.step * training.batch_size,
             "draws": {"generator": "philox4x32-10", "seed": training.seed},
         }  # fmt: skip
-        tensors = {name: whole(tensor) for name, tensor in {**self.job.tensors(), **random_state()}.items()}
-        folder, keep = self.folder / "checkpoints", self.settings.run.keep_checkpoints
-        by_the_first(lambda: write_checkpoint(folder, self.step, tensors, state, keep))
+        self.saver.start(self.step, {**self.job.tensors(), **random_state()}, state)
         self.saved_step = self.step
 
     def farewell(self) -> str:
@@ -261,7 +273,7 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
     if not checkpoints:
         return 0, 0.0
     path = checkpoints[-1]
-    tensors, state = read_checkpoint(path)
+    tensors, state = read_checkpoint(path, {**job.layout(), **random_state()} if world_size() > 1 else None)
     phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
     if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
         raise damaged(path, "state.json has another shape")

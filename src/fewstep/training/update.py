@@ -97,6 +97,14 @@ class Update:
         }
         return tensors | ({f"{name}.loss_scale": self.scale.state()} if self.scale.is_on else {})
 
+    def layout(self, name: str) -> dict[str, Tensor]:
+        """The parameter that each moment of `tensors` lies in the processes like."""
+        return {
+            f"{name}.{key}.{field}": parameter
+            for key, parameter in self.parameters.items()
+            for field in ("exp_avg", "exp_avg_sq")
+        }
+
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `tensors`; the states of earlier versions, which number the parameters, are read too.
 

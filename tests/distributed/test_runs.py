@@ -1,0 +1,126 @@
+"""Whole runs under torchrun: killed and restarted by itself, continued by another number of processes, refused in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fewstep.training.checkpoint import list_checkpoints
+from tests.distributed.kills import run, run_with_kills, torchrun
+from tests.distributed.processes import run_processes
+from tests.distributed.test_together import same
+
+pytestmark = pytest.mark.long
+
+RECIPE = """
+[teacher]
+path = "{teacher}"
+[generator]
+ema_half_life_images = 100
+step_indices = [999, 749, 499, 249]
+[data]
+images = "{pictures}"
+[losses]
+gan_generator_weight = 3e-3
+gan_discriminator_weight = 1e-2
+[optimizer]
+generator_lr = 1e-3
+fake_score_lr = 1e-3
+warmup_steps = 2
+[training]
+num_steps = {steps}
+batch_size = 4
+generator_every = 2
+seed = 3
+[compute]
+device = "cpu"
+precision = "fp32"
+[run]
+sample_every = 1000
+checkpoint_every = 2
+keep_checkpoints = 1
+sample_images = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher_folder: Path, pictures: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(teacher=teacher_folder, pictures=pictures, steps=6), encoding="utf-8")
+    return path
+
+
+def train(recipe: Path, folder: Path, processes: int, *words: str) -> list[tuple[int, str]]:
+    words = (str(recipe), f"run.folder={folder}", *words)
+    return run_processes(processes, "-m", "fewstep", "train", *words, timeout=300)
+
+
+def test_only_the_first_process_speaks(recipe: Path, tmp_path: Path) -> None:
+    ended = train(recipe, tmp_path / "run", 2, "training.num_steps=2")
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "step 2, done" in ended[0][1]
+    assert ended[1][1] == ""
+
+
+def test_killed_runs_go_on_by_themselves(recipe: Path, tmp_path: Path) -> None:
+    """20 kills of one process or of both, in and between saves, end bit-identically to an undisturbed run."""
+    words = (str(recipe), "training.num_steps=60")
+    run(torchrun(*words, f"run.folder={tmp_path / 'calm'}"))
+    hits = run_with_kills(
+        torchrun(*words, f"run.folder={tmp_path / 'wild'}", restarts=40), tmp_path / "wild", 20, 0, tmp_path / "log"
+    )
+    assert hits == 20
+    same(tmp_path / "calm", tmp_path / "wild")
+
+
+def refused(ended: list[tuple[int, str]], words: str) -> None:
+    """All end with exit code 2, and one of them says why."""
+    assert [code for code, _ in ended] == [2] * len(ended), ended
+    sentences = [line for _, said in ended for line in said.splitlines() if line.startswith("fewstep:")]
+    assert len(sentences) == 1, ended
+    assert words in sentences[0], sentences
+
+
+def test_a_batch_that_does_not_divide(recipe: Path, tmp_path: Path) -> None:
+    refused(
+        train(recipe, tmp_path / "run", 2, "training.batch_size=5"),
+        "training.batch_size=5 does not divide by 2 processes",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_somewhere(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "second" / recipe.name
+    other.parent.mkdir()
+    other.write_text(recipe.read_text(encoding="utf-8").replace("seed = 3", "seed = 4"), encoding="utf-8")
+    script = "import os, sys; sys.argv[2] = sys.argv[2 + int(os.environ['RANK'])]; del sys.argv[3]; import fewstep.cli.main as m; m.main()"
+    words = ("-c", script, "train", str(recipe), str(other), f"run.folder={tmp_path / 'run'}")
+    refused(run_processes(2, *words), "process 1 has other settings than process 0")
+
+
+def test_a_shard_that_is_missing(recipe: Path, tmp_path: Path) -> None:
+    assert [code for code, _ in train(recipe, tmp_path / "run", 2, "training.num_steps=2")] == [0, 0]
+    next(list_checkpoints(tmp_path / "run/checkpoints")[-1].glob("shard-00002-*")).unlink()
+    words = "is damaged (shard-00002-model-00001-of-00001.safetensors is missing)"
+    refused(train(recipe, tmp_path / "run", 2), words)
+    refused(train(recipe, tmp_path / "run", 1), words)
+
+
+def test_a_process_that_does_not_come(recipe: Path, tmp_path: Path) -> None:
+    """Under torchrun, which has a store of its own, and where the first process has it."""
+    words = ("-m", "fewstep", "train", str(recipe), f"run.folder={tmp_path / 'run'}")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+    for more, told in (
+        (of_torchrun, "process 0 waited 10 s in vain for process 1 to start"),
+        ({}, "process 0 of 2 cannot reach the others"),
+    ):
+        ((code, said),) = run_processes(1, *words, each={0: {"WORLD_SIZE": "2", "FEWSTEP_WAIT_SECONDS": "10", **more}})
+        assert code == 2
+        assert told in said
+
+
+def test_more_processes_than_gpus(recipe: Path, tmp_path: Path) -> None:
+    ended = train(recipe, tmp_path / "run", 2, "compute.device=cuda")
+    assert [code for code, _ in ended] == [2, 2]
+    assert "GPUs that CUDA can use" in ended[0][1]

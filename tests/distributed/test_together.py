@@ -1,0 +1,131 @@
+"""Two processes, started once, asked everything that the quick suite wants to know of them: starting costs more than asking."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.run import train
+from tests.distributed.processes import run_processes
+from tests.distributed.test_equality import CI, equal_to_one
+from tests.distributed.together import go_back
+from tests.tiny_models import tiny_sd_folder
+from tests.training.helpers import tiny_train_settings
+
+PROMPTS = ["red cat", "a dog", "blue bird", "dog"]
+
+
+def last(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """Tensors, whole, and the step of a run's last checkpoint, as one process reads them."""
+    tensors, state = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    return tensors, state["step"]
+
+
+def same(one: Path, two: Path, bound: float = 0.0) -> None:
+    """The last checkpoints of two runs are equal, to a bound where the order of sums was another."""
+    (mine, step), (theirs, other) = last(one), last(two)
+    assert (step, mine.keys()) == (other, theirs.keys())
+    for name, value in mine.items():
+        if bound and value.is_floating_point():
+            assert float((value - theirs[name]).abs().max()) < bound, name
+        else:
+            assert torch.equal(value, theirs[name]), name
+
+
+def ask(work: Path, processes: int, **questions: Any) -> None:
+    """Start processes of tests.distributed.together; all end well."""
+    (work / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+    ended = run_processes(processes, "-m", "tests.distributed.together", str(work), timeout=600)
+    assert [code for code, _ in ended] == [0] * processes, "\n".join(said for _, said in ended)
+
+
+class Runs:
+    """Runs that differ in folder and length only; a text LoRA, whose base is sharded and whose adapters are not, and classes."""
+
+    def __init__(self, work: Path, teacher: Path, pictures: Path) -> None:
+        (work / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+        text: dict[str, dict[str, Any]] = {
+            "generator": {"step_indices": [999, 749, 499, 249], "ema_half_life_images": 0},
+            "data": {"images": "", "prompts": str(work / "prompts.txt")},
+            "memory": {"mode": "lora_generator", "lora_rank": 2},
+            "losses": {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0},
+        }
+        self.work, self._pictures = work, pictures
+        self._kinds: dict[str, tuple[Path, dict[str, dict[str, Any]]]] = {
+            "classes": (teacher, {}), "text": (work / "sd", text)
+        }  # fmt: skip
+
+    def of(self, kind: str, name: str, steps: int, **training: Any) -> dict[str, Any]:
+        """A run's settings, as `fewstep.train` takes them."""
+        teacher, changes = self._kinds[kind]
+        changes = {**changes, "training": {"num_steps": steps, **training}, "run": {"sample_images": 1}}
+        settings = tiny_train_settings(teacher, self._pictures, self.work / name, **changes)
+        return settings.model_dump(mode="json", exclude_unset=True)
+
+
+def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
+    runs = Runs(tmp_path, teacher_folder, pictures)
+    train(runs.of("classes", "classes 1", 4))
+    two = [
+        (runs.of("classes", "classes 2", 4), ""),
+        (runs.of("classes", "classes 2-2", 4), "classes 2"),
+        (runs.of("classes", "classes 1-2", 4), "classes 1"),
+    ]
+    refused = [runs.of("classes", "odd batch", 2, batch_size=5)]
+    ask(tmp_path, 2, equality=CI, saving=True, runs=two, refused=refused)
+    equal_to_one(tmp_path / "equality.safetensors", CI)
+    a_checkpoint_is_of_its_step_and_whole_for_one(tmp_path)
+    a_full_disk_of_one_is_told_by_all(tmp_path)
+    an_odd_batch_is_refused_by_all(tmp_path)
+    same(tmp_path / "classes 2-2", tmp_path / "classes 2")  # interrupted or not: bit for bit
+    go_back(tmp_path / "classes 2", tmp_path / "classes 2-1")
+    train(runs.of("classes", "classes 2-1", 4))
+    for name in ("classes 2-1", "classes 1-2"):
+        same(tmp_path / name, tmp_path / "classes 1", 1e-3)  # but for float32's rounding
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len([line for line in lines if "grad_norm" in line]) == 4  # each step once
+
+
+def an_odd_batch_is_refused_by_all(work: Path) -> None:
+    words = "training.batch_size=5 does not divide by 2 processes"
+    assert all(words in (work / f"refused-0-{number}.txt").read_text(encoding="utf-8") for number in range(2))
+    assert not (work / "odd batch").exists()
+
+
+def a_checkpoint_is_of_its_step_and_whole_for_one(work: Path) -> None:
+    """Each process wrote its parts as they were when it began, though training went on; one process puts them together."""
+    expected, (path,) = load_file(work / "odd.safetensors"), list_checkpoints(work / "odd")
+    tensors, state = read_checkpoint(path)
+    assert state == {"phase": "test", "step": 7}
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (value.dtype, value.shape), name
+        assert torch.equal(tensors[name], value), name
+    sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
+    assert sizes.keys() == {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
+
+
+def a_full_disk_of_one_is_told_by_all(work: Path) -> None:
+    said = [(work / f"full-{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"process 1 cannot write {work}")
+    assert "No space left on device" in said[0]
+    assert [path.name for path in (work / "odd").iterdir()] == ["step_00000007"]  # complete, and nothing half-written
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("few_teacher_steps")
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_four_begin_and_two_go_on(mode: str, tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
+    """Text runs of every memory mode, as one alone."""
+    tiny_sd_folder(tmp_path / "sd")
+    runs = Runs(tmp_path, teacher_folder, pictures)
+    train({**runs.of("text", "one", 4), "memory.mode": mode})
+    for processes, steps in ((4, 2), (2, 4)):
+        ask(tmp_path, processes, runs=[({**runs.of("text", "many", steps), "memory.mode": mode}, "")])
+    same(tmp_path / "many", tmp_path / "one", 1e-3)

@@ -1,0 +1,117 @@
+"""One process of several that a test starts once for many questions; what is found is written into a folder.
+
+    python -m tests.distributed.together WORK
+
+`WORK/questions.json` has `equality` (cases of tests.distributed.equality), `runs` (pairs of settings, and of the run that it goes
+on with from the last checkpoint but one, or ""), `refused` (settings that no process may train) and whether checkpoints of odd tensors are asked for (`saving`).
+"""
+
+import json
+import shutil
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fewstep
+from fewstep.distillation.sharding import whole
+from fewstep.errors import UserError
+from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
+from fewstep.training import saving
+from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.saving import Saver
+from tests.distributed import equality
+
+
+def odd_tensors() -> dict[str, Tensor]:
+    """Sharded tensors with even, uneven and empty parts, and whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world_size(),))
+    shapes: dict[str, tuple[int, ...]] = {"even": (8, 3), "uneven": (5, 2), "one row": (1, 7), "vector": (3,)}
+    found: dict[str, Tensor] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        found[name] = distribute_tensor(numbers, mesh, [Shard(0)])
+    found["whole"] = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(9)).to(
+        memory_format=torch.channels_last
+    )
+    found["steps"] = torch.tensor(3.0)
+    found["half"] = torch.ones(5, dtype=torch.bfloat16)
+    return found
+
+
+def save_while_training(work: Path) -> None:
+    """Change every tensor while the checkpoint of it waits to be written."""
+    tensors, changed, write = odd_tensors(), threading.Event(), saving.write_parts
+    before = {name: whole(tensor).clone().contiguous() for name, tensor in tensors.items()}
+
+    def late(*arguments: Any) -> None:
+        changed.wait()
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "write_parts", late)
+        saver = Saver(work / "odd", keep=1)
+        saver.start(7, tensors, {"phase": "test"})
+        for tensor in tensors.values():
+            tensor.add_(1)
+        changed.set()
+        saver.finish()
+    if is_first():
+        save_file(before, work / "odd.safetensors")
+    fail_in_one(work, saver, tensors)
+
+
+def fail_in_one(work: Path, saver: Saver, tensors: dict[str, Tensor]) -> None:
+    """The second process's disk is full; notes what each says."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(HuggingFaceStorageWriter, "write_data", full)
+        saver.start(8, tensors, {"phase": "test"})
+        try:
+            saver.finish()
+        except UserError as error:
+            (work / f"full-{rank()}.txt").write_text(str(error), encoding="utf-8")
+
+
+def go_back(earlier: Path, folder: Path) -> None:
+    """Copy a run as it was at its last checkpoint but one."""
+    shutil.copytree(earlier, folder)
+    shutil.rmtree(list_checkpoints(folder / "checkpoints")[-1])
+
+
+def main(work: Path) -> None:
+    torch.set_num_threads(1)
+    DiffusersFamily.default_num_steps = 4  # of the teacher's pictures
+    questions = json.loads((work / "questions.json").read_text(encoding="utf-8"))
+    with joined("cpu"):
+        equality.answer(work / "equality.safetensors", questions.get("equality", []), long=False)
+        if questions.get("saving"):
+            save_while_training(work)
+        for settings, earlier in questions.get("runs", []):
+            if earlier:
+                by_the_first(partial(go_back, work / earlier, Path(settings["run"]["folder"])))
+            fewstep.train(settings)
+        for number, settings in enumerate(questions.get("refused", [])):
+            try:
+                fewstep.train(settings)
+            except UserError as error:
+                (work / f"refused-{number}-{rank()}.txt").write_text(str(error), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
