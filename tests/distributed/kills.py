@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.processes import ROOT, environment
@@ -47,28 +48,42 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def run_with_kills(command: list[str], folder: Path, kills: int, seed: int, log: Path) -> int:
-    """Start a command and kill some or all of its workers `kills` times; returns how often a kill hit.
+@dataclass
+class Kills:
+    """How often processes of a run were killed: in all, all of them at once, and in the middle of a save."""
+
+    hits: int = 0
+    of_all: int = 0
+    in_saves: int = 0
+
+    def kill(self, started: int, everyone: bool, chance: random.Random, checkpoints: Path) -> None:
+        """Kill one or all of the workers that a torchrun started."""
+        workers = children(started)
+        for pid in workers if everyone else workers and [chance.choice(workers)]:
+            os.kill(pid, signal.SIGKILL)
+        self.hits += bool(workers)
+        self.of_all += bool(workers) and everyone
+        self.in_saves += bool(workers) and any(checkpoints.glob(".*.writing"))
+
+
+def run_with_kills(command: list[str], folder: Path, kills: int, seed: int, log: Path) -> Kills:
+    """Start a command and kill some or all of its workers `kills` times.
 
     A kill comes after the next checkpoint began to be written, at once (in the middle of it) or a little later.
     """
-    chance, hits = random.Random(seed), 0
+    chance, done, checkpoints = random.Random(seed), Kills(), folder / "checkpoints"
     with log.open("w") as said:
         started = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         try:
             seen: set[str] = set()
             while started.poll() is None:
-                names = {path.name for path in (folder / "checkpoints").glob("*step_*")} if folder.is_dir() else set()
-                if hits < kills and names - seen:
+                names = {path.name for path in checkpoints.glob("*step_*")} if folder.is_dir() else set()
+                if done.hits < kills and names - seen:
                     seen |= names
                     time.sleep(chance.choice([0, 0, chance.random() * 0.3]))
-                    workers = children(started.pid)
-                    targets = workers if chance.random() < 0.3 else workers and [chance.choice(workers)]
-                    for pid in targets:
-                        os.kill(pid, signal.SIGKILL)
-                    hits += bool(targets)
+                    done.kill(started.pid, chance.random() < 0.3, chance, checkpoints)
                 time.sleep(0.005)
         finally:
             started.kill()
     assert started.returncode == 0, log.read_text()[-4000:]
-    return hits
+    return done

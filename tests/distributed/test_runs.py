@@ -1,13 +1,19 @@
 """Whole runs under torchrun: killed and restarted by itself, continued by another number of processes, refused in one sentence."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from tests.distributed.kills import run, run_with_kills, torchrun
-from tests.distributed.processes import run_processes
+from tests.distributed.processes import ROOT, environment, run_processes
 from tests.distributed.test_together import same
 
 pytestmark = pytest.mark.long
@@ -66,11 +72,74 @@ def test_killed_runs_go_on_by_themselves(recipe: Path, tmp_path: Path) -> None:
     """20 kills of one process or of both, in and between saves, end bit-identically to an undisturbed run."""
     words = (str(recipe), "training.num_steps=60")
     run(torchrun(*words, f"run.folder={tmp_path / 'calm'}"))
-    hits = run_with_kills(
-        torchrun(*words, f"run.folder={tmp_path / 'wild'}", restarts=40), tmp_path / "wild", 20, 0, tmp_path / "log"
-    )
-    assert hits == 20
+    wild = torchrun(*words, f"run.folder={tmp_path / 'wild'}", restarts=40)
+    kills = run_with_kills(wild, tmp_path / "wild", 20, 0, tmp_path / "log")
+    print(kills)
+    assert kills.hits == 20
+    assert kills.of_all > 0
+    assert kills.in_saves > 0
     same(tmp_path / "calm", tmp_path / "wild")
+
+
+def test_the_emoji_recipe_is_killed_goes_on_and_is_resumed_by_one(tmp_path: Path) -> None:
+    """The bundled text recipe, a LoRA on a sharded base: 12 steps on two processes, killed twice, 2 more on one."""
+    words = [
+        str(ROOT / "recipes/emoji_dmd2_4step_lora.toml"), f"run.folder={tmp_path / 'run'}", "training.batch_size=8",
+        "training.time_limit_minutes=0", "run.checkpoint_every=4", "run.sample_images=2", "compute.device=cpu",
+    ]  # fmt: skip
+    started = time.monotonic()
+    kills = run_with_kills(
+        torchrun(*words, "training.num_steps=12", restarts=3), tmp_path / "run", 2, 1, tmp_path / "log"
+    )
+    print(kills, f"{time.monotonic() - started:.0f} s", (tmp_path / "log").read_text(), sep="\n")
+    assert kills.hits == 2
+    said = run([sys.executable, "-m", "fewstep", "train", *words, "training.num_steps=14"])
+    print(said)
+    assert "goes on after step 12" in said
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if "fake_score_grad_norm" in line]
+    assert steps == list(range(14))  # each once
+
+
+def test_sigterm_to_torchrun_saves_the_run(recipe: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it: the step ends, all processes save it, one says where."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as said:
+        started = subprocess.Popen(
+            torchrun(str(recipe), "training.num_steps=5000", f"run.folder={folder}", restarts=1), env=environment(),
+            cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            until = time.monotonic() + 240
+            while not list_checkpoints(folder / "checkpoints") and time.monotonic() < until:
+                time.sleep(0.05)
+            started.terminate()
+            started.wait(120)
+        finally:
+            started.kill()
+    (saved,) = re.findall(
+        r"fewstep: stopped by SIGTERM after (\d+) steps; everything is saved in (\S+)\. Continue with the same torchrun",
+        log.read_text(),
+    )
+    (path,) = list_checkpoints(folder / "checkpoints")
+    assert (int(saved[0]), saved[1]) == (read_checkpoint(path)[1]["step"], str(path))
+
+
+def test_two_machines_under_slurm(recipe: Path, tmp_path: Path) -> None:
+    """The sbatch file with stand-ins for Slurm: `srun` starts its command once for each of two machines, both this one."""
+    twice = 'shift 2; "$@" & other=$!; "$@"; wait $other'
+    for name, does in (("scontrol", "printf 'localhost\\nlocalhost\\n'"), ("srun", twice)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    said = run(
+        ["bash", str(ROOT / "recipes/several_nodes.sbatch"), str(recipe), f"run.folder={tmp_path / 'two'}"],
+        PATH=os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        SLURM_JOB_NODELIST="any", SLURM_CPUS_PER_TASK="1", SLURM_JOB_NUM_NODES="2", PROCESSES_PER_NODE="1",
+        SLURM_JOB_ID=str(os.getpid()),
+    )  # fmt: skip
+    assert said.count("distill: step 6, done") == 1
+    assert [code for code, _ in train(recipe, tmp_path / "one", 2)] == [0, 0]
+    same(tmp_path / "two", tmp_path / "one")
 
 
 def refused(ended: list[tuple[int, str]], words: str) -> None:

@@ -80,6 +80,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     ask(tmp_path, 2, equality=CI, saving=True, runs=two, refused=refused)
     equal_to_one(tmp_path / "equality.safetensors", CI)
     a_checkpoint_is_of_its_step_and_whole_for_one(tmp_path)
+    only_the_first_has_what_it_exports(tmp_path)
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_odd_batch_is_refused_by_all(tmp_path)
     same(tmp_path / "classes 2-2", tmp_path / "classes 2")  # interrupted or not: bit for bit
@@ -108,6 +109,14 @@ def a_checkpoint_is_of_its_step_and_whole_for_one(work: Path) -> None:
         assert torch.equal(tensors[name], value), name
     sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
     assert sizes.keys() == {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
+
+
+def only_the_first_has_what_it_exports(work: Path) -> None:
+    """The others have one whole tensor at a time and none in the end."""
+    expected, found = load_file(work / "odd.safetensors"), load_file(work / "put-together.safetensors")
+    assert len(found) == 4
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert (work / "alive-1.txt").read_text(encoding="utf-8") == "1 0"
 
 
 def a_full_disk_of_one_is_told_by_all(work: Path) -> None:

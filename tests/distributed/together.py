@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fewstep
-from fewstep.distillation.sharding import whole
+from fewstep.distillation import sharding
+from fewstep.distillation.sharding import is_sharded, whole
 from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
@@ -53,6 +55,8 @@ def save_while_training(work: Path) -> None:
     """Change every tensor while the checkpoint of it waits to be written."""
     tensors, changed, write = odd_tensors(), threading.Event(), saving.write_parts
     before = {name: whole(tensor).clone().contiguous() for name, tensor in tensors.items()}
+    if is_first():
+        save_file(before, work / "odd.safetensors")
 
     def late(*arguments: Any) -> None:
         changed.wait()
@@ -66,9 +70,29 @@ def save_while_training(work: Path) -> None:
             tensor.add_(1)
         changed.set()
         saver.finish()
-    if is_first():
-        save_file(before, work / "odd.safetensors")
+    put_together_one_by_one(work)
     fail_in_one(work, saver, tensors)
+
+
+def put_together_one_by_one(work: Path) -> None:
+    """What an export writes; notes how many whole tensors a process had at most at one time."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal most
+        found = whole(tensor)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(one() is not None for one in alive))
+        return found
+
+    sharded = {name: tensor for name, tensor in odd_tensors().items() if is_sharded(tensor)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "whole", counted)
+        kept = sharding.whole_on_the_first(sharded)
+    (work / f"alive-{rank()}.txt").write_text(f"{most} {len(kept)}", encoding="utf-8")
+    if is_first():
+        save_file(kept, work / "put-together.safetensors")
 
 
 def fail_in_one(work: Path, saver: Saver, tensors: dict[str, Tensor]) -> None:

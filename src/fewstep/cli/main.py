@@ -1,7 +1,6 @@
 """The command line. Every command imports what it needs itself, so that `--help` answers at once."""
 
 import os
-import shlex
 import sys
 import tempfile
 import traceback
@@ -17,6 +16,7 @@ from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.examples import add_examples
 from fewstep.cli.export import export
+from fewstep.cli.options import how_to_continue
 from fewstep.cli.prepare import prepare
 from fewstep.cli.pretrain import pretrain
 from fewstep.cli.quickstart import quickstart, text_quickstart
@@ -44,12 +44,11 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except RunInterrupted as stop:
-            again = shlex.join(["fewstep", *sys.argv[1:]])
-            raise Interrupted(f"{stop}. Continue with: {again}", stop.exit_code) from None
+            raise Interrupted(f"{stop}. {how_to_continue()}", stop.exit_code) from None
         except KeyboardInterrupt as stop:
             name, code = stopped_by(stop)
             goes_on = any(word in CONTINUED for word in sys.argv[1:3])
-            again = f"; what is finished is kept. Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}" * goes_on
+            again = f"; what is finished is kept. {how_to_continue()}" * goes_on
             raise Interrupted(f"stopped by {name}{again}", code) from None
 
 
@@ -82,7 +81,8 @@ def main() -> None:
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"fewstep: {stop.message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of many processes, which are all told to stop, one speaks
+            print(f"fewstep: {stop.message}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except OSError as error:
         told = disk_error(error)

@@ -1,6 +1,8 @@
 """Arguments that several commands have, and what they become. Light: no heavy import."""
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -52,3 +54,10 @@ def tell(line: str) -> None:
     from fewstep import progress
 
     progress.tell(line)
+
+
+def how_to_continue() -> str:
+    """The command that goes on with what this one was stopped at."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "Continue with the same torchrun command, on any number of processes"
+    return f"Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}"

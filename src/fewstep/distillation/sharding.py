@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
-from fewstep.parallel import world_size
+from fewstep.parallel import is_first, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,6 +148,20 @@ def whole(tensor: Any) -> Tensor:
     """A sharded tensor put together on every process; the tensor itself where it is whole. All must ask together."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
+
+
+def whole_on_the_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors put together one after the other: the first process keeps them in host memory, the others none of them.
+
+    All must ask together.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        found = whole(tensor.detach())
+        if is_first():
+            kept[name] = found.cpu()
+        del found  # before the next one is put together
+    return kept
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

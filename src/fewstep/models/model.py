@@ -14,7 +14,7 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
-from fewstep.distillation.sharding import whole
+from fewstep.distillation.sharding import whole_on_the_first
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
@@ -317,7 +317,7 @@ class Model:
     def write(self, folder: Path) -> None:
         """Write the model's own weights with its card; of one with a base, the rest is read from there again."""
         description = self.denoiser.describe()
-        weights = {name: whole(value) for name, value in self.denoiser.own_weights().items()}
+        weights = whole_on_the_first(self.denoiser.own_weights())
 
         def write() -> None:
             if not self.base:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Self
 
 from fewstep.errors import RunInterrupted, stopped_by
+from fewstep.parallel import is_first
 from fewstep.training.checkpoint import list_checkpoints
 
 _PATIENCE_SECONDS = 1.0
@@ -64,7 +65,7 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is None:
+        if self.signal is None and is_first():
             self._line.start()
         self.signal = signal.Signals(number)
         if self._at_once:
