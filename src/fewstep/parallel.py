@@ -9,6 +9,7 @@ together they decide over a group on the host (gloo), what networks exchange goe
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -185,7 +186,7 @@ def _named(error: UserError, store: Any) -> BaseException:
 
 def _lost(error: RuntimeError) -> str:
     """What a failed exchange means, in a sentence; other faults are raised as they are."""
-    words = str(error).splitlines()[0][:300] if str(error) else ""
+    words = re.sub(r"^\[[^]]*\] ", "", (str(error).splitlines() or [""])[0])[:300]  # without the line of gloo's source
     signs = ("peer", "timed out", "timeout", "monitoredbarrier", "nccl", "gloo", "socket", "connection")
     if not any(sign in words.lower() for sign in signs):
         raise error

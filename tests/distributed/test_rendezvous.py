@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from fewstep.errors import UserError
-from fewstep.parallel import _attempt
+from fewstep.parallel import _attempt, _lost
 
 WAITS = timedelta(seconds=5)
 
@@ -40,3 +40,10 @@ def test_a_word_of_the_dead_is_no_answer() -> None:
         _attempt(store, 0, 2, timedelta(seconds=0.2))
     with pytest.raises(UserError, match="process 1 waited 0 s in vain for process 0 to start"):
         _attempt(store, 1, 2, timedelta(seconds=0.2))
+
+
+def test_a_lost_process_is_told_without_the_line_of_gloos_source() -> None:
+    error = RuntimeError("[/somewhere/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5\nmore")
+    assert _lost(error).startswith("the processes lost each other (Connection closed by peer [127.0.0.1]:5); repeat")
+    with pytest.raises(RuntimeError, match="shapes"):
+        _lost(RuntimeError("shapes do not fit"))
