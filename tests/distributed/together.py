@@ -25,6 +25,7 @@ from fewstep.distillation import sharding
 from fewstep.distillation.sharding import is_sharded, whole
 from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
+from fewstep.families.edm.family import EDMFamily
 from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
 from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
@@ -120,7 +121,7 @@ def go_back(earlier: Path, folder: Path) -> None:
 
 def main(work: Path) -> None:
     torch.set_num_threads(1)
-    DiffusersFamily.default_num_steps = 4  # of the teacher's pictures
+    DiffusersFamily.default_num_steps, EDMFamily.default_num_steps = 4, 2  # of the teacher's pictures
     questions = json.loads((work / "questions.json").read_text(encoding="utf-8"))
     with joined("cpu"):
         equality.answer(work / "equality.safetensors", questions.get("equality", []), long=False)
