@@ -115,6 +115,7 @@ def test_the_plain_step_trains_what_the_librarys_trains(network: str) -> None:
     assert moved > 0.99
 
 
+@pytest.mark.long
 def test_counted_operations_follow_the_simulated_steps() -> None:
     """The count over a cycle of a four-step generator equals the sum over its steps, each counted by itself."""
     case = gpu_runs.Case("sdxl", 1, "shared_base", steps=(999, 499), tiny=True)

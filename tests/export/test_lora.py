@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_sd_folder
 SHAPE = LoraShape(4, 1.0)  # a wrong scale would be a factor of 4
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.long), "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.long)])
 def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, family: str) -> None:
     run = write_run(tmp_path, family, (999, 499), SHAPE)
     generator = load(run)

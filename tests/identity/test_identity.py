@@ -36,7 +36,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(run, marks=[] if run in ("class", "text-shared-base") else pytest.mark.long) for run in RUNS]
+)
 def test_twenty_steps_are_what_they_were(work: Path, name: str) -> None:
     before, now = BEFORE["runs"][name], record_run(name, work, command)
     if machine() == BEFORE["machine"]:

@@ -132,7 +132,8 @@ def a_step(
 
 @torch_warns
 @pytest.mark.usefixtures("eager_compiler")
-@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.long), True], ids=["kept", "recomputed"])
+@pytest.mark.long
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_a_compiled_block_serves_every_role(recomputed: bool) -> None:
     """One block of the network, which says as much as all of them and takes seconds."""
     shared, generator, fake_score = two_roles(tiny_text_denoiser("sd"))

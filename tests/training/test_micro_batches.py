@@ -145,7 +145,10 @@ def flat(update: Update) -> Tensor:
     return torch.cat([whole(parameter.detach()).flatten() for parameter in update.parameters.values()]).clone()
 
 
-@pytest.mark.parametrize("kind", ["edm", "sd full", "sdxl lora_generator", "sd shared_base", "sd3 full"])
+@pytest.mark.parametrize(
+    "kind",
+    ["edm", pytest.param("sd full", marks=pytest.mark.long), "sdxl lora_generator", "sd shared_base", "sd3 full"],
+)
 def test_micro_batches_give_the_whole_batchs_gradients(kind: str) -> None:
     whole = gradients(kind, 0)
     assert all(float(part.norm()) > 1e-3 for part in whole[:2])

@@ -332,6 +332,7 @@ def typed(settings: TrainSettings) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in flatten_settings(settings).items()]
 
 
+@pytest.mark.long
 def test_a_gan_weight_is_suggested_for_a_text_model(work: Path, tmp_path: Path) -> None:
     """As a user types it; the weight is the quotient of the norms it names, and no run is started."""
     (tmp_path / "recipe.toml").write_text("")
