@@ -197,6 +197,18 @@ def test_observers_pictures_and_checkpoints_are_off_the_clock(
     assert state["elapsed_seconds"] == pytest.approx(10)
 
 
+@pytest.mark.usefixtures("clockwork")
+@pytest.mark.parametrize(("saving", "saved"), [(0.0, [4, 8, 9]), (2.4, [7, 9])])
+def test_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: float, saved: list[int]) -> None:
+    """A minute of training is not lost; where saving takes 2.4 s, two minutes may be."""
+    steps: list[int] = []
+    monkeypatch.setattr(Saver, "start", lambda self, step, *_: steps.append(step))
+    monkeypatch.setattr(Saver, "seconds", property(lambda self: saving, lambda self, value: None), raising=False)
+    settings = counting_settings(tmp_path, {"num_steps": 9}, run={"checkpoint_every": 1000})
+    run_job(Counting(seconds=20.0), settings, tmp_path)
+    assert steps == saved
+
+
 def test_clock(clockwork: Time) -> None:
     clock = Clock(10.0)
     clockwork.sleep(3)

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ class Saver:
     Args:
         folder: `checkpoints/` of the run.
         keep: newest checkpoints that stay.
+
+    Attributes:
+        seconds: that the last one took, from its copy to the disk.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -26,6 +30,7 @@ class Saver:
         self._group = group_apart()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
+        self.seconds = 0.0
 
     def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Copy the tensors of `step` finished steps and begin to write them; the one before is finished first.
@@ -34,9 +39,10 @@ class Saver:
             UserError: the one before could not be written.
         """
         self.finish()
+        begun = time.monotonic()
         copies = {name: _copied(tensor) for name, tensor in tensors.items()}
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, dict(state)), daemon=True, name="checkpoint"
+            target=self._write, args=(step, copies, dict(state), begun), daemon=True, name="checkpoint"
         )
         self._thread.start()
 
@@ -57,7 +63,7 @@ class Saver:
         if fault is not None:
             raise fault
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], begun: float) -> None:
         try:
             if world_size() == 1:
                 write_checkpoint(self.folder, step, tensors, state, self.keep)
@@ -68,6 +74,8 @@ class Saver:
                     shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:  # raised where training waits for it
             self._fault = error
+        finally:
+            self.seconds = time.monotonic() - begun
 
 
 def _copied(tensor: Tensor) -> Tensor:

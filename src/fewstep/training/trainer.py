@@ -32,6 +32,7 @@ from fewstep.training.run_folder import hold, release
 from fewstep.training.run_log import Clock, RunLog
 from fewstep.training.saving import Saver
 
+SAVE_AFTER_SECONDS, SAVING_SHARE = 60.0, 0.02  # of training without a checkpoint, and what saving may take of a run
 PLAIN_EVERY_SECONDS = 30  # between lines about a run's progress where there is no terminal
 Observer = Callable[[int, float], None]
 
@@ -124,6 +125,7 @@ class Loop:
         self.log = RunLog(folder, self.step, find_spec("tensorboard") is not None, console)
         self.clock = Clock(elapsed)
         self.clock.pause()
+        self.saved_seconds = elapsed
         self.rate = Rate(settings.training.batch_size, elapsed)
 
     def run(self, watches: Sequence[Watcher], observers: Sequence[Observer]) -> int:
@@ -158,7 +160,7 @@ class Loop:
         """One training step on the clock, and what is due after it off the clock."""
         run, log = self.settings.run, self.log
         self.clock.resume()
-        progress = agreed(self.progress())  # rates may follow the clock
+        progress, late = agreed((self.progress(), self.is_late()))  # rates may follow the clock
         metrics = self.job.step(self.step, progress)
         self.step += 1
         seconds = self.clock.seconds()
@@ -173,7 +175,7 @@ class Loop:
         if self.step % run.sample_every == 0 or (self.step == 1 and self.job.first_step_shows):
             bar.say(progress, f"step {self.step}, sample pictures")
             self.job.pictures(log, self.step)
-        if self.step % run.checkpoint_every == 0:
+        if late or self.step % run.checkpoint_every == 0:
             self.save()
 
     def goes_on(self) -> bool:
@@ -193,6 +195,10 @@ class Loop:
             self.stop.signal = next((signal for _, signal, _ in heard if signal is not None), None)
         return not (heard[0][0] or self.stop.signal)
 
+    def is_late(self) -> bool:
+        """Whether a checkpoint is due by time: a minute after the last one, later where saving takes long."""
+        return self.clock.seconds() - self.saved_seconds >= max(SAVE_AFTER_SECONDS, self.saver.seconds / SAVING_SHARE)
+
     def progress(self) -> float:
         """Share of the run that is done, 0..1: by steps or by the clock, whichever is nearer its end."""
         training = self.settings.training
@@ -209,7 +215,7 @@ class Loop:
             "draws": {"generator": "philox4x32-10", "seed": training.seed},
         }  # fmt: skip
         self.saver.start(self.step, {**self.job.tensors(), **random_state()}, state)
-        self.saved_step = self.step
+        self.saved_step, self.saved_seconds = self.step, self.clock.seconds()
 
     def farewell(self) -> str:
         """What a user who stopped the run wants to know."""
