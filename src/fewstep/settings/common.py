@@ -79,7 +79,9 @@ class RunSettings(Tree):
 
     folder: str = Field("", description="run folder; empty: runs/<recipe name>")
     sample_every: Positive = Field(1000, description="steps between sample pictures")
-    checkpoint_every: Positive = Field(1000, description="steps between checkpoints; a minute of training without one makes one, too")
+    checkpoint_every: Positive = Field(
+        1000, description="steps between checkpoints; a minute of training without one makes one, too"
+    )
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
     sample_images: Positive = Field(64, le=1024, description="pictures in a sample grid")
 
