@@ -23,6 +23,17 @@ def test_grid_places_pictures_row_by_row_with_a_white_line_between() -> None:
     assert (grid[:, 4] == 255).all()
 
 
+def test_rows_of_other_sizes_keep_their_columns(tmp_path: Path) -> None:
+    """Real pictures of 28 above made ones of 32: the last column is whole, and white begins beside it."""
+    rows = {"real": torch.ones(5, 1, 28, 28), "made": torch.ones(5, 1, 32, 32)}
+    save_comparison(tmp_path / "one.png", [Block(["a"] * 5, rows)], scale=1)
+    same = {name: torch.ones(5, 1, 32, 32) for name in rows}
+    save_comparison(tmp_path / "same.png", [Block(["a"] * 5, same)], scale=1)
+    one, two = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "same.png"))
+    assert one.shape == two.shape
+    assert (one[-40:] == two[-40:]).all()
+
+
 def test_a_comparison_has_captions_above_names_beside_and_enlarged_grids(tmp_path: Path) -> None:
     red, blue = (torch.full((count, 3, 20, 20), -1.0) for count in (4, 2))
     red[:, 0], blue[:, 2] = 1.0, 1.0

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn import functional
 
 from fewstep.formats.atomic import replaced_file
 
@@ -93,7 +94,8 @@ def save_comparison(path: Path, blocks: Sequence[Block], scale: int = 2) -> None
 def _drawn_block(block: Block, scale: int) -> Image.Image:
     """Captions, then a grid for each row's name."""
     columns = len(block.captions)
-    grids = [make_grid(images, columns) for images in block.rows.values()]
+    side = max(max(images.shape[2:]) for images in block.rows.values())
+    grids = [make_grid(_padded(images, side), columns) for images in block.rows.values()]
     wide = scale * (grids[0].width + 1) // columns
     captions = [_wrapped(caption, wide // _LETTER) for caption in block.captions]
     names = [_wrapped(name, _NAMES_LETTERS) for name in block.rows]
@@ -111,6 +113,12 @@ def _drawn_block(block: Block, scale: int) -> Image.Image:
         canvas.paste(grid.resize(size, Image.Resampling.NEAREST), (left, top))
         top += size[1] + _GAP
     return canvas
+
+
+def _padded(images: Tensor, side: int) -> Tensor:
+    """(N, C, H, W) in the middle of black squares, so that rows of other sizes keep their columns."""
+    high, wide = side - images.shape[2], side - images.shape[3]
+    return functional.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=-1.0)
 
 
 def _wrapped(text: str, letters: int) -> str:
