@@ -157,13 +157,21 @@ class Captions:
     def __init__(self, tokenizer: CLIPTokenizer, texts: list[str]) -> None:
         distinct = sorted(set(texts))
         flat = [variant for text in distinct for variant in caption_variants(text)]
-        self.ids = token_ids(tokenizer, flat).view(len(distinct), len(CAPTION_SHARES), MAX_TOKENS)
+        self.encode(tokenizer, flat)
         number_of = {text: number for number, text in enumerate(distinct)}
         self.text_of_row = torch.tensor([number_of[text] for text in texts])
         self.weights = torch.bincount(self.text_of_row)[self.text_of_row].double() ** -0.5
 
+    def encode(self, tokenizer: CLIPTokenizer, flat: list[str]) -> None:
+        """Set `ids` from all variants of all texts, those of one text after one another."""
+        self.ids = token_ids(tokenizer, flat).view(-1, len(CAPTION_SHARES), MAX_TOKENS)
+
+    def choose(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows of pictures (B,) and a variant of each one's caption (B,)."""
+        rows = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
+        return rows, torch.multinomial(torch.tensor(CAPTION_SHARES), batch, replacement=True, generator=generator)
+
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of pictures (B,), the ids of their captions (B, 24) and which captions are empty, bool (B,)."""
-        rows = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
-        variants = torch.multinomial(torch.tensor(CAPTION_SHARES), batch, replacement=True, generator=generator)
+        rows, variants = self.choose(batch, generator)
         return rows, self.ids[self.text_of_row[rows], variants], variants == 0

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.devices import DTYPES, choose_precision
+from fewstep.diffusion.denoiser import computing_in
 from fewstep.training.ema import WeightAverage
 
 PEAK_RATE = {"vae": 2e-3, "sd": 8e-4, "sdxl": 8e-4}
@@ -84,10 +85,10 @@ def train(
     return average.module
 
 
-def fast_precision() -> AbstractContextManager[None]:
+def fast_precision() -> AbstractContextManager[object]:
     """bf16 inside, on processors that are fast in it; float32 elsewhere."""
-    dtype = DTYPES[choose_precision("auto", torch.device("cpu"))]
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    place = torch.device("cpu")
+    return computing_in(DTYPES[choose_precision("auto", place)], place)
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:

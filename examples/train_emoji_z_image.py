@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from emoji_teacher_data import CAPTION_SHARES, Pictures, Split, caption_variants, read_pictures, split_texts
+from emoji_teacher_data import CAPTION_SHARES, Captions, Pictures, Split, read_pictures, split_texts
 from emoji_teacher_models import count_parameters
 from emoji_teacher_training import Budget, train, whitened_components
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -78,24 +78,24 @@ def build_networks(tokenizer: Any, sizes: dict[str, Any], text_layers: int) -> n
     return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
 
-class Captions:
-    """Token ids of every variant of every picture's caption in its template, and draws among them, as train_emoji_teacher.py's."""
+class ChatCaptions(Captions):
+    """Captions in their chat template, of different lengths.
 
-    def __init__(self, tokenizer: Any, texts: list[str]) -> None:
+    Attributes:
+        lengths: tokens of each variant of each text.
+    """
+
+    def encode(self, tokenizer: Any, flat: list[str]) -> None:
         chat = family_named("z-image").text_layout.chat  # type: ignore[attr-defined]
-        distinct = sorted(set(texts))
-        flat = [chat(tokenizer, variant) for text in distinct for variant in caption_variants(text)]
-        found = tokenizer(flat, padding=True, padding_side="right", return_tensors="pt")
-        self.ids = found.input_ids.view(len(distinct), len(CAPTION_SHARES), -1)
-        self.lengths = found.attention_mask.sum(1).view(len(distinct), -1)
-        number_of = {text: number for number, text in enumerate(distinct)}
-        self.text_of_row = torch.tensor([number_of[text] for text in texts])
-        self.weights = torch.bincount(self.text_of_row)[self.text_of_row].double() ** -0.5
+        found = tokenizer(
+            [chat(tokenizer, caption) for caption in flat], padding=True, padding_side="right", return_tensors="pt"
+        )
+        self.ids = found.input_ids.view(-1, len(CAPTION_SHARES), found.input_ids.shape[1])
+        self.lengths = found.attention_mask.sum(1).view(-1, len(CAPTION_SHARES))
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of pictures (B,), ids (B, T) and tokens (B,) of their captions."""
-        rows = torch.multinomial(self.weights, batch, replacement=True, generator=generator)
-        variants = torch.multinomial(torch.tensor(CAPTION_SHARES), batch, replacement=True, generator=generator)
+        rows, variants = self.choose(batch, generator)
         chosen = self.text_of_row[rows], variants
         lengths = self.lengths[chosen]
         return rows, self.ids[chosen][:, : int(lengths.max())], lengths
@@ -108,7 +108,7 @@ def encode_text(networks: nn.ModuleDict, ids: Tensor, lengths: Tensor) -> Tensor
     return states
 
 
-def teach_text(networks: nn.ModuleDict, latents: Tensor, captions: Captions, steps: int, seed: int) -> None:
+def teach_text(networks: nn.ModuleDict, latents: Tensor, captions: ChatCaptions, steps: int, seed: int) -> None:
     """A start for the text encoder: guess the picture's coarse content from the last token, which has seen the whole caption."""
     generator, target = torch.Generator().manual_seed(seed), whitened_components(latents)
     head = nn.Linear(TEXT_WIDTH, target.shape[1])
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None, sizes: dict[str, Any] | None = None
     samples.mkdir(parents=True, exist_ok=True)
     vae, latents = open_vae(seen)
     tokenizer = build_tokenizer(list(split["train"]))
-    captions = Captions(tokenizer, seen.texts)
+    captions = ChatCaptions(tokenizer, seen.texts)
     networks = build_networks(tokenizer, sizes or SIZES, text_layers=2)
     print(f"{shlex.join(sys.argv)}: {count_parameters({**networks, 'vae': vae})}", flush=True)
     generator = torch.Generator().manual_seed(options.seed)

@@ -43,7 +43,7 @@ def test_training_conditions_as_the_teacher_samples(folder: Path) -> None:
     pipe: Any = ZImagePipeline.from_pretrained(folder)
     teacher = fewstep.load_teacher(folder, device="cpu")
     texts = ["blue bar, bs", "a"]
-    captions = script.Captions(pipe.tokenizer, texts)
+    captions = script.ChatCaptions(pipe.tokenizer, texts)
     ids, lengths = (found[captions.text_of_row, 1] for found in (captions.ids, captions.lengths))
     networks = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     noisy, level = torch.randn(2, 4, 16, 16), torch.tensor([0.8, 0.3])

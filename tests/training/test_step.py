@@ -372,6 +372,23 @@ def test_prompts_and_pairs_are_looked_up_on_the_host(tmp_path: Path) -> None:
     assert not seen.copies
 
 
+@pytest.mark.parametrize(("place", "waits"), [("cpu", True), ("meta", False)])
+def test_embeddings_have_arrived_when_they_are_in_host_memory(place: str, waits: bool) -> None:
+    """A copy to the host that nobody waits for is read before it is there; a conversion stands in for a GPU's tensors."""
+    asked: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                asked.append(bool((kwargs or {}).get("non_blocking")))
+            return func(*args, **(kwargs or {}))
+
+    embeddings = TextEmbeddings(torch.zeros(2, 5, 3).half(), torch.zeros(2, 4).half())
+    with Copies():
+        embeddings.to(place)
+    assert asked == [not waits] * 2
+
+
 @pytest.fixture
 def no_reading_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str) -> Callable[..., Any]:

@@ -32,7 +32,6 @@ AnyPrecision = Annotated[
 @contextmanager
 def starting() -> Iterator[None]:
     """Around a command's heavy imports, which take seconds."""
-
     from fewstep.progress import Stderr, busy
 
     first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks

@@ -50,10 +50,10 @@ class Draws:
         cls, seed: int, step: int, batch_size: int, device: torch.device | str = "cpu", first: int = 0
     ) -> "Draws":
         """Draws of the samples first..first + batch_size - 1."""
-        positions, elsewhere = range(first, first + batch_size), torch.device(device).type != "cpu"
-        numbers = torch.arange(positions.start, positions.stop, dtype=torch.int64, device=device)
-        host = torch.arange(positions.start, positions.stop, dtype=torch.int64) if elsewhere else None
-        return cls(seed, step, numbers, host)
+        host = torch.arange(first, first + batch_size, dtype=torch.int64)
+        if torch.device(device).type == "cpu":
+            return cls(seed, step, host)
+        return cls(seed, step, torch.arange(first, first + batch_size, dtype=torch.int64, device=device), host)
 
     def part(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""

@@ -104,10 +104,8 @@ def _object(path: Path, text: str) -> dict[str, Any]:
 
 def _scale(config: Mapping[str, Any], path: Path) -> LoraScale:
     _refuse_unknown(config, path)
-    rank, alpha = (
-        None if config.get(name) is None else _number(config[name], path, what)
-        for name, what in (("r", "rank"), ("lora_alpha", "alpha"))
-    )
+    rank = None if config.get("r") is None else _number(config["r"], path, "rank")
+    alpha = None if config.get("lora_alpha") is None else _number(config["lora_alpha"], path, "alpha")
     alphas, ranks = _patterns(config, path, "alpha"), _patterns(config, path, "rank")
     for pattern in alphas:
         if not _PLAIN_PATTERN.fullmatch(pattern):

@@ -151,13 +151,12 @@ class _LabelList:
     classes: ClassTable
     labels: Tensor
     noun: str = "classes"
+    on_host = False
 
     @property
     def num_rows(self) -> int:
         """Number of labels."""
         return len(self.labels)
-
-    on_host = False
 
     def rows(self, index: Tensor, device: torch.device | None = None) -> Condition:
         return self.classes.rows(self.labels.to(index.device)[index], device)
@@ -214,7 +213,9 @@ class PromptTable:
     size: Size
     noun: str = "prompts"
     on_host = True
-    _empty_on: "dict[torch.device, TextEmbeddings]" = field(default_factory=dict)  # copied to each device once
+    _empty_on: "dict[torch.device, TextEmbeddings]" = field(
+        default_factory=dict, init=False
+    )  # copied to each device once
 
     @property
     def num_rows(self) -> int:

@@ -101,13 +101,18 @@ class LoraLayer(nn.Module):
     def delta_weight(self, role: str) -> Tensor:
         """What a role adds to the base's weight, of its shape: (alpha / rank) B A."""
         down, up = self.parameters_of(role)
-        return (up.flatten(1) @ down.flatten(1)).view(self.weight.shape) * self.scale
+        return low_rank_update(down, up, self.scale).view(self.weight.shape)
 
     def parameters_of(self, role: str) -> tuple[Tensor, Tensor]:
         """A and B of a role."""
         down: Any = self.lora_A[role]
         up: Any = self.lora_B[role]
         return down.weight, up.weight
+
+
+def low_rank_update(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """scale B A, (out, in x kernel)."""
+    return (up.flatten(1) @ down.flatten(1)) * scale
 
 
 def wrap_layers(network: nn.Module, targets: Sequence[str], binding: Binding, scale: float) -> dict[str, LoraLayer]:

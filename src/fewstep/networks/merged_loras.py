@@ -10,6 +10,7 @@ from fewstep.errors import UserError
 from fewstep.formats.kohya_lora import LoraWeights, read_lora
 from fewstep.formats.lora_list import LoraFile
 from fewstep.formats.lora_spellings import LayerAliases
+from fewstep.networks.lora_layers import low_rank_update
 
 
 @torch.no_grad()
@@ -37,8 +38,8 @@ def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAli
 
 def update_of(lora: LoraWeights, target: str) -> Tensor:
     """(alpha / rank) B A of a layer, (out, in x kernel)."""
-    down, up = (lora.state[f"{target}.lora_{part}.weight"].flatten(1) for part in "AB")
-    return lora.alpha / lora.rank * (up @ down)
+    down, up = (lora.state[f"{target}.lora_{part}.weight"] for part in "AB")
+    return low_rank_update(down, up, lora.alpha / lora.rank)
 
 
 def _check(lora: LoraFile, weights: LoraWeights, layers: dict[str, nn.Module]) -> None:

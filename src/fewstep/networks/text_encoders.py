@@ -32,13 +32,17 @@ class TextEmbeddings(NamedTuple):
         return TextEmbeddings(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "TextEmbeddings":
-        """On another device, as float32; prompts of different lengths no wider than the longest."""
+        """On another device, as float32; prompts of different lengths no wider than the longest.
+
+        Nobody waits for a copy to a device; one to the host has arrived when this returns.
+        """
         text, pooled, lengths = self
+        waits = torch.device(device).type == "cpu"
         if lengths is not None:
             text = text[:, : max(1, int(lengths.max()))] if len(lengths) else text[:, :1]
-            lengths = lengths.to(device, non_blocking=True)
-        pooled = None if pooled is None else pooled.to(device, torch.float32, non_blocking=True)
-        return TextEmbeddings(text.to(device, torch.float32, non_blocking=True), pooled, lengths)
+            lengths = lengths.to(device, non_blocking=not waits)
+        pooled = None if pooled is None else pooled.to(device, torch.float32, non_blocking=not waits)
+        return TextEmbeddings(text.to(device, torch.float32, non_blocking=not waits), pooled, lengths)
 
     @classmethod
     def cat(cls, parts: "list[TextEmbeddings]") -> "TextEmbeddings":

@@ -40,9 +40,14 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
         write_tensor_file(aside / TENSORS, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
         proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
         (aside / "state.json").write_text(json.dumps({**state, "step": step, **proof}, indent=1), encoding="utf-8")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # one too many does no harm
+    drop_older(folder, keep)
     return target
+
+
+def drop_older(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; one too many does no harm."""
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -62,20 +62,23 @@ class GeneratorJob:
 
     def tensors(self) -> dict[str, Tensor]:
         """Networks, average and optimisers; the teacher is frozen and stays where it is."""
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules().items():
-            tensors.update(module_tensors(name, module))
+        tensors = self._networks()
         for name, update in self.updates().items():
             tensors.update(update.tensors(name))
         return tensors
 
     def layout(self) -> dict[str, Tensor]:
         """Networks, and the moments that their optimisers will have."""
+        tensors = self._networks()
+        for name, update in self.updates().items():
+            tensors.update(update.layout(name))
+        return tensors
+
+    def _networks(self) -> dict[str, Tensor]:
+        """Networks and average."""
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules().items():
             tensors.update(module_tensors(name, module))
-        for name, update in self.updates().items():
-            tensors.update(update.layout(name))
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -15,14 +15,8 @@ from fewstep.formats.fingerprints import add_content
 from fewstep.formats.lora_list import loras_fingerprint
 
 FILE = "data.json"
-SOURCES = (
-    "teacher.path",
-    "teacher.loras",
-    "data.images",
-    "data.prompts",
-    "data.latents",
-    "data.pairs",
-)  # settings that name data
+# settings that name data
+SOURCES = ("teacher.path", "teacher.loras", "data.images", "data.prompts", "data.latents", "data.pairs")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Checkpoints written while training goes on: what is saved is copied at once, the disk is written from another thread."""
 
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.parallel import group_apart, is_first, world_size
-from fewstep.training.checkpoint import checkpoint_path, list_checkpoints, write_checkpoint
+from fewstep.training.checkpoint import checkpoint_path, drop_older, write_checkpoint
 from fewstep.training.sharded_checkpoint import write_parts
 
 
@@ -70,8 +69,7 @@ class Saver:
                 return
             write_parts(checkpoint_path(self.folder, step), tensors, {**state, "step": step}, self._group)
             if is_first():
-                for old in list_checkpoints(self.folder)[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                drop_older(self.folder, self.keep)
         except BaseException as error:  # raised where training waits for it
             self._fault = error
         finally:
