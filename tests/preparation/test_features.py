@@ -178,3 +178,21 @@ def test_features_see_pictures_as_files_would_have_them(trained: tuple[SmallClas
     torch.testing.assert_close(found, model(rounded))
     assert not torch.allclose(found, model(images), atol=1e-4)
     assert json.loads((trained[1] / "config.json").read_text())["num_classes"] == 4
+
+
+@pytest.mark.parametrize(("precision", "narrow"), [("auto", False), ("bf16", True)])
+def test_it_trains_in_the_precision_that_is_fast(
+    dataset: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, narrow: bool
+) -> None:
+    """In tests `auto` is fp32; bf16 unasked is 15 times slower on processors without instructions for it."""
+    seen: list[bool] = []
+    logits = SmallClassifier.logits
+
+    def watched(self: SmallClassifier, images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return logits(self, images)
+
+    monkeypatch.setattr(SmallClassifier, "logits", watched)
+    options = {**TRAINING, "num_passes": 1, "batch_size": 64, "width": 4}
+    train_feature_network(dataset, tmp_path / "net", **options, precision=precision)
+    assert seen == [narrow]
