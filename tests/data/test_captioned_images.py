@@ -211,3 +211,78 @@ def test_a_tar_of_negative_size_is_refused_at_once(tmp_path: Path) -> None:
     content[124:136] = b"-0000001000\0"
     path.write_bytes(content)
     assert "is no tar file, or damaged at byte 0" in refused(path)
+
+
+def test_captions_beside_pictures_are_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "10_cat"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(png(1))
+        (folder / f"{name}.txt").write_text("a cat")
+    (folder / "notes.md").write_text("x")
+    open_captioned_images(str(tmp_path))
+    assert "2 pictures; 1 file left out: 1 not pictures (.md)" in capsys.readouterr().err
+
+
+def test_metadata_with_full_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    row = {"file_name": str(tmp_path / "a.png"), "text": "a cat"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert [found.caption for found in open_captioned_images(str(tmp_path)).rows(0)] == ["a cat"]
+
+
+def test_columns_of_pictures_of_other_tools(tmp_path: Path) -> None:
+    """What pyarrow, pandas and polars write has no features of `datasets`; of several columns of pictures none is guessed."""
+    kinds: dict[str, list[Any]] = {
+        "bytes": [png(7)], "image": [{"bytes": png(7), "path": "x"}], "picture": [{"bytes": png(7), "path": None}],
+    }  # fmt: skip
+    for name in ("bytes", "image"):
+        pyarrow.parquet.write_table(pyarrow.table({name: kinds[name], "text": ["a"]}), tmp_path / f"{name}.parquet")
+        (row,) = open_captioned_images(str(tmp_path / f"{name}.parquet")).rows(0)
+        assert decode_picture(row.picture, "", 16, 3, "exact").max() == 7
+    both = datasets.Dataset.from_dict({"mask": kinds["picture"], "photo": kinds["picture"], "text": ["a"]})
+    for column in ("mask", "photo"):
+        both = both.cast_column(column, datasets.Image())
+    both.to_parquet(tmp_path / "two.parquet")
+    assert "has several columns of pictures (mask, photo), and only one" in refused(tmp_path / "two.parquet")
+    both.rename_column("photo", "image").to_parquet(tmp_path / "named.parquet")
+    assert open_captioned_images(str(tmp_path / "named.parquet"))._image == "image"
+
+
+def test_what_is_no_set_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    assert "a.tar.gz is a file of another kind than a folder, parquet file or tar" in refused(tmp_path / "a.tar.gz")
+    assert "is no file or folder here, and as a data set of the hub it cannot be read" in refused("no-such-set")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(1), "path": None}], "text": ["a"]})
+    rows = rows.cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "disk")
+    assert "it was written by save_to_disk of datasets" in refused(tmp_path / "disk")
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"hub/{split}-00000-of-00001.parquet")
+    open_captioned_images(str(tmp_path / "hub"))
+    assert "hub: 1 picture (split train of test, train)" in capsys.readouterr().err
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_tars_masks_and_empty_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member without content is never read from the disk, where a file of its name may lie."""
+    masked = tar_of(tmp_path / "a.tar", {"0.seg.png": png(9), "0.jpg": png(5), "0.txt": b"a"})
+    (row,) = open_captioned_images(str(masked)).rows(0)
+    assert decode_picture(row.picture, "", 16, 3, "exact").max() == 5
+    two = tar_of(tmp_path / "b.tar", {"0.png": png(9), "0.jpg": png(5), "0.txt": b"a"})
+    with pytest.raises(UserError, match="row 0 has 2 pictures, of which only one can be meant"):
+        list(open_captioned_images(str(two)).rows(0))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.png").write_bytes(png(3))
+    (row,) = open_captioned_images(str(tar_of(tmp_path / "c.tar", {"0.png": b"", "0.txt": b"a"}))).rows(0)
+    with pytest.raises(UserError, match="picture 0 does not decode"):
+        decode_picture(row.picture, "0", 16, 3, "exact")

@@ -325,13 +325,15 @@ def test_nothing_there(place: str) -> None:
 
 def test_a_single_picture_is_no_data_set(tmp_path: Path) -> None:
     write_values(tmp_path, {"1.png": 3})
-    assert refused(tmp_path / "1.png") == f"data.images={tmp_path / '1.png'}: no such folder or parquet file"
+    assert "1.png is a file of another kind than a folder or parquet file; " in refused(tmp_path / "1.png")
 
 
 def test_a_folder_without_pictures(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     message = refused(tmp_path)
-    assert message.startswith(f"data.images={tmp_path}: no picture in this folder (")
+    assert message.startswith(
+        f"data.images={tmp_path}: no picture in this folder, but 1 not pictures (.txt); pictures are .apng, "
+    )
     assert ".png" in message
 
 
@@ -360,7 +362,10 @@ def test_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_set_that_cannot_be_reached() -> None:
     message = refused("nobody/nothing")
-    assert message.startswith("data.images=nobody/nothing (split 'train') cannot be read: ")
+    assert (
+        "nobody/nothing (split 'train') is no file or folder here, and as a data set of the hub it cannot be read"
+        in message
+    )
     assert "\n" not in message
 
 

@@ -84,8 +84,8 @@ def test_metadata_of_several_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"file_name": "2.png"}', "line 1 names 2.png, which is not there"),
-        ('{"text": "x"}', "line 1 has no file_name"),
+        ('{"file_name": "2.png"}', "line 1 names 2.png, which is no picture below"),
+        ('{"text": "x"}', "line 1 has no file_name among ['text']"),
         ('{"file_name": "1.png", "a": 1}\n{"file_name": "1.png", "a": 2}', "line 2 names 1.png a second time"),
         ("[1, 2]", "line 1 is not a JSON object"),
         ("{broken", "cannot be read"),

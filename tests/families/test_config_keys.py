@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_what_changes_the_arithmetic_is_refused_by_name(
 def test_latents_of_another_scale_are_refused(models: Path, tmp_path: Path, name: str, values: dict[str, Any]) -> None:
     folder = changed(shutil.copytree(models / name, tmp_path / "model"), "vae/config.json", **values)
     with pytest.raises(UserError, match=f"its vae has {next(iter(values))}="):
+        recognise(folder).autoencoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor is 0, not a number above 0"),
+        ({"scaling_factor": None}, "scaling_factor is None, not a number above 0"),
+        ({"scaling_factor": -0.18}, "scaling_factor is -0.18, not a number above 0"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "its vae is a AsymmetricAutoencoderKL"),
+        ({"_class_name": None}, "its vae is a component without _class_name"),
+    ],
+)
+def test_a_vae_is_understood_or_refused(models: Path, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    folder = changed(shutil.copytree(models / "sd", tmp_path / "model"), "vae/config.json", **values)
+    with pytest.raises(UserError, match=re.escape(said)):
         recognise(folder).autoencoder(folder)
 
 

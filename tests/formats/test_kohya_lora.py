@@ -171,8 +171,9 @@ def test_peft_itself_scales_so(tmp_path: Path) -> None:
 def test_facts_that_are_not_honoured_are_refused_by_name(
     tmp_path: Path, config: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         read_lora(peft_folder(tmp_path, **config), MODULES)
+    assert str(error.value).count(str(tmp_path)) == 1  # the file is named once
 
 
 def test_diffusers_header_has_the_same_facts(tmp_path: Path) -> None:

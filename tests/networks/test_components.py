@@ -136,3 +136,49 @@ def test_tokenizer_and_encoder_belong_together(model: Path, tmp_path: Path) -> N
     (folder / "tokenizer/tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="does not say how many tokens the encoder reads"):
         load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "told"),
+    [
+        ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.scale_weight", "no part of the network"),
+        ("unet", "down_blocks.9.resnets.0.conv1.weight", "no part of the network"),
+        ("vae", "decoder.extra.weight", "no part of the network"),
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight_scale", "no part of the network"),
+        ("text_encoder", "text_model.encoder.layers.9.mlp.fc1.weight", ""),  # cut off by the config, as for clip skip
+        ("text_encoder", "text_model.embeddings.position_ids", ""),
+        ("text_encoder", "vision_model.encoder.layers.0.mlp.fc1.weight", ""),
+    ],
+)
+def test_tensors_that_a_network_does_not_take(model: Path, tmp_path: Path, name: str, added: str, told: str) -> None:
+    """diffusers and transformers drop them with a warning: a quantised network would compute something else."""
+    kind, file = KINDS[name]
+    shutil.copytree(model / name, tmp_path / name)
+    rewrite(tmp_path / name / file, lambda state: {**state, added: torch.ones(2)})
+    if told:
+        words = refused(kind, tmp_path / name)
+        assert told in words
+        assert added.removeprefix("text_model.") in words
+    else:
+        load_component(kind, tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    kind, file = KINDS["unet"]
+    shutil.copytree(model / "unet", tmp_path / "unet")
+    rewrite(
+        tmp_path / "unet" / file, lambda state: {k: (v * 9).to(dtype) if v.ndim > 1 else v for k, v in state.items()}
+    )
+    assert "is stored as " in refused(kind, tmp_path / "unet")
+
+
+def test_pickles_alone_and_quantised_configs_are_told(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "unet", tmp_path / "unet")
+    weights = tmp_path / "unet" / KINDS["unet"][1]
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    assert "in diffusion_pytorch_model.bin alone, a pickle" in refused(UNet2DConditionModel, tmp_path / "unet")
+    shutil.copytree(model / "text_encoder", tmp_path / "text_encoder")
+    config = tmp_path / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"load_in_8bit": True}}))
+    assert "is quantised (quantization_config" in refused(CLIPTextModel, tmp_path / "text_encoder")

@@ -114,7 +114,11 @@ def test_what_is_no_lora_of_this_network_is_one_sentence(tmp_path: Path, folders
     save_file({**tensors, name: torch.ones(3, tensors[name].shape[1] + 1)}, file)
     assert re_one(refused(folders["sd"], str(file)), "is for another base: its layer network.", ", this network's (")
     save_file({**tensors, name: tensors[name] * float("nan")}, file)
-    assert "has numbers that are infinite or none" in refused(folders["sd"], str(file))
+    assert "are infinite or NaN" in refused(folders["sd"], str(file))
+    save_file({**tensors, name: (tensors[name] * 9).to(torch.int8)}, file)
+    assert "is stored as int8" in refused(folders["sd"], str(file))
+    save_file({**tensors, name: tensors[name] > 0}, file)
+    assert "is stored as bool" in refused(folders["sd"], str(file))
     assert refused(folders["sd"], "no.safetensors:0.8").startswith("LoRA no.safetensors:0.8: no.safetensors is no file")
     for strength in ("0", "nan", "inf"):
         assert f"a strength of {strength} is none" in refused(folders["sd"], f"{file}:{strength}")

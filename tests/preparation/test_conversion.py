@@ -20,6 +20,7 @@ from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from fewstep.formats.kohya_lora import lora_from_state, write_kohya_lora, write_peft_lora
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.roles_folder import read_roles
+from fewstep.formats.source import Source
 from fewstep.models.model import build_model
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from tests.conftest import tiny_denoiser
@@ -197,6 +198,22 @@ def test_loras(tmp_path: Path, bases: dict[str, Path], layout: str) -> None:
     difference = (converted_pictures(tmp_path / "out") - pictures_of(bases["sdxl"], role)).abs().max()
     assert difference == 0 if layout.startswith("kohya") else difference < 1e-5
     assert found.card.step_indices == FOUR
+
+
+def test_linear_layers_written_as_convolutions(tmp_path: Path, bases: dict[str, Path]) -> None:
+    role = SharedBase(fewstep.load_teacher(bases["sd"], device="cpu").denoiser, LoraShape(rank=4, alpha=8.0)).add_role(
+        "g"
+    )
+    moved(role, 6)
+    write_kohya_lora(tmp_path / "a_4step.safetensors", lora_from_state(role.adapter_state(), 4, 8.0), {})
+    plain = load_file(tmp_path / "a_4step.safetensors")
+    other = {key: value[..., None, None] if value.ndim == 2 else value for key, value in plain.items()}
+    save_file(other, tmp_path / "b_4step.safetensors")
+    for name in "ab":
+        convert(tmp_path / f"{name}_4step.safetensors", tmp_path / name, bases["sd"], "999,749,499,249")
+    found, expected = (load_file(tmp_path / name / "adapter.safetensors") for name in "ba")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
@@ -402,3 +419,11 @@ def test_command_line(tmp_path: Path, edm_bin: Path) -> None:
     assert failed.stderr.splitlines()[-1] == (
         f"fewstep: {tmp_path / 'out'} exists already; choose another output folder, or remove it first"
     )
+
+
+def test_suffixes_in_any_case(tmp_path: Path) -> None:
+    network = edm_network(0, "adm")
+    write_edm_pickle(tmp_path / "EDM.PKL", network.state_dict(), edm_arguments(network.config))
+    convert(tmp_path / "EDM.PKL", tmp_path / "out")
+    fewstep.load_teacher(tmp_path / "EDM.PKL", device="cpu")
+    assert Source.parse("some/UNet.SAFETENSORS").hub_id == ""

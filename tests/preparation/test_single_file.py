@@ -89,7 +89,9 @@ def test_marker_tensors_go_before_the_configs(
     assert fewstep.load_teacher(made, device="cpu").denoiser.prediction == "v_prediction"  # type: ignore[union-attr]
 
 
-def test_contradictions_and_strange_predictions_are_refused(tensors: Any, tmp_path: Path) -> None:
+def test_contradictions_and_strange_predictions_are_refused(
+    folders: dict[str, Path], tensors: Any, tmp_path: Path
+) -> None:
     path, marked = tmp_path / "v.safetensors", {**tensors["sd"], "v_pred": torch.empty(0)}
     save_file(marked, path, metadata={"modelspec.prediction_type": "epsilon"})
     with pytest.raises(UserError, match=r"contradicts itself: its tensor v_pred"):
@@ -97,6 +99,10 @@ def test_contradictions_and_strange_predictions_are_refused(tensors: Any, tmp_pa
     save_file(tensors["sd"], path, metadata={"modelspec.prediction_type": "edm"})
     with pytest.raises(UserError, match=r"modelspec\.prediction_type='edm'"):
         read_model_file(path)
+    save_file({**tensors["sd"], "ztsnr": torch.empty(0)}, path)
+    with pytest.raises(UserError, match=r"its tensor ztsnr says that the last noise level has no signal"):
+        single_file_to_folder(path, folders["sd"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:

@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 
 from fewstep.data.listing import Listing, is_picture, list_pictures_below, walk_files
 from fewstep.data.prompts import check_column
-from fewstep.data.tables import load_parquet, picture_tables, split_files, unreadable
+from fewstep.data.tables import (
+    image_column,
+    load_parquet,
+    on_hub,
+    picture_tables,
+    refuse_other_files,
+    split_files,
+    split_note,
+    unreadable,
+)
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
-from fewstep.formats.source import Source
 from fewstep.progress import tell
 
 _CHUNK = 64
@@ -139,7 +147,8 @@ def _open_folder(source: str, path: Path, split: str, caption_column: str, strea
         if caption_column or len(without) == len(listing.names):
             hint = " (captions of a folder belong into its metadata.jsonl, or into NAME.txt beside NAME.png)"
             check_column([*listing.columns, "image"], column, f"{source}{hint}", "--caption-column")
-        listing = listing.without(without, "without a text file beside it")
+        texts = {beside[name].relative_to(listing.root).as_posix() for name in beside}
+        listing = listing.without(without, "without a text file beside it").beside(texts)
         captions = [_read_caption(beside[name]) for name in listing.names]
     tell(f"{source}: {listing.sentence()}")
     rows = FolderOfCaptions(listing, captions)
@@ -171,14 +180,17 @@ def _open_table(source: str, path: Path, split: str, caption_column: str, stream
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds
-        raise unreadable(source, error) from error
-    image_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if image_column is None:
-        raise UserError(f"{source}: no column of pictures among {sorted(rows.features)}")
+        raise unreadable(f"{source}{on_hub(path)}", error) from error
+    pictures = image_column(rows.features, source)
     column = caption_column or "text"
     check_column(list(rows.features), column, source, "--caption-column")
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return CaptionedImages(source, split, rows, image_column, column, None if streaming else len(rows))
+    try:
+        rows = rows.cast_column(pictures, datasets.Image(decode=False))
+    except Exception as error:  # as above
+        raise unreadable(f"column {pictures!r} of {source}", error) from error
+    if not streaming:
+        tell(f"{source}: {len(rows):,} picture{'s' * (len(rows) != 1)}{split_note(path, split, source)}")
+    return CaptionedImages(source, split, rows, pictures, column, None if streaming else len(rows))
 
 
 def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
@@ -188,8 +200,7 @@ def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
         return load_parquet([path], streaming=streaming)
     if path.is_dir():
         return load_parquet(split_files(path, split, source), streaming=streaming)
-    if not Source.parse(source).dataset_id:
-        raise UserError(f"{source}: no such folder, parquet file or tar")
+    refuse_other_files(source, source, "folder, parquet file or tar")
     return load_dataset(source, split=split, streaming=streaming)
 
 

@@ -20,6 +20,7 @@ from fewstep.data.tables import (
     image_column,
     open_table,
     picture_tables,
+    split_note,
     table_labels,
 )
 from fewstep.diffusion.draws import Draws
@@ -143,10 +144,11 @@ def load_images(
         return ImageDataset(FolderRows(listing.paths), labels, names, *size, report=report)
     with busy(Stderr(), f"Opening {settings.images or 'data.images'}"):
         table = open_table(settings)
-    column = image_column(table, settings)
+    column = image_column(table.features, f"data.images={settings.images}")
     labels, names = table_labels(table, settings, num_classes) if num_classes else (None, None)
     rows = TableRows(table, column, settings.images)
-    report(f"{settings.images}: {len(table):,} picture{'s' * (len(table) != 1)}")
+    note = split_note(path, settings.split, settings.images)
+    report(f"{settings.images}: {len(table):,} picture{'s' * (len(table) != 1)}{note}")
     return ImageDataset(rows, labels, names, *size, report=report)
 
 

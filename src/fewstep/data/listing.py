@@ -9,7 +9,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,7 +35,8 @@ class Listing:
     Attributes:
         root: the folder they are listed from; of a divided folder the split's own.
         names: paths below `root`, "/" between parts, sorted.
-        left_out: what else lies there, by kind, for people.
+        others: files that are neither pictures nor metadata, below `root`.
+        dropped: pictures that were left out, by the reason, for people.
         metadata: {name: its row of a metadata file}; empty where there is no such file.
         columns: of the metadata, without file_name.
         note: how the folder was read, where that may surprise; "" otherwise.
@@ -43,9 +44,10 @@ class Listing:
 
     root: Path
     names: list[str]
-    left_out: Counter[str]
+    others: list[str]
     metadata: dict[str, dict[str, Any]]
     columns: list[str]
+    dropped: Counter[str] = field(default_factory=Counter)
     note: str = ""
     sources: tuple[Path, ...] = field(default=(), repr=False)
 
@@ -68,9 +70,12 @@ class Listing:
         """The listing without some pictures, which are counted as left out."""
         if not names:
             return self
-        left_out = self.left_out + Counter({why: len(names)})
         kept = [name for name in self.names if name not in names]
-        return Listing(self.root, kept, left_out, self.metadata, self.columns, self.note, self.sources)
+        return replace(self, names=kept, dropped=self.dropped + Counter({why: len(names)}))
+
+    def beside(self, used: set[str]) -> "Listing":
+        """The listing of which some other files are read too, and so are not left out."""
+        return replace(self, others=[name for name in self.others if name not in used])
 
     def sentence(self) -> str:
         """What was taken and what was not, e.g. "5,980 pictures in 10 classes; 20 files left out: 20 not pictures (.txt)"."""
@@ -80,9 +85,9 @@ class Listing:
             words += f" in {len(classes):,} folders"
         if self.note:
             words += f" ({self.note})"
-        count = sum(self.left_out.values())
-        if count:
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(self.left_out.items()))
+        left_out = _left_out(self.others) + self.dropped
+        if count := left_out.total():
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()))
             words += f"; {count:,} file{'s' * (count != 1)} left out: {kinds}"
         return words
 
@@ -110,7 +115,7 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
     files, note = sorted(walk_files(folder)), ""
     pictures = [name for name in files if is_picture(name)]
     if not pictures:
-        raise UserError(f"{where}: no picture in this folder ({', '.join(sorted(PICTURES))})")
+        raise UserError(f"{where}: {_no_picture(folder, files)}")
     top, tops = "", {name.partition("/")[0] if "/" in name else "" for name in pictures}
     known = {name: same_split(name) for name in tops if name.lower() in SPLITS}
     wanted = same_split(split)
@@ -150,8 +155,18 @@ def _read(folder: Path, files: list[str], top: str, note: str) -> Listing:
     ours = {name.removeprefix(prefix): row for name, row in metadata.items() if name.startswith(prefix)}
     columns = dict.fromkeys(column for row in ours.values() for column in row)
     names = [name.removeprefix(prefix) for name in pictures]
+    others = [name.removeprefix(prefix) for name in own if not (is_picture(name) or is_metadata(name))]
     paths = tuple(folder / source for source in [*beside, *sources])
-    return Listing(folder / top, names, _left_out(own), ours, list(columns), note, paths)
+    return Listing(folder / top, names, others, ours, list(columns), note=note, sources=paths)
+
+
+def _no_picture(folder: Path, files: list[str]) -> str:
+    """What there is in a folder without pictures, and what to do about it."""
+    if "state.json" in files and any(name.endswith(".arrow") for name in files):
+        return "it was written by save_to_disk of datasets, which is not read; write the set as parquet (to_parquet)"
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(_left_out(files).items()))
+    found = f", but {kinds}; pictures are" if kinds else " or below it; pictures are"
+    return f"no picture in this folder{found} {', '.join(sorted(PICTURES))}"
 
 
 def is_metadata(name: str) -> bool:
@@ -160,14 +175,12 @@ def is_metadata(name: str) -> bool:
 
 
 def _left_out(files: list[str]) -> Counter[str]:
-    """How many files of which kind are neither pictures nor about them."""
+    """How many files of which kind there are among those that are neither pictures nor about them."""
     left_out: Counter[str] = Counter()
     suffixes: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     for name in files:
         path = PurePosixPath(name)
-        if is_picture(name) or is_metadata(name):
-            continue
         if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini"):
             left_out["hidden"] += 1
         elif path.suffix.lower() in _UNREAD:

@@ -52,7 +52,7 @@ def look_at_pictures(settings: "DataSettings") -> Look:
         rows: list[dict[str, Any]] = [{"path": str(listing.paths[number])} for number in _spread(len(listing.names))]
         return Look(*_size_and_channels(rows), *_classes_of_listing(listing, settings.label_column))
     table = open_table(settings)
-    column = image_column(table, settings)
+    column = image_column(table.features, f"data.images={settings.images}")
     num_classes, labelled_by = _classes_of_table(table, settings.label_column)
     rows = TableRows(table, column, f"data.images={settings.images}").encoded(_spread(len(table)))
     return Look(*_size_and_channels(rows), num_classes, labelled_by)

@@ -27,12 +27,17 @@ def metadata_of(folder: Path, sources: list[str], present: set[str]) -> dict[str
         for place, row in _rows(folder / source):
             name = row.pop("file_name", None)
             if not isinstance(name, str) or not name:
-                raise UserError(f"{folder / source}: {place} has no file_name; give each row the path of its picture")
+                raise UserError(
+                    f"{folder / source}: {place} has no file_name among {sorted(map(str, row))[:6]}; give each row the path of its "
+                    "picture"
+                )
+            if os.path.isabs(name):
+                name = os.path.relpath(name, (folder / source).parent.absolute())
             name = str(PurePosixPath(source).parent / PurePosixPath(name.replace("\\", "/")))
             name = os.path.normpath(name).replace(os.sep, "/")
             if name not in present:
                 raise UserError(
-                    f"{folder / source}: {place} names {name}, which is not there; remove the row or add it"
+                    f"{folder / source}: {place} names {name}, which is no picture below {folder}; remove the row or add it"
                 )
             if name in metadata and metadata[name] != row:
                 raise UserError(f"{folder / source}: {place} names {name} a second time; keep one row")

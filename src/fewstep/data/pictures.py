@@ -45,7 +45,7 @@ def decode_picture(
     Raises:
         UserError: it does not decode or fit, or its pixels have no known range; the message has its name.
     """
-    if not row.get("bytes") and not row.get("path"):
+    if row.get("bytes") is None and not row.get("path"):
         raise UserError(f"picture {name} is missing: its row has neither bytes nor a path")
     try:
         with open_picture(row) as file:
@@ -71,7 +71,8 @@ def open_picture(row: dict[str, Any]) -> Iterator[Image.Image]:
     Pillow never gets the path: it would map a TIFF into memory, and such a one is garbled where a tag turns it.
     """
     with ExitStack() as stack:
-        content = io.BytesIO(row["bytes"]) if row.get("bytes") else stack.enter_context(Path(row["path"]).open("rb"))
+        stored = row.get("bytes")
+        content = stack.enter_context(Path(row["path"]).open("rb")) if stored is None else io.BytesIO(stored)
         yield stack.enter_context(Image.open(content))
 
 

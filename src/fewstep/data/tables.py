@@ -1,7 +1,7 @@
 """Pictures by row before they are decoded: files of a folder, or a column of parquet files and hub sets through `datasets`."""
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -145,13 +145,34 @@ def open_table(settings: "DataSettings") -> Any:
             return load_parquet([path])
         if path.is_dir():
             return load_parquet(split_files(path, settings.split, where))
-        if not Source.parse(settings.images).dataset_id:
-            raise UserError(f"{where}: no such folder or parquet file")
+        refuse_other_files(settings.images, where, "folder or parquet file")
         return datasets.load_dataset(settings.images, split=settings.split)
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; each becomes one sentence with its own words
-        raise unreadable(f"{where} (split {settings.split!r})", error) from error
+        raise unreadable(f"{where} (split {settings.split!r}){on_hub(path)}", error) from error
+
+
+def refuse_other_files(source: str, where: str, kinds: str) -> None:
+    """Raise UserError for what is neither read as a set of pictures nor can be the name of one on the hub."""
+    place = Source.parse(source)
+    if place.exists:
+        raise UserError(
+            f"{where} is a file of another kind than a {kinds}; put pictures into a folder, and unpack archives"
+        )
+    if not place.dataset_id:
+        raise UserError(f"{where}: no such {kinds}")
+
+
+def on_hub(path: Path) -> str:
+    """What is said of a set that was looked for on the hub, because nothing of its name is on this machine."""
+    return "" if path.exists() else " is no file or folder here, and as a data set of the hub it"
+
+
+def split_note(folder: Path, split: str, where: str) -> str:
+    """Which split of a folder of tables is read, as a part of a sentence; empty where there is nothing to say."""
+    names = sorted({_split_of(path, folder) for path in picture_tables(folder, where)}) if folder.is_dir() else []
+    return f" (split {split} of {', '.join(names)})" if all(names) and len(names) > 1 else ""
 
 
 def load_parquet(files: Sequence[Path], **options: Any) -> Any:
@@ -172,16 +193,27 @@ def unreadable(what: str, error: Exception) -> UserError:
     return UserError(f"{what} cannot be read: {type(error).__name__}: {words}")
 
 
-def image_column(table: Any, settings: "DataSettings") -> str:
-    """The column of pictures; raises UserError where there is none."""
+def image_column(features: Mapping[str, Any], where: str) -> str:
+    """The column of pictures: `image` where there is one, else the only one of pictures, or of their bytes.
+
+    Raises:
+        UserError: there is none, or several and none of them is called so.
+    """
     import datasets
 
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            return str(name)
-    if "image" in table.features:
+    if "image" in features:
         return "image"
-    raise UserError(f"data.images={settings.images}: no column of pictures among {sorted(table.features)}")
+    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    encoded = [name for name, kind in features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
+    found = pictures or encoded
+    if len(found) > 1:
+        raise UserError(
+            f"{where} has several columns of pictures ({', '.join(found)}), and only one can be the set: call it image, or drop "
+            "the others"
+        )
+    if not found:
+        raise UserError(f"{where}: no column of pictures among {sorted(features)}")
+    return str(found[0])
 
 
 def table_labels(table: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:

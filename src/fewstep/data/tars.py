@@ -96,9 +96,14 @@ class TarRows:
             yield key, members
 
     def _row(self, path: Path, key: str, members: dict[str, bytes]) -> dict[str, Any]:
-        suffix = next((suffix for suffix in members if is_picture(f"x.{suffix}")), None)
-        if suffix is None:
-            raise UserError(f"{path}: row {key} has no picture among its members ({', '.join(sorted(members))})")
+        pictures = [suffix for suffix in members if is_picture(f"x.{suffix}")]
+        found = [
+            suffix for suffix in pictures if "." not in suffix
+        ] or pictures  # "seg.png" is of something beside "jpg"
+        if len(found) != 1:
+            many = f"{len(found)} pictures, of which only one can be meant," if found else "no picture"
+            raise UserError(f"{path}: row {key} has {many} among its members ({', '.join(sorted(members))})")
+        suffix = found[0]
         picture = {"bytes": members[suffix], "path": f"{key}.{suffix}"}
         return {"__key__": key, "image": picture, self._caption: self._text(path, key, members)}
 

@@ -111,7 +111,7 @@ def _check(options: ExportOptions, source: str | Path, target: Path) -> None:
         raise UserError(f"--dtype {options.precision}: choose fp16, bf16 or fp32")
     if target.exists():
         raise UserError(f"{target} exists already; give a new folder, or remove it first")
-    if target.suffix in (".safetensors", ".pkl", ".ckpt"):
+    if target.suffix.lower() in (".safetensors", ".pkl", ".ckpt"):
         raise UserError(
             f"{target}: an export is a folder with a model card beside the weights; leave out {target.suffix}"
         )

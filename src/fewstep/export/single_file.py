@@ -42,7 +42,7 @@ def export_single_file(generator: Model, out: Path, dtype: torch.dtype) -> Path:
         raise ValueError(f"dtype={dtype}: choose torch.float16, bfloat16 or float32")
     if out.exists():
         raise UserError(f"{out} exists already; choose another file")
-    if out.suffix != ".safetensors":
+    if out.suffix.lower() != ".safetensors":
         raise UserError(f"{out} must end in .safetensors: that is what programs know these files by")
     tensors = cast_weights(single_file_tensors(generator), dtype) | marker_tensors(generator)
     header = single_file_metadata(generator)

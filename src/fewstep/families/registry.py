@@ -75,7 +75,10 @@ def _refuse_unknown(folder: Path) -> None:
     from fewstep.formats.model_folder import read_card
 
     if folder.is_file():
-        raise UserError(f"{folder} is neither a model folder nor an EDM .pkl")
+        raise UserError(
+            f"{folder} is neither a model folder nor an EDM .pkl; `fewstep convert` makes folders of single files, LoRAs and other "
+            "tools' weights"
+        )
     if is_diffusers_folder(folder):
         refuse_unknown_network(folder, all_families())
     description, _ = read_card(folder)  # says which of our files is missing or damaged

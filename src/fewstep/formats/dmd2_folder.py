@@ -53,7 +53,7 @@ class DMD2Checkpoint:
 def is_dmd2_checkpoint(path: Path) -> bool:
     """Whether a path looks like one: a folder with such files, or a weights file by its name."""
     if path.is_file():
-        return path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+        return path.suffix.lower() in (".bin", ".pt", ".pth", ".safetensors")
     return not (path / CARD).is_file() and _find(path, _GENERATOR_FILES) is not None
 
 

@@ -23,8 +23,9 @@ from fewstep.formats.lora_spellings import (
     modern_spelling,
     no_aliases,
 )
-from fewstep.formats.tensor_files import read_safetensors, read_tensors, write_tensor_file
+from fewstep.formats.tensor_files import read_safetensors, read_tensors, refuse_infinities, write_tensor_file
 
+_TEXT = "text_encoder"  # what keys with dots of its layers begin with
 _MAX_SHOWN = 200  # characters of a key in a message
 _MAX_GROWTH = 64  # of a file whose layers are padded to one rank; honest files stay far below
 
@@ -116,7 +117,7 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
     strange, foreign, twice = [], [], []
     for name, ((key, value), *more) in spelled.items():
         found = kohya_part(name) if kohya else dotted_part(name)
-        if found is None:
+        if found is None or name.startswith(_TEXT):
             strange.append(key)
         elif len(names := table.get(found[0], [])) != 1:
             foreign.append(key)
@@ -136,15 +137,22 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
         )
     if twice:
         raise UserError(f"{path} has two keys for one matrix, e.g. {_shown(twice)}; it is damaged or two LoRAs in one")
+    _refuse_broken(layers, path)
+    refuse_infinities({key: value for key, value in tensors.items() if value.numel() > 1}, str(path))
+    scale = read_lora_scale(path, header)
+    try:
+        return _uniform(layers, scale)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _refuse_broken(layers: Mapping[str, dict[str, Tensor]], path: Path) -> None:
+    """Raise UserError for layers without both matrices, or with shapes that no LoRA has."""
     broken = [name for name, parts in layers.items() if not {"down", "up"} <= set(parts)]
     if broken or not layers:
         raise UserError(f"{path} is no complete LoRA: layers without both matrices, e.g. {broken[:2]}")
     if misshapen := [name for name, parts in layers.items() if not _is_lora_layer(parts)]:
         raise UserError(f"{path} is damaged: what it has of the layer {misshapen[0]} is no LoRA's")
-    try:
-        return _uniform(layers, read_lora_scale(path, header))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def lora_from_state(state: Mapping[str, Tensor], rank: int, alpha: float) -> LoraWeights:

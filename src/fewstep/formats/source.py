@@ -8,7 +8,7 @@ from fewstep.formats.atomic import standing
 from fewstep.formats.bundled import BUNDLED, resolve_path
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_FILE = re.compile(r"\.(pkl|safetensors|ckpt|bin|pt|pth|npz|toml|parquet|tar|zip)$")
+_FILE = re.compile(r"\.(pkl|safetensors|ckpt|bin|pt|pth|npz|toml|parquet|tar|zip)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
 
-_QUANTISED = (torch.int8, torch.uint8)
+_QUANTISED = (torch.int8, torch.uint8, torch.bool)
+_NO_WEIGHTS = ("I8", "U8", "BOOL")  # the same, in a header's words
 _EIGHT_BITS = {
     torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16, torch.float8_e4m3fnuz: torch.float16,
     torch.float8_e5m2fnuz: torch.float32,
@@ -101,14 +102,29 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
+def refuse_no_weights(path: Path) -> None:
+    """Raise UserError where a `.safetensors` file has whole numbers in the place of weights, by its header alone.
+
+    Counters and position numbers, which are of int64, may be there.
+    """
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            if part.get_dtype() in _NO_WEIGHTS and part.get_shape() not in ([], [1]):
+                raise _quantised(str(path), name, part.get_dtype())
+
+
+def _quantised(where: str, name: str, kind: str) -> UserError:
+    return UserError(
+        f"{where}: {name} is stored as {kind}, as quantised files have it; give the file in float16, bfloat16 or float32"
+    )
+
+
 def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError naming the first tensor that no network can use: infinities, NaN, whole numbers of quantised files."""
     for name, value in tensors.items():
         if value.dtype in _QUANTISED and value.numel() > 1:
-            raise UserError(
-                f"{where}: {name} is stored as {str(value.dtype).removeprefix('torch.')}, as quantised files have it; give "
-                "the file in float16, bfloat16 or float32"
-            )
+            raise _quantised(where, name, str(value.dtype).removeprefix("torch."))
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             raise UserError(

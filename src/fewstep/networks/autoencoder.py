@@ -1,5 +1,6 @@
 """Pictures to latents and back, with the VAE of a diffusers folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from fewstep.errors import UserError
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component
+
+_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 class Autoencoder(nn.Module):
@@ -38,7 +41,7 @@ class Autoencoder(nn.Module):
             )
             - 1
         )
-        self.scale = float(getattr(config, "scaling_factor", 1.0) or 1.0)
+        self.scale = float(config.scaling_factor)
         self.shift = float(getattr(config, "shift_factor", 0.0) or 0.0)
 
     @property
@@ -84,8 +87,16 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is incomplete: its component vae is missing; download it again")
     config = read_json_object(path / "config.json")
-    kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-    vae = load_component(kind, path).float()
+    name, scale = config.get("_class_name"), config.get("scaling_factor", 1.0)
+    if name not in _CLASSES:
+        raise UserError(
+            f"{folder}: its vae is a {str(name)[:60] if name else 'component without _class_name'}; {' and '.join(_CLASSES)} are read"
+        )
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise UserError(
+            f"{path / 'config.json'} is damaged: scaling_factor is {str(scale)[:40]}, not a number above 0; download it again"
+        )
+    vae = load_component(_CLASSES[name], path).float()
     try:
         return Autoencoder(vae)
     except (ValueError, TypeError, AttributeError) as error:

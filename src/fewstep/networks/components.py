@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.json_files import other_kind, read_json_object
-from fewstep.formats.tensor_files import tensor_shapes
+from fewstep.formats.tensor_files import refuse_no_weights, tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
 
 _SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
@@ -57,18 +57,7 @@ def load_component(kind: Any, folder: Path) -> Any:
     Raises:
         UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
     """
-    untrained, files = describe_component(kind, folder), list(folder.glob("*.safetensors"))
-    try:
-        stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
-    except UserError as error:
-        raise UserError(
-            f"{folder} cannot be loaded ({_reason(error.__cause__ or error)}); download it again"
-        ) from error
-    if files and num_values(untrained) > 2 * stored + _SPARE:  # before anything is allocated
-        raise UserError(
-            f"{folder / 'config.json'} describes a network of {num_values(untrained)} parameters, its weights have {stored}; "
-            "download it again"
-        )
+    _check_files(folder, num_values(describe_component(kind, folder)))
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
@@ -84,12 +73,53 @@ def load_component(kind: Any, folder: Path) -> Any:
     if missing and _load_short_names(module, folder, missing):
         missing, other = [], []
     missing += sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+    other = [key for key in other if missing or not _needless(key, module)]
     if missing:
         raise UserError(
             f"{folder} holds another network than its config.json describes: {len(missing)} missing or of another "
             f"shape {_shown(missing)}, {len(other)} unexpected {_shown(other)}; download it again"
         )
+    if other:
+        raise UserError(
+            f"{folder}: no part of the network in its config.json takes {len(other)} of its tensors, e.g. {_shown(other)}; what "
+            "they change is not known here: give the model without quantisation, adapters or added parts"
+        )
     return module
+
+
+def _check_files(folder: Path, needed: int) -> None:
+    """Raise UserError for weights files that cannot be those of a network of so many parameters, from their headers."""
+    files = list(folder.glob("*.safetensors"))
+    if not files and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+        raise UserError(
+            f"{folder} has its weights in {pickles[0]} alone, a pickle, and those of model folders are not read: download the "
+            "model's .safetensors, or save it again with diffusers (safe_serialization=True)"
+        )
+    try:
+        stored = sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
+        for path in files:
+            refuse_no_weights(path)
+    except UserError as error:
+        raise UserError(
+            f"{folder} cannot be loaded ({_reason(error.__cause__ or error)}); download it again"
+        ) from error
+    if files and needed > 2 * stored + _SPARE:  # before anything is allocated
+        raise UserError(
+            f"{folder / 'config.json'} describes a network of {needed} parameters, its weights have {stored}; download it again"
+        )
+
+
+def _needless(key: str, module: Any) -> bool:
+    """Whether a network computes the same without a tensor of its file that it did not take.
+
+    Text encoders are published with more than is used of them: layers beyond those of the config, a vision tower, a
+    decoder, a head. What belongs to a layer that is used, such as the scale of quantised weights, is another thing; and
+    networks of diffusers have no spare parts.
+    """
+    if not type(module).__module__.startswith("transformers"):
+        return False
+    layer = key.removeprefix(_CLIP).rpartition(".")[0]
+    return f"{layer}.weight" not in {name.removeprefix(_CLIP) for name in module.state_dict()}
 
 
 def _shown(names: list[str]) -> list[str]:
@@ -133,6 +163,11 @@ def describe_component(kind: Any, folder: Path) -> Any:
         UserError: the config is missing, damaged, or describes no network of this class.
     """
     config = read_json_object(folder / "config.json")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{folder} is quantised (quantization_config in its config.json), which is not read; give the model in float16, "
+            "bfloat16 or float32"
+        )
     for name, default in _defaults(kind).items():
         if name in config and (wanted := other_kind(config[name], default)):
             raise UserError(

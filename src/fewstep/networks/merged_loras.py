@@ -24,7 +24,7 @@ def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAli
         aliases: other names of its layers, as its family says them.
 
     Raises:
-        UserError: a file that is no LoRA or another network's, shapes that do not fit, numbers that are none.
+        UserError: a file that is no LoRA or another network's, shapes that do not fit.
     """
     layers = dict(network.named_modules())
     found = [(lora, read_lora(lora.path, layers, aliases)) for lora in loras]
@@ -53,5 +53,3 @@ def _check(lora: LoraFile, weights: LoraWeights, layers: dict[str, nn.Module]) -
                 f"LoRA {lora.path} is for another base: its layer {target} is {tuple(up.shape[:1] + down.shape[1:])}, this "
                 f"network's {shape}"
             )
-        if not (down.isfinite().all() and up.isfinite().all()):
-            raise UserError(f"LoRA {lora.path} is damaged: its layer {target} has numbers that are infinite or none")

@@ -25,7 +25,7 @@ from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.source import Source
-from fewstep.formats.tensor_files import common_half_precision, refuse_infinities, tensor_names
+from fewstep.formats.tensor_files import common_half_precision, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.fitting import fit_network
@@ -96,9 +96,9 @@ def recognise(source: Path) -> Kind:
                 f"{source} is a diffusers folder: use it as a teacher directly, there is nothing to convert"
             )
         return "lora" if _lora_file(source) != source else "dmd2"
-    if source.suffix == ".pkl":
+    if source.suffix.lower() == ".pkl":
         return "edm-pickle"
-    if source.suffix == ".ckpt":
+    if source.suffix.lower() == ".ckpt":
         return "single-file"
     names = tensor_names(source)
     if any(name.startswith(LDM_UNET) for name in names):
@@ -139,6 +139,7 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
     description, denoiser, name = _text_base(source, base)
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     lora = read_lora(_lora_file(source), layers, partial(family_of(description).layer_aliases, description))
+    lora = replace(lora, state={name: _as_layer(name, value, layers) for name, value in lora.state.items()})
     _check_lora(lora, layers, source)
     steps = _steps(step_indices, source, denoiser)
     shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
@@ -223,6 +224,15 @@ def _bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("network."): value for name, value in weights.items()}
 
 
+def _as_layer(name: str, matrix: Tensor, layers: Mapping[str, nn.Module]) -> Tensor:
+    """A matrix of a LoRA as its layer has them: some tools write linear layers as 1x1 convolutions, or the other way round."""
+    layer: Any = layers[name.rpartition(".lora_")[0]]
+    ndim = layer.weight.ndim
+    if matrix.ndim > ndim and matrix.shape[2:].numel() == 1:
+        return matrix.flatten(1)
+    return matrix[..., None, None] if matrix.ndim < ndim else matrix
+
+
 def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Path) -> None:
     """Refuse matrices of other sizes than the base's layers."""
     wrong = []
@@ -237,7 +247,6 @@ def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Pa
             f"{source} is a LoRA for another base: {len(wrong)} of its {len(lora.targets)} layers have another size "
             f"there, e.g. {wrong[:2]}"
         )
-    refuse_infinities(lora.state, str(source))
 
 
 def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSchedule:

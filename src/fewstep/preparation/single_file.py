@@ -15,7 +15,7 @@ from fewstep.families.registry import family_named, recognise, single_file_layou
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
 from fewstep.formats.model_links import refuse_foreign_links
-from fewstep.formats.single_file import SingleFile, read_single_file
+from fewstep.formats.single_file import ZERO_SNR_MARKER, SingleFile, read_single_file
 from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import first_line, write_tensor_file
 from fewstep.networks.components import published_names
@@ -170,6 +170,11 @@ def _own_scheduler(single: SingleFile, config: dict[str, Any]) -> dict[str, Any]
     own = dict(config)
     if single.prediction_type:
         own["prediction_type"] = single.prediction_type
+    if single.zero_snr and own.get("prediction_type") != "v_prediction":
+        raise UserError(
+            f"{single.path}: its tensor {ZERO_SNR_MARKER} says that the last noise level has no signal, where no picture follows "
+            "from epsilon; a model that predicts v has v_pred beside it"
+        )
     if single.zero_snr:  # its last step has no signal, so sampling must begin there
         own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return own

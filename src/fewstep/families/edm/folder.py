@@ -26,7 +26,7 @@ _FAMILIES = {"DhariwalUNet": "adm", "SongUNet": "song"}
 def is_edm_folder(path: Path) -> bool:
     """Whether a path is a .pkl file, or a folder whose network is one of ours."""
     if path.is_file():
-        return path.suffix == ".pkl"
+        return path.suffix.lower() == ".pkl"
     try:
         description = json.loads((path / CONFIG).read_text(encoding="utf-8"))["description"]
         return bool(description["family"] == "edm")
@@ -79,8 +79,11 @@ def describe_edm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> EDMPickle:
-    if path.suffix != ".pkl":
-        raise UserError(f"{path} is neither a model folder nor an EDM .pkl")
+    if path.suffix.lower() != ".pkl":
+        raise UserError(
+            f"{path} is neither a model folder nor an EDM .pkl; `fewstep convert` makes folders of single files, LoRAs and other "
+            "tools' weights"
+        )
     pickle = read_edm_pickle(path)
     if pickle.class_name != "EDMPrecond":
         raise UserError(f"{path} holds a {pickle.class_name}; only EDM's own preconditioning (EDMPrecond) is supported")
