@@ -166,3 +166,79 @@ def test_sixteen_bit_grey_with_a_transparent_value() -> None:
     found = decode_picture({"bytes": told}, "p", 4, 1, "exact")[0]
     assert (found[0] == 255).all()
     assert (found[1:] == 75).all()
+
+
+def png_with(pixels: np.ndarray, *chunks: tuple[bytes, bytes], **options: Any) -> bytes:
+    """A PNG with further chunks behind its header, where those about colours lie."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", **options)
+    content = buffer.getvalue()
+    more = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return content[:33] + more + content[33:]
+
+
+def shown(content: bytes, channels: int = 3) -> np.ndarray:
+    return decode_picture({"bytes": content}, "p", 4, channels, "pad").transpose(1, 2, 0)
+
+
+def gamma(value: int) -> tuple[bytes, bytes]:
+    return b"gAMA", struct.pack(">I", value)
+
+
+P3 = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+SRGB = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+def chromaticities(values: tuple[int, ...]) -> tuple[bytes, bytes]:
+    return b"cHRM", struct.pack(">8I", *values)
+
+
+def from_p3(colour: list[int]) -> np.ndarray:
+    """Display P3 to sRGB by the published matrix (CSS Color 4, section 18), both with sRGB's curve."""
+    matrix = np.array([[1.2249401, -0.2249404, 0.0], [-0.0420569, 1.0420571, 0.0], [-0.0196376, -0.0786361, 1.0982735]])
+    value = np.array(colour) / 255
+    light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    light = (matrix @ light).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def test_what_a_png_says_of_its_colours() -> None:
+    """gAMA, cHRM and cICP where nothing goes before them; ImageMagick writes the first two into most files."""
+    grey, colour = np.full((4, 4), 128, np.uint8), [200, 120, 90]
+    rgb = np.tile(np.array(colour, np.uint8), (4, 4, 1))
+    linear = 255 * (1.055 * (128 / 255) ** (1 / 2.4) - 0.055)
+    assert abs(float(shown(png_with(grey, gamma(100_000)), 1)[0, 0, 0]) - linear) <= 1
+    assert abs(float(shown(png_with(np.dstack([grey] * 3), gamma(100_000)))[0, 0, 1]) - linear) <= 1
+    for chunks in (
+        [gamma(45_455)], [gamma(0)], [chromaticities(SRGB), gamma(45_455)], [chromaticities((0,) * 8)],
+        [(b"sRGB", b"\0"), gamma(100_000), chromaticities(P3)], [(b"cICP", bytes([1, 13, 0, 1])), gamma(100_000)],
+    ):  # fmt: skip
+        np.testing.assert_array_equal(shown(png_with(rgb, *chunks)), rgb)
+    for wide in (chromaticities(P3), (b"cICP", bytes([12, 13, 0, 1]))):
+        assert np.abs(shown(png_with(rgb, wide))[0, 0] - from_p3(colour)).max() <= 1.5
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(shown(png_with(rgb, gamma(100_000), icc_profile=srgb)), rgb)
+
+
+@pytest.mark.parametrize(
+    ("points", "told"),
+    [((9, 16, 0, 1), r"high dynamic range \(PQ\)"), ((9, 18, 0, 1), "HLG"), ((1, 13, 0, 0), "narrow range"), ((200, 13, 0, 1), "not known here")],
+)  # fmt: skip
+def test_code_points_that_are_not_known(points: tuple[int, ...], told: str) -> None:
+    with pytest.raises(UserError, match=f"picture p has colours of .*{told}.*; save it in sRGB"):
+        shown(png_with(np.zeros((4, 4, 3), np.uint8), (b"cICP", bytes(points))))
+
+
+def test_code_points_of_an_avif() -> None:
+    colour, buffer = [200, 120, 90], io.BytesIO()
+    Image.new("RGB", (4, 4), tuple(colour)).save(buffer, "AVIF", quality=100, subsampling="4:4:4")
+    content = buffer.getvalue()
+    place = content.index(b"colrnclx") + 8
+    plain = shown(content)[0, 0].tolist()
+    wide = content[:place] + struct.pack(">H", 12) + content[place + 2 :]
+    assert np.abs(shown(wide)[0, 0] - from_p3(plain)).max() <= 1.5
+    bright = content[: place + 2] + struct.pack(">H", 16) + content[place + 4 :]
+    with pytest.raises(UserError, match="high dynamic range"):
+        shown(bright)

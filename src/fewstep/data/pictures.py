@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
+from fewstep.data.colour import read_code_points, stated_profile
 from fewstep.errors import UserError
 from fewstep.progress import tell
 
 Fit = Literal["crop", "pad", "exact"]
-_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags of a TIFF
+_PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 262, 274, 339  # tags of TIFF and EXIF
 
 
 class FirstAnimation:
@@ -29,7 +30,7 @@ class FirstAnimation:
         with self._lock:
             told, self._told = self._told, True
         if not told:
-            self._report(f"{name} is an animation: of it, and of any others, the first frame is taken")
+            self._report(f"{name} has several frames or pages: of it, and of any others, the first one is taken")
 
 
 def decode_picture(
@@ -73,7 +74,10 @@ def open_picture(row: dict[str, Any]) -> Iterator[Image.Image]:
     with ExitStack() as stack:
         stored = row.get("bytes")
         content = stack.enter_context(Path(row["path"]).open("rb")) if stored is None else io.BytesIO(stored)
-        yield stack.enter_context(Image.open(content))
+        picture = stack.enter_context(Image.open(content))
+        if (points := read_code_points(content, picture.format)) is not None:
+            picture.info["code_points"] = points
+        yield picture
 
 
 def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], background: str = "white") -> Image.Image:
@@ -82,15 +86,17 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
     The first frame of an animation is taken. 16-bit grey and floats between 0 and 1 are scaled to 0..255.
 
     Raises:
-        UserError: pixels whose range is not known (32-bit or signed integers, floats outside 0..1).
+        UserError: pixels whose range is not known (32-bit or signed integers, floats outside 0..1), or whose colours.
     """
+    file.load()  # the result outlives the file
     picture: Image.Image = _eight_bit(file, name)
-    turned = ImageOps.exif_transpose(picture)
-    picture = picture if turned is None else turned
-    profile = file.info.get("icc_profile")
+    if picture.getexif().get(_ORIENTATION, 1) != 1:  # what is upright is not copied
+        turned = ImageOps.exif_transpose(picture)
+        picture = picture if turned is None else turned
     alpha = _alpha(picture)
     if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
         picture = picture.convert("RGBA").convert("RGB") if picture.mode != "LA" else picture.convert("L")
+    profile = stated_profile(file, picture.mode, name)
     if profile and (transform := _to_srgb(profile, picture.mode)) is not None:
         picture = transform.apply(picture)
     if picture.mode not in ("L", "RGB"):
@@ -98,7 +104,7 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
     if alpha is not None:
         picture = picture.convert("RGB")
         picture = Image.composite(picture, Image.new("RGB", picture.size, ImageColor.getrgb(background)), alpha)
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _eight_bit(file: Image.Image, name: str) -> Image.Image:
