@@ -80,6 +80,7 @@ def test_another_models_state(models: Path, tmp_path: Path, name: str) -> None:
         assert str(model) in words
 
 
+@pytest.mark.slow
 def test_a_lora_on_another_base(models: Path, tmp_path: Path) -> None:
     """Both commands: the base has been exchanged where it lies, or another is given."""
     other = tiny_sdxl_folder(tmp_path / "other")
@@ -91,6 +92,7 @@ def test_a_lora_on_another_base(models: Path, tmp_path: Path) -> None:
     assert "is a LoRA for another base than" in refused("sample", model, tmp_path, "--prompt", "cat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"), [("network", ("diffusers", "unet", "single-file")), ("lora", ("lora", "kohya-lora"))]
 )

@@ -136,6 +136,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [[999], [999, 499]])
 def test_a_family_is_one_folder_and_one_line(toy: Path, pictures: Path, tmp_path: Path, steps: list[int]) -> None:
     """Trained with GAN and recomputed activations through the unchanged trainer, written, loaded, sampled."""
@@ -152,6 +153,7 @@ def test_a_family_is_one_folder_and_one_line(toy: Path, pictures: Path, tmp_path
     assert torch.equal(images, run.generator.sample(labels=[0, 1], output="tensor", progress=False))
 
 
+@pytest.mark.slow
 @dataclass
 class Colour:
     """Bring the mean of every picture near a grey."""

@@ -72,6 +72,7 @@ def test_another_precision_is_refused() -> None:
         choose_precision("fp8", CPU)
 
 
+@pytest.mark.slow
 def test_the_measurement_sees_missing_instructions() -> None:
     """Without bf16 instructions, which torch can be told to leave alone, `auto` is fp32 in well under two seconds."""
     code = (
@@ -90,6 +91,7 @@ def test_the_measurement_sees_missing_instructions() -> None:
     assert float(seconds) < 2
 
 
+@pytest.mark.slow
 def test_the_measurement_leaves_no_trace() -> None:
     torch.manual_seed(3)
     expected, threads = torch.rand(4), torch.get_num_threads()
@@ -140,6 +142,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
         choose_device(name)
 
 
+@pytest.mark.slow
 def test_the_run_folder_says_which(tmp_path: Path, teacher_folder: Path) -> None:
     from fewstep.training.run import train
 

@@ -12,6 +12,7 @@ from tests.conftest import END_TO_END
 from tests.house_counts import COUNTS, ROOT, SOURCES, STEP, Count, functions, sizes, table, unused
 
 
+@pytest.mark.slow
 def test_no_unpickling_in_src() -> None:
     """No pickle.load, and torch.load only with weights_only=True."""
     for path in SOURCES:
@@ -25,6 +26,7 @@ def test_no_unpickling_in_src() -> None:
                 assert safe, f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_every_module_says_why_it_exists() -> None:
     assert not [path for path in SOURCES if ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None]
 
@@ -94,6 +96,7 @@ def test_the_house_keeps_its_counts(count: Count) -> None:
     assert len(found) <= count.limit, found
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     assert statistics.median(sizes().values()) < 130
     assert len(STEP) == 8
@@ -120,6 +123,7 @@ def test_the_counters_see_what_they_should(monkeypatch: pytest.MonkeyPatch, tmp_
     assert unused() == ["text_broken.py nobody_calls_me"]
 
 
+@pytest.mark.slow
 def test_docs_house_is_the_table() -> None:
     """The printed page says what is true today, but for the sizes, which move with every change."""
     page = (ROOT / "docs/house.md").read_text(encoding="utf-8")
@@ -127,6 +131,7 @@ def test_docs_house_is_the_table() -> None:
         assert row in page, f"{row}: python -m tests.house_counts prints the table of docs/house.md"
 
 
+@pytest.mark.slow
 def test_no_function_is_called_with_a_row_of_values() -> None:
     """Many options are one object, or have their names at the call; gradio alone hands over a page's fields in a row."""
     for path in SOURCES:

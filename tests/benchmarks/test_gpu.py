@@ -58,7 +58,7 @@ def test_a_network_in_every_column(tmp_path: Path) -> None:
     [
         pytest.param("full", marks=pytest.mark.long),
         pytest.param("lora_generator", marks=pytest.mark.long),
-        "shared_base",
+        pytest.param("shared_base", marks=pytest.mark.long),
     ],
 )
 def test_text_networks_in_every_memory_mode(tmp_path: Path, mode: str) -> None:

@@ -131,6 +131,7 @@ def test_ctrl_c_is_one_sentence(
     assert capsys.readouterr().err == f"fewstep: {told}\n"
 
 
+@pytest.mark.slow
 def test_nothing_is_counted_or_sent() -> None:
     """Set before `datasets` is imported, which otherwise tells a foreign host of every local set that is read."""
     code = (

@@ -209,6 +209,7 @@ def test_settings_of_nothing() -> None:
 # --- Two commands from pictures to a generator
 
 
+@pytest.mark.slow
 def test_pretrain_then_train(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs go to runs/<recipe name>, overrides win over the recipe, and the same command goes on where it ended."""
     monkeypatch.chdir(tmp_path)
@@ -296,6 +297,7 @@ def evaluate(*arguments: object) -> Answer:
     return fewstep("evaluate", *arguments, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_evaluate_against_statistics(
     generator_folder: Path, features_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -328,6 +330,7 @@ def test_evaluate_against_statistics(
     assert other["frechet_distance"] != pytest.approx(found["frechet_distance"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluate_against_pictures(teacher_folder: Path, features_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Real pictures give the reference, and precision and recall with it."""
     figure = tmp_path / "figure.json"
@@ -356,6 +359,7 @@ def test_prepare_pairs(teacher_folder: Path, tmp_path: Path) -> None:
     assert fewstep(*arguments).code == 0  # nothing left to do
 
 
+@pytest.mark.slow
 def test_prepare_features(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "features"
     answer = fewstep(
@@ -367,6 +371,7 @@ def test_prepare_features(pictures: Path, tmp_path: Path) -> None:
     assert SmallClassifier.load(folder).name == "mine"
 
 
+@pytest.mark.slow
 def test_prepare_features_reports_the_accuracy_on_unseen_pictures(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in range(2):

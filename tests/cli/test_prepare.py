@@ -51,6 +51,7 @@ def test_embeddings(teacher: Path, tmp_path: Path) -> None:
     assert stored.rows(torch.tensor([2]))[0].shape == (1, 16, 64)
 
 
+@pytest.mark.slow
 def test_latents(teacher: Path, tmp_path: Path) -> None:
     """The size is the teacher's own unless it is given."""
     pictures = write_folder(tmp_path / "pictures", ["a cat", "", "a dog"], size=20)
@@ -86,6 +87,7 @@ def pairs_lmdb(folder: Path, **changes: torch.Tensor) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
     """What comes out is what a warm-up reads: noise, latents, and each pair's own embedding."""
     lmdb = pairs_lmdb(tmp_path / "set")
@@ -118,6 +120,7 @@ def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "warm/generator/fewstep.json").is_file()
 
 
+@pytest.mark.slow
 def test_published_pairs_that_cannot_be_used(teacher: Path, tmp_path: Path) -> None:
     def refused(**changes: torch.Tensor) -> str:
         with pytest.raises(UserError) as error:

@@ -149,6 +149,7 @@ def test_signals_while_libraries_are_imported(number: int, end: tuple[int, str])
     assert interrupted(process, number) == (end[0], f"fewstep: stopped by {end[1]}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_run_names_checkpoint_and_command(teacher_folder: Path, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["train", recipe, f"teacher.path={teacher_folder}", f"run.folder={folder}"]
@@ -163,6 +164,7 @@ def test_ctrl_c_in_a_run_names_checkpoint_and_command(teacher_folder: Path, reci
     assert line.endswith(f"Continue with: fewstep {' '.join(map(str, words))}")
 
 
+@pytest.mark.slow
 def test_signals_before_the_first_step(teacher_folder: Path, recipe: Path, tmp_path: Path) -> None:
     """While the teacher is loaded there is no checkpoint; a command that does not continue says what stopped it."""
     slow = SLOWED.replace(f"time.sleep({SLOW})", "print('slow', file=sys.stderr, flush=True); time.sleep(60)")

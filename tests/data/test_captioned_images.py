@@ -87,6 +87,7 @@ def test_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: b
         assert greys == list(range(first, first + 3))
 
 
+@pytest.mark.slow
 def test_latents_of_the_first_rows_of_a_streamed_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user types it: three rows are encoded of a set whose length nobody asked for."""
     (tmp_path / "data").mkdir()

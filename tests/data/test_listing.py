@@ -123,6 +123,7 @@ def test_parquet_files_of_a_split(tmp_path: Path) -> None:
             split_files(tmp_path / place, split, "x")
 
 
+@pytest.mark.slow
 def test_ten_thousand_pictures_are_listed_in_a_moment(tmp_path: Path) -> None:
     import time
 

@@ -260,6 +260,7 @@ class FixedNetwork(Denoiser):
         return DenoiserOutput(x0.to(noisy.dtype), None)
 
 
+@pytest.mark.slow
 def test_trailing_indices_are_those_of_diffusers() -> None:
     """For every number of steps; where T - k T/n is exactly a half, diffusers' floating point rounds either way."""
     scheduler, compared = ddim_scheduler(), 0

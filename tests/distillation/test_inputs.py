@@ -50,6 +50,7 @@ def noises(draws: Draws) -> list[Tensor]:
     return [draws.normal("generator_noise", SHAPE), *(draws.normal("simulation_noise", SHAPE, k) for k in range(1, 8))]
 
 
+@pytest.mark.slow
 def test_every_step_is_simulated_equally_often_and_by_the_whole_batch(generator: EDMDenoiser) -> None:
     steps, counts = StepSchedule((999, 600)), [0, 0]
     sigmas = [generator.noise_schedule.grid[index].item() for index in steps.indices]
@@ -60,6 +61,7 @@ def test_every_step_is_simulated_equally_often_and_by_the_whole_batch(generator:
     assert min(counts) > 15
 
 
+@pytest.mark.slow
 def test_processes_simulate_the_same_step_on_different_samples(generator: EDMDenoiser) -> None:
     for step in range(8):
         whole = simulated_input(generator, FOUR, labels(4), Draws.of_batch(2, step, 4))

@@ -68,6 +68,7 @@ class Runs:
         return settings.model_dump(mode="json", exclude_unset=True)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
     runs = Runs(tmp_path, teacher_folder, pictures)
     train(runs.of("classes", "classes 1", 4))

@@ -85,6 +85,7 @@ def figures_of(measurement: Measurement) -> dict[str, Any]:
     return {name: value for name, value in measurement.to_dict().items() if name != "images_per_second"}
 
 
+@pytest.mark.slow
 def test_figure_does_not_depend_on_the_batch(generator: Model, teacher: Model, reference: FeatureStatistics) -> None:
     """The same images in the same order, up to rounding in the network."""
     for model in (generator, teacher):

@@ -213,6 +213,7 @@ def truncated_npz(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [
@@ -354,6 +355,7 @@ def test_kid_is_unbiased_and_sees_a_shift() -> None:
         kernel_distance(real[:1], same)
 
 
+@pytest.mark.slow
 def test_kid_needs_no_torchvision() -> None:
     code = (
         "import sys, torch; from fewstep.evaluation.metrics import kernel_distance; "

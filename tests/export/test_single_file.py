@@ -64,8 +64,16 @@ def rendered_by_diffusers(path: Path, generator: Model, seed: int, monkeypatch: 
     return pictures * 2 - 1
 
 
-@pytest.mark.parametrize("steps", [(999, 749, 499, 249), (399,), (999,)], ids=str)
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("steps", "lora"),
+    [
+        ((999, 749, 499, 249), True), ((399,), False),
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in [
+            ((999, 749, 499, 249), False), ((399,), True), ((999,), False), ((999,), True),
+        ]),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_diffusers_renders_the_same_pictures(
     folder: Path, steps: tuple[int, ...], lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

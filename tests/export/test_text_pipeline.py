@@ -32,8 +32,12 @@ def open_pipeline(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "steps", "lora"),
-    [("sd", FOUR, None), ("sd", (399,), LoraShape(4, 2.0)), ("sdxl", FOUR, LoraShape(4, 2.0)), ("sdxl", (399,), None),
-     ("sd-v", FOUR, None), ("sdxl-v", (999,), None), ("sd3", FOUR, None), ("sd3", (999,), None)],
+    [
+        ("sd", (399,), LoraShape(4, 2.0)), ("sdxl", FOUR, LoraShape(4, 2.0)), ("sd-v", FOUR, None), ("sd3", FOUR, None),
+        *(pytest.param(*triple, marks=pytest.mark.long) for triple in [
+            ("sd", FOUR, None), ("sdxl", (399,), None), ("sdxl-v", (999,), None), ("sd3", (999,), None),
+        ]),
+    ],
 )  # fmt: skip
 def test_diffusers_makes_our_pixels(
     tmp_path: Path, family: str, steps: tuple[int, ...], lora: LoraShape | None

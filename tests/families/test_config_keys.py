@@ -115,6 +115,7 @@ def test_a_vae_is_understood_or_refused(models: Path, tmp_path: Path, values: di
         recognise(folder).autoencoder(folder)
 
 
+@pytest.mark.slow
 def test_a_samplers_own_settings_change_nothing(models: Path, tmp_path: Path) -> None:
     folder = changed(
         shutil.copytree(models / "sd", tmp_path / "model"), "scheduler/scheduler_config.json",
@@ -171,6 +172,7 @@ def test_a_refiner_is_refused_in_one_sentence(models: Path, tmp_path: Path) -> N
         recognise(folder).text_encoders(folder)
 
 
+@pytest.mark.slow
 def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
     """What `variant="fp16"` leaves on the disk: *.fp16.safetensors only."""
     folder = shutil.copytree(models / "sd", tmp_path / "model")

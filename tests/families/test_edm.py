@@ -26,6 +26,7 @@ def test_golden_networks(family: str, dtype: torch.dtype, tolerance: float) -> N
         assert relative_error(both.bottleneck, golden["bottleneck"]) < tolerance
 
 
+@pytest.mark.slow
 def test_bf16_stays_inside_the_network() -> None:
     denoiser, golden = golden_denoiser("adm")
     condition = Condition.from_one_hot(golden["class_labels"])

@@ -111,6 +111,7 @@ def test_tiny_unets_return_through_diffusers(name: str) -> None:
     same(convert_ldm_unet_checkpoint(dict(written), unet.config), unet.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_keys"), [("sd15", 686), ("sdxl", 1680)])
 def test_released_unets_match_key_for_key(name: str, num_keys: int) -> None:
     unet = released_unet(name)
@@ -119,6 +120,7 @@ def test_released_unets_match_key_for_key(name: str, num_keys: int) -> None:
     same(convert_ldm_unet_checkpoint(dict(written), unet.config), unet.state_dict())
 
 
+@pytest.mark.slow
 def test_known_keys_and_shapes_of_released_unets() -> None:
     """A few facts about the published files, so that two mistakes cannot cancel out."""
     sd = to_ldm("sd", "unet", released_unet("sd15").state_dict(), released_unet("sd15").config)

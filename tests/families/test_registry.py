@@ -59,6 +59,7 @@ def names_in(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
+@pytest.mark.slow
 def test_a_familys_name_stands_in_its_own_folder() -> None:
     found: dict[str, set[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -98,6 +99,7 @@ def test_every_family_keeps_the_contract(name: str) -> None:
         assert family_of(description) is family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_is_one_familys(tmp_path: Path, folder: str) -> None:
     path = FOLDERS[folder](tmp_path / folder)
@@ -126,6 +128,7 @@ def test_what_is_of_no_family_is_one_sentence(tmp_path: Path) -> None:
         build_released("x")
 
 
+@pytest.mark.slow
 def test_the_registry_is_light() -> None:
     """Asking for the names of families imports neither torch nor diffusers; EDM needs no diffusers."""
     code = "import sys, fewstep.families.registry as r; print('torch' in sys.modules, 'diffusers' in sys.modules);"

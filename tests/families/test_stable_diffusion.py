@@ -142,6 +142,7 @@ def test_bottleneck_shape_of_three_levels() -> None:
     assert denoiser.bottleneck(latents(10, 10), LEVEL, tiny_condition("sd")).shape[1:] == denoiser.bottleneck_shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "prediction_type"), [("sd", "v_prediction"), ("sdxl", "epsilon")])
 def test_description_round_trip(family: str, prediction_type: str) -> None:
     denoiser = unet_denoiser(family, prediction_type, resolution=24)
@@ -222,6 +223,7 @@ def test_native_weight(prediction_type: str) -> None:
     torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_bf16_inside_stays_close(family: str) -> None:
     denoiser, condition = unet_denoiser(family, "v_prediction"), tiny_condition(family)

@@ -50,6 +50,7 @@ def conditions(teacher: Model, prompts: list[str] = PROMPTS) -> Condition:
     return teacher.conditioner.table(prompts, teacher.size).rows(torch.arange(len(prompts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "steps", "guidance", "cap"),
     [(None, 4, 0.0, 0.0), (None, 7, 4.0, 0.0), (None, 3, 4.0, 0.8), ((24, 8), 2, 2.5, 1.0)],
@@ -154,6 +155,7 @@ def test_sizes_the_patches_cannot_take_are_refused(teacher: Model, size: tuple[i
         teacher.check_size(*size)
 
 
+@pytest.mark.slow
 def test_more_image_tokens_than_a_dynamic_shift_is_known_for(tmp_path: Path) -> None:
     options = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 20}
     folder = tiny_z_image_folder(tmp_path / "dynamic", **options)
@@ -166,6 +168,7 @@ def test_more_image_tokens_than_a_dynamic_shift_is_known_for(tmp_path: Path) -> 
         load_teacher(folder, device="cpu", resolution=24)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_dynamic_shift_are_the_pipelines(tmp_path: Path) -> None:
     folder = tiny_z_image_folder(tmp_path / "dynamic", use_dynamic_shifting=True, shift_terminal=0.02)
     teacher, pipe = load_teacher(folder, device="cpu"), ZImagePipeline.from_pretrained(folder)
@@ -197,6 +200,7 @@ def test_the_released_shape() -> None:
     assert len(denoiser.blocks()) == 34
 
 
+@pytest.mark.slow
 def test_lora_names_of_the_released_shape(tmp_path: Path) -> None:
     """All 238 layers, in each dialect that trainers write; diffusers' own converter reads ours as the same."""
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_z_image_lora_to_diffusers

@@ -34,6 +34,7 @@ def test_reads_an_edm_folder(edm_folder: Path) -> None:
     assert same(found.discriminator, head_for(edm_network(1)).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_reads_a_diffusers_folder(tmp_path: Path, family: str) -> None:
     generator, fake = tiny_text_denoiser(family), tiny_text_denoiser(family)
@@ -95,6 +96,7 @@ def test_the_teachers_copy_is_not_even_read(tmp_path: Path, edm_folder: Path) ->
     assert same(read_dmd2(tmp_path).fake_score, read_dmd2(edm_folder).fake_score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_written_folders_are_what_torch_reads(tmp_path: Path, edm_folder: Path, with_teacher: bool) -> None:
     found, teacher = read_dmd2(edm_folder), edm_network(2).state_dict() if with_teacher else None

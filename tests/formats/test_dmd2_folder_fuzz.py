@@ -18,6 +18,7 @@ def state() -> dict[str, Tensor]:
     return {f"model.{name}": torch.randn(4, 4) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "valid.bin")

@@ -536,6 +536,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_refuses_what_would_never_end(tmp_path: Path, kind: str) -> None:
     start = time.monotonic()

@@ -35,6 +35,7 @@ def edit_weights(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_copy_is_the_same_model(model: Path, copy: Path) -> None:
     for component in ("text_encoder", "text_encoder_2", "vae"):
         changes = {"_name_or_path": "elsewhere", "_diffusers_version": "9", "transformers_version": "9", "dtype": "x"}

@@ -94,6 +94,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
             read_pickled_strings(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

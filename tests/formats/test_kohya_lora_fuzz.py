@@ -26,6 +26,7 @@ def lora() -> LoraWeights:
     return LoraWeights(2, 1.0, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_mutated_files_are_read_or_refused(tmp_path: Path, layout: str) -> None:
     config = UNet2DConditionModel(**TINY_UNET, **TINY_UNETS["SDXL's kind"]).config

@@ -111,6 +111,7 @@ def test_a_small_file_cannot_take_much_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
+@pytest.mark.slow
 def test_every_garbled_file_is_read_or_refused(tmp_path: Path) -> None:
     data, random, path = saved(tmp_path / "a.pth", some_tensors()).read_bytes(), Random(0), tmp_path / "b.pth"
     for _ in range(200):

@@ -39,6 +39,7 @@ def fuzz(folder: Path) -> None:
     assert_read_or_refused(folder, "data.mdb", valid, mutations, read_everything)
 
 
+@pytest.mark.slow
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from tests.formats.test_lmdb_fuzz import fuzz; fuzz(Path({str(tmp_path)!r}))"
     done = subprocess.run(

@@ -72,6 +72,7 @@ def same(a: LoraWeights, b: LoraWeights) -> None:
     assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TINY_UNETS, "sd15", "sdxl"])
 def test_both_vocabularies_of_kohya_are_one_lora(tmp_path: Path, name: str) -> None:
     """Every layer that has weights, embeddings included; "network." before the names or not."""
@@ -110,6 +111,7 @@ def test_known_names_of_kohyas_sdxl_files(tmp_path: Path) -> None:
     assert ldm_layers(["conv_in"], {**unet.config, "mid_block_type": "UNetMidBlock2D"}) == {}
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_same_layers_of_an_sdxl_file(tmp_path: Path) -> None:
     """An independent reader of the original names: every block layer, to its own name."""
     unet = unet_of("sdxl")
@@ -145,6 +147,7 @@ def assert_factors_fit(state: dict[str, Tensor], unet: nn.Module, rank: int) -> 
         assert tuple(value.shape) == ((rank, *inputs) if part == "A.weight" else up), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers"), RELEASED)
 def test_real_models_have_one_layer_a_key_with_its_shapes(tmp_path: Path, name: str, layers: int) -> None:
     """What our training makes for SD 1.5 and SDXL in full (published targets): both layouts, our reader and diffusers'."""

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fewstep.formats.edm_pickle_writer import write_edm_pickle
 from tests.mutations import PICKLE_MUTATIONS, assert_read_or_refused, nested
 
 
+@pytest.mark.slow
 def test_edm_pickles(tmp_path: Path) -> None:
     torch.manual_seed(0)
     names = ("map_noise.freqs", "map_layer0.weight", "enc.8x8_conv.weight", "dec.8x8_in0.qkv.weight")
@@ -31,6 +33,7 @@ def test_edm_pickles(tmp_path: Path) -> None:
     assert_read_or_refused(tmp_path, "teacher.pkl", valid, mutations, read_edm_pickle, check=check)
 
 
+@pytest.mark.slow
 def test_prompt_lists(tmp_path: Path) -> None:
     prompts = ["a red cat", "a dog", "ein Hündchen", "x" * 300, "two\nlines", *(f"prompt {n}" for n in range(30))]
 

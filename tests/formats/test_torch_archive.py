@@ -236,6 +236,7 @@ def test_refuses_archives_in_archives_and_pickles_in_storages(tmp_path: Path) ->
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_a_kilobyte_allocates_no_gigabyte(tmp_path: Path) -> None:
     """torch.load(weights_only=True) makes the three gigabytes that the first of these asks for."""
     large = [
@@ -252,6 +253,7 @@ def test_a_file_of_a_kilobyte_allocates_no_gigabyte(tmp_path: Path) -> None:
     assert peak < 100_000_000
 
 
+@pytest.mark.slow
 def test_endless_pickles_end(tmp_path: Path) -> None:
     start = time.monotonic()
     refused(with_pickle(tmp_path / "endless.bin", b"\x80\x02" + b"N" * 1_100_000 + b"."), "more pieces")

@@ -1,15 +1,11 @@
-"""A sample of the full disks and of the kills; all of them in the long run."""
+"""Full disks and kills, all of them; tests/fuzz/test_walk.py takes a sample of the disks."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-needs_mounts = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode != 0,
-    reason="small file systems are mounted by root",
-)
+from tests.fuzz.test_walk import CAN_MOUNT
 
 
 def ends_well(*arguments: str) -> None:
@@ -17,14 +13,8 @@ def ends_well(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-@pytest.mark.slow
-@needs_mounts
-def test_some_full_disks() -> None:
-    ends_well("tests.fuzz.disks", "--sizes", "1", "--only", "sample grid")
-
-
 @pytest.mark.long
-@needs_mounts
+@pytest.mark.skipif(not CAN_MOUNT, reason="small file systems are mounted by root")
 def test_full_and_read_only_disks_under_every_command() -> None:
     """Six full disks and a read-only one for each of 15 commands."""
     ends_well("tests.fuzz.disks", "--sizes", "6")

@@ -1,6 +1,6 @@
 """No command touches the network where no hub id was named: every address but this machine's own is refused and counted."""
 
-import os
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,25 +10,10 @@ import pytest
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from tests.cli.test_main import TRAIN_RECIPE
 from tests.conftest import tiny_denoiser
+from tests.network_guard import asked, guarded
 
-GUARD = """
-import os, socket
-_connect, _resolve = socket.socket.connect, socket.getaddrinfo
-_own = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::", None, "")
-def _note(address):
-    with open(os.environ["ASKED"], "a") as file:
-        file.write(f"{address}\\n")
-    raise OSError(101, f"refused by the test: {address}")
-def connect(self, address):
-    return _connect(self, address) if self.family == socket.AF_UNIX or address[0] in _own else _note(address)
-def getaddrinfo(host, *arguments, **options):
-    return _resolve(host, *arguments, **options) if host in _own else _note(host)
-socket.socket.connect = socket.socket.connect_ex = connect
-socket.getaddrinfo = getaddrinfo
-"""
 SERVE = """
 import os, sys, threading, time, urllib.request
-threading.Thread(target=lambda: (time.sleep(0), ask()), daemon=True).start()
 def ask():
     for _ in range(600):
         time.sleep(0.1)
@@ -40,9 +25,21 @@ def ask():
         time.sleep(1)  # what a page asks for in the background
         os._exit(0)
     os._exit(3)
+threading.Thread(target=ask, daemon=True).start()
 sys.argv[0] = "fewstep"
 from fewstep.cli.main import main
 main()
+"""
+ONE_BY_ONE = """
+import json, sys
+from fewstep.cli.main import main
+commands = json.loads(sys.argv[1])
+for command in commands:
+    sys.argv = ["fewstep", *command]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, command
 """
 
 
@@ -57,19 +54,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(tmp_path: Path, *command: object) -> tuple[str, list[str]]:
     """(what a command said, addresses it asked for) without a word to it that it is offline."""
-    (tmp_path / "sitecustomize.py").write_text(GUARD)
-    asked = tmp_path / "asked"
-    source = str(Path(__file__).parents[2] / "src")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GRADIO_"))}
-    environment |= {
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{source}", "ASKED": str(asked), "HF_HOME": str(tmp_path / "hf"),
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
-    )
+    words, environment = [sys.executable, *map(str, command)], guarded(tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr, asked.read_text().splitlines() if asked.exists() else []
+    return done.stdout + done.stderr, asked(tmp_path)
 
 
 def test_the_guard_notices(tmp_path: Path) -> None:
@@ -80,30 +68,24 @@ def test_the_guard_notices(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nobody_is_asked(teacher: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(TRAIN_RECIPE.replace("tensorboard = false", "tensorboard = true"))
-    place = [f"teacher.path={teacher}", f"data.images={pictures}", "run.folder=run"]
-    assert alone(tmp_path, "-m", "fewstep", "train", "recipe.toml", *place)[1] == []
-    grid = ["--num-images", 2, "--grid", "g.png", "--device", "cpu"]
-    assert alone(tmp_path, "-m", "fewstep", "sample", "run", *grid)[1] == []
+    train = ["train", "recipe.toml", f"teacher.path={teacher}", f"data.images={pictures}", "run.folder=run"]
+    sample = ["sample", "run", "--num-images", 2, "--grid", "g.png", "--device", "cpu"]
     evaluate = [
-        "--features",
-        "bundled:fashion-mnist",
-        "--images",
-        pictures,
-        "--fit",
-        "pad",
-        "--num-images",
-        4,
-        "--device",
-        "cpu",
-    ]
-    said, asked = alone(tmp_path, "-m", "fewstep", "evaluate", "bundled:fashion-mnist", "--teacher-steps", 1, *evaluate)
-    assert asked == [], said
+        "evaluate", "bundled:fashion-mnist", "--teacher-steps", 1, "--features", "bundled:fashion-mnist", "--images", pictures,
+        "--fit", "pad", "--num-images", 4, "--device", "cpu",
+    ]  # fmt: skip
+    commands = [[str(word) for word in command] for command in (train, sample, evaluate)]
+    said, addresses = alone(tmp_path, "-c", ONE_BY_ONE, json.dumps(commands))
+    assert addresses == [], said
+    assert (tmp_path / "g.png").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the server of tests/app/test_browser.py is watched in the same way
 def test_the_page_asks_nobody(teacher: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     (tmp_path / "serve.py").write_text(SERVE)
-    said, asked = alone(tmp_path, "serve.py", "app", teacher, "--teacher-steps", 1, "--device", "cpu", "--port", 7893)
+    said, addresses = alone(
+        tmp_path, "serve.py", "app", teacher, "--teacher-steps", 1, "--device", "cpu", "--port", 7893
+    )
     assert "served" in said
-    assert asked == []
+    assert addresses == []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+CAN_MOUNT = hasattr(os, "geteuid") and os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"]).returncode == 0
+
 
 def walk(tmp_path: Path, *arguments: str) -> dict[str, object]:
     """What the walk found, made in a process of its own that may fork."""
@@ -20,9 +22,11 @@ def walk(tmp_path: Path, *arguments: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_sample_of_all_damaged_files(tmp_path: Path) -> None:
-    found = walk(tmp_path, "--sample", "24", "--seed", os.environ.get("FUZZ_SEED", "0"))
+def test_a_sample_of_all_damaged_files_and_a_full_disk(tmp_path: Path) -> None:
+    disks = ["--disks", "sample grid"] if CAN_MOUNT else []
+    found = walk(tmp_path, "--sample", "24", "--seed", os.environ.get("FUZZ_SEED", "0"), *disks)
     assert found["failures"] == []
+    assert found.get("disks", 0) == (2 if CAN_MOUNT else 0)
     assert int(str(found["mutants"])) >= 40
     assert int(str(found["exit 2"])) > 20  # the mutants bite
     assert int(str(found["exit 0"])) > 3  # and are not all crude

@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--world", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--disks", default="", help="a command that gets a full and a read-only disk in the same world")
     parser.add_argument("--sound", action="store_true", help="only try the undamaged files")
     options = parser.parse_args()
     preload()
@@ -166,6 +167,14 @@ def main() -> None:
         return
     number, _, count = options.part.partition("/")
     found = walk(world, options.only, options.sample, (int(number), int(count)), options.seed)
+    if options.disks:
+        from tests.fuzz.disks import try_disks, writing_commands
+
+        scratch = Path(tempfile.mkdtemp(dir=world))
+        found["disks"], failures = try_disks(
+            options.disks, writing_commands(world / "static")[options.disks], scratch, 1
+        )
+        found["failures"] += failures
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))
     print(json.dumps({name: value for name, value in found.items() if name != "failures"}))

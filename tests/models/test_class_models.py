@@ -52,6 +52,7 @@ def model_folder(tmp_path: Path) -> Path:
 # --- Sampling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [(make_generator(), {}), (make_generator(FOUR_STEPS), {}), (make_teacher(), {"num_inference_steps": 3})],
@@ -148,6 +149,7 @@ def test_teacher_and_generator_start_from_the_same_noise(monkeypatch: pytest.Mon
     assert torch.equal(teachers, seen[-1])
 
 
+@pytest.mark.slow
 def test_teacher_evaluations_are_counted() -> None:
     model = make_teacher()
     calls: list[int] = []
@@ -205,6 +207,7 @@ def test_card_round_trip(tmp_path: Path) -> None:
     assert load_generator(write(tmp_path / "model", tiny_denoiser(), card), device="cpu").card == card
 
 
+@pytest.mark.slow
 def test_run_folders_hold_their_models(tmp_path: Path) -> None:
     write(tmp_path / "pretraining/teacher", tiny_denoiser(seed=1), ModelCard("teacher"))
     write(tmp_path / "training/generator", tiny_denoiser(seed=2), ModelCard("generator", (999,)))
@@ -266,6 +269,7 @@ def as_arguments(config: EDMUNetConfig) -> dict[str, Any]:
     return {**values, "model_type": family, "use_fp16": False, "sigma_data": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["adm", "ddpmpp", "ncsnpp"])
 def test_edm_pickle_gives_the_same_images(tmp_path: Path, family: str) -> None:
     denoiser, _ = golden_denoiser(family)

@@ -27,6 +27,7 @@ def generator() -> Model:
     return build_model(tiny_denoiser(), ModelCard("generator", step_indices=(999, 499)))
 
 
+@pytest.mark.slow
 def test_a_bare_string_is_one_prompt(text: Model) -> None:
     (picture,) = text.sample("red cat", num_inference_steps=1)
     assert isinstance(picture, Image.Image)

@@ -90,6 +90,7 @@ def assert_same_gradients(role: AdapterRole, separate: SeparateCopy) -> None:
 # --- Shared base equals three copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_base_equals_three_copies(family: str, recomputed: bool) -> None:
@@ -124,6 +125,7 @@ def test_one_base_equals_three_copies(family: str, recomputed: bool) -> None:
     assert_same_gradients(fake_score, copies[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_belong_to_the_role_of_the_forward(family: str) -> None:
     """Backward while another role is bound: neither the bound role nor none may be used for recomputing."""
@@ -148,6 +150,7 @@ def test_recomputed_activations_belong_to_the_role_of_the_forward(family: str) -
             torch.testing.assert_close(recomputed_gradient, kept, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_dropout_acts_where_gradients_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """On inputs of the updates alone: scores and sampling see the whole network, recomputing leaves out the same inputs."""
     monkeypatch.setattr("tests.networks.test_adapters.SHAPE", replace(SHAPE, dropout=0.5))
@@ -204,6 +207,7 @@ def test_a_checkpoint_that_forgets_the_role_is_wrong() -> None:
         x0.square().sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_gradients_survive_the_other_role(recomputed: bool) -> None:
     base = tiny_text_denoiser("sdxl")
@@ -225,6 +229,7 @@ def test_gradients_survive_the_other_role(recomputed: bool) -> None:
 # --- The base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_the_roles_never_touches_the_base(family: str, recomputed: bool) -> None:
@@ -389,6 +394,7 @@ def test_the_names_of_earlier_checkpoints_are_read() -> None:
     assert all(torch.equal(value, generator.state_dict()[name]) for name, value in fake_score.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_state_round_trip(family: str) -> None:
     shared, generator, _ = two_roles(tiny_text_denoiser(family), torch.float32)
@@ -487,6 +493,7 @@ def test_a_family_without_published_targets_needs_them_named() -> None:
 # --- Precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_base_trains_a_float32_adapter(family: str, recomputed: bool) -> None:

@@ -124,6 +124,7 @@ def test_counts_are_whole_numbers(model: Path, tmp_path: Path, file: str, change
     assert told in str(caught.value)
 
 
+@pytest.mark.slow
 def test_tokenizer_and_encoder_belong_together(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     path = folder / "tokenizer/vocab.json"

@@ -91,6 +91,7 @@ def test_the_number_of_parameters_is_the_published_one() -> None:
     assert total - gammas - 1008 * 2049 == 21_802_784
 
 
+@pytest.mark.slow
 def test_loading_restores_the_file_and_only_the_file(network: InceptionV3Features, weights: Weights) -> None:
     state = network.state_dict()
     assert all(torch.equal(state[key], value) for key, value in weights.items())
@@ -102,6 +103,7 @@ def test_loading_restores_the_file_and_only_the_file(network: InceptionV3Feature
     assert not any(module.training for module in network.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["old.pth", "new.safetensors"])
 def test_other_containers_and_extra_entries_load(weights: Weights, tmp_path: Path, name: str) -> None:
     extra = {"AuxLogits.conv0.conv.weight": torch.zeros(128, 768, 1, 1)}
@@ -114,12 +116,14 @@ def test_other_containers_and_extra_entries_load(weights: Weights, tmp_path: Pat
     assert torch.equal(load_inception(path).fc.weight, weights["fc.weight"])
 
 
+@pytest.mark.slow
 def test_loading_draws_no_random_numbers(file: Path) -> None:
     before = torch.get_rng_state()
     load_inception(file)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_features(network: InceptionV3Features) -> None:
     images = pictures(2)
     features = network(images)
@@ -134,6 +138,7 @@ def test_features(network: InceptionV3Features) -> None:
         torch.testing.assert_close(network(same), features[:1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_grey_is_repeated_and_values_are_clamped(network: InceptionV3Features) -> None:
     grey = pictures(channels=1) * 1.5
     assert torch.equal(network(grey), network(grey.clamp(-1, 1).repeat(1, 3, 1, 1)))
@@ -150,6 +155,7 @@ def test_integer_images_are_refused(network: InceptionV3Features) -> None:
         network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
+@pytest.mark.slow
 def test_input_scaling_is_that_of_the_graph(network: InceptionV3Features) -> None:
     seen: list[Tensor] = []
     hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -247,6 +253,7 @@ def test_blocks_against_an_independent_recomputation(
     torch.testing.assert_close(found.double(), expected, atol=1e-4 * float(expected.max()), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_sizes_on_the_way_to_the_spatial_mean(network: InceptionV3Features) -> None:
     outputs: Weights = {}
 
@@ -311,6 +318,7 @@ def test_missing_file_says_what_to_download(tmp_path: Path) -> None:
         load_inception(tmp_path / "nowhere.pth")
 
 
+@pytest.mark.slow
 def test_torchvisions_inception_is_refused(weights: Weights, tmp_path: Path) -> None:
     path = tmp_path / "inception_v3_google.pth"
     torch.save(weights | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path)
@@ -354,6 +362,7 @@ def test_nested_content_is_refused(tmp_path: Path, content: object) -> None:
         load_inception(tmp_path / "nested.pth")
 
 
+@pytest.mark.slow
 def test_the_network_survives_a_worker_process_boundary(network: InceptionV3Features) -> None:
     copy = pickle.loads(pickle.dumps(network))
     assert torch.equal(copy(pictures()), network(pictures()))

@@ -21,6 +21,7 @@ from tests.tiny_networks import FAMILIES, some_levels, tiny_condition, tiny_text
 torch_warns = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_role_starts_as_peft_starts_it(family: str) -> None:
     """A seed's run begins with the same numbers as with earlier versions, which used peft's layers."""
@@ -84,6 +85,7 @@ def test_a_linear_layer_costs_two_operations(family: str) -> None:
         assert own[name] == bare[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_roles_factors_are_cast_together(family: str) -> None:
     """Casts do not grow with the number of layers, forward and backward."""

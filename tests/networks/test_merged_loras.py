@@ -58,6 +58,7 @@ def x0_of(network: Denoiser) -> torch.Tensor:
         return network.denoise(torch.randn(2, *network.image_shape), level, condition)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "spelling"),
     [*(("sd", spelling) for spelling in SPELLINGS), ("z-image", "kohya"), ("z-image", "diffusers")],
@@ -79,6 +80,7 @@ def test_merged_is_what_it_is_beside_the_network(
     assert teacher.card.base_loras == (f"{file.resolve()}:0.5",)
 
 
+@pytest.mark.slow
 def test_two_add_up_and_one_with_its_negative_is_none(tmp_path: Path, folders: dict[str, Path]) -> None:
     for seed in (0, 1):
         network: Any = load_teacher(folders["sd"], device="cpu").denoiser
@@ -101,6 +103,7 @@ def refused(folder: Path, *loras: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_what_is_no_lora_of_this_network_is_one_sentence(tmp_path: Path, folders: dict[str, Path]) -> None:
     networks = {family: load_teacher(folder, device="cpu").denoiser for family, folder in folders.items()}
     lora: Any = user_lora(networks["sd"], "sd")
@@ -128,6 +131,7 @@ def re_one(text: str, *parts: str) -> bool:
     return all(part in text for part in parts) and "\n" not in text
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_one_of_several_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     network: Any = load_teacher(folders["sd"], device="cpu").denoiser
     lora = user_lora(load_teacher(folders["sd"], device="cpu").denoiser, "sd")
@@ -140,6 +144,7 @@ def test_nothing_changes_where_one_of_several_is_refused(tmp_path: Path, folders
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_other_models_take_none(tmp_path: Path, teacher_folder: Path) -> None:
     (tmp_path / "a.safetensors").touch()
     assert "is a class-conditional teacher: LoRAs are merged" in refused(
@@ -165,6 +170,7 @@ def test_files_are_known_by_content_strength_and_order(tmp_path: Path) -> None:
     assert len({known, *map(loras_fingerprint, others)}) == 5
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_fine_tune_in_what_compares_networks(tmp_path: Path, folders: dict[str, Path]) -> None:
     lora = user_lora(load_teacher(folders["sd"], device="cpu").denoiser, "sd")
     file = written(tmp_path / "a.safetensors", lora, "kohya", "unet")

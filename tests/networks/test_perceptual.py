@@ -72,6 +72,7 @@ def recomputed(vgg: Weights, heads: Weights, a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+@pytest.mark.slow
 def test_keys_and_sizes_are_the_published_ones(lpips: LPIPS, vgg: Weights, heads: Weights) -> None:
     state = lpips.state_dict()
     published = {key: value for key, value in vgg.items() if key.startswith("features.")}
@@ -83,6 +84,7 @@ def test_keys_and_sizes_are_the_published_ones(lpips: LPIPS, vgg: Weights, heads
     assert not any(parameter.requires_grad for parameter in lpips.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 17)])
 def test_distance_against_a_float64_recomputation(
     lpips: LPIPS, vgg: Weights, heads: Weights, height: int, width: int
@@ -94,6 +96,7 @@ def test_distance_against_a_float64_recomputation(
     torch.testing.assert_close(lpips(b, a), found)
 
 
+@pytest.mark.slow
 def test_small_images_are_enlarged_and_large_ones_left(files: tuple[Path, Path], lpips: LPIPS) -> None:
     enlarging = load_lpips(*files, resize_to=48)
     small = pictures(2, 24, 32), pictures(3, 24, 32)
@@ -131,6 +134,7 @@ def test_gradient_is_finite_where_all_features_are_zero(vgg: Weights, which: str
     assert gradient.isfinite().all()
 
 
+@pytest.mark.slow
 def test_gradient_and_second_derivative_are_the_finite_differences(files: tuple[Path, Path]) -> None:
     model = load_lpips(*files, resize_to=None).double()
     b, direction = pictures(6, 16, 16, batch=1).double(), pictures(7, 16, 16, batch=1).double()
@@ -173,6 +177,7 @@ def test_loading_draws_no_random_numbers(files: tuple[Path, Path]) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_safetensors_are_read(vgg: Weights, heads: Weights, tmp_path: Path, lpips: LPIPS) -> None:
     save_file(vgg, tmp_path / "vgg.safetensors")
     save_file(heads, tmp_path / "heads.safetensors")

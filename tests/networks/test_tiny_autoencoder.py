@@ -24,6 +24,7 @@ def load(folder: Path) -> Model:
     return teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [tiny_sd_folder, tiny_sdxl_folder, tiny_sd3_folder])
 def test_decodes_as_a_pipeline_with_its_vae_replaced(write: Callable[[Path], Path], tmp_path: Path) -> None:
     folder, tiny = write(tmp_path / "model"), tiny_taesd_folder(tmp_path / "taesd")
@@ -42,6 +43,7 @@ def test_decodes_as_a_pipeline_with_its_vae_replaced(write: Callable[[Path], Pat
     assert expected.std() > 0.01
 
 
+@pytest.mark.slow
 def test_the_full_vae_is_not_read(tmp_path: Path) -> None:
     folder = tiny_sd_folder(tmp_path / "model")
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
@@ -51,6 +53,7 @@ def test_the_full_vae_is_not_read(tmp_path: Path) -> None:
     assert teacher.sample(["cat"], num_inference_steps=1, output="tensor").shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_the_full_vae_is_not_read_for_a_generator(tmp_path: Path) -> None:
     run = write_run(tmp_path, "sd", (999,))
     (tmp_path / "teacher/vae/diffusion_pytorch_model.safetensors").unlink()
@@ -59,6 +62,7 @@ def test_the_full_vae_is_not_read_for_a_generator(tmp_path: Path) -> None:
     assert generator.sample(["cat"], output="tensor").shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"), [({"latent_channels": 16}, "16 channels 2x"), ({"blocks": 3}, "4 channels 4x")]
 )

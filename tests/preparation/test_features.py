@@ -35,6 +35,7 @@ def trained(dataset: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     return train_feature_network(dataset, folder, **TRAINING, name="brightness"), folder
 
 
+@pytest.mark.slow
 def test_learns_separable_classes(trained: tuple[SmallClassifier, Path], dataset: ImageDataset) -> None:
     """Brightness tells the four classes apart; chance is 0.25."""
     torch.manual_seed(0)
@@ -87,6 +88,7 @@ def test_round_trip(trained: tuple[SmallClassifier, Path], dataset: ImageDataset
     assert accuracy(again, dataset) == accuracy(model, dataset)
 
 
+@pytest.mark.slow
 def test_same_seed_same_network(dataset: ImageDataset, tmp_path: Path) -> None:
     options = {**TRAINING, "num_passes": 1}
     weights = [

@@ -64,6 +64,7 @@ def greys(*numbers: int) -> torch.Tensor:
     return (torch.tensor(numbers).float() / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_the_mean_latents_and_the_captions(job: dict[str, Any], tmp_path: Path) -> None:
     progress: list[tuple[int, int | None]] = []
     prepare_latents(folder=tmp_path / "l", report=lambda done, total: progress.append((done, total)), **job)
@@ -304,6 +305,7 @@ def test_published_latents_that_cannot_be_used(encoders: TextEncoders, tmp_path:
     assert "a latent is not finite as float16" in refused(scale=1.0)
 
 
+@pytest.mark.slow
 def test_a_new_sample_of_the_distribution_each_pass(job: dict[str, Any], tmp_path: Path) -> None:
     """Real latents are samples of the VAE's posterior; a resumed run draws the same ones, another pass others."""
     means = StoredLatents(prepare_latents(folder=tmp_path / "mean", **job))

@@ -52,6 +52,7 @@ def assert_same_pictures(actual: Tensor, expected: Tensor) -> None:
     assert difference.float().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_stored_noise_makes_the_stored_image(teacher: Model, whole: Path) -> None:
     pairs = NoiseImagePairs(whole)
     assert (pairs.noise.dtype, pairs.images.dtype, len(pairs)) == (torch.float16, torch.uint8, 10)

@@ -38,6 +38,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {f"{path.parent.name}.{key}": value for path in files for key, value in load_file(path).items()}
 
 
+@pytest.mark.slow
 def test_a_config_folder_needs_no_weights(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
     """Half precision stays; extras of published files (position ids, EMA, schedules) are left behind."""
     for path in (base := folders["sd"]).rglob("*"):
@@ -57,6 +58,7 @@ def test_a_config_folder_needs_no_weights(folders: dict[str, Path], tensors: Any
     assert json.loads((made / "model_index.json").read_text(encoding="utf-8"))["safety_checker"] == [None, None]
 
 
+@pytest.mark.slow
 def test_old_text_keys_are_read(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
     """Some merges leave `text_model.` out of CLIP's keys."""
     old = {key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): v for key, v in tensors["sd"].items()}  # fmt: skip
@@ -76,6 +78,7 @@ def test_the_headers_prediction_goes_before_the_configs(folders: dict[str, Path]
     assert config["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("markers", [("v_pred",), ("v_pred", "ztsnr")])
 def test_marker_tensors_go_before_the_configs(
     folders: dict[str, Path], tensors: Any, tmp_path: Path, markers: tuple[str, ...]
@@ -115,6 +118,7 @@ def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensor
         single_file_to_folder(path, folders["sd"], tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_what_the_file_lacks_comes_from_the_base_and_is_said(
     folders: dict[str, Path], tensors: Any, tmp_path: Path
 ) -> None:
@@ -218,6 +222,7 @@ def test_damaged_files_and_other_formats(tensors: Any, tmp_path: Path) -> None:
             read_model_file(missing)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_configs_is_named(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
     path, out = tmp_path / "m.safetensors", tmp_path / "out"
 

@@ -155,6 +155,7 @@ def test_a_real_write_that_fails_half_way(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(tmp_path / "step_00000001")[0]["a.weight"], some_tensors()["a.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_keeps_its_checkpoint(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """The same in a run: the second session ends with a sentence, a third one continues from the first."""
     folder = tmp_path / "run"
@@ -198,6 +199,7 @@ def test_damaged_state(tmp_path: Path, text: str) -> None:
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_stops_the_run_and_removing_it_helps(
     teacher_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +258,7 @@ def no_unpickling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle, "Unpickler", refuse)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_run(
     teacher_folder: Path, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -279,6 +282,7 @@ def test_checkpoint_of_a_run(
     train(settings.model_copy(update={"training": settings.training.model_copy(update={"num_steps": 3})}))
 
 
+@pytest.mark.slow
 def test_checkpoint_of_pretraining(pictures: Path, tmp_path: Path) -> None:
     pretrain(tiny_pretrain_settings(pictures, tmp_path / "run", training={"num_steps": 1}))
     (path,) = list_checkpoints(tmp_path / "run/checkpoints")

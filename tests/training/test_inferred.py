@@ -74,6 +74,7 @@ def test_a_rehearsal_needs_no_pictures() -> None:
     assert "supposed" in told[0]
 
 
+@pytest.mark.slow
 def test_a_run_stores_what_was_found_and_goes_on_with_it(pictures: Path, tmp_path: Path) -> None:
     """Also where the pictures would say something else by then; the student reads them as its teacher did."""
     open_network = {"name": "tiny", "img_resolution": 0, "img_channels": 0, "label_dim": -1}

@@ -83,6 +83,7 @@ def test_a_measurement_is_given_up_and_made_again(tmp_path: Path) -> None:
     assert [point.step for point in again.points] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -97,6 +98,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     release(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_is_free_after_its_run(tmp_path: Path) -> None:
     settings = counting_settings(tmp_path)
     claim_run_folder(settings, tmp_path)

@@ -95,7 +95,7 @@ def _losses(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_many_kills(teacher_folder: Path, pictures: Path, tmp_path: Path, kills: int) -> None:
     """SIGKILL at random moments, at least a quarter of them while a checkpoint is being written."""

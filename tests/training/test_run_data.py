@@ -72,6 +72,7 @@ def test_hidden_files_do_not_count(run: Path, data: Path) -> None:
     assert go_on(run, data, str(data)) == {"data.images"}
 
 
+@pytest.mark.slow
 def test_a_run_as_a_user_continues_it(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     import shutil
 

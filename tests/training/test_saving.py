@@ -70,6 +70,7 @@ def test_files_are_those_of_a_checkpoint_written_at_once(tmp_path: Path) -> None
         assert (tmp_path / "beside/step_00000003" / name).read_bytes() == (at_once / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
     tmp_path: Path, teacher_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

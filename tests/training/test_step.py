@@ -114,6 +114,7 @@ def flat_change(before: dict[str, Tensor], module: nn.Module) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator_every", [1, 2, 3, 5])
 def test_who_changes_when(generator_every: int) -> None:
     run = build_run(generator_every=generator_every)
@@ -199,6 +200,7 @@ def test_paired_rows_are_kept_from_the_fake_score() -> None:
         assert relative_error(images, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradient_norms_are_clipped() -> None:
     """The reported norms are those before clipping; what is applied is bounded by max_grad_norm."""
     found = {}
@@ -232,6 +234,7 @@ def test_metric_names() -> None:
         assert torch.isfinite(value), name
 
 
+@pytest.mark.slow
 def test_norms_at_x0_are_those_of_the_weighted_terms() -> None:
     run = build_run()
     before = copy.deepcopy(run.roles)
@@ -245,6 +248,7 @@ def test_norms_at_x0_are_those_of_the_weighted_terms() -> None:
     assert float(metrics["gan_generator_norm_ratio"]) == pytest.approx(ratio, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_step_recomputed_in_float64() -> None:
     """Both gradients of a generator step, from the equations of METHOD sections 1 to 3."""
     run = build_run(make_optimizer=sgd, max_grad_norm=1e9)
@@ -266,6 +270,7 @@ def test_one_step_recomputed_in_float64() -> None:
     assert float(metrics["fake_score_grad_norm"]) == pytest.approx(float(gradient.norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_the_generators_has_the_same_fake_score_gradient() -> None:
     """The fake score's update does not know whose turn it was."""
     found = []
@@ -305,6 +310,7 @@ def clip_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clip_on_meta")
 @pytest.mark.parametrize("step_indices", [(999,), (999, 749, 499, 249)])
 def test_the_host_never_reads_a_value_of_the_device(step_indices: tuple[int, ...]) -> None:
@@ -315,6 +321,7 @@ def test_the_host_never_reads_a_value_of_the_device(step_indices: tuple[int, ...
         assert all(value.device.type == "meta" for value in metrics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clip_on_meta")
 def test_the_host_never_waits_for_a_copy() -> None:
     run = build_run(device="meta", make_optimizer=sgd)
@@ -406,6 +413,7 @@ def no_reading_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_reading_back")
 def test_library_code_reads_no_tensor_back() -> None:
     """The same on the CPU with the optimisers of a real run, where meta cannot go."""

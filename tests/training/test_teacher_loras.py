@@ -56,6 +56,7 @@ def sampled(model: Any) -> Tensor:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_on_the_users_lora_goes_everywhere(
     work: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,7 @@ def in_diffusers(base: Path, lora: Path, generator: Any, expected: Tensor, style
     assert (made - expected).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_loras_only(work: Path, tmp_path: Path) -> None:
     """Wherever the file lies now; another strength, another file or none is refused by the setting's name."""
     path = shutil.copy(work / "z-image.safetensors", tmp_path / "style.safetensors")
@@ -140,6 +142,7 @@ def test_a_lora_of_another_family_stops_before_a_run_begins(work: Path, tmp_path
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pairs_of_the_plain_base_are_another_networks(work: Path, tmp_path: Path) -> None:
     common = ["--num-pairs", 2, "--teacher-steps", 1, "--prompts", work / "prompts.txt", "--device", "cpu"]
     lora = ["--lora", f"{work / 'z-image'}.safetensors:0.5"]
@@ -159,6 +162,7 @@ def test_pairs_of_the_plain_base_are_another_networks(work: Path, tmp_path: Path
         warm_up("plain")
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_fine_tune(work: Path, tmp_path: Path) -> None:
     common = [
         "--prompt",
@@ -182,6 +186,7 @@ def test_the_command_shows_the_fine_tune(work: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_leaves_with_a_pushed_card(work: Path, tmp_path: Path) -> None:
     run = train(_with(settings(work, tmp_path / "run"), num_steps=1))
     options = ExportOptions(kind="lora", precision="fp32", num_samples=0, repo="ann/tiny")

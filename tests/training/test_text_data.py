@@ -46,6 +46,7 @@ def settings(model: Path, folder: Path, prompts: list[str], **data: object) -> T
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stored", "computed"])
 def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_path: Path, kind: str) -> None:
     """Nothing of a job holds them, neither the teacher nor its generator; "computed" keeps them, as it must."""
@@ -64,6 +65,7 @@ def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_pat
     assert ("encoders" in vars(job.best_generator().conditioner)) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stored", "computed"])
 def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_path: Path, kind: str) -> None:
     """However embeddings are made; the remedy is the setting, which exists."""
@@ -82,6 +84,7 @@ def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_pa
     assert (found - fitting.text).abs().max() < 2e-3
 
 
+@pytest.mark.slow
 def test_pairs_of_long_prompts(model: Path, tmp_path: Path) -> None:
     """`prepare pairs` refuses them in the words of the option that it has, and takes them with it."""
     (tmp_path / "prompts.txt").write_text(f"a dog\n{LONG}\n")
@@ -127,6 +130,7 @@ def without_list(model: Path, folder: Path, latents: Path, **data: object) -> Tr
     return parse_settings(TrainSettings, chosen, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "embeddings"), [("embeddings", "stored"), ("text", "computed")])
 def test_without_a_list_the_prompts_are_the_captions_of_the_latents(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, embeddings: str
@@ -147,6 +151,7 @@ def test_without_a_list_the_prompts_are_the_captions_of_the_latents(
     assert all(value.isfinite() for value in job.step(0, 0.0).values())
 
 
+@pytest.mark.slow
 def test_captions_as_text_need_encoders(model: Path, tmp_path: Path) -> None:
     latents = latents_of(model, tmp_path, "text")
     chosen = without_list(model, tmp_path, latents)
@@ -157,6 +162,7 @@ def test_captions_as_text_need_encoders(model: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_stores_no_more_than_it_was_asked_for(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -167,6 +173,7 @@ def test_a_run_stores_no_more_than_it_was_asked_for(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pairs_are_made_by_euler_and_others_are_said(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\nred cat\n")
     answer = run(

@@ -257,6 +257,7 @@ def test_lines_of_steps_that_are_made_again_are_cut(tmp_path: Path) -> None:
     assert all(line["loss"] == 1.0 for line in lines_of(tmp_path))
 
 
+@pytest.mark.slow
 def test_everything_a_distillation_writes(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = tiny_train_settings(teacher_folder, pictures, folder, training={"num_steps": 5}, run={"sample_every": 2})
@@ -312,6 +313,7 @@ def test_no_events_without_tensorboard(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_sample_pictures_are_those_of_the_generator(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """The grid at a fixed seed is what `load_generator` makes of the exported weights."""
     from fewstep.formats.pixels import make_grid
@@ -327,6 +329,7 @@ def test_sample_pictures_are_those_of_the_generator(teacher_folder: Path, pictur
         assert picture.tobytes() == teacher.tobytes()
 
 
+@pytest.mark.slow
 def test_everything_pretraining_writes(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = tiny_pretrain_settings(pictures, folder, training={"num_steps": 3})
@@ -381,6 +384,7 @@ def test_a_non_finite_metric_is_found_at_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "result.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_a_distillation(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +409,7 @@ def test_a_non_finite_loss_stops_a_distillation(
     assert checkpoint_steps(folder) == [4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "name"), [(2, "generator_grad_norm"), (1, "fake_score_grad_norm")])
 def test_a_non_finite_gradient_norm_stops_a_distillation(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, name: str
@@ -429,6 +434,7 @@ def test_a_non_finite_gradient_norm_stops_a_distillation(
     assert checkpoint_steps(tmp_path / "run")[-1] == step
 
 
+@pytest.mark.slow
 def test_what_a_non_finite_metric_advises_can_be_done(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

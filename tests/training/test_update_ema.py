@@ -59,6 +59,7 @@ def test_a_rate_reaches_every_group() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
+@pytest.mark.slow
 def test_a_job_sets_both_rates_from_the_step(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     settings = tiny_train_settings(
         teacher_folder, pictures, tmp_path, training={"batch_size": 2},
@@ -192,6 +193,7 @@ def test_the_average_is_frozen() -> None:
     assert not average.module.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_average_of_a_job_counts_the_images_of_all_steps(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """The generator moves every third step; its average still has a half-life in images of the whole run."""
     half_life, batch, every = 200.0, 4, 3

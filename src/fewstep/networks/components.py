@@ -1,11 +1,13 @@
 """One component of a diffusers folder, whole: no tensor stays at its random start, and every failure is one sentence."""
 
 import inspect
+import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from logging import CRITICAL
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,28 @@ _VARIANT = re.compile(r"(diffusion_pytorch_)?model(\.(?P<variant>[a-z]+\w*))?(-\
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without the progress bars and reports of diffusers and transformers: what matters of them becomes an error here."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    ours, theirs = diffusers.utils.logging, logging
-    shown, levels = logging.is_progress_bar_enabled(), (ours.get_verbosity(), theirs.get_verbosity())
+    ours, shown = diffusers.utils.logging, theirs.is_progress_bar_enabled()
+    handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
     ours.disable_progress_bar()
     theirs.disable_progress_bar()
-    ours.set_verbosity(CRITICAL)
-    theirs.set_verbosity(CRITICAL)
+    for handler in (
+        handlers
+    ):  # and not the libraries' verbosity: a change of level makes every logger of the process look it up anew
+        handler.addFilter(_nothing)
     try:
         yield
     finally:
         ours.enable_progress_bar()
         if shown:
             theirs.enable_progress_bar()
-        ours.set_verbosity(levels[0])
-        theirs.set_verbosity(levels[1])
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def load_component(kind: Any, folder: Path) -> Any:
@@ -57,7 +65,9 @@ def load_component(kind: Any, folder: Path) -> Any:
     Raises:
         UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
     """
-    _check_files(folder, num_values(describe_component(kind, folder)))
+    with _readable_config(kind, folder) as config:
+        described = _num_described(kind, json.dumps(config, sort_keys=True))
+    _check_files(folder, described)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
@@ -162,6 +172,26 @@ def describe_component(kind: Any, folder: Path) -> Any:
     Raises:
         UserError: the config is missing, damaged, or describes no network of this class.
     """
+    with _readable_config(kind, folder) as config:
+        return _untrained(kind, config)
+
+
+def _untrained(kind: Any, config: dict[str, Any]) -> Any:
+    with quiet_loading():
+        if kind.__module__.startswith("transformers"):
+            return build_untrained(lambda: kind(kind.config_class.from_dict(config)))
+        return build_untrained(lambda: kind.from_config(config))
+
+
+@lru_cache(maxsize=64)
+def _num_described(kind: Any, config: str) -> int:
+    """Parameters of the network that a config, as JSON, describes; the same is loaded again and again."""
+    return num_values(_untrained(kind, json.loads(config)))
+
+
+@contextmanager
+def _readable_config(kind: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """A component's config, whose settings are of the kinds that its class has; what goes wrong with it names the file."""
     config = read_json_object(folder / "config.json")
     if config.get("quantization_config"):
         raise UserError(
@@ -174,16 +204,14 @@ def describe_component(kind: Any, folder: Path) -> Any:
                 f"{folder / 'config.json'} is damaged: {name} is {str(config[name])[:60]}, not {wanted}; download it again"
             )
     try:
-        with quiet_loading():
-            if kind.__module__.startswith("transformers"):
-                return build_untrained(lambda: kind(kind.config_class.from_dict(config)))
-            return build_untrained(lambda: kind.from_config(config))
-    except Exception as error:  # as above
+        yield config
+    except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
         raise UserError(
             f"{folder / 'config.json'} describes no network ({_reason(error)}); download it again"
         ) from error
 
 
+@lru_cache(maxsize=64)
 def _defaults(kind: Any) -> dict[str, Any]:
     """The defaults of a class's settings."""
     if kind.__module__.startswith("transformers"):
