@@ -130,6 +130,24 @@ def test_visitors_who_have_left_are_not_served(port: int, monkeypatch: pytest.Mo
     assert made == []
 
 
+@pytest.mark.parametrize("session", [{}, {"session_hash": "mine"}])
+def test_programs_without_a_session_are_served(port: int, session: dict[str, str]) -> None:
+    """As gradio documents it for curl: one request asks, another one waits."""
+    data = json.dumps({"data": ["", -1, "1", 1], **session}).encode()
+    headers = {"Content-Type": "application/json"}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/gradio_api/call/generate", data, headers)
+    event = json.loads(connection.getresponse().read())["event_id"]
+    answer = _body(port, f"/gradio_api/call/generate/{event}")
+    assert answer.startswith("event: complete\n")
+    assert '"image": {"path": ' in answer
+
+
+def test_no_files_are_taken(port: int) -> None:
+    headers = {"content_type": "multipart/form-data; boundary=x", "content_length": "4"}
+    assert ask(port, "POST", "/gradio_api/upload", b"--x-", **headers)[0] == 403
+
+
 def test_the_end_of_a_stream_empties_the_queue_of_its_session() -> None:
     left: list[str] = []
 

@@ -397,3 +397,10 @@ def test_quickstart_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert run.call_args_list == [  # type: ignore[attr-defined]
         mock.call(tmp_path, minutes=0.5, seed=3), mock.call(Path("runs/quickstart"), minutes=5.0, seed=0),
     ]  # fmt: skip
+
+
+def test_nothing_is_said_in_pillows_words(tmp_path: Path) -> None:
+    """A picture of 100 million pixels is no bomb, and no warning with a line of code."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "x.png")
+    assert fewstep("--version").code == 0
+    Image.open(tmp_path / "x.png").close()  # warnings are errors in tests

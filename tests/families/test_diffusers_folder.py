@@ -74,6 +74,7 @@ def test_without_a_network_it_is_one_sentence() -> None:
     )
     assert str(error.value).endswith("check the name and the network, or download it and give the folder")
     assert "\n" not in str(error.value)
+    assert "it is not in the cache" in str(error.value)
 
 
 def test_an_error_without_words_is_named(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,6 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(tiny_autoencoder.huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(
-        UserError, match=r"nobody/taesd is no local folder and cannot be fetched from the hub \(offline\)"
+        UserError, match=r"nobody/taesd is no local folder and cannot be fetched from the hub \(it is not in the cache"
     ):
         load_tiny_autoencoder("nobody/taesd")

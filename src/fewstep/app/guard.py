@@ -1,6 +1,7 @@
 """Who may speak to the page: its own hosts and origins, in short requests, as long as somebody listens to the answer."""
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -13,6 +14,8 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY_BYTES = 2**20  # a prompt and a few numbers are far below; uploads there are none
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _STREAM = "/queue/data"  # the path on which a browser listens to its requests
+_CALL = re.compile(r"/call/(?:v2/)?[^/]+/([^/]+)/?")  # on which a program listens to one of its own
+_UPLOAD = "/upload"
 
 
 class Guard:
@@ -26,10 +29,14 @@ class Guard:
         app: what answers.
         hosts: names the page answers to besides those of this machine; "*": to any.
         gone: called with a session when nobody listens to it any more.
+        session_of: the session of an event in the queue.
     """
 
-    def __init__(self, app: Any, *, hosts: Iterable[str], gone: Callable[[str], Awaitable[None]]) -> None:
-        self.app, self.gone = app, gone
+    def __init__(
+        self, app: Any, *, hosts: Iterable[str], gone: Callable[[str], Awaitable[None]],
+        session_of: Callable[[str], str] = lambda event: event,
+    ) -> None:  # fmt: skip
+        self.app, self.gone, self.session_of = app, gone, session_of
         self.hosts = LOOPBACK | {name.lower() for name in hosts}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -42,11 +49,19 @@ class Guard:
             await _answer(scope, send, 403, refusal)
         elif _content_length(headers) > MAX_BODY_BYTES:
             await _answer(scope, send, 413, f"a request has at most {MAX_BODY_BYTES} bytes")
-        elif scope["type"] == "http" and scope["path"].endswith(_STREAM):
-            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        elif scope["path"].endswith(_UPLOAD):
+            await _answer(scope, send, 403, "this page takes no files")
+        elif scope["type"] == "http" and (session := self._listened_to(scope)):
             await self._stream(session, scope, receive, send)
         else:
             await self._counted(scope, receive, send)
+
+    def _listened_to(self, scope: MutableMapping[str, Any]) -> str:
+        """The session whose answers a request waits for; "" where it is no such request."""
+        if scope["path"].endswith(_STREAM):
+            return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        call = _CALL.search(scope["path"]) if scope.get("method") == "GET" else None
+        return self.session_of(call[1]) if call else ""
 
     def _foreign(self, headers: MutableMapping[str, str]) -> str:
         """Why a request is not from this page; "" where it is."""

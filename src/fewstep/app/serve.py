@@ -44,7 +44,11 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
 
     root = settings.root_path or os.environ.get("GRADIO_ROOT_PATH", "")
     hosts = [name for name in (host, urlsplit(root).hostname) if name and name not in _EVERYWHERE]
-    rules: dict[str, Any] = {"hosts": hosts if host in LOOPBACK else ["*"], "gone": _leaves_queue(page)}
+    rules: dict[str, Any] = {
+        "hosts": hosts if host in LOOPBACK else ["*"],
+        "gone": _leaves_queue(page),
+        "session_of": _session_of(page),
+    }
     options: dict[str, Any] = {
         "root_path": root, "app_kwargs": {"middleware": [Middleware(Guard, **rules)]},
         "theme": gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"]), "css": CSS,
@@ -83,6 +87,16 @@ def _leaves_queue(page: "gradio.Blocks") -> Callable[[str], Awaitable[None]]:
         await page._queue.clean_events(session_hash=session)
 
     return gone
+
+
+def _session_of(page: "gradio.Blocks") -> Callable[[str], str]:
+    """The session of a queued event; its own name where the program that asked has none, as gradio has it."""
+
+    def session_of(event: str) -> str:
+        queued = page._queue.event_ids_to_events.get(event)
+        return getattr(queued, "session_hash", None) or event
+
+    return session_of
 
 
 def _check_address(host: str, port: int) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -70,6 +71,7 @@ def main() -> None:
     # before a library is imported: nothing is counted or sent anywhere unless a hub id is named
     for name, value in (("HF_HUB_DISABLE_TELEMETRY", "1"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0"), ("DO_NOT_TRACK", "1")):
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd tags, which decode all the same
     debug = "--debug" in sys.argv[1:]
     be_quiet("--quiet" in sys.argv[1:])
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index, read_scheduler
+from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.source import Source
 
@@ -28,12 +29,14 @@ def resolve_model_folder(source: str | Path | Source) -> Path:
         raise UserError(f"{source} does not exist and is not a hub id (org/name); give a diffusers folder or a hub id")
     from diffusers import DiffusionPipeline
 
+    from fewstep.networks.components import quiet_loading
+
     try:
-        return Path(DiffusionPipeline.download(place.hub_id, use_safetensors=True))
+        with quiet_loading():
+            return Path(DiffusionPipeline.download(place.hub_id, use_safetensors=True))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{source} is not a local folder and cannot be fetched from the hub ({reason}); "
+            f"{source} is not a local folder and cannot be fetched from the hub ({hub_reason(error)}); "
             "check the name and the network, or download it and give the folder"
         ) from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import huggingface_hub
 
 from fewstep.errors import UserError
+from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.source import Source
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
@@ -66,6 +67,6 @@ def _download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS]))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         raise UserError(
-            f"{name} is no local folder and cannot be fetched from the hub ({str(error).splitlines()[0]}); "
+            f"{name} is no local folder and cannot be fetched from the hub ({hub_reason(error)}); "
             "check the name and the network, or download it and give the folder"
         ) from error

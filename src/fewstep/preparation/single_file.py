@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
+from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import ZERO_SNR_MARKER, SingleFile, read_single_file
 from fewstep.formats.source import Source
@@ -140,7 +141,7 @@ def _config_folder(source: str | Path, absent: Sequence[str]) -> Path:
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         raise UserError(
             f"{source} is no local folder and its configs cannot be fetched from the hub "
-            f"({str(error).splitlines()[0]}); download it and give the folder"
+            f"({hub_reason(error)}); download it and give the folder"
         ) from error
 
 
