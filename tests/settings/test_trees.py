@@ -106,6 +106,7 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "training.batch_size", True, INTEGER),
         (TrainSettings, "training.batch_size", 0, f"{ABOVE} 0"),
         (TrainSettings, "training.num_steps", -5, f"{ABOVE} 0"),
+        (TrainSettings, "training.batch_size", 10**22, f"{BELOW} {2**31}"),
         (TrainSettings, "training.generator_every", 0, f"{ABOVE} 0"),
         (TrainSettings, "training.time_limit_minutes", -1, f"{AT_LEAST} 0"),
         (TrainSettings, "training.seed", -1, f"{AT_LEAST} 0"),
@@ -573,3 +574,20 @@ def test_keys_that_are_gone_are_told() -> None:
         "compute.threads: now the environment's OMP_NUM_THREADS, or torch's choice without it",
         "run.tensorboard: now left out",
     ]
+
+
+def test_recipes_of_other_editors_and_other_commands(tmp_path: Path) -> None:
+    """Windows' mark at the start is none of the text; a key of thousands of parts would take the parser gigabytes."""
+    recipe = tmp_path / "a.toml"
+    recipe.write_bytes(b"\xef\xbb\xbf[training]\r\nnum_steps = 7\r\n")
+    assert load_settings(TrainSettings, recipe).training.num_steps == 7
+    for text, told in (
+        ("a." * 50_000 + "b = 1", "is nested without end"),
+        ("[" + "a." * 50_000 + "b]", "is nested without end"),
+        ("[network]\nname = 'small'", "unknown setting network; it belongs to recipes of `fewstep pretrain`"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=told):
+            load_settings(TrainSettings, recipe)
+    with pytest.raises(UserError, match="is no file; the shipped ones"):
+        load_settings(TrainSettings, tmp_path)

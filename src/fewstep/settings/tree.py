@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from fewstep.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
+_MOST_PARTS = 100  # of a dotted key
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 SettingsT = TypeVar("SettingsT", bound="Tree")
@@ -139,11 +140,15 @@ def flatten_settings(settings: Tree) -> dict[str, Any]:
 
 def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; the shipped ones lie in recipes/")
+        wrong = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"recipe {path} {wrong}; the shipped ones lie in recipes/")
     if path.resolve() in seen:
         raise UserError(f"recipe {path} extends itself")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a mark
+        if any(line.partition("=")[0].count(".") > _MOST_PARTS for line in text.split("\n")):
+            raise RecursionError  # the parser takes minutes and gigabytes
+        values = tomllib.loads(text)
     except RecursionError:
         raise UserError(f"recipe {path} is nested without end") from None
     except ValueError as error:  # also numbers of thousands of digits
@@ -216,17 +221,29 @@ def _refuse_unknown(kind: type["Tree"], values: dict[str, Any], source: str) -> 
 
 
 def _hint(kind: type["Tree"], group: type["Tree"], prefix: str, key: str, known: set[str]) -> str:
-    """The nearest right key: the same name in another section, then a similar one here, then the other command's."""
+    """The nearest right key: the other command's for a whole section, the same name in another one, a similar one here."""
+    if not prefix and any(
+        row[0].startswith(f"{key}.") for other in _other_commands(kind) for row in describe_settings(other)
+    ):
+        return _of_other_command(kind, key)
     same_name = [dotted for dotted in sorted(known) if dotted.rsplit(".", 1)[-1] == key]
     if same_name:
         return f"; did you mean {same_name[0]}?"
     near = difflib.get_close_matches(key, list(group.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
-    for other in Tree.__subclasses__():
-        if other is not kind and other.command and f"{prefix}{key}" in _sections_and_keys(other):
-            return f"; it belongs to recipes of `fewstep {other.command}`"
-    return ""
+    return _of_other_command(kind, f"{prefix}{key}")
+
+
+def _of_other_command(kind: type["Tree"], key: str) -> str:
+    """Whose recipes have this key; empty: nobody's."""
+    found = (other for other in _other_commands(kind) if key in _sections_and_keys(other))
+    return next((f"; it belongs to recipes of `fewstep {other.command}`" for other in found), "")
+
+
+def _other_commands(kind: type["Tree"]) -> list[type["Tree"]]:
+    """The settings of the other commands that have recipes."""
+    return [other for other in Tree.__subclasses__() if other is not kind and other.command]
 
 
 def _explain(item: Any) -> str:
