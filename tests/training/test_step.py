@@ -198,6 +198,12 @@ def test_paired_rows_are_kept_from_the_fake_score() -> None:
         (images,) = spy.seen  # type: ignore[attr-defined]
         assert images.shape == (BATCH, *SHAPE)
         assert relative_error(images, expected) < 1e-5
+    run.generator_every = 2
+    made, denoise = [], run.roles.generator.denoise
+    run.roles.generator.denoise = lambda noisy, *rest: made.append(len(noisy)) or denoise(noisy, *rest)  # type: ignore
+    for step in (0, 1):  # on other turns nobody reads the pairs, and nobody makes them
+        two_time_scale_step(run, step, real_batch(), draws_of(step))
+    assert made == [2 * BATCH, BATCH]
 
 
 @pytest.mark.slow

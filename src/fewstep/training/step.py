@@ -59,8 +59,9 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
             gradient = combined_gradient(run.generator_terms, x0.detach(), batch, part, tally)
             run.generator_update.backward_at(x0, gradient, part.is_last)
         else:
+            rows = slice(batch.num_fresh)  # of stored pairs only the generator's turn learns
             with torch.no_grad():
-                x0 = run.roles.generator.denoise(batch.noisy, batch.level, batch.condition)
+                x0 = run.roles.generator.denoise(batch.noisy[rows], batch.level[rows], batch.condition[rows])
         made.append((x0[: batch.num_fresh].detach(), batch.condition[: batch.num_fresh]))
     updated = run.generator_update.step() if generators_turn else {}
     for part, (fresh, condition) in zip(parts, made, strict=True):
