@@ -28,6 +28,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
+_NO_MEMORY = (
+    "there is not enough memory for this; ask for less at once (a smaller batch, microbatch or size, fewer pictures), or see what a "
+    "run needs with --dry-run"
+)
+
+
+def told_to_users(error: Exception) -> object:
+    """What a person is told of an exception that is no fault of the program's; None for one that is."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return disk_error(error)
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return _NO_MEMORY if isinstance(error, MemoryError) or out_of_memory else None
+
+
 def stopped_by(stop: KeyboardInterrupt) -> tuple[str, int]:
     """What asked a command to end, as people call it, and the exit code that says so."""
     return ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from fewstep.cli import main as entry
 from fewstep.cli import quickstart as quickstarts
 from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.main import app
-from fewstep.errors import RunInterrupted, Terminated
+from fewstep.errors import RunInterrupted, Terminated, UserError
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import run_folder
 from tests.cli.test_main import Answer, fewstep
@@ -93,15 +94,29 @@ def test_a_fault_is_one_sentence_with_a_log(
     path.unlink()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 763. MiB"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000 bytes."),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_is_no_fault(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, error, "train") == 2
+    assert capsys.readouterr().err.startswith("fewstep: there is not enough memory for this; ask for less at once")
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="oh"):
         run_main(monkeypatch, RuntimeError("oh"), "train", "--debug")
-    assert run_main(monkeypatch, entry.UserError("no such file"), "--debug") == 2
+    assert run_main(monkeypatch, UserError("no such file"), "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_own_errors_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(monkeypatch, entry.UserError("no such file")) == 2
+    assert run_main(monkeypatch, UserError("no such file")) == 2
     assert capsys.readouterr().err == "fewstep: no such file\n"
 
 

@@ -372,3 +372,15 @@ def test_the_error_of_the_distance_is_that_of_other_samples() -> None:
     samples = [torch.randn(300, 4, generator=generator) * 1.3 + 0.4 for _ in range(60)]
     spread = float(torch.tensor([frechet_distance(FeatureStatistics.of(rows), reference) for rows in samples]).std())
     assert frechet_error(samples[0], reference, 60) == pytest.approx(spread, rel=0.4)
+
+
+def test_a_matrix_that_is_no_covariance(tmp_path: Path) -> None:
+    """With it distances below zero came out."""
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double()
+    good = torch.cov(features.T).numpy()
+    for sigma in (np.triu(good) * 3, -np.eye(6), np.eye(6) * 0.1 + 1 - np.eye(6)):
+        np.savez(tmp_path / "x.npz", mu=np.zeros(6), sigma=sigma)
+        with pytest.raises(UserError, match="sigma is no covariance"):
+            FeatureStatistics.load(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", mu=np.zeros(6), sigma=good.astype(np.float16))
+    FeatureStatistics.load(tmp_path / "x.npz")

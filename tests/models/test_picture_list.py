@@ -106,3 +106,8 @@ def test_seeds_need_labels_where_there_are_classes() -> None:
 def test_a_long_list_of_labels_is_no_file_name() -> None:
     """A hundred numbers are longer than a file name may be."""
     assert read_labels(",".join(map(str, range(100)))) == list(range(100))
+
+
+def test_no_more_pictures_than_a_slip_of_the_finger_makes() -> None:
+    with pytest.raises(UserError, match="--num-images 1000000000000: at most 1000000 at once"):
+        listed(num_images=10**12)

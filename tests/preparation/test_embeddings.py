@@ -233,3 +233,10 @@ def test_three_million_prompts(tmp_path: Path, tokens: int, width: int, pooled: 
     """Stable Diffusion 1.5 and SDXL."""
     with pytest.raises(UserError, match=rf"would take {told}, and more than 20 GB are not stored unasked; say so"):
         announce_size(tmp_path / "e", "it", 3_000_000 * 2 * (tokens * width + pooled), "say so", max_gigabytes=20.0)
+
+
+def test_half_a_character_is_no_prompt(encoders: TextEncoders) -> None:
+    """As bytes of a command line that are not UTF-8 come, and JSON's lone surrogates."""
+    for use in (encoders.count_tokens, lambda prompt: encoders.encode([prompt])):
+        with pytest.raises(UserError, match="holds half a character; type it again, as UTF-8"):
+            use("a cat \udcff")

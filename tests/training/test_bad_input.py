@@ -586,6 +586,8 @@ def test_outputs_that_cannot_be_written(teacher_folder: Path) -> None:
     assert_refused(fewstep(*sample, "--out", "notes.txt"), "cannot make notes.txt: it is a file; choose another --out")
     words = "--grid missing/grid.png: give a file in a folder that exists"
     assert_refused(fewstep(*sample, "--grid", "missing/grid.png"), words)
+    words = "--grid grid.JPG: pictures are written as PNG, which keeps how they were made; name it grid.png"
+    assert_refused(fewstep(*sample, "--grid", "grid.JPG"), words)
     assert not half_written()
     assert not Path("missing").exists()
 

@@ -25,7 +25,7 @@ from fewstep.cli.report import report
 from fewstep.cli.sample import sample
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
-from fewstep.errors import RunInterrupted, UserError, disk_error, stopped_by
+from fewstep.errors import RunInterrupted, stopped_by, told_to_users
 from fewstep.progress import be_quiet
 
 
@@ -77,25 +77,18 @@ def main() -> None:
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]
     try:
         app(prog_name="fewstep")
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"fewstep: {error}", file=sys.stderr)
-        sys.exit(2)
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # of many processes, which are all told to stop, one speaks
             print(f"fewstep: {stop.message}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except OSError as error:
-        told = disk_error(error)
+    except Exception as error:
+        told = told_to_users(error)
         if told is None:
             _stop_by_fault(error, debug)
         if debug:
             traceback.print_exc()
         print(f"fewstep: {told}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
-        _stop_by_fault(error, debug)
 
 
 def _stop_by_fault(error: Exception, debug: bool) -> NoReturn:

@@ -17,6 +17,6 @@ def report(
     with starting():
         from fewstep.evaluation.report.run_report import write_run_report
     path = out or runs[0] / "run_report.html"
-    if not path.absolute().parent.is_dir():
+    if out is not None and not path.absolute().parent.is_dir():
         raise UserError(f"--out {path}: the folder {path.parent} does not exist; make it first")
     print(write_run_report(runs, path))

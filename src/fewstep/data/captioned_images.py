@@ -212,4 +212,9 @@ def _text(caption: Any, where: str) -> str:
         raise UserError(
             f"{where}: the caption is {type(caption).__name__}, not text; mend it, or name another column with --caption-column"
         )
-    return caption or ""
+    found: str = caption or ""
+    try:
+        found.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the caption holds half a character ({found[:60]!r}); mend it") from None
+    return found

@@ -48,7 +48,21 @@ class FeatureStatistics:
             raise UserError(
                 f"{path}: mu has shape {tuple(mean.shape)}, sigma {tuple(covariance.shape)}; they do not fit"
             )
+        if not _is_covariance(covariance.double()):
+            raise UserError(
+                f"{path}: sigma is no covariance (not symmetric, or of a negative variance); write it again"
+            )
         return cls(mean.double(), covariance.double(), number)
+
+
+def _is_covariance(matrix: Tensor) -> bool:
+    """Whether a matrix can be one, to what half precision rounds: symmetric, and no entry above its two variances' root."""
+    variances = matrix.diagonal()
+    slack = 4e-3 * float(matrix.abs().max())
+    if bool((variances < -slack).any()) or bool(((matrix - matrix.T).abs() > slack).any()):
+        return False
+    roots = variances.clamp_min(0).sqrt()
+    return not bool((matrix.abs() > roots[:, None] * roots + slack).any())
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

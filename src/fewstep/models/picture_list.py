@@ -73,6 +73,8 @@ def list_pictures(
         return PictureList(tuple(pictures), tuple(seeds), len(seeds))
     wanted = wanted or [(label, None) for label in range(num_classes)] or [(None, None)]
     count = num_images or (len(prompts) or len(labels) or 16)
+    if count > _MOST:
+        raise UserError(f"--num-images {count}: at most {_MOST} at once; --first goes on where a command ended")
     numbers = range(first, first + count)
     pictures = [Picture(seed or 0, number, *wanted[number % len(wanted)]) for number in numbers]
     return PictureList(tuple(pictures), (seed or 0,), max(1, round(count**0.5)))

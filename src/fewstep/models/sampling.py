@@ -94,6 +94,9 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
     )  # fmt: skip
 
 
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
 def _check_output(options: SampleOptions) -> None:
     out, grid = options.out, options.grid
     if out is None and grid is None:
@@ -102,6 +105,10 @@ def _check_output(options: SampleOptions) -> None:
         raise UserError(f"cannot make {out}: it is a file; choose another --out")
     if grid is not None and (grid.is_dir() or not grid.absolute().parent.is_dir()):
         raise UserError(f"--grid {grid}: give a file in a folder that exists")
+    if grid is not None and grid.suffix.lower() in _OTHER_PICTURES:
+        raise UserError(
+            f"--grid {grid}: pictures are written as PNG, which keeps how they were made; name it {grid.stem}.png"
+        )
 
 
 def _text_options(model: Model, options: SampleOptions, size: tuple[int, int] | None) -> dict[str, Any]:

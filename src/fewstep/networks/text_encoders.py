@@ -138,6 +138,7 @@ class TextEncoders:
         return str(self._tokenizer.decode(tokens[self.max_tokens :])).removesuffix(after).strip()
 
     def _tokens(self, prompt: str) -> list[int]:
+        _refuse_half_characters([prompt])
         tokenizer = self._tokenizer
         text = prompt if self.layout.chat is None else self.layout.chat(tokenizer, prompt)
         return list(tokenizer(text, truncation=False, verbose=False).input_ids)
@@ -145,6 +146,7 @@ class TextEncoders:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeddings:
         """Embeddings of N prompts as the model's own pipeline makes them; longer ones are cut at `max_tokens`, silently."""
+        _refuse_half_characters(prompts)
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         taken = inspect.signature(self._pipeline.encode_prompt).parameters
         options = {name: value for name, value in options.items() if name in taken}
@@ -159,6 +161,15 @@ class TextEncoders:
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
             return TextEmbeddings(torch.zeros_like(empty.text), pooled, empty.lengths)
         return empty
+
+
+def _refuse_half_characters(prompts: list[str]) -> None:
+    """Raise UserError for what no tokenizer takes: bytes of a command line that are not UTF-8, or half of a pair."""
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {prompt[:60]!r} holds half a character; type it again, as UTF-8") from None
 
 
 def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int]) -> None:
