@@ -83,6 +83,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     a_checkpoint_is_of_its_step_and_whole_for_one(tmp_path)
     only_the_first_has_what_it_exports(tmp_path)
     a_full_disk_of_one_is_told_by_all(tmp_path)
+    an_overflow_of_one_is_all_processes(tmp_path)
     an_odd_batch_is_refused_by_all(tmp_path)
     same(tmp_path / "classes 2-2", tmp_path / "classes 2")  # interrupted or not: bit for bit
     go_back(tmp_path / "classes 2", tmp_path / "classes 2-1")
@@ -126,6 +127,17 @@ def a_full_disk_of_one_is_told_by_all(work: Path) -> None:
     assert said[0].startswith(f"process 1 cannot write {work}")
     assert "No space left on device" in said[0]
     assert [path.name for path in (work / "odd").iterdir()] == ["step_00000007"]  # complete, and nothing half-written
+
+
+def an_overflow_of_one_is_all_processes(work: Path) -> None:
+    """In fp16 nobody makes the step, every scale is halved, and the next step is made by all."""
+    told = [json.loads((work / f"overflow-{number}.json").read_text(encoding="utf-8")) for number in range(2)]
+    assert told[0] == told[1]
+    (kept, no_norm, scale), (moved, norm, same) = told[0]
+    assert (kept, no_norm, scale) == (2, 0, 2.0**15)
+    assert moved < 2
+    assert norm == pytest.approx(2**0.5)
+    assert same == scale
 
 
 @pytest.mark.long

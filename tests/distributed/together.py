@@ -22,14 +22,17 @@ from torch import Tensor
 
 import fewstep
 from fewstep.distillation import sharding
+from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.sharding import is_sharded, whole
 from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.family import EDMFamily
 from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
+from fewstep.settings import OptimizerSettings
 from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
 from fewstep.training.saving import Saver
+from fewstep.training.update import build_update
 from tests.distributed import equality
 
 
@@ -113,6 +116,23 @@ def fail_in_one(work: Path, saver: Saver, tensors: dict[str, Tensor]) -> None:
             (work / f"full-{rank()}.txt").write_text(str(error), encoding="utf-8")
 
 
+def overflow_in_one(work: Path) -> None:
+    """The second process's gradients of a network that each has whole do not fit fp16; notes what each made of the step."""
+    layer = torch.nn.Linear(2, 1)
+    torch.nn.init.ones_(layer.weight)
+    parameters = {"weight": layer.weight}
+    update = build_update(parameters, 0.1, OptimizerSettings(), LossScale.of(torch.float16, "cpu"))
+    told = []
+    for number in (0, 1):
+        update.backward(layer.weight.sum())
+        if number == 0 and rank() == 1:
+            assert layer.weight.grad is not None
+            layer.weight.grad.fill_(float("inf"))
+        metrics = update.step()
+        told.append([float(layer.weight.sum()), float(metrics["grad_norm"]), float(update.scale.value("cpu"))])
+    (work / f"overflow-{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 def go_back(earlier: Path, folder: Path) -> None:
     """Copy a run as it was at its last checkpoint but one."""
     shutil.copytree(earlier, folder)
@@ -127,6 +147,7 @@ def main(work: Path) -> None:
         equality.answer(work / "equality.safetensors", questions.get("equality", []), long=False)
         if questions.get("saving"):
             save_while_training(work)
+            overflow_in_one(work)
         for settings, earlier in questions.get("runs", []):
             if earlier:
                 by_the_first(partial(go_back, work / earlier, Path(settings["run"]["folder"])))

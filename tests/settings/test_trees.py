@@ -116,7 +116,7 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "compute.compile", 1, BOOLEAN),
         (TrainSettings, "run.sample_images", 2000, f"{AT_MOST} 1024"),
         (TrainSettings, "data.fit", "squash", "Input should be 'crop', 'pad' or 'exact'"),
-        (TrainSettings, "compute.precision", "fp16", "Input should be 'auto', 'fp32' or 'bf16'"),
+        (TrainSettings, "compute.precision", "fp8", "Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         (TrainSettings, "optimizer.generator_lr", 0, f"{ABOVE} 0"),
         (TrainSettings, "optimizer.generator_lr", "2e-6", "Input should be a valid number"),
         (TrainSettings, "memory.lora_rank", 0, "Input should be greater than 0"),

@@ -466,7 +466,7 @@ def test_recipe_that_is_no_toml() -> None:
         ("training.batch_size=0", "training.batch_size=0: Input should be greater than 0"),
         ("training.batch_size", "'training.batch_size' is not a setting: write section.key=value"),
         ("training=4", "training is a section, not a value"),
-        ("compute.precision=fp16", "compute.precision='fp16'"),
+        ("compute.precision=fp8", "compute.precision='fp8'"),
         ("losses.gan_discriminator_weight=0", "losses.gan_discriminator_weight is 0"),
         ("generator.step_indices=[1000]", "generator.step_indices [1000] lie outside 0..999"),
     ],

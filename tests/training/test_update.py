@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distillation.loss_scale import NO_SCALE, LossScale
+from fewstep.distillation.loss_scale import NO_SCALE, SMALLEST_SCALE, LossScale
 from fewstep.errors import UserError
 from fewstep.settings import OptimizerSettings
-from fewstep.training.update import SMALLEST_SCALE, Update, build_adamw, build_update
+from fewstep.training.update import Update, build_adamw, build_update
 
 START = 2.0**16  # torch's first scale
 

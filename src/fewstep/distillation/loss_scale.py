@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 2.0**-10  # a loss scale below it means that overflows do not come from the scale
+
 
 class LossScale:
     """torch's dynamic loss scale in fp16: halved by an overflow, doubled after 2,000 good steps. In fp32 and bf16 it is off.
@@ -40,6 +42,12 @@ class LossScale:
     def value(self, device: torch.device | str) -> Tensor:
         """The scale as a scalar on the device; 1 where it is off."""
         return self.scaled(torch.ones((), device=device))
+
+    def told(self, norm: Tensor) -> Tensor:
+        """A gradient's norm for people: 0 for an overflow that a smaller scale may end; one that it cannot end says that the run is lost."""
+        if not self.is_on:
+            return norm
+        return torch.where(norm.isfinite() | (self.value(norm.device) <= SMALLEST_SCALE), norm, 0.0)
 
     def state(self) -> Tensor:
         """The scale and its number of good steps in a row, float64 (2,)."""

@@ -193,7 +193,7 @@ def describe_pretraining(settings: PretrainSettings) -> list[str]:
         raise UserError(str(error)) from None
     size = network_size(description)
     precision = settled_precision(settings.compute, _on_gpu(settings))
-    half = 0.5 if precision == "bf16" else 1.0
+    half = 1.0 if precision == "fp32" else 0.5
     states = size.parameters * 4 * 4
     graph = size.activation_bytes * settings.training.batch_size * half + size.parameters * 4
     return [

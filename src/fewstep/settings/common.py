@@ -60,9 +60,10 @@ class ComputeSettings(Tree):
     """Where and in which precision."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="inside the networks; outside is fp32. auto: what is fast on the device, measured at the start",
+        description="inside the networks; outside is fp32. auto: fp32 or bf16, what is fast on the device, measured at the start; fp16 has a "
+        "loss scale",
     )
     compile: bool = Field(False, description="torch.compile the networks")
 

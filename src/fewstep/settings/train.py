@@ -153,7 +153,7 @@ class TrainSettings(Tree):
 
 def _impossible_memory(settings: TrainSettings) -> str:
     memory, compute = settings.memory, settings.compute
-    if memory.frozen_precision == "bf16" and compute.precision == "fp32":
+    if memory.frozen_precision == "bf16" and compute.precision in ("fp32", "fp16"):
         return (
             "memory.frozen_precision='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
         )

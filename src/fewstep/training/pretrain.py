@@ -13,6 +13,7 @@ from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.distillation.inputs import RealBatch
+from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import build_twin
 from fewstep.errors import UserError
 from fewstep.families.family import NewNetwork
@@ -70,7 +71,8 @@ class Pretraining:
         if settings.compute.compile:
             self.denoiser.compile_network()
         parameters, rates = dict(self.denoiser.named_parameters()), settings.optimizer
-        self.update = build_update(parameters, rates.generator_lr, rates)
+        scale = LossScale.of(self.denoiser.compute_dtype, self.device)
+        self.update = build_update(parameters, rates.generator_lr, rates, scale)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """One update on one batch of real pictures."""

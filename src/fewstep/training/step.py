@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import GeneratorInput, GeneratorInputs, RealBatch
+from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.distillation.roles import Roles
 from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
 from fewstep.parallel import mean, world_size
@@ -48,7 +49,7 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
         Scalar metrics on the device: losses, gradient norms, and each term's weighted gradient norm at the
         generator's output.
     """
-    tally = Tally()
+    tally = Tally(run.generator_update.scale)
     parts = micro_batches(draws, real, run.microbatch_size)
     made: list[tuple[Tensor, Condition]] = []  # the generator's images and what they were asked for
     generators_turn = step % run.generator_every == 0
@@ -102,8 +103,13 @@ def micro_batches(draws: Draws, real: RealBatch, size: int) -> list[MicroBatch]:
 
 @dataclass
 class Tally:
-    """A step's losses and gradient norms, gathered over its micro-batches."""
+    """A step's losses and gradient norms, gathered over its micro-batches.
 
+    Attributes:
+        scale: of the losses whose gradients the norms are of.
+    """
+
+    scale: LossScale = NO_SCALE
     losses: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -123,6 +129,7 @@ class Tally:
             losses = dict(zip(losses, together, strict=False))
             norms = dict(zip(norms, together[len(losses) :].sqrt(), strict=True))
         found = {f"{name}_loss": loss for name, loss in losses.items()}
+        norms = {name: self.scale.told(norm) for name, norm in norms.items()}
         found |= {f"{name}_norm_at_x0": norm for name, norm in norms.items()}
         first = next(iter(norms.values()), torch.zeros(()))  # 0 at first, while fake score and teacher are equal
         for name in list(norms)[1:]:

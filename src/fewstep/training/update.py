@@ -15,8 +15,6 @@ from fewstep.errors import UserError
 from fewstep.parallel import average_gradients
 from fewstep.settings import OptimizerSettings
 
-SMALLEST_SCALE = 2.0**-10  # a loss scale below it means that overflows do not come from the scale
-
 
 class Update:
     """Owns what stands between a role's losses and its weights: optimiser, loss scale, accumulation, clipping.
@@ -64,22 +62,23 @@ class Update:
             made; in fp16 the loss scale too. A norm that is not finite says that the run is lost.
         """
         scaler = self.scale.scaler
+        gradients = [part.grad for part in self.parameters.values() if part.grad is not None]
+        average_gradients(
+            [gradient for gradient in gradients if not is_sharded(gradient)]
+        )  # an overflow of one is all's
         scaler.unscale_(self.optimizer)
-        norm = self._clip()
+        norm = self._clip(gradients)
         scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scale.is_on:
             return {f"{self.prefix}grad_norm": norm}
-        scale = self.scale.value(norm.device)
+        scale, norm = self.scale.value(norm.device), self.scale.told(norm)
         scaler.update()
-        norm = torch.where(norm.isfinite() | (scale <= SMALLEST_SCALE), norm, 0.0)
         return {f"{self.prefix}grad_norm": norm, f"{self.prefix}loss_scale": scale}
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """Average what every process has whole, then clip; returns the norm before clipping."""
-        gradients = [part.grad for part in self.parameters.values() if part.grad is not None]
-        average_gradients([gradient for gradient in gradients if not is_sharded(gradient)])
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        """Returns the norm before clipping."""
         norm = gradient_norm(gradients)
         if gradients:
             factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)

@@ -62,7 +62,7 @@ class WarmupJob(GeneratorJob):
         settings, size = self.settings, self.settings.training.batch_size
         self.update.set_rate(learning_rate_factor(settings.optimizer, step, progress))
         first, own = local_batch(size)
-        draws, tally = Draws.of_batch(settings.training.seed, step, own, self.device, first), Tally()
+        draws, tally = Draws.of_batch(settings.training.seed, step, own, self.device, first), Tally(self.update.scale)
         for part in micro_batches(draws, self._no_data, settings.training.microbatch_size):
             batch = self.inputs(self.generator, part.draws, part.real)
             x0 = self.generator.denoise(batch.noisy, batch.level, batch.condition)
