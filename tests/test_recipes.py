@@ -4,10 +4,13 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import fewstep
 from fewstep.families.registry import build_released
-from fewstep.settings import TrainSettings, load_settings
+from fewstep.settings import PretrainSettings, TrainSettings, load_settings
 from fewstep.training.build import schedule_warning
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -176,3 +179,43 @@ def test_latents_are_samples_with_their_captions_as_text(name: str) -> None:
 
 def test_one_gpu_frees_the_text_encoders() -> None:
     assert load_settings(TrainSettings, RECIPES / "sdxl_dmd2_4step_one_gpu.toml").data.text_embeddings == "stored"
+
+
+PRESETS = {"small": (20, 10), "medium": (120, 60)}  # minutes of training: teacher, generator
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_presets_for_own_pictures_end_by_the_clock(size: str) -> None:
+    teacher = load_settings(PretrainSettings, RECIPES / f"my_pictures_{size}.toml")
+    generator = load_settings(TrainSettings, RECIPES / f"my_pictures_{size}_dmd2.toml")
+    assert (teacher.training.time_limit_minutes, generator.training.time_limit_minutes) == PRESETS[size]
+    assert generator.teacher.path == teacher.run.folder
+    for settings in (teacher, generator):
+        assert settings.training.num_steps == 1_000_000
+        assert settings.optimizer.final_lr_fraction == 0  # the rate falls with the clock
+
+
+@pytest.mark.parametrize(
+    ("size", "classes"),
+    [("small", 0), pytest.param("small", 2, marks=pytest.mark.long), pytest.param("medium", 2, marks=pytest.mark.long)],
+)
+def test_presets_train_with_and_without_classes(size: str, classes: int, tmp_path: Path) -> None:
+    """Colour pictures in folders, or loose ones."""
+    for number in range(4):
+        place = tmp_path / "pictures" / (f"class{number % classes}" if classes else "")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    short = {
+        "data__images": str(tmp_path / "pictures"), "training__time_limit_minutes": 1e-6, "training__batch_size": 2,
+        "run__sample_images": 1, "compute__device": "cpu", "compute__precision": "fp32",
+    }  # fmt: skip
+    teacher, generator = (str(tmp_path / name) for name in ("teacher", "generator"))
+    fewstep.pretrain(RECIPES / f"my_pictures_{size}.toml", run__folder=teacher, network__name="tiny", **short)
+    run = fewstep.train(
+        RECIPES / f"my_pictures_{size}_dmd2.toml", run__folder=generator, teacher__path=teacher, **short
+    )
+    assert run.generator.denoiser.num_classes == classes
+    assert run.generator.sample(num_images=1, output="tensor").shape[1:] == (
+        (3, 32, 32) if size == "small" else (3, 64, 64)
+    )

@@ -17,7 +17,7 @@ def write(folder: Path, **files: bytes) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return write(tmp_path / "data", a__png=b"pixels", b__PNG=b"more", weights__safetensors=b"w" * 50, __hidden=b"x")
+    return write(tmp_path / "data", a__png=b"pixels", b__PNG=b"more", metadata__csv=b"w" * 50, __hidden=b"x")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_same_folder_by_another_spelling_and_after_a_move(
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("c.png", b"new"), ("a.png", b"longer than before"), ("weights.safetensors", b"v" * 50), ("sub", None)],
+    [("c.png", b"new"), ("a.png", b"longer than before"), ("metadata.csv", b"v" * 50), ("sub", None)],
 )
 def test_other_data_is_noticed(run: Path, data: Path, name: str, content: bytes | None) -> None:
     if content is None:
@@ -67,9 +67,22 @@ def test_data_that_has_gone(run: Path, data: Path) -> None:
         go_on(run, data, str(data))
 
 
-def test_hidden_files_do_not_count(run: Path, data: Path) -> None:
-    write(data, __DS_Store=b"junk")
+def test_files_that_are_no_data_do_not_count(run: Path, data: Path) -> None:
+    """Left by a desktop, or by the user beside the pictures."""
+    write(data, __DS_Store=b"junk", Thumbs__db=b"junk", notes__txt=b"mine")
     assert go_on(run, data, str(data)) == {"data.images"}
+
+
+def test_of_a_teachers_run_the_teacher_counts(tmp_path: Path) -> None:
+    """A report, another checkpoint or TensorBoard's files in the run folder are no other teacher."""
+    run = write(tmp_path / "run", metrics__jsonl=b"{}")
+    write(run / "teacher", weights__safetensors=b"w" * 50)
+    before = read_contents({"teacher.path": str(run)})
+    write(run, run_report__html=b"x", log__txt=b"more")
+    write(run / "teacher", README__md=b"x")
+    assert read_contents({"teacher.path": str(run)}) == before
+    write(run / "teacher", weights__safetensors=b"v" * 50)
+    assert read_contents({"teacher.path": str(run)}) != before
 
 
 @pytest.mark.slow

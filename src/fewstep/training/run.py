@@ -24,6 +24,7 @@ from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inferred import settle_data, settle_network
 from fewstep.training.inputs import pairs_warning
 from fewstep.training.interruption import naming_checkpoint
+from fewstep.training.outlook import Outlook
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.results import Run
@@ -70,7 +71,8 @@ def pretrain(
         job = Pretraining(settings)
         with busy(console, "Looking through the data"):
             claim_run_folder(settings, folder, data_changed=data_changed)
-        run_job(job, settings, folder, observers=observers, console=console)
+        outlook = Outlook(settings, len(job.batches.dataset), partial(say, console))
+        run_job(job, settings, folder, observers=(outlook, *observers), console=console)
     return Run(folder, settings)
 
 

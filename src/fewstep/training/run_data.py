@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.listing import is_picture, walk_files
+from fewstep.data.listing import is_metadata, is_picture, walk_files
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import add_content
 from fewstep.formats.lora_list import loras_fingerprint
+from fewstep.formats.source import Source
 
 FILE = "data.json"
 # settings that name data
@@ -34,10 +35,13 @@ class Content:
     num_files: int
 
 
-def read_content(source: str) -> Content:
+def read_content(source: str, counts: Callable[[str], bool] = lambda name: not _is_beside(name)) -> Content:
     """The content of a file or folder; where it lies does not count, hidden files neither.
 
     Of pictures the name and the size count. Of other files the content does: whole up to 16 MiB, 256 spread blocks above.
+
+    Args:
+        counts: whether a file of a folder is read at all, by its name.
 
     Raises:
         UserError: a file cannot be read.
@@ -45,7 +49,7 @@ def read_content(source: str) -> Content:
     path = resolve_path(source)
     if not path.exists():
         return Content(source, hashlib.sha256(source.encode()).hexdigest()[:32], 0)
-    files = sorted(_files(path))
+    files = sorted((name, file) for name, file in _files(path) if not name or counts(name))
     digest = hashlib.sha256()
     try:
         for name, file in files:
@@ -62,14 +66,29 @@ def read_content(source: str) -> Content:
 
 def read_contents(values: dict[str, Any]) -> dict[str, Content]:
     """What each setting that names data leads to, by dotted key, from flat settings."""
-    return {key: _content(values[key]) for key in SOURCES if values.get(key)}
+    return {key: _content(key, values[key]) for key in SOURCES if values.get(key)}
 
 
-def _content(value: str | Sequence[str]) -> Content:
-    """Of one source, or of a list of LoRAs with their strengths."""
+def _content(key: str, value: str | Sequence[str]) -> Content:
+    """Of one source, or of a list of LoRAs with their strengths; of a teacher's run folder the teacher alone counts."""
+    if isinstance(value, str) and key == "data.images":
+        return read_content(value, _is_of_pictures)
+    if isinstance(value, str) and key == "teacher.path":
+        folder = Source.parse(value).of_role("teacher")
+        return replace(read_content(value if folder is None or not folder.exists() else str(folder)), source=value)
     if isinstance(value, str):
         return read_content(value)
     return Content(", ".join(value), loras_fingerprint(value)[:32], len(value))
+
+
+def _is_of_pictures(name: str) -> bool:
+    """Whether a file belongs to a set of pictures; notes and lists beside them do not."""
+    return is_picture(name) or is_metadata(name) or name.lower().endswith((".parquet", ".mdb"))
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file is for people or for their desktop."""
+    return name.rpartition("/")[2] in ("Thumbs.db", "desktop.ini") or name.lower().endswith((".md", ".html"))
 
 
 def same_data(
