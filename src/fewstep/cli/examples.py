@@ -7,8 +7,8 @@ import typer
 from typer.core import TyperCommand
 
 EXAMPLES = {
-    "train": "fewstep train recipes/my_pictures_dmd2.toml data.images=MY_FOLDER",
-    "pretrain": "fewstep pretrain recipes/my_pictures.toml data.images=MY_FOLDER",
+    "train": "fewstep train recipes/my_pictures_small_dmd2.toml data.images=MY_FOLDER",
+    "pretrain": "fewstep pretrain recipes/my_pictures_small.toml data.images=MY_FOLDER",
     "settings": "fewstep settings pretrain",
     "doctor": "fewstep doctor",
     "quickstart": "fewstep quickstart --minutes 2",
