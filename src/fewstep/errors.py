@@ -58,6 +58,8 @@ def disk_error(error: OSError, where: object = "") -> UserError | None:
     if error.errno not in _DISK:
         return None
     place = error.filename or where or "a file"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UserError(f"cannot read or write {place}: {error.strerror}; allow it, or choose another place")
     return UserError(
         f"cannot read or write {place}: {error.strerror}; free some space or choose another folder, then repeat the command"
     )

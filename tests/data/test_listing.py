@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -194,3 +195,17 @@ def test_whether_there_is_a_split(tmp_path: Path) -> None:
     assert has_split(tmp_path / "tables", "validation")
     assert not has_split(tmp_path / "tables", "test")
     assert not has_split(tmp_path / "alone.parquet", "test")
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`os.walk` would pass it over, and its class with it; as root everything can be listed, so that it is imitated."""
+    write(tmp_path, "a/1.png", "b/2.png")
+    listed = os.scandir
+
+    def scandir(place: str) -> Any:
+        if str(place).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "b cannot be listed (Permission denied); allow it, or take it away" in refused(tmp_path)

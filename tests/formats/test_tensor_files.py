@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from fewstep.formats.tensor_files import read_safetensors, tensor_shapes, write_tensor_file
+from fewstep.errors import UserError
+from fewstep.formats.tensor_files import read_safetensors, tensor_names, tensor_shapes, write_tensor_file
 
 TENSORS = {"b": torch.ones(3), "a": torch.zeros(2, 2).half(), "none": torch.tensor([])}
 HEADER = {f"key{number}": f'{number} "é" \n \x01 \\' for number in range(20)}
@@ -36,3 +39,11 @@ def test_other_users_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_may_not_be_read_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says "No such file"; root may read everything, so that the right is imitated."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"x\.safetensors cannot be read \(permission denied\); allow it with chmod"):
+        tensor_names(tmp_path / "x.safetensors")

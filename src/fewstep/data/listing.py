@@ -199,9 +199,12 @@ def walk_files(folder: Path) -> Iterator[str]:
     """Files below a folder, as paths with "/"; links are followed, each folder once; hidden folders are not entered.
 
     A pipe, a socket or a device is no file, and reading it may never end.
+
+    Raises:
+        UserError: a folder cannot be listed, and its files would be missing without a word.
     """
     seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unlisted):
         facts = os.stat(place)
         if (facts.st_dev, facts.st_ino) in seen:
             folders.clear()
@@ -211,6 +214,10 @@ def walk_files(folder: Path) -> Iterator[str]:
         below = os.path.relpath(place, folder).replace(os.sep, "/")
         regular = (name for name in files if _is_regular(os.path.join(place, name)))
         yield from (name if below == "." else f"{below}/{name}" for name in regular)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise UserError(f"the folder {error.filename} cannot be listed ({error.strerror}); allow it, or take it away")
 
 
 def _is_regular(path: str) -> bool:

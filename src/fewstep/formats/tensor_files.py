@@ -142,6 +142,8 @@ def common_half_precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file."""
+    if path.is_file() and not os.access(path, os.R_OK):  # the library says that it is not there
+        raise UserError(f"{path} cannot be read (permission denied); allow it with chmod")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

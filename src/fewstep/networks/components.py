@@ -110,9 +110,9 @@ def _check_files(folder: Path, needed: int) -> None:
         for path in files:
             refuse_no_weights(path)
     except UserError as error:
-        raise UserError(
-            f"{folder} cannot be loaded ({_reason(error.__cause__ or error)}); download it again"
-        ) from error
+        if error.__cause__ is None:  # a sentence of its own
+            raise
+        raise UserError(f"{folder} cannot be loaded ({_reason(error.__cause__)}); download it again") from error
     if files and needed > 2 * stored + _SPARE:  # before anything is allocated
         raise UserError(
             f"{folder / 'config.json'} describes a network of {needed} parameters, its weights have {stored}; download it again"
