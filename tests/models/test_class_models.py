@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -472,3 +473,24 @@ def test_devices_that_are_not_offered(name: str) -> None:
 def test_unknown_precision(model_folder: Path) -> None:
     with pytest.raises(UserError, match="fp8"):
         load_generator(model_folder, device="cpu", precision="fp8")
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_others_are_refused(teacher_folder: Path) -> None:
+    teacher = load_teacher(teacher_folder, device="cpu")
+
+    def made(**options: Any) -> torch.Tensor:
+        return teacher.sample(num_inference_steps=1, output="tensor", progress=False, **options)
+
+    plain = made(labels=[1, 2], seed=3)
+    for labels, seed in ((np.array([1, 2]), np.int64(3)), (torch.tensor([1, 2]), torch.tensor(3))):
+        assert torch.equal(made(labels=labels, seed=seed), plain)
+    for options, told in (
+        ({"seed": 1.5}, "seed=1.5: a seed is a whole number"), ({"seed": None}, "seed=None: a seed is"),
+        ({"labels": 3}, r"give a list of class numbers, e\.g\. labels=\[3\]"), ({"num_images": -1}, "num_images=-1: give a whole"),
+        ({"num_images": 2.5}, "num_images=2.5: give a whole number"), ({"first": -1}, "first=-1: give a whole number"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            made(**options)
+    for steps in (2.5, 10**9):
+        with pytest.raises(UserError, match="give a whole number from 1 to 1000"):
+            teacher.sample(num_inference_steps=steps)  # type: ignore[call-overload]

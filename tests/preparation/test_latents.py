@@ -241,7 +241,7 @@ def test_nothing_usable(job: dict[str, Any], tmp_path: Path) -> None:
     options = {**job, "source": open_captioned_images(str(write_folder(tmp_path / "small", ["a", "b"], size=8)))}
     with pytest.raises(UserError, match="would have to be enlarged"):
         prepare_latents(folder=tmp_path / "l", **options)
-    with pytest.raises(UserError, match="the source has no usable picture with a caption"):
+    with pytest.raises(UserError, match="small has no usable picture with a caption"):
         prepare_latents(folder=tmp_path / "m", skip_bad=True, **options)
 
 

@@ -1,7 +1,7 @@
 """Samplers over the Denoiser contract: the teacher's deterministic ODEs (Heun, DDIM) and the generator's few steps."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -213,10 +213,10 @@ def sample_noise(
 
 def check_seeds(seed: Seed, num_images: int) -> None:
     """Raise UserError for seeds that are none, and where a list of them does not have one per image."""
-    for one in (seed,) if isinstance(seed, int) else seed:
+    for one in seed if isinstance(seed, Sequence) else (seed,):
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**64:
             raise UserError(f"seed={one}: a seed is a whole number from 0 to 2^64 - 1")
-    if not isinstance(seed, int) and len(seed) != num_images:
+    if isinstance(seed, Sequence) and len(seed) != num_images:
         raise UserError(f"{len(seed)} seeds for {num_images} images: give one seed, or one per image")
 
 

@@ -1,5 +1,6 @@
 """What a model is asked for: classes by number, or prompts through text encoders; and its unconditional twin."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -99,11 +100,11 @@ class LabelConditioner(Conditioner):
         self.every = self.classes = ClassTable(self.num_classes, self.class_names)
 
     def wishes(self, what: Any, labels: Sequence[int] | None, num_images: int | None, first: int) -> list[Any]:
-        if what is not None and labels is not None and not _is_count(what):
+        if what is not None and labels is not None and not is_count(what):
             raise UserError("labels are given twice: leave out one of the two")
         if isinstance(what, Sequence) and not isinstance(what, str) and labels is None:
             what, labels = None, what
-        if what is not None and not _is_count(what):
+        if what is not None and not is_count(what):
             raise UserError(f"{what!r}: this model takes no prompts; {self._advice()}")
         if what is not None and num_images is not None:
             raise UserError(f"the number of pictures is given twice: {what} and num_images={num_images}")
@@ -111,7 +112,9 @@ class LabelConditioner(Conditioner):
         if labels is None:
             count = 1 if count is None else count
             return [number % max(1, self.num_classes) for number in range(first, first + count)]
-        given = list(labels)
+        if not isinstance(labels, Iterable):
+            raise UserError(f"labels={labels!r}: give a list of class numbers, e.g. labels=[{labels!r}]")
+        given = list(map(whole_number, labels))
         self._check(given)
         if count is not None and count != len(given):
             raise UserError(f"{len(given)} labels for {count} images: give one label per image")
@@ -132,8 +135,8 @@ class LabelConditioner(Conditioner):
     def _check(self, labels: list[Any]) -> None:
         if any(isinstance(label, str) for label in labels):
             raise UserError(f"{labels[0]!r}: this model takes no prompts; {self._advice()}")
-        if not all(_is_count(label) and label < max(1, self.num_classes) for label in labels):
-            wrong = sorted({label for label in labels if not _is_count(label) or label >= max(1, self.num_classes)})
+        if not all(is_count(label) and label < max(1, self.num_classes) for label in labels):
+            wrong = sorted({label for label in labels if not is_count(label) or label >= max(1, self.num_classes)})
             raise UserError(f"labels {wrong[:5]} do not fit the model's {self.num_classes} classes")
 
     def _advice(self) -> str:
@@ -301,6 +304,21 @@ class PromptConditioner(Conditioner):
         vars(self).pop("encoders", None)
 
 
-def _is_count(value: Any) -> bool:
+def whole_number(value: Any) -> Any:
+    """A whole number of numpy or torch as Python's own; anything else as it is, for whoever checks it."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def refuse_no_counts(**counts: Any) -> None:
+    """Raise UserError, by its name, for what is neither None nor a whole number from 0 on."""
+    for name, count in counts.items():
+        if count is not None and not is_count(count):
+            raise UserError(f"{name}={count!r}: give a whole number of 0 or more")
+
+
+def is_count(value: Any) -> bool:
     """Whether it is a whole number from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

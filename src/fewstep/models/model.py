@@ -1,6 +1,6 @@
 """The public face of a model: one class for classes and text, teachers and generators."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,14 @@ from fewstep.formats.lora_list import loras_fingerprint
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import to_pictures
 from fewstep.formats.text_generator_folder import write_generator_folder
-from fewstep.models.conditioner import Conditioner, LabelConditioner, PromptConditioner
+from fewstep.models.conditioner import (
+    Conditioner,
+    LabelConditioner,
+    PromptConditioner,
+    is_count,
+    refuse_no_counts,
+    whole_number,
+)
 from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder
 from fewstep.models.progress import counted_evaluations
 from fewstep.parallel import by_the_first
@@ -111,8 +118,10 @@ class Model:
             raise UserError(f"output={output!r}: choose 'pil' or 'tensor'")
         num_steps, scale = self._steps_and_guidance(num_inference_steps, guidance_scale)
         empty = self._negative(negative_prompt, scale)
+        refuse_no_counts(num_images=num_images, first=first)
         wishes = self.conditioner.wishes(what, labels, num_images, first)
-        seeds: Seed = seed if isinstance(seed, int) else tuple(seed)
+        seed = whole_number(seed)
+        seeds: Seed = tuple(map(whole_number, seed)) if isinstance(seed, Iterable) else seed
         check_seeds(seeds, len(wishes))
         if size is not None:
             self.check_size(*size)
@@ -150,6 +159,8 @@ class Model:
         if not self.is_generator:
             scale = self.default_guidance if scale is None else scale
             self.check_guidance(scale)
+            if num_steps is not None and not (is_count(num_steps) and num_steps <= self.max_num_steps):
+                raise UserError(f"num_inference_steps={num_steps}: give a whole number from 1 to {self.max_num_steps}")
             self.evaluations(num_steps)
             return self.family.default_num_steps if num_steps is None else num_steps, scale
         own = len(self.card.step_indices)

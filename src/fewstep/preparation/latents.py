@@ -228,7 +228,8 @@ def _write_parts(
             manifest["shards"].append({**entry, "source_rows": part.source_rows})
         manifest["complete"] = part.source_rows < size or taken == total
         if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
-            raise UserError(f"{folder}: the source has no usable picture with a caption; look at it, or at --skip-bad")
+            source = job.get("lmdb") or job["images"]["source"]
+            raise UserError(f"{source} has no usable picture with a caption; look at it, or at --skip-bad")
         write_manifest(folder, manifest)
         report(taken, total)
     return folder
