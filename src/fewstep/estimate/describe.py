@@ -11,6 +11,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.estimate.calls import Calls
 from fewstep.estimate.fits import describe_fits
+from fewstep.estimate.many import Layout, describe_processes, find_gpu, own_settings
 from fewstep.estimate.memory import (
     AVERAGE,
     FAKE_SCORE_TURN,
@@ -77,12 +78,17 @@ def _saved_bytes(denoiser: Denoiser) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
 
 
-def describe_distillation(settings: TrainSettings, report: Callable[[str], None] = lambda text: None) -> Iterator[str]:
+def describe_distillation(
+    settings: TrainSettings, report: Callable[[str], None] = lambda text: None, processes: int = 1, gpu: str = "h100"
+) -> Iterator[str]:  # fmt: skip
     """Lines for `fewstep train --dry-run`, each as soon as it is known.
 
     Args:
+        processes: with a card each; more than one are described too.
+        gpu: the card's name, one of `many.GPUS`.
         report: called with what is rehearsed next: a released text-to-image model takes up to a minute a memory mode.
     """
+    own, gpu = own_settings(settings, processes), find_gpu(gpu)
     found = teacher_network(settings)
     if found is None:
         yield "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
@@ -104,6 +110,11 @@ def describe_distillation(settings: TrainSettings, report: Callable[[str], None]
     gradients = 4 * sum(count for role, count in chosen.parameters.items() if role in ("generator", "fake_score"))
     yield describe_fits(peak, gradients, size)
     yield _describe_work(settings, chosen)
+    if processes > 1:
+        report(f"rehearsing the step of one of {processes} processes ...")
+        yield from describe_processes(
+            Layout(own, denoiser, processes, rehearse(own)), gpu, average_flops(settings, chosen)
+        )
     yield from schedule_warning(settings, denoiser)
     if settings.expected:
         yield f"published: {settings.expected}"
@@ -163,8 +174,8 @@ def _at_once(settings: TrainSettings, number: int) -> TrainSettings:
     return settings.model_copy(update={"training": settings.training.model_copy(update={"microbatch_size": number})})
 
 
-def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
-    """Arithmetic of an average step, and what the run takes at a stated rate.
+def average_flops(settings: TrainSettings, estimate: Estimate) -> float:
+    """Floating-point operations of an average step.
 
     Every step draws its samples: with gradients on the generator's turns; on average half of the earlier steps of a
     few-step generator come before.
@@ -172,7 +183,12 @@ def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
     training, steps = settings.training, len(settings.generator.step_indices)
     every = 1 if is_warmup(settings) else training.generator_every
     drawn = training.batch_size * estimate.forward_flops * ((1 - 1 / every) + (steps - 1) / 2)
-    flops = estimate.flops[GENERATOR_TURN] / every + estimate.flops.get(FAKE_SCORE_TURN, 0) + drawn
+    return estimate.flops[GENERATOR_TURN] / every + estimate.flops.get(FAKE_SCORE_TURN, 0) + drawn
+
+
+def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
+    """What the run takes at a stated rate."""
+    training, flops = settings.training, average_flops(settings, estimate)
     hours = flops * training.num_steps / _RATE / 3600
     return (
         f"work: {flops / 1e12:.3g} TFLOP a step on average; {training.num_steps:,} steps take {hours:,.1f} hours at "
