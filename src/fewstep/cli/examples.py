@@ -15,6 +15,7 @@ EXAMPLES = {
     "text-quickstart": "fewstep text-quickstart --minutes 2",
     "sample": "fewstep sample bundled:fashion-mnist --num-images 16 --grid clothes.png",
     "evaluate": "fewstep evaluate runs/quickstart --features bundled:fashion-mnist --images MY_FOLDER --num-images 1000",
+    "bench-inference": "fewstep bench-inference runs/quickstart",
     "report": "fewstep report runs/quickstart",
     "convert": "fewstep convert edm-imagenet-64x64-cond-adm.pkl teachers/adm",
     "export": "fewstep export runs/text-quickstart exported --as lora",

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from fewstep import __version__
 from fewstep.cli.app import web_app
+from fewstep.cli.bench_inference import bench_inference
 from fewstep.cli.convert import convert
 from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
@@ -136,6 +137,7 @@ def _root(
 for command in (quickstart, pretrain, train, settings, sample, evaluate, report, convert, export, doctor):
     app.command()(command)
 app.command("text-quickstart")(text_quickstart)
+app.command("bench-inference")(bench_inference)
 app.command("app")(web_app)
 app.add_typer(prepare, name="prepare")
 add_examples(app, prepare)
