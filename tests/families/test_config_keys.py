@@ -74,6 +74,7 @@ def test_every_scheduler_of_diffusers_is_known_or_refused(family: DiffusersFamil
         ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "its scheduler is a DDIMScheduler"),
         ("sd", "unet/config.json", {"of_tomorrow": 3}, "its unet has of_tomorrow=3, which this version of diffusers"),
         ("sd", "model_index.json", {"scheduler": ["payload", "X"]}, "names the scheduler class X"),
+        ("sd", "model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "names controlnet (ControlNetModel), which"),
     ],
 )  # fmt: skip
 def test_what_changes_the_arithmetic_is_refused_by_name(
@@ -209,3 +210,29 @@ def test_the_shipped_configs_are_understood(bundled: str) -> None:
         refuse_other_keys(config, known, part, family.title)
     with pytest.raises(ValueError, match="its vae has tomorrow=1, which this version does not understand"):
         refuse_other_keys({**config, "tomorrow": 1}, _VAE_KEYS, "vae", family.title)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("unet/config.json", {"addition_time_embed_dim": 4}, "its text encoders give pooled embeddings of width"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 5}, "its tokenizers say other numbers of tokens"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    models: Path, tmp_path: Path, file: str, values: dict[str, Any], said: str
+) -> None:
+    folder = changed(shutil.copytree(models / "sdxl", tmp_path / "model"), file, **values)
+    with pytest.raises(UserError, match=said):
+        fewstep.load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
+
+
+def test_a_text_encoder_of_another_width(models: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    config.hidden_size = 2 * config.hidden_size
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    with pytest.raises(UserError, match="its text encoders give text embeddings of width 64, its network takes 32"):
+        fewstep.load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)

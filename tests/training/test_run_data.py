@@ -118,7 +118,14 @@ def test_names_of_nothing_local() -> None:
     assert read_content("bundled:fashion-mnist").num_files > 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"data.images": 3}', '{"data.images": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"data.images": 3}', '{"data.images": {"x": 1}}']
+    + [
+        f'{{"data.images": {{"source": "a", "fingerprint": {text}, "num_files": 3}}}}'
+        for text in ("true", "0.5", '"x"')
+    ],
+)
 def test_a_damaged_note(run: Path, data: Path, text: str) -> None:
     (run / FILE).write_text(text)
     with pytest.raises(UserError, match=r"data\.json is damaged"):

@@ -448,6 +448,7 @@ def test_what_a_non_finite_metric_advises_can_be_done(
             message = str(error)
     assert "Lower the learning rate" in message
     assert "repeat the command" in message
+    assert message.endswith("the weights that it starts with may be damaged, the teacher's among them")
     train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", optimizer={"generator_lr": 5e-4}))
 
 

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 _RELEASED_FACTOR = 8
+_OF_A_CHECKER = (
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)  # and of picture prompts, which are not given here
 _VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
 
 # what its constructor builds in, and what `vae_read` and `_VAE_ARITHMETIC` settle
@@ -210,6 +215,12 @@ class DiffusersFamily(Family):
     def _scheduler(self, folder: Path) -> dict[str, Any]:
         """The scheduler's config without private entries, understood whole."""
         config, index = read_scheduler(folder), read_model_index(folder)
+        known = {self.component, "vae", "scheduler", *self.text_layout.components, *_OF_A_CHECKER}
+        if other := sorted(index.keys() - known):
+            raise UserError(
+                f"{folder}: {INDEX} names {other[0]} ({index[other[0]][1]}), which {self.title} does not have here; a model with it "
+                "makes other pictures than one without"
+            )
         listed = str(index["scheduler"][1]) if "scheduler" in index else config.get("_class_name", "")
         try:
             refuse_other_keys(config, self.scheduler_keys, "scheduler", self.title)

@@ -242,12 +242,14 @@ class PromptConditioner(Conditioner):
     Args:
         family: of the model.
         folder: a diffusers folder.
+        example: a condition that its network takes.
     """
 
     takes = "prompts"
 
-    def __init__(self, family: Family, folder: Path) -> None:
+    def __init__(self, family: Family, folder: Path, example: Condition) -> None:
         self.family, self.folder = family, folder
+        self.widths = {name: part.shape[-1] for name, part in example.parts.items() if name in ("text", "pooled")}
 
     @cached_property
     def encoders(self) -> "TextEncoders":
@@ -273,7 +275,16 @@ class PromptConditioner(Conditioner):
 
     def table(self, wishes: Any, size: Size, empty: Any = None) -> PromptTable:
         source = LiveEmbeddings(self.encoders, wishes) if isinstance(wishes, list) else wishes
-        return PromptTable(source, self.empty if empty is None else empty, self.family, size)
+        empty = self.empty if empty is None else empty
+        given = {"text": empty.text, "pooled": empty.pooled}
+        for name, width in self.widths.items():
+            part = given[name]
+            if part is None or part.shape[-1] != width:
+                raise UserError(
+                    f"{self.folder}: its text encoders give {name} embeddings of width {0 if part is None else part.shape[-1]}, its "
+                    f"network takes {width}; one of the two is another model's, or its config.json is damaged"
+                )
+        return PromptTable(source, empty, self.family, size)
 
     def negative(self, prompt: str) -> Any:
         return self.encoders.encode([prompt])

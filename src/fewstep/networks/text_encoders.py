@@ -80,7 +80,7 @@ class TextEncoders:
             scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)  # some versions look at one
             options = {**absent, **layout.pipeline_options, **chosen, "scheduler": scheduler, **parts}
             self._pipeline: Any = kind(**options)
-        _refuse_unmatched(folder, parts, self._limits)
+        _refuse_unmatched(folder, parts, self._limits, layout)
         for module in self.modules:
             module.float().eval().requires_grad_(False)
         if layout.network:
@@ -172,8 +172,15 @@ def _refuse_half_characters(prompts: list[str]) -> None:
             raise UserError(f"the prompt {prompt[:60]!r} holds half a character; type it again, as UTF-8") from None
 
 
-def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int]) -> None:
-    """Raise UserError for a tokenizer without a limit, or with tokens that its encoder does not have."""
+def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int], layout: TextLayout) -> None:
+    """Raise UserError for a tokenizer without a limit, or another one's, or with tokens that its encoder does not have."""
+    own = {name: limit for name, limit in limits.items() if name not in layout.token_limits}
+    if len(set(own.values())) > 1:
+        said = ", ".join(f"{name} {limit}" for name, limit in own.items())
+        raise UserError(
+            f"{folder}: its tokenizers say other numbers of tokens (model_max_length: {said}), and the embeddings are put side "
+            "by side; download it again"
+        )
     for name, limit in limits.items():
         if limit > _MOST_TOKENS:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,7 +141,11 @@ def _read(path: Path) -> dict[str, Content]:
     if not path.is_file():
         return {}
     try:
-        return {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        noted = {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        for key, content in noted.items():
+            if not re.fullmatch("[0-9a-f]{32}", content.fingerprint) or type(content.num_files) is not int:
+                raise ValueError(f"{key} has no fingerprint")
+        return noted
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or choose another run.folder") from None
 

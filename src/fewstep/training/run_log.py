@@ -27,6 +27,9 @@ REFERENCE = "teacher_statistics.json"
 STATISTICS = "sample_statistics.jsonl"
 
 
+_AT_ONCE = "; in the first step the weights that it starts with may be damaged, the teacher's among them"
+
+
 class NonFiniteError(UserError):
     """A loss or gradient norm became infinite or NaN."""
 
@@ -89,6 +92,8 @@ class RunLog:
                         f"{name} became {value} at step {int(line['step'])}: the run stopped and the last good "
                         f"checkpoint in {self.folder / 'checkpoints'} is kept. Lower the learning rates "
                         "(optimizer.*), or set compute.precision=fp32, and repeat the command to continue from it"
+                        + _AT_ONCE
+                        * (line["step"] == 0)
                     )
         return lines[-1]
 
