@@ -72,6 +72,7 @@ def test_every_scheduler_of_diffusers_is_known_or_refused(family: DiffusersFamil
         ("sd", "scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type='sample' is not supported"),
         ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "its scheduler is a DDIMScheduler"),
+        ("sdxl", "unet/config.json", {"addition_time_embed_dim": 64}, "six leave no room for a pooled text"),
         ("sd", "unet/config.json", {"of_tomorrow": 3}, "its unet has of_tomorrow=3, which this version of diffusers"),
         ("sd", "model_index.json", {"scheduler": ["payload", "X"]}, "names the scheduler class X"),
         ("sd", "model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "names controlnet (ControlNetModel), which"),

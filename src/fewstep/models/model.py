@@ -371,6 +371,6 @@ def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None,
     conditioner: Conditioner = LabelConditioner(denoiser.num_classes, card.class_names)
     decoder: Decoder = PixelDecoder()
     if folder is not None:
-        conditioner = PromptConditioner(family, folder, family.example_condition(denoiser, 1))
+        conditioner = PromptConditioner(family, folder, family.example_condition(denoiser.base_network, 1))
         decoder = LatentDecoder(family.pixels_per_latent(folder), partial(_read_autoencoder, family, folder))
     return Model(denoiser, card, family, conditioner.to(device), decoder.to(device), folder, base)

@@ -105,6 +105,15 @@ class StableDiffusionXL(StableDiffusion):
     def has_network(self, config: dict[str, Any]) -> bool:
         return config.get("addition_embed_type") == "text_time"
 
+    def build_around(self, network: Any, scheduler: dict[str, Any], latent_size: int) -> DiffusersDenoiser:
+        ids, whole = network.config.addition_time_embed_dim, network.config.projection_class_embeddings_input_dim
+        if not (ids and whole and 6 * ids < whole):
+            raise ValueError(
+                f"its unet has addition_time_embed_dim={ids}, of which six leave no room for a pooled text in "
+                f"projection_class_embeddings_input_dim={whole}"
+            )
+        return super().build_around(network, scheduler, latent_size)
+
     def condition(self, embeddings: "TextEmbeddings", empty: "TextEmbeddings", size: tuple[int, int]) -> Condition:
         """As the base's, with time ids (height, width, 0, 0, height, width) that guidance leaves as they are."""
         found = super().condition(embeddings, empty, size)
