@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fewstep.cli.main import app
 from fewstep.errors import UserError
-from fewstep.estimate.many import GPUS, Layout, describe_processes, find_gpu, own_settings, share_of
+from fewstep.estimate.many import GPUS, Layout, describe_processes, find_gpu, own_settings, parts_gathered, share_of
 from fewstep.estimate.memory import estimate_run
 from fewstep.families.registry import build_on_meta, build_released
 from tests.estimate.memory_cases import case_settings, description
@@ -75,6 +75,12 @@ def test_the_published_text_rows_start_on_64_processes(network: str, gib: float)
     own = sharded((network, 64, 0))[f"{network}/64/0"]
     assert own == pytest.approx(share_of(parameters, 64) * whole, abs=1)
     assert own * (3 * 4 + 2 * 8) < gib * 2**30  # three networks, two of them with moments
+
+
+def test_no_part_of_sdxl_is_large() -> None:
+    """What is gathered at once does not shrink with the number of processes."""
+    network = build_released("sdxl")
+    assert max(parts_gathered(network)) < 0.02 * sum(part.numel() for part in network.parameters())
 
 
 def test_more_processes_need_less_each_and_one_what_one_needs() -> None:

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.condition import Condition
+from fewstep.estimate.many import parts_gathered
 from fewstep.families.diffusers_denoiser import plain_config
 from fewstep.families.registry import build_denoiser
 from fewstep.families.stable_diffusion.denoiser import DiffusersUNetDenoiser, discrete_alphas_cumprod
@@ -303,3 +304,17 @@ def test_networks_of_another_kind_are_refused(name: str, value: object) -> None:
     config = {**plain_config(tiny_text_denoiser("sd").network.config), name: value}
     with pytest.raises(ValueError, match="are not supported; Stable Diffusion"):
         DiffusersUNetDenoiser(UNet2DConditionModel.from_config(config), {"beta_schedule": "scaled_linear"})
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_parts_that_are_gathered_are_small_and_inner_ones_come_first(family: str) -> None:
+    """`fully_shard` takes what no earlier part has; of the released SDXL no part is above 2% of the network (tests/estimate/test_many.py)."""
+    denoiser = tiny_text_denoiser(family)
+    parts = denoiser.sharded_parts()
+    assert parts[-len(denoiser.blocks()) :] == denoiser.blocks()
+    for number, part in enumerate(parts):
+        inside = {id(module) for module in part.modules()} - {id(part)}
+        assert not any(id(later) in inside for later in parts[number:])
+    assert sum(parts_gathered(denoiser)) == sum(weight.numel() for weight in denoiser.parameters())
+    largest_block = max(sum(weight.numel() for weight in block.parameters()) for block in denoiser.blocks())
+    assert max(parts_gathered(denoiser)) < largest_block / 2

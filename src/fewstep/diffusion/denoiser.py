@@ -90,6 +90,10 @@ class Denoiser(nn.Module):
         """The blocks of layers that `forward` calls one after the other: what is recomputed, compiled and sharded."""
         raise NotImplementedError("a Denoiser subclass implements blocks")
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """What many processes gather at once, inner modules before those around them: `blocks`, and their layers where they are large."""
+        return self.blocks()
+
     def checkpoint_activations(self, checkpoint: Checkpoint | None = None) -> None:
         """Keep the inputs of `blocks` only and recompute the rest in the backward pass.
 

@@ -65,7 +65,7 @@ def spread_teacher(teacher: Denoiser, spread: Spread | None) -> None:
 
 
 def shard_network(network: Denoiser, mesh: "DeviceMesh", *, offload: bool = False) -> None:
-    """Shard a network block by block; on the meta device its weights are filled in later.
+    """Shard a network part by part; on the meta device its weights are filled in later.
 
     In half precision weights are gathered in it, gradients are added up in float32, and what is trained stays float32;
     inputs come as they are, because everything outside of the network is float32.
@@ -83,8 +83,8 @@ def shard_network(network: Denoiser, mesh: "DeviceMesh", *, offload: bool = Fals
         ),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
     }  # fmt: skip
-    for block in network.blocks():
-        fully_shard(block, **options)
+    for part in network.sharded_parts():
+        fully_shard(part, **options)
     fully_shard(network, **options)
 
 

@@ -71,6 +71,16 @@ def share_of(parameters: Iterable[Tensor], processes: int) -> float:
     return own / whole
 
 
+def parts_gathered(network: Denoiser) -> list[int]:
+    """Parameters of each part that is gathered at once, without those of parts inside of it; the last are the network's own."""
+    sizes, seen = [], set[int]()
+    for part in [*network.sharded_parts(), network]:
+        own = [weight for weight in part.parameters() if id(weight) not in seen]
+        seen |= {id(weight) for weight in own}
+        sizes.append(sum(weight.numel() for weight in own))
+    return sizes
+
+
 def own_settings(settings: TrainSettings, processes: int) -> TrainSettings:
     """The settings with one process's share of the batch.
 
@@ -151,11 +161,10 @@ class Layout:
 
     def _gathered(self, role: str) -> float:
         """The block that runs and the next one, and of a trained network one block's gradients, in bytes."""
-        blocks = [sum(part.numel() for part in block.parameters()) for block in self.network.blocks()]
-        outside = self.estimate.parameters["teacher"] - sum(blocks)
-        running = sum(sorted([*blocks, outside])[-2:]) * self.compute_bytes
+        sizes = sorted(parts_gathered(self.network))
+        running = sum(sizes[-2:]) * self.compute_bytes
         if self.is_sharded(role):
-            return running + max(*blocks, outside) * (self.compute_bytes + 4)
+            return running + sizes[-1] * (self.compute_bytes + 4)
         return running if self.is_sharded("teacher") else 0.0
 
     def exchanged(self) -> tuple[float, float]:

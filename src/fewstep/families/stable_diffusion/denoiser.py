@@ -94,6 +94,15 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
     def blocks(self) -> list[nn.Module]:
         return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """A block of SDXL is up to a third of the network, so its layers come first; what is left of it is small."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        layers = (ResnetBlock2D, BasicTransformerBlock)
+        inner = [part for block in self.blocks() for part in block.modules() if isinstance(part, layers)]
+        return [*inner, *self.blocks()]
+
 
 _REASONS = {
     "out_channels": " (an inpainting model has more input channels than it predicts)",
