@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard as HubCard
 from fewstep.errors import UserError
 from fewstep.export.card_usage import CardFacts
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.export.model_card import render_card
+from fewstep.export.model_card import render_card, run_figures
 from fewstep.formats.model_folder import ModelCard
 from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import write_run
@@ -95,3 +95,8 @@ def test_a_link_in_a_component_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"notes\.txt is a link to .*secret\.txt, outside of the model"):
         export_generator(run, tmp_path / "out", ExportOptions(num_samples=0, device="cpu"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_nested_without_end_in_a_run_is_no_figure(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert run_figures(tmp_path / "generator", ModelCard("generator", (999,))) == []

@@ -1,12 +1,13 @@
 """One tensor spread over many safetensors files, mapped into memory: reading a row reads that row."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.formats.json_files import parse_json
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 
@@ -62,7 +63,7 @@ def read_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError(f"{path.name} is no safetensors file")
-        return {**json.loads(file.read(length)), "": length}
+        return {**parse_json(file.read(length)), "": length}
 
 
 def map_tensor(path: Path, name: str) -> np.ndarray:

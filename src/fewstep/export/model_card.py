@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fewstep import __version__
 from fewstep.export.card_usage import CardFacts, hub_name
 from fewstep.formats.bundled import BUNDLED
+from fewstep.formats.json_files import parse_json
 from fewstep.formats.model_folder import ModelCard
 
 SAMPLES = "samples.png"
@@ -86,7 +87,7 @@ def run_figures(generator_folder: Path, card: ModelCard) -> list[tuple[str, str]
     found: list[tuple[str, str]] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if path.name == "best.json":

@@ -18,6 +18,7 @@ from fewstep.export.shareable import copy_shareable
 from fewstep.families.registry import family_of
 from fewstep.formats.casting import cast_weights
 from fewstep.formats.diffusers_index import read_model_index, refuse_foreign_code
+from fewstep.formats.json_files import parse_json
 from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.tensor_files import write_tensor_file
@@ -153,7 +154,7 @@ def load_text_pipeline(folder: Path, **options: Any) -> TextPipeline:
         raise UserError(f"{folder} is no pipeline yet: make one with fewstep export {folder} OUT --as diffusers")
     refuse_foreign_code(folder)
     try:
-        values = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        values = parse_json((folder / CARD).read_text(encoding="utf-8"))
         card = ModelCard(role="generator", step_indices=tuple(values["step_indices"]))
         card = replace(card, base=str(values.get("base", "")), licence=str(values.get("licence", "")))
         family, side = family_of(values["description"]), int(values["description"]["latent_size"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fewstep.errors import UserError
+from fewstep.formats.json_files import parse_json
 
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
 _NOT_THE_MODEL = {"transformers_version", "torch_dtype", "dtype"}
@@ -29,7 +30,7 @@ def text_fingerprint(folder: Path) -> str:
         UserError: no diffusers folder with text encoders, or a component without config or weights.
     """
     try:
-        index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        index = dict(parse_json((folder / "model_index.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'model_index.json'} cannot be read ({error}); give a diffusers folder") from None
     names = [name for name, value in sorted(index.items()) if name.startswith("text_encoder") and value != [None, None]]
@@ -69,7 +70,7 @@ def network_fingerprint(folder: Path, merged: str = "") -> str:
 
 def _add_component(digest: "hashlib._Hash", folder: Path) -> None:
     try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = dict(parse_json((folder / "config.json").read_text(encoding="utf-8")))
         # what differs between two saved copies of one model is left out
         facts = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_THE_MODEL}
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -15,6 +15,14 @@ _KINDS: dict[type, str] = {
 }  # fmt: skip
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`; what is nested without end is a ValueError like any other damage."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+
+
 def read_json_object(path: Path, remedy: str = "download the model again") -> dict[str, Any]:
     """The object a JSON file holds.
 

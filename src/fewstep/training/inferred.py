@@ -1,7 +1,6 @@
 """What a run is not told follows from what it is given: the network of `pretrain` from the pictures, how a student reads
 pictures from its teacher. Once, before anything is built."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from fewstep.data.look import Look, look_at_pictures
 from fewstep.errors import UserError
 from fewstep.families.family import NewNetwork
 from fewstep.families.registry import describe_new
+from fewstep.formats.json_files import parse_json
 from fewstep.models.model import Model
 from fewstep.settings import NetworkSettings, PretrainSettings, TrainDataSettings, TrainSettings, parse_settings
 
@@ -111,7 +111,7 @@ AS_TEACHER = ("fit", "background", "column", "flip")
 def _stored(folder: Path, group: str) -> dict[str, Any]:
     """What the run folder's settings say, or nothing; whether they are whole is asked elsewhere."""
     try:
-        stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))[group]
+        stored = parse_json((folder / "settings.json").read_text(encoding="utf-8"))[group]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
     return stored if isinstance(stored, dict) else {}

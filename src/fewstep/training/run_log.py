@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.json_files import parse_json
 from fewstep.formats.pixels import make_grid, save_grid
 from fewstep.parallel import is_first
 from fewstep.progress import Stderr, say
@@ -143,7 +144,11 @@ class RunLog:
         path = self.folder / REFERENCE
         if step == 1 or not path.is_file():  # the first grid shows a generator that has not been trained
             return []
-        sentences = alarms(found, SampleStatistics(**json.loads(path.read_text(encoding="utf-8"))))
+        try:
+            teacher = SampleStatistics(**parse_json(path.read_text(encoding="utf-8")))
+            sentences = alarms(found, teacher)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it") from None
         with open(self.folder / "alarms.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step - 1, "alarm": sentence}) + "\n" for sentence in sentences)
         for sentence in sentences:
