@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -253,6 +253,28 @@ def by_the_first(work: Callable[[], T], group: Any = None) -> T | None:
     if told is not None:
         raise fault or UserError(told)
     return result
+
+
+def by_all(work: Callable[[], T]) -> list[T]:
+    """Every process's result, in their order; what goes wrong in one is told by all.
+
+    Raises:
+        UserError: of any process; also for a disk that is full or not writable.
+    """
+    result, fault = None, None
+    try:
+        result = work()
+    except UserError as error:
+        fault = error
+    except OSError as error:
+        fault = disk_error(error)
+        if fault is None:
+            raise
+    found = gathered((result, None if fault is None else str(fault)))
+    told = next((words for _, words in found if words is not None), None)
+    if told is not None:
+        raise fault or UserError(told)
+    return [cast(T, own) for own, _ in found]
 
 
 def refuse_differences(facts: str, what: str) -> None:

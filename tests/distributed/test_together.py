@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fewstep
+from fewstep.preparation.pairs import prepare_pairs
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
 from tests.distributed.processes import run_processes
@@ -78,12 +80,13 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
         (runs.of("classes", "classes 1-2", 4), "classes 1"),
     ]
     refused = [runs.of("classes", "odd batch", 2, batch_size=5)]
-    ask(tmp_path, 2, equality=CI, saving=True, runs=two, refused=refused)
+    ask(tmp_path, 2, equality=CI, saving=True, runs=two, refused=refused, pairs=str(teacher_folder))
     equal_to_one(tmp_path / "equality.safetensors", CI)
     a_checkpoint_is_of_its_step_and_whole_for_one(tmp_path)
     only_the_first_has_what_it_exports(tmp_path)
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_overflow_of_one_is_all_processes(tmp_path)
+    pairs_are_those_of_one(tmp_path, teacher_folder)
     an_odd_batch_is_refused_by_all(tmp_path)
     same(tmp_path / "classes 2-2", tmp_path / "classes 2")  # interrupted or not: bit for bit
     go_back(tmp_path / "classes 2", tmp_path / "classes 2-1")
@@ -127,6 +130,20 @@ def a_full_disk_of_one_is_told_by_all(work: Path) -> None:
     assert said[0].startswith(f"process 1 cannot write {work}")
     assert "No space left on device" in said[0]
     assert [path.name for path in (work / "odd").iterdir()] == ["step_00000007"]  # complete, and nothing half-written
+
+
+def pairs_are_those_of_one(work: Path, teacher: Path) -> None:
+    """Byte for byte, manifest included; nobody waits for a process that has no room."""
+    model = fewstep.load_teacher(teacher, device="cpu", precision="fp32")
+    alone = prepare_pairs(model, "teacher", work / "alone", num_pairs=7, shard_size=2, batch_size=2, num_steps=1)
+    names = sorted(path.name for path in alone.iterdir())
+    assert names == ["manifest.json", *(f"pairs_0000{number}.safetensors" for number in range(4))]
+    assert sorted(path.name for path in (work / "pairs").iterdir()) == names
+    assert all((work / "pairs" / name).read_bytes() == (alone / name).read_bytes() for name in names)
+    said = [(work / f"no-room-{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    assert said[0] == said[1]
+    assert "No space left on device" in said[0]
+    assert json.loads((work / "no room/manifest.json").read_text(encoding="utf-8"))["shards"] == []
 
 
 def an_overflow_of_one_is_all_processes(work: Path) -> None:

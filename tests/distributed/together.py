@@ -28,6 +28,8 @@ from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.family import EDMFamily
 from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
+from fewstep.preparation import pairs
+from fewstep.preparation.pairs import prepare_pairs
 from fewstep.settings import OptimizerSettings
 from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
@@ -133,6 +135,27 @@ def overflow_in_one(work: Path) -> None:
     (work / f"overflow-{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
+def make_pairs(work: Path, teacher: str) -> None:
+    """Noise-image pairs: begun by all, gone on with after the last shard is gone; then where the second process's disk is full."""
+    model = fewstep.load_teacher(teacher, device="cpu", precision="fp32")
+    options: dict[str, Any] = {"num_pairs": 7, "shard_size": 2, "batch_size": 2, "num_steps": 1}
+    for _ in range(2):
+        prepare_pairs(model, "teacher", work / "pairs", **options)
+        by_the_first(lambda: (work / "pairs/pairs_00003.safetensors").unlink(missing_ok=True))
+    prepare_pairs(model, "teacher", work / "pairs", **options)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(pairs, "write_shard", full)
+        try:
+            prepare_pairs(model, "teacher", work / "no room", **options)
+        except UserError as error:
+            (work / f"no-room-{rank()}.txt").write_text(str(error), encoding="utf-8")
+
+
 def go_back(earlier: Path, folder: Path) -> None:
     """Copy a run as it was at its last checkpoint but one."""
     shutil.copytree(earlier, folder)
@@ -148,6 +171,8 @@ def main(work: Path) -> None:
         if questions.get("saving"):
             save_while_training(work)
             overflow_in_one(work)
+        if questions.get("pairs"):
+            make_pairs(work, questions["pairs"])
         for settings, earlier in questions.get("runs", []):
             if earlier:
                 by_the_first(partial(go_back, work / earlier, Path(settings["run"]["folder"])))

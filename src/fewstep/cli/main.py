@@ -18,7 +18,7 @@ from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.examples import add_examples
 from fewstep.cli.export import export
-from fewstep.cli.options import how_to_continue
+from fewstep.cli.options import how_to_continue, refuse_many
 from fewstep.cli.prepare import prepare
 from fewstep.cli.pretrain import pretrain
 from fewstep.cli.quickstart import quickstart, text_quickstart
@@ -122,6 +122,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
     ] = False,
@@ -132,6 +133,8 @@ def _root(
     ] = False,
 ) -> None:
     """Distil a diffusion model into a generator that needs one to four steps."""
+    if ctx.invoked_subcommand not in ("train", "prepare"):
+        refuse_many(ctx.invoked_subcommand)
 
 
 for command in (quickstart, pretrain, train, settings, sample, evaluate, report, convert, export, doctor):

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from fewstep.errors import UserError
+
 Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe, e.g. recipes/imagenet64_dmd2_gan.toml")]
 TeacherRecipe = Annotated[Path | None, typer.Argument(help="TOML recipe, e.g. recipes/my_pictures.toml")]
 Overrides = Annotated[
@@ -60,3 +62,13 @@ def how_to_continue() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "Continue with the same torchrun command, on any number of processes"
     return f"Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}"
+
+
+def refuse_many(command: str | None) -> None:
+    """Refuse torchrun for a command of one process: several would write the same files.
+
+    Raises:
+        UserError: there are several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command is not None:
+        raise UserError(f"{command} runs in one process: start it without torchrun")

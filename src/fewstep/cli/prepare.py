@@ -5,12 +5,19 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Precision, starting
+from fewstep.cli.options import Device, Precision, refuse_many, starting
 from fewstep.errors import UserError
 
 prepare = typer.Typer(
     no_args_is_help=True, help="Make what training and evaluation read.", context_settings={"help_option_names": ["-h", "--help"]}
 )  # fmt: skip
+
+
+@prepare.callback()
+def _only_pairs_of_many(ctx: typer.Context) -> None:
+    """Make what training and evaluation read."""
+    if ctx.invoked_subcommand != "pairs":
+        refuse_many(f"prepare {ctx.invoked_subcommand}")
 
 
 @prepare.command("pairs")

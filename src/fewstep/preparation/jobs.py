@@ -16,6 +16,7 @@ from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
+from fewstep.parallel import agreed, by_the_first, joined, refuse_differences
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
@@ -74,14 +75,21 @@ class FeaturesOptions:
 
 
 def make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
-    """Sample noise-image pairs; an interrupted job in the folder is continued.
+    """Sample noise-image pairs, in as many processes as torchrun started; an interrupted job in the folder is continued.
 
     Raises:
         UserError: options that do not go together, no such teacher, a folder of other pairs.
     """
-    precision = precision_of(options.precision, options.device, partial(say, console))
+    with joined(options.device):
+        _make_pairs(teacher, folder, options)
+
+
+def _make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
+    """`make_pairs` in one of its processes."""
+    precision = agreed(precision_of(options.precision, options.device, partial(say, console)))
     with busy(console, f"Loading the teacher {teacher}"):
         model = load_teacher(teacher, device=options.device, precision=precision, loras=options.loras)
+    refuse_differences(f"{teacher} {model.fingerprint if model.folder else ''} {options}", "a teacher or options")
     conditions = model.conditioner.every
     if conditions is None:
         conditions = _pair_prompts(model, folder, options)
@@ -101,13 +109,17 @@ def _pair_prompts(teacher: Model, folder: Path, options: PairsOptions) -> Condit
     if not options.prompts:
         raise UserError("pairs of a text-to-image teacher need --prompts FILE")
     target, prompts = folder / PROMPT_EMBEDDINGS, load_prompts(options.prompts)
-    with busy(console, "Loading the text encoders"):
-        encoders = teacher.conditioner.encoders
-    with working(console, f"Embedding {len(prompts):,} prompts") as report:
-        prepare_embeddings(
-            encoders, prompts, target, truncate=options.truncate, cut_with="--truncate-prompts",
-            spare_with="give a shorter list: pairs draw their prompts from it", report=report,
-        )  # fmt: skip
+
+    def embed() -> None:
+        with busy(console, "Loading the text encoders"):
+            encoders = teacher.conditioner.encoders
+        with working(console, f"Embedding {len(prompts):,} prompts") as report:
+            prepare_embeddings(
+                encoders, prompts, target, truncate=options.truncate, cut_with="--truncate-prompts",
+                spare_with="give a shorter list: pairs draw their prompts from it", report=report,
+            )  # fmt: skip
+
+    by_the_first(embed)
     return stored_prompts(teacher, target)
 
 

@@ -1,7 +1,9 @@
 """Making noise-image pairs with a teacher: shard by shard, so that an interrupted job continues."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from fewstep.data.shard_folder import start_or_continue, write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
+from fewstep.parallel import agreed, by_all, by_the_first, rank, world_size
 
 
 def prepare_pairs(
@@ -19,6 +22,8 @@ def prepare_pairs(
     conditions: ConditionTable | None = None, report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Sample the teacher deterministically from stored noise with uniformly drawn conditions.
+
+    Of several processes each makes its own shards; the files are the same for any number of them.
 
     The noise is rounded to float16 before it is used, so that the stored noise is exactly what made the image.
     Source: Yin et al. 2023 (arXiv:2311.18828), section 3.3.
@@ -46,19 +51,31 @@ def prepare_pairs(
         raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
     if teacher.folder is not None:
         job["network"] = teacher.fingerprint
-    manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
-    for number in range(len(manifest["shards"]), -(-num_pairs // shard_size)):
-        first = number * shard_size
+    manifest = agreed(by_the_first(lambda: start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))))
+    assert manifest is not None
+    num_shards, beside = -(-num_pairs // shard_size), world_size() - 1
+
+    def make(number: int) -> dict[str, Any] | None:
+        """One shard's entry, None behind the last; the pairs of the other processes are told as made along with these."""
+        if number >= num_shards:
+            return None
+        first, parts = number * shard_size, []
         size = min(shard_size, num_pairs - first)
-        parts = []
         for start in range(0, size, batch_size):
             draws = Draws.of_batch(seed, 0, min(batch_size, size - start), teacher.device, first + start)
             parts.append(_some_pairs(teacher, conditions, draws, num_steps, guidance_scale))
-            report(min(first + start + batch_size, first + size), num_pairs)
+            done = min(start + batch_size, size)
+            report(min(first + done * (1 + beside), num_pairs), num_pairs)
         noise, images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        manifest["shards"].append(write_shard(folder, number, noise, images, labels))
-        manifest["complete"] = first + size == num_pairs
-        write_manifest(folder, manifest)
+        return write_shard(folder, number, noise, images, labels)
+
+    for start in range(
+        len(manifest["shards"]), num_shards, world_size()
+    ):  # each process the next shard, then all are noted
+        entries = by_all(partial(make, start + rank()))
+        manifest["shards"] += [entry for entry in entries if entry is not None]
+        manifest["complete"] = len(manifest["shards"]) == num_shards
+        by_the_first(partial(write_manifest, folder, manifest))
     return folder
 
 
