@@ -14,7 +14,7 @@ prepare = typer.Typer(
 
 
 @prepare.callback()
-def _only_pairs_of_many(ctx: typer.Context) -> None:
+def _root(ctx: typer.Context) -> None:
     """Make what training and evaluation read."""
     if ctx.invoked_subcommand != "pairs":
         refuse_many(f"prepare {ctx.invoked_subcommand}")

@@ -53,21 +53,19 @@ def prepare_pairs(
         job["network"] = teacher.fingerprint
     manifest = agreed(by_the_first(lambda: start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))))
     assert manifest is not None
-    num_shards, beside = -(-num_pairs // shard_size), world_size() - 1
+    num_shards = -(-num_pairs // shard_size)
 
     def make(number: int) -> dict[str, Any] | None:
-        """One shard's entry, None behind the last; the pairs of the other processes are told as made along with these."""
-        if number >= num_shards:
-            return None
+        """One shard's entry, None behind the last."""
         first, parts = number * shard_size, []
-        size = min(shard_size, num_pairs - first)
-        for start in range(0, size, batch_size):
-            draws = Draws.of_batch(seed, 0, min(batch_size, size - start), teacher.device, first + start)
+        for start in range(first, min(first + shard_size, num_pairs), batch_size):
+            size = min(batch_size, first + shard_size - start, num_pairs - start)
+            draws = Draws.of_batch(seed, 0, size, teacher.device, start)
             parts.append(_some_pairs(teacher, conditions, draws, num_steps, guidance_scale))
-            done = min(start + batch_size, size)
-            report(min(first + done * (1 + beside), num_pairs), num_pairs)
-        noise, images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        return write_shard(folder, number, noise, images, labels)
+            report(min(first + (start + size - first) * world_size(), num_pairs), num_pairs)  # others make as many
+        if not parts:
+            return None
+        return write_shard(folder, number, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
     for start in range(
         len(manifest["shards"]), num_shards, world_size()
