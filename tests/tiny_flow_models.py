@@ -4,9 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from tests.tiny_models import save_index, save_parts, tiny_vae
 
@@ -39,13 +45,54 @@ def tiny_z_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Path:
     return path
 
 
+def tiny_flux2_klein_folder(path: Path, *, seed: int = 0, is_distilled: bool = False, **scheduler: Any) -> Path:
+    """A FLUX.2 klein folder: two double and three single blocks of width 32, Qwen3 of the 28 layers that are read, dynamic shift."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    with torch.no_grad():
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.3, 2.0)
+    encoder = Qwen3ForCausalLM(_qwen3_config(8, layers=28, heads=1))
+    save_parts(path, transformer=transformer, vae=vae, text_encoder=encoder)
+    save_qwen_tokenizer(path / "tokenizer")
+    shift = {"shift": 3.0, "use_dynamic_shifting": True, **scheduler}
+    FlowMatchEulerDiscreteScheduler(**shift).save_pretrained(path / "scheduler")
+    save_index(
+        path, "Flux2KleinPipeline", scheduler="FlowMatchEulerDiscreteScheduler", text_encoder="Qwen3ForCausalLM",
+        tokenizer="Qwen2Tokenizer", transformer="Flux2Transformer2DModel", vae="AutoencoderKLFlux2",
+        is_distilled=is_distilled,
+    )  # fmt: skip
+    return path
+
+
+def klein_latents(noise: Tensor) -> Tensor:
+    """Noise (B, C, 2 h, 2 w) as the pipeline takes `latents`, (B, 4 C, h, w)."""
+    return torch.nn.functional.pixel_unshuffle(noise, 2)
+
+
+def klein_tokens(noise: Tensor) -> Tensor:
+    """Noise (B, C, 2 h, 2 w) as its scheduler sees latents, (B, h w, 4 C)."""
+    return klein_latents(noise).flatten(2).transpose(1, 2)
+
+
 def tiny_qwen3(width: int, layers: int = 3) -> Qwen3Model:
     """Qwen3 with weights large enough that prompts differ."""
-    config = Qwen3Config(
+    return Qwen3Model(_qwen3_config(width, layers, heads=4))
+
+
+def _qwen3_config(width: int, layers: int, heads: int) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=len(_vocabulary()) + 3, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, initializer_range=0.3,
+        num_attention_heads=heads, num_key_value_heads=(heads + 1) // 2, head_dim=8, max_position_embeddings=1024,
+        initializer_range=0.3,
     )  # fmt: skip
-    return Qwen3Model(config)
 
 
 def save_qwen_tokenizer(path: Path) -> None:

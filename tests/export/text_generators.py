@@ -15,15 +15,18 @@ from fewstep.formats.model_folder import ModelCard
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape, SharedBase
-from tests.tiny_flow_models import tiny_z_image_folder
+from tests.tiny_flow_models import klein_latents, klein_tokens, tiny_flux2_klein_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder, "z-image": tiny_z_image_folder,
+    "flux2-klein": tiny_flux2_klein_folder,
     "sd-v": partial(tiny_sd_folder, prediction_type="v_prediction"),
     "sdxl-v": partial(tiny_sdxl_folder, prediction_type="v_prediction"),
 }  # fmt: skip
 PROMPTS = ["red cat", "a dog"]
+# how a pipeline takes noise (B, C, H, W) at the start, and how its scheduler sees it
+PACKED = {"flux2-klein": (klein_latents, klein_tokens)}
 FOUR = (999, 749, 499, 249)
 
 
@@ -62,6 +65,7 @@ def render(pipe: Any, generator: Model, seed: int, **options: Any) -> Tensor:
     ]
     module = "scheduling_flow_match_lcm" if generator.card.step_sigmas else "scheduling_lcm"
     pipe.set_progress_bar_config(disable=True)
-    with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=noises[1:]):
-        images = pipe(list(PROMPTS), latents=noises[0].clone(), output_type="pt", **options).images
+    first, later = PACKED.get(generator.family.name, (Tensor.clone, Tensor.clone))
+    with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=[later(noise) for noise in noises[1:]]):
+        images = pipe(prompt=list(PROMPTS), latents=first(noises[0]), output_type="pt", **options).images
     return images * 2 - 1

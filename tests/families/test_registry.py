@@ -21,23 +21,24 @@ from fewstep.families.registry import (
     recognise,
     released_shapes,
 )
-from tests.tiny_flow_models import tiny_z_image_folder
+from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 PACKAGE = Path(__file__).parents[2] / "src/fewstep"
 FOLDERS = {
     "sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
-    "z-image": tiny_z_image_folder,
+    "z-image": tiny_z_image_folder, "flux2-klein": tiny_flux2_klein_folder,
 }  # fmt: skip
 OWN = (
-    "families/edm/", "families/stable_diffusion/", "families/sd3/", "families/z_image/", "families/registry.py",
+    "families/edm/", "families/stable_diffusion/", "families/sd3/", "families/z_image/", "families/flux2_klein/",
+    "families/registry.py",
 )  # fmt: skip
 NAMED = re.compile(
-    r"\bsd3\b|\bsdxl\b|\bsd\b|SD3|Stable ?Diffusion|SDXL|diffusers-unet|has_time_ids|EDMDenoiser|EDMUNet\b|[zZ]-?_?[iI]mage"
+    r"\bsd3\b|\bsdxl\b|\bsd\b|SD3|Stable ?Diffusion|SDXL|diffusers-unet|has_time_ids|EDMDenoiser|EDMUNet\b|[zZ]-?_?[iI]mage|[fF]lux\.?2|[kK]lein"
 )
 BUNDLED = re.compile(r"emoji-sd(xl)?")  # names of bundled folders, as users type them
 # modules whose facts are one family's; they ask it, and nobody outside imports from its folder
-OF_ONE_FAMILY = re.compile(r"fewstep\.families\.(edm|stable_diffusion|sd3|z_image)\b")
+OF_ONE_FAMILY = re.compile(r"fewstep\.families\.(edm|stable_diffusion|sd3|z_image|flux2_klein)\b")
 
 
 def names_a_family(text: str) -> bool:
@@ -104,7 +105,7 @@ def test_every_family_keeps_the_contract(name: str) -> None:
 def test_a_folder_is_one_familys(tmp_path: Path, folder: str) -> None:
     path = FOLDERS[folder](tmp_path / folder)
     family = recognise(path)
-    assert family.name == folder.replace("2", "")
+    assert family.name == folder.replace("sd2", "sd")
     assert [other.name for other in all_families() if other.recognise(path)] == [family.name]
     description = family.describe_folder(path)
     denoiser = build_on_meta(description)

@@ -31,7 +31,7 @@ from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import train
 from tests.cli.test_main import fewstep as fewstep_command
-from tests.tiny_flow_models import tiny_z_image_folder
+from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
 
@@ -41,6 +41,7 @@ PROMPTS = ["red cat", "a dog", "blue bird", "dog", "cat"]
 FOLDERS = {
     "sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
     "z-image": tiny_z_image_folder,
+    "flux2-klein": tiny_flux2_klein_folder,
 }  # fmt: skip
 
 
@@ -103,7 +104,8 @@ MODES = {
         ("sd3", "shared_base, recomputed"),
         # of Z-Image, test_teacher_loras.py trains a shared base in the default run
         *(
-            pytest.param("z-image", mode, marks=pytest.mark.long)
+            pytest.param(family, mode, marks=pytest.mark.long)
+            for family in ("z-image", "flux2-klein")
             for mode in ("full", "lora_generator", "shared_base, recomputed")
         ),
         *(pytest.param("sd", mode, marks=pytest.mark.long) for mode in MODES if mode != "lora_generator"),
@@ -150,7 +152,14 @@ def test_memory_modes_agree_at_the_first_step(work: Path, tmp_path: Path) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [("sd3", "full"), ("z-image", "full"), ("z-image", "lora_generator"), ("z-image", "shared_base")],
+    [
+        ("sd3", "full"),
+        *(
+            (family, mode)
+            for family in ("z-image", "flux2-klein")
+            for mode in ("full", "lora_generator", "shared_base")
+        ),
+    ],
 )
 def test_flow_models_train_50_steps(work: Path, tmp_path: Path, family: str, mode: str) -> None:
     changes = {"training": {"num_steps": 50}, "optimizer": {"generator_lr": 1e-4, "fake_score_lr": 1e-3}}

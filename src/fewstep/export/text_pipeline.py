@@ -131,7 +131,7 @@ class TextPipeline:
         if any(options.get(name, value) != value for name, value in own.items()) or options.get("negative_prompt"):
             raise UserError(f"a generator has its guidance built in: leave out {', '.join(own)} and negative_prompt")
         # a list of its own: some pipelines write into the one they are given
-        return self.pipe(prompt if isinstance(prompt, str) else list(prompt), **{**self.fixed, **options})
+        return self.pipe(prompt=prompt if isinstance(prompt, str) else list(prompt), **{**self.fixed, **options})
 
     def to(self, *arguments: Any, **options: Any) -> "TextPipeline":
         """Move the pipeline to a device or precision."""

@@ -62,6 +62,7 @@ class DiffusersFamily(Family):
         text_layout: its text encoders.
         scheduler_keys: the scheduler configs that are understood.
         network_keys: the network configs that are understood.
+        vae_keys: the VAE configs that are understood.
         vae_read: keys of the VAE's config, beyond its architecture, that are honoured.
         guidance_off: arguments of its pipeline's call that switch guidance off.
         distilled_releases: {name of a few-step release, in small letters with dashes: the model it was made from}.
@@ -72,6 +73,7 @@ class DiffusersFamily(Family):
     scheduler_keys: KnownKeys
     network_keys: KnownKeys
     vae_read: tuple[str, ...]
+    vae_keys: KnownKeys = _VAE_KEYS
     guidance_off: Mapping[str, float] = {"guidance_scale": 1}
     distilled_releases: Mapping[str, str] = {}
     takes = "prompts"
@@ -178,11 +180,11 @@ class DiffusersFamily(Family):
     def autoencoder(self, folder: Path) -> "Autoencoder | None":
         from fewstep.networks.autoencoder import load_autoencoder
 
-        vae = load_autoencoder(folder)
+        vae = load_autoencoder(folder, self.autoencoder_classes())
         config = read_vae_config(folder)
-        if config.get("_class_name") == _VAE_KEYS.classes[0]:
+        if config.get("_class_name") == self.vae_keys.classes[0]:
             try:
-                refuse_other_keys(config, _VAE_KEYS, "vae", self.title)
+                refuse_other_keys(config, self.vae_keys, "vae", self.title)
             except ValueError as error:
                 raise UserError(f"{folder}: {error}") from error
         for name in _VAE_ARITHMETIC:
@@ -191,6 +193,12 @@ class DiffusersFamily(Family):
                     f"{folder}: its vae has {name}={config[name]!r}, which this version does not understand for {self.title}"
                 )
         return vae
+
+    def autoencoder_classes(self) -> "Mapping[str, type[Autoencoder]]":
+        """Classes of diffusers that its VAE may be: how the latents of each are scaled."""
+        from fewstep.networks.autoencoder import PLAIN
+
+        return PLAIN
 
     def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
         return read_vae_config(folder)

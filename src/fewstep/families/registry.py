@@ -22,6 +22,7 @@ FAMILIES = {
     "sdxl": "stable_diffusion.family:StableDiffusionXL",
     "sd3": "sd3.family:StableDiffusion3",
     "z-image": "z_image.family:ZImage",
+    "flux2-klein": "flux2_klein.family:Flux2Klein",
 }
 
 

@@ -1,11 +1,12 @@
 """Pictures to latents and back, with the VAE of a diffusers folder."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from fewstep.diffusion.draws import Draws
@@ -13,8 +14,6 @@ from fewstep.errors import UserError
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component
-
-_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 class Autoencoder(nn.Module):
@@ -41,7 +40,7 @@ class Autoencoder(nn.Module):
             )
             - 1
         )
-        self.scale = float(config.scaling_factor)
+        self.scale = float(getattr(config, "scaling_factor", 1.0))
         self.shift = float(getattr(config, "shift_factor", 0.0) or 0.0)
 
     @property
@@ -77,8 +76,14 @@ class Autoencoder(nn.Module):
         return (found.mean.float() - self.shift) * self.scale, found.std.float() * self.scale
 
 
-def load_autoencoder(folder: Path) -> Autoencoder:
+PLAIN: Mapping[str, type[Autoencoder]] = {"AutoencoderKL": Autoencoder, "AutoencoderTiny": Autoencoder}
+
+
+def load_autoencoder(folder: Path, classes: Mapping[str, type[Autoencoder]] = PLAIN) -> Autoencoder:
     """The VAE of a diffusers folder (its `vae` component, or the folder itself), float32.
+
+    Args:
+        classes: {class of diffusers that it may be: how its latents are scaled}.
 
     Raises:
         UserError: there is none, it is damaged, or its weights are another's.
@@ -87,17 +92,17 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is incomplete: its component vae is missing; download it again")
     config = read_json_object(path / "config.json")
-    name, scale = config.get("_class_name"), config.get("scaling_factor", 1.0)
-    if name not in _CLASSES:
+    name, scale = str(config.get("_class_name") or ""), config.get("scaling_factor", 1.0)
+    if name not in classes:
         raise UserError(
-            f"{folder}: its vae is a {str(name)[:60] if name else 'component without _class_name'}; {' and '.join(_CLASSES)} are read"
+            f"{folder}: its vae is a {name[:60] if name else 'component without _class_name'}; {' and '.join(classes)} {'are' if len(classes) > 1 else 'is'} read"
         )
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise UserError(
             f"{path / 'config.json'} is damaged: scaling_factor is {str(scale)[:40]}, not a number above 0; download it again"
         )
-    vae = load_component(_CLASSES[name], path).float()
+    vae = load_component(getattr(diffusers, name), path).float()
     try:
-        return Autoencoder(vae)
+        return classes[name](vae)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged ({first_line(error)}); download it again") from error
