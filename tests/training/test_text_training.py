@@ -23,7 +23,6 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.families.registry import recognise
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
-from fewstep.networks.autoencoder import load_autoencoder
 from fewstep.preparation.latents import prepare_latents
 from fewstep.settings import TrainSettings, flatten_settings, parse_settings
 from fewstep.training.build import build_chosen_roles, open_teacher
@@ -60,8 +59,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
     for family, make in FOLDERS.items():
         make(folder / family)
+        known: Any = recognise(folder / family)
         prepare_latents(
-            load_autoencoder(folder / family), recognise(folder / family).text_encoders(folder / family), open_captioned_images(str(pictures)),
+            known.autoencoder(folder / family), known.text_encoders(folder / family), open_captioned_images(str(pictures)),
             folder / f"latents-{family}", resolution=16, vae_fingerprint=vae_fingerprint(folder / family),
         )  # fmt: skip
     return folder
