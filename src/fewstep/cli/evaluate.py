@@ -12,13 +12,15 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="generator or teacher: model folder, run folder, .pkl or bundled:NAME")],
     *,
     features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception .pth/.safetensors")],
+    protocol: Annotated[str, typer.Option(help="imagenet64-edm, coco30k-256, coco10k-512, cifar10-50k, or custom, which pins nothing")] = "custom",
     reference: Annotated[Path | None, typer.Option(help=".npz with mu and sigma of real features")] = None,
     images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
     split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
-    num_images: Annotated[int, typer.Option(min=2, help="generated pictures, labels evenly spread; ImageNet-64: 50000")] = 50_000,
+    captions: Annotated[Path | None, typer.Option(help="COCO protocols: captions_val2014.json; its pictures are in --images")] = None,
+    num_images: Annotated[int | None, typer.Option(min=2, help="generated pictures, labels evenly spread  [default: the protocol's, else 50000]")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the generated pictures")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 250, text-to-image 4]")] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: steps of the model's own many-step sampler; its usual number unless set")] = None,
@@ -31,7 +33,7 @@ def evaluate(
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(
-        features=features, reference=reference, images=images, split=split, fit=fit, background=background,
+        features=features, protocol=protocol, captions=captions, reference=reference, images=images, split=split, fit=fit, background=background,
         prompts=tuple(read_prompts([], prompts)), num_images=num_images, seed=seed, batch_size=batch_size,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """`fewstep evaluate` from its options on: one figure with everything beside it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,14 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.devices import precision_of
 from fewstep.errors import UserError
+from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import dataset_features, measure_model
+from fewstep.evaluation.measure import Clocked, Measurement, dataset_features, measure_model
 from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.evaluation.protocol import model_sampler
+from fewstep.evaluation.protocols import Protocol, measure_coco, protocol_named
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.fingerprints import file_digest
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
 from fewstep.progress import Stderr, busy, say, working
@@ -28,13 +32,15 @@ class EvaluateOptions:
     """The options of `fewstep evaluate`, as its help says; empty text and None are "not given"."""
 
     features: str
+    protocol: str = "custom"
     reference: Path | None = None
+    captions: Path | None = None
     images: str = ""
     split: str = "train"
     fit: str = "crop"
     background: str = "white"
     prompts: tuple[str, ...] = ()
-    num_images: int = 50_000
+    num_images: int | None = None
     seed: int = 0
     batch_size: int | None = None
     teacher_steps: int | None = None
@@ -50,34 +56,93 @@ def evaluate_model(source: str, options: EvaluateOptions) -> None:
     Raises:
         UserError: options, model, features and real pictures that are not there or do not go together.
     """
-    if options.reference is None and not options.images:
-        raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
-    if options.json_out is not None and not options.json_out.absolute().parent.is_dir():
-        raise UserError(
-            f"--json {options.json_out}: the folder {options.json_out.parent} does not exist; make it first"
-        )
+    protocol = protocol_named(options.protocol)
+    coco = _checked_options(options, protocol)
     precision = precision_of(options.precision, options.device, partial(say, console))
     with busy(console, f"Loading {source}"):
         model = load_model(source, device=options.device, precision=precision)
         network = load_features(options.features, model.device)
+    if coco is not None:
+        options = replace(options, prompts=tuple(coco.captions))
     _refuse_what_does_not_fit(source, model, options)
-    real = _real_features(model, network, options) if options.images else None
-    statistics = _reference(model, network, options, real)
     for line in model.conditioner.warnings(options.prompts):
         say(console, line)
-    with working(console, f"Measuring {options.num_images:,} pictures") as report:
-        figure = measure_model(
-            model, source, network, statistics, num_images=options.num_images, seed=options.seed,
-            prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
-            real_features=None if real is None else real[: options.num_images],
-            batch_size=options.batch_size or model.family.default_batch_size, report=report,
-        )  # fmt: skip
+    num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
+    if protocol is not None and coco is not None:
+        figure = _measure_coco(source, model, network, options, protocol, coco, num_images)
+    else:
+        figure = _measure(source, model, network, options, num_images)
+    if protocol is not None:
+        figure = protocol.labelled(figure, _sha256(options.features), model.size)
     print(figure.sentence())
     for line in figure.cautions():
         say(console, line)
     if options.json_out is not None:
         with replaced_file(options.json_out) as aside:
             aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")
+
+
+def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> CaptionedPictures | None:
+    """Refuse options that do not go together; COCO's pictures where the protocol is of them."""
+    if options.json_out is not None and not options.json_out.absolute().parent.is_dir():
+        raise UserError(
+            f"--json {options.json_out}: the folder {options.json_out.parent} does not exist; make it first"
+        )
+    if protocol is not None and protocol.side:
+        if options.captions is None or not options.images or options.reference is not None or options.prompts:
+            raise UserError(
+                f"--protocol {protocol.name} takes --captions captions_val2014.json and --images FOLDER of its pictures, "
+                "neither --reference nor --prompts"
+            )
+        coco = load_coco(options.captions, Path(options.images).expanduser())
+        with working(console, f"Checking {len(coco):,} real pictures") as report:
+            coco.check(report)
+        return coco
+    if options.captions is not None:
+        raise UserError("--captions belongs to the COCO protocols; name one with --protocol, or give --prompts FILE")
+    if protocol is not None and (options.reference is None or options.images):
+        raise UserError(f"--protocol {protocol.name} takes the published --reference FILE.npz and no --images")
+    if options.reference is None and not options.images:
+        raise UserError("evaluate compares with real pictures: give --reference FILE.npz, --images FOLDER, or both")
+    return None
+
+
+def _sha256(features: str) -> str:
+    """Of a feature network's file; "" for a folder or one that ships."""
+    path = Path(features).expanduser()
+    return file_digest(path) if path.is_file() else ""
+
+
+def _measure_coco(
+    source: str, model: Model, network: FeatureNetwork, options: EvaluateOptions, protocol: Protocol,
+    coco: CaptionedPictures, num_images: int,
+) -> Measurement:  # fmt: skip
+    sample, evaluations = model_sampler(
+        model, options.seed, prompts=coco.captions, num_steps=options.teacher_steps,
+        guidance_scale=options.guidance_scale,
+    )  # fmt: skip
+    size = options.batch_size or model.family.default_batch_size
+    with working(console, f"Measuring {num_images:,} pictures and {len(coco):,} real ones") as report:
+        total = num_images + len(coco)
+        pictures = Clocked(sample, num_images, size, lambda done, _: report(len(coco) + done, total))
+        return measure_coco(
+            protocol, source, pictures, coco, network, evaluations_per_image=evaluations, seed=options.seed,
+            device=model.device, report=lambda done, _: report(done, total),
+        )  # fmt: skip
+
+
+def _measure(
+    source: str, model: Model, network: FeatureNetwork, options: EvaluateOptions, num_images: int
+) -> Measurement:
+    real = _real_features(model, network, options) if options.images else None
+    statistics = _reference(model, network, options, real)
+    with working(console, f"Measuring {num_images:,} pictures") as report:
+        return measure_model(
+            model, source, network, statistics, num_images=num_images, seed=options.seed,
+            prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
+            real_features=None if real is None else real[:num_images],
+            batch_size=options.batch_size or model.family.default_batch_size, report=report,
+        )  # fmt: skip
 
 
 def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOptions) -> None:

@@ -23,7 +23,7 @@ from fewstep.models.model import Model
 from fewstep.progress import Report
 
 NAMES = {  # every value a measurement may have, with what people call it
-    "frechet_distance": "Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
+    "frechet_distance": "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
     "held_out_distance": "Frechet distance on held-out texts", "agreement": "right category",
     "balanced": "right category, each counting the same", "shuffled": "right category with shuffled prompts",
     "retrieval": "own picture among the nearest 10", "images_per_second": "images/s",
@@ -61,6 +61,8 @@ class Measurement:
         features, num_features: the network that distances are computed in, and its width (0: not recorded).
         num_reference_images: real pictures behind the reference (0: not recorded).
         evaluations_per_image: network evaluations (0: real pictures).
+        protocol: name of the published way it was measured in; "" for none.
+        proxy: why the figure is only a proxy of that protocol; "" where it is not.
     """
 
     model: str
@@ -71,6 +73,8 @@ class Measurement:
     num_reference_images: int = 0
     evaluations_per_image: int = 0
     seed: int = 0
+    protocol: str = ""
+    proxy: str = ""
 
     def __post_init__(self) -> None:
         assert self.values.keys() <= NAMES.keys(), f"{self.values.keys() - NAMES.keys()} have no name in NAMES"
@@ -106,14 +110,15 @@ class Measurement:
         intervals = {name: list(value.interval) for name, value in self.values.items() if value.interval is not None}
         counts = {name: value.num_images for name, value in self.values.items() if value.num_images != self.num_images}
         numbers = {name: value.value for name, value in self.values.items()}
-        return {"model": self.model, **numbers, **facts, "intervals": intervals, "num_images_of": counts}
+        ways = {"protocol": self.protocol, "proxy": self.proxy} if self.protocol else {}
+        return {"model": self.model, **numbers, **facts, **ways, "intervals": intervals, "num_images_of": counts}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measurement":
         """Inverse of `to_dict`; also reads what versions before 0.2 wrote, of text-to-image models too."""
         if "held_out_distance" in values and "following" in values:
             return _from_text_form(values)
-        facts = {name: values[name] for name in _FACTS if name in values}
+        facts = {name: values[name] for name in (*_FACTS, "protocol", "proxy") if name in values}
         intervals, counts = values.get("intervals", {}), values.get("num_images_of", {})
         numbers = {
             name: Value(
@@ -139,8 +144,11 @@ class Measurement:
         known = {name: value for name, value in self.values.items() if name != "images_per_second"}
         figures = ", ".join(f"{NAMES[name]} {value}" for name, value in known.items())
         evaluations = f"{self.evaluations_per_image} evaluation{'s' * (self.evaluations_per_image != 1)} per image"
+        way = ""
+        if self.protocol:
+            way = f"PROXY of {self.protocol} ({self.proxy}): " if self.proxy else f"protocol {self.protocol}: "
         return (
-            f"{self.model}: {figures} ({self.num_images} images against "
+            f"{way}{self.model}: {figures} ({self.num_images} images against "
             f"{self.num_reference_images or 'an unrecorded number of'} real ones, features {self.features}, "
             f"{evaluations}, seed {self.seed}; {self.images_per_second:.1f} images/s)"
         )
@@ -148,7 +156,7 @@ class Measurement:
     def cautions(self) -> list[str]:
         """One line for each distance that rests on too few pictures to mean anything."""
         lines = []
-        for name in ("frechet_distance", "held_out_distance"):
+        for name in ("frechet_distance", "patch_distance", "held_out_distance"):
             count = self.values[name].num_images if name in self.values else 0
             if 0 < count <= self.num_features:
                 lines.append(

@@ -1,0 +1,79 @@
+"""COCO's captions file and the pictures it names."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fewstep.errors import UserError
+from fewstep.progress import Report
+
+
+@dataclass(frozen=True)
+class CaptionedPictures:
+    """Pictures in the order of their ids, each with its caption of the lowest id."""
+
+    paths: list[Path]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pixels(self, number: int) -> np.ndarray:
+        """One picture, (H, W, 3) uint8."""
+        with Image.open(self.paths[number]) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def check(self, report: Report = lambda done, total: None) -> None:
+        """Decode every picture once.
+
+        Raises:
+            UserError: some cannot be read; the message counts them and names the first.
+        """
+        broken = []
+        for number in range(len(self)):
+            report(number, len(self))
+            try:
+                self.pixels(number)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                broken.append(self.paths[number])
+        report(len(self), len(self))
+        if broken:
+            names = ", ".join(path.name for path in broken[:5])
+            raise UserError(
+                f"{broken[0].parent}: {len(broken)} of {len(self)} pictures cannot be read ({names}); get them again"
+            )
+
+
+def load_coco(captions: Path, folder: Path) -> CaptionedPictures:
+    """Read a captions file of COCO's layout: `images` of (id, file_name), `annotations` of (id, image_id, caption).
+
+    Raises:
+        UserError: another layout, a picture listed twice, without caption or not in the folder, fewer than 2 pictures.
+    """
+    try:
+        whole = json.loads(captions.read_text(encoding="utf-8"))
+        listed = [(int(row["id"]), str(row["file_name"])) for row in whole["images"]]
+        rows = [(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in whole["annotations"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--captions {captions} is no captions file of COCO's layout (images with id and file_name, annotations with id, "
+            f"image_id and caption): {type(error).__name__} {error}; give captions_val2014.json"
+        ) from None
+    names = dict(listed)
+    if len(names) != len(listed) or len(set(names.values())) != len(listed):
+        raise UserError(f"--captions {captions} lists a picture twice; each may stand in `images` once")
+    first = {image: caption for _, image, caption in sorted(rows, reverse=True)}
+    if silent := sorted(names.keys() - first.keys()):
+        raise UserError(f"--captions {captions}: {len(silent)} pictures have no caption, {names[silent[0]]} first")
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--images {folder} lacks {len(missing)} of {len(names)} pictures of {captions}, {missing[0]} first"
+        )
+    if len(names) < 2:
+        raise UserError(f"--captions {captions} lists {len(names)} pictures; a distance takes at least 2")
+    order = sorted(names)
+    return CaptionedPictures([folder / names[key] for key in order], [first[key] for key in order])

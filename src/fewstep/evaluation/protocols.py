@@ -1,0 +1,165 @@
+"""Published ways of measuring by name: what each pins, and what makes a figure only a proxy of it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation.coco import CaptionedPictures
+from fewstep.evaluation.features import FeatureNetwork
+from fewstep.evaluation.measure import Clocked, Measurement, Value, distance_of
+from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.progress import Report
+
+INCEPTION, INCEPTION_SHA256 = (
+    "inception-2015-12-05",
+    "6726825d",
+)  # the files carry the start of their hash in their name
+INCEPTION_SIDE = 299
+
+Views = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # value's name -> (H, W, 3) uint8 to what Inception sees
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One published way of measuring.
+
+    Attributes:
+        resolution: height and width that the model makes.
+        num_images, seed: generated pictures; classes or captions take turns.
+        num_reference_images: real pictures behind the reference, where it is made from pictures.
+        side: COCO alone: pixels that pictures are reduced to before Inception's 299; 0 leaves pictures as they are.
+        has_patches: whether centre crops of 299 pixels are compared, too.
+    """
+
+    name: str
+    resolution: int
+    num_images: int = 50_000
+    seed: int = 0
+    num_reference_images: int = 0
+    side: int = 0
+    has_patches: bool = False
+
+    def views(self) -> Views:
+        """What Inception sees of a picture, by the value that is computed from it."""
+        found = {"frechet_distance": lambda pixels: cleanly_resized(reduced(pixels, self.side)).astype(np.uint8)}
+        if self.has_patches:
+            found["patch_distance"] = lambda pixels: central(reduced(pixels, self.side), INCEPTION_SIDE)
+        return found
+
+    def labelled(self, figure: Measurement, weights_sha256: str, size: tuple[int, int]) -> Measurement:
+        """The figure under this protocol's name, with every reason why it is only a proxy of it.
+
+        Args:
+            weights_sha256: of the feature network's file; "" where it is none.
+            size: (height, width) of the model's pictures.
+        """
+        reasons = []
+        if size != (self.resolution, self.resolution):
+            reasons.append(f"pictures of {size[0]}x{size[1]}, not {self.resolution}x{self.resolution}")
+        if figure.num_images != self.num_images:
+            reasons.append(f"{figure.num_images:,} images, not {self.num_images:,}")
+        if figure.seed != self.seed:
+            reasons.append(f"seed {figure.seed}, not {self.seed}")
+        if figure.features != INCEPTION:
+            reasons.append(f"features {figure.features}, not {INCEPTION}")
+        elif not weights_sha256.startswith(INCEPTION_SHA256):
+            reasons.append(f"Inception weights of sha256 {weights_sha256[:8]}, not {INCEPTION_SHA256}")
+        if self.num_reference_images and figure.num_reference_images != self.num_reference_images:
+            reasons.append(f"{figure.num_reference_images:,} real images, not {self.num_reference_images:,}")
+        return replace(figure, protocol=self.name, proxy="; ".join(reasons))
+
+
+PROTOCOLS = {
+    one.name: one for one in (
+        Protocol("imagenet64-edm", 64), Protocol("cifar10-50k", 32),
+        Protocol("coco30k-256", 512, 30_000, num_reference_images=40_504, side=256),
+        Protocol("coco10k-512", 1024, 10_000, num_reference_images=40_504, side=512, has_patches=True),
+    )
+}  # fmt: skip
+
+
+def protocol_named(name: str) -> Protocol | None:
+    """A protocol; None for "custom", which pins nothing.
+
+    Raises:
+        UserError: no protocol has this name.
+    """
+    if name != "custom" and name not in PROTOCOLS:
+        raise UserError(f"--protocol {name}: choose from {', '.join(PROTOCOLS)}, custom")
+    return PROTOCOLS.get(name)
+
+
+def truncated(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, fractions cut off as the published evaluation does."""
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def reduced(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The largest central square, brought to `side` pixels with PIL's Lanczos filter; (H, W, 3) uint8 in and out."""
+    square = central(pixels, min(pixels.shape[:2]))
+    return np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.LANCZOS))
+
+
+def central(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The central square of (H, W, 3); an odd pixel left over stays at the bottom and right."""
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
+
+
+def cleanly_resized(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 to Inception's 299 pixels, each channel by PIL's bicubic filter; float32 in 0..255, not rounded.
+
+    Source: Parmar et al. 2022, arXiv:2104.11222; equals the mode "clean" of clean-fid to the last bit.
+    """
+    size = (INCEPTION_SIDE, INCEPTION_SIDE)
+    channels = [
+        Image.fromarray(pixels[..., number].astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+        for number in range(3)
+    ]
+    return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=2)
+
+
+def measure_coco(
+    protocol: Protocol, name: str, pictures: Clocked, real: CaptionedPictures, network: FeatureNetwork, *,
+    evaluations_per_image: int, seed: int, device: torch.device | str = "cpu",
+    report: Report = lambda done, total: None,
+) -> Measurement:  # fmt: skip
+    """Distances of made pictures to real ones under a COCO protocol; only features are kept in memory.
+
+    Args:
+        pictures: made for the captions in turn.
+        report: told how many real pictures are done; `pictures` has a report of its own.
+    """
+
+    def reals() -> Iterator[np.ndarray]:
+        for number in range(len(real)):
+            report(number, len(real))
+            yield real.pixels(number)
+        report(len(real), len(real))
+
+    views = protocol.views()
+    references = {key: FeatureStatistics.of(part) for key, part in _seen(reals(), network, views, device).items()}
+    made = _seen((pixels for batch in pictures for pixels in truncated(batch)), network, views, device)
+    values = {key: distance_of(part, references[key], 20) for key, part in made.items()}
+    values["images_per_second"] = Value(pictures.images_per_second.value, pictures.num_images)
+    width = made["frechet_distance"].shape[1]
+    return Measurement(name, values, pictures.num_images, network.name, width, len(real), evaluations_per_image, seed)
+
+
+@torch.no_grad()
+def _seen(
+    pictures: Iterator[np.ndarray], network: FeatureNetwork, views: Views, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Features (N, F), float32 on the CPU, of every view of pictures (H, W, 3) uint8."""
+    found: dict[str, list[Tensor]] = {key: [] for key in views}
+    for pixels in pictures:
+        for key, view in views.items():
+            levels = torch.from_numpy(view(pixels).copy()).permute(2, 0, 1)[None].to(device)
+            found[key].append(network(levels.float() / 127.5 - 1).float().cpu())
+    return {key: torch.cat(parts) for key, parts in found.items()}
