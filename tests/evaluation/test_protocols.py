@@ -238,6 +238,13 @@ def test_captions_files_that_are_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
+def test_what_is_no_captions_file_at_all(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UserError, match="is no captions file of COCO's layout"):
+        load_coco(tmp_path / "c.json", tmp_path)
+
+
 def test_corrupt_pictures_are_counted_and_named(coco: Path, tmp_path: Path) -> None:
     for path in (coco / "val2014").iterdir():
         whole = path.read_bytes()

@@ -1,6 +1,5 @@
 """COCO's captions file and the pictures it names."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.errors import UserError
+from fewstep.formats.json_files import parse_json
 from fewstep.progress import Report
 
 
@@ -54,7 +54,7 @@ def load_coco(captions: Path, folder: Path) -> CaptionedPictures:
         UserError: another layout, a picture listed twice, without caption or not in the folder, fewer than 2 pictures.
     """
     try:
-        whole = json.loads(captions.read_text(encoding="utf-8"))
+        whole = parse_json(captions.read_text(encoding="utf-8"))
         listed = [(int(row["id"]), str(row["file_name"])) for row in whole["images"]]
         rows = [(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in whole["annotations"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
