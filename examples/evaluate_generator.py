@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     real = dataset_features(network, pictures, device=generator.device)
     figure = measure_model(
         generator, args.generator, network, FeatureStatistics.of(real), num_images=args.num_images, seed=0,
-        real_features=real[: args.num_images],
+        real_features=real,
     )  # fmt: skip
     print(figure.sentence())
 

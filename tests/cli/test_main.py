@@ -342,7 +342,10 @@ def test_evaluate_against_pictures(teacher_folder: Path, features_folder: Path, 
     found = json.loads(figure.read_text())
     assert (found["evaluations_per_image"], found["num_reference_images"]) == (3, 24)
     assert 0 <= found["precision"] <= 1
-    assert re.search(r", precision \d\.\d{3}, recall \d\.\d{3} \(8 images against 24 real ones", answer.out)
+    assert re.search(
+        r", precision \d\.\d{3}, recall \d\.\d{3}, density \d+\.\d{3}, coverage \d\.\d{3} \(8 images against 24 real ones",
+        answer.out,
+    )
 
 
 def test_prepare_pairs(teacher_folder: Path, tmp_path: Path) -> None:

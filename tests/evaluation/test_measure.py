@@ -12,8 +12,9 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import Measurement, Value, dataset_features, measure_model, measure_sampler
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from fewstep.evaluation.measure import Measurement, Value, dataset_features, evenly, measure_model, measure_sampler
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance
+from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.model_folder import ModelCard
@@ -102,21 +103,30 @@ def test_figure_does_not_depend_on_the_batch(generator: Model, teacher: Model, r
         assert distances == pytest.approx([distances[0]] * 3, rel=1e-3)
 
 
+def test_real_pictures_are_taken_evenly() -> None:
+    """Those of a folder lie class by class."""
+    assert evenly(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
+    assert evenly(torch.arange(3), 10).tolist() == [0, 1, 2]
+    assert evenly(torch.arange(100_000), 50_000).tolist() == list(range(0, 100_000, 2))
+
+
 def test_figure_is_that_of_the_models_images(generator: Model, reference: FeatureStatistics) -> None:
     real = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 0.2
     found = measure_model(
         generator, "mine", Pooled(), reference, num_images=12, seed=5, real_features=real, batch_size=12
     )
     images = generator.sample(12, seed=5, output="tensor")
+    real = evenly(real, 12)
     rounded = ((images + 1) * 127.5).round() / 127.5 - 1
     features = Pooled()(rounded)
-    precision, recall = precision_recall(real, features)
+    shares = {key: float(value.double().mean()) for key, value in neighbour_shares(real, features).items()}
+    assert shares.keys() == {"precision", "recall", "density", "coverage"}
     distance = frechet_distance(FeatureStatistics.of(features), reference)
     assert figures_of(found) == {
         "model": "mine", "frechet_distance": pytest.approx(distance, rel=1e-5), "num_images": 12,
         "num_reference_images": 40, "features": "block means", "num_features": 4, "evaluations_per_image": 2, "seed": 5,
-        "kid": pytest.approx(kernel_distance(real, features)[0], rel=1e-3, abs=1e-6), "precision": precision,
-        "recall": recall, "num_images_of": {}, "intervals": found.to_dict()["intervals"],
+        "kid": pytest.approx(kernel_distance(real, features)[0], rel=1e-3, abs=1e-6), **shares,
+        "num_images_of": {}, "intervals": found.to_dict()["intervals"],
     }  # fmt: skip
     low, high = found.values["frechet_distance"].interval or (0, 0)
     assert low < found.frechet_distance < high

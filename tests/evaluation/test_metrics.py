@@ -1,7 +1,6 @@
 """Frechet distance and precision and recall against their definitions, and the file they are computed from."""
 
 import gc
-import itertools
 import pickle
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from fewstep.evaluation.metrics import (
     frechet_distance,
     frechet_error,
     kernel_distance,
-    precision_recall,
 )
 
 
@@ -239,79 +237,6 @@ def test_shapes_that_do_not_fit(tmp_path: Path, mu: tuple[int, ...], sigma: tupl
     np.savez(tmp_path / "reference.npz", mu=np.zeros(mu), sigma=np.zeros(sigma))
     with pytest.raises(UserError, match="they do not fit"):
         FeatureStatistics.load(tmp_path / "reference.npz")
-
-
-# --- Precision and recall
-
-
-def by_brute_force(real: Tensor, generated: Tensor, k: int) -> tuple[float, float]:
-    """Loops over pairs of points, as the definition reads."""
-
-    def far(a: Tensor, b: Tensor) -> float:
-        return float(((a - b) ** 2).sum().sqrt())
-
-    def share(points: Tensor, centres: Tensor) -> float:
-        radii = [sorted(far(c, o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)]
-        inside = [any(far(p, c) <= radius for c, radius in zip(centres, radii, strict=True)) for p in points]
-        return sum(inside) / len(inside)
-
-    return share(generated, real), share(real, generated)
-
-
-@pytest.mark.parametrize(("k", "block"), [(1, 1024), (3, 1024), (3, 7), (5, 1)])
-@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
-def test_agrees_with_brute_force(k: int, block: int, shift: float) -> None:
-    generator = torch.Generator().manual_seed(10)
-    real = torch.randn(30, 4, generator=generator)
-    generated = torch.randn(23, 4, generator=generator) * 0.6 + shift
-    expected = by_brute_force(real, generated, k)
-    assert precision_recall(real, generated, neighbours=k, block=block) == pytest.approx(expected)
-    if shift == 1.0:
-        assert 0 < expected[0] < 1  # neither all nor nothing
-        assert 0 < expected[1] < 1
-
-
-def line(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None]
-
-
-def test_points_on_a_line() -> None:
-    """Real 0..4 with k = 1 have radius 1; of the generated points 4.5 and 0.5 lie inside, 7 and 9 do not."""
-    precision, recall = precision_recall(line(0, 1, 2, 3, 4), line(0.5, 4.5, 7, 9), neighbours=1)
-    # radii of the generated: 4 (0.5 to 4.5), 2.5, 2, 2: reach -3.5..4.5, 2..7, 5..9, 7..11
-    assert (precision, recall) == (0.5, 1.0)
-
-
-def test_mode_collapse_keeps_precision_and_loses_recall() -> None:
-    real = line(*(10.0 * number for number in range(10)))
-    generated = line(*(10.0 + 0.01 * number for number in range(5)))
-    assert precision_recall(real, generated, neighbours=3) == (1.0, pytest.approx(0.1))
-
-
-def test_identical_and_distant_sets() -> None:
-    points = torch.randn(20, 3, generator=torch.Generator().manual_seed(11))
-    assert precision_recall(points, points.clone()) == (1.0, 1.0)
-    assert precision_recall(points, points + 100) == (0.0, 0.0)
-
-
-def test_swapping_the_sets_swaps_the_figures() -> None:
-    generator = torch.Generator().manual_seed(12)
-    a, b = torch.randn(40, 3, generator=generator), torch.randn(40, 3, generator=generator) * 0.5
-    assert precision_recall(a, b) == precision_recall(b, a)[::-1]
-
-
-def test_a_point_on_the_border_is_inside() -> None:
-    assert precision_recall(line(0, 1, 2), line(3, 13, 23), neighbours=1)[0] == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize(("real", "generated"), list(itertools.product([2, 3, 4], [2, 3, 4])))
-def test_too_few_images(real: int, generated: int) -> None:
-    sets = torch.randn(real, 2), torch.randn(generated, 2)
-    if min(real, generated) > 3:
-        precision_recall(*sets, neighbours=3)
-        return
-    with pytest.raises(UserError, match=f"need more than 3 images, there are {real if real <= 3 else generated}"):
-        precision_recall(*sets, neighbours=3)
 
 
 # --- KID

@@ -14,7 +14,7 @@ def evaluate(
     features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception .pth/.safetensors")],
     protocol: Annotated[str, typer.Option(help="imagenet64-edm, coco30k-256, coco10k-512, cifar10-50k, or custom, which pins nothing")] = "custom",
     reference: Annotated[Path | None, typer.Option(help=".npz with mu and sigma of real features")] = None,
-    images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and precision and recall")] = "",
+    images: Annotated[str, typer.Option(help="real pictures (folder, parquet, hub id): reference, and KID, precision, recall, density and coverage")] = "",
     split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
@@ -29,7 +29,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:  # fmt: skip
-    """Frechet distance (and precision and recall) between generated and real pictures in a named feature network."""
+    """Frechet distance between generated and real pictures in a named feature network; with --images KID, precision, recall, density, coverage, too."""
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(

@@ -140,7 +140,7 @@ def _measure(
         return measure_model(
             model, source, network, statistics, num_images=num_images, seed=options.seed,
             prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
-            real_features=None if real is None else real[:num_images],
+            real_features=real,
             batch_size=options.batch_size or model.family.default_batch_size, report=report,
         )  # fmt: skip
 

@@ -11,19 +11,15 @@ from torch import Tensor
 from fewstep.data.images import ImageDataset
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, extract_features
-from fewstep.evaluation.metrics import (
-    FeatureStatistics,
-    frechet_distance,
-    frechet_error,
-    kernel_distance,
-    precision_recall,
-)
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_error, kernel_distance
+from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.protocol import Sampler, model_sampler
 from fewstep.models.model import Model
 from fewstep.progress import Report
 
 NAMES = {  # every value a measurement may have, with what people call it
     "frechet_distance": "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
+    "density": "density", "coverage": "coverage",
     "held_out_distance": "Frechet distance on held-out texts", "agreement": "right category",
     "balanced": "right category, each counting the same", "shuffled": "right category with shuffled prompts",
     "retrieval": "own picture among the nearest 10", "images_per_second": "images/s",
@@ -222,7 +218,8 @@ def measure_sampler(
     """Sample `num_images` pictures batch by batch and measure them; only features are kept in memory.
 
     Args:
-        real_features: of real pictures, for KID, precision and recall.
+        real_features: of real pictures, for KID, precision, recall, density and coverage, which take as many of them as there are
+            generated ones, evenly spaced: the first ones of a folder may all be of one class.
         report: told how far it is.
         resamples: behind the interval of the Frechet distance; 0 for none.
     """
@@ -230,14 +227,21 @@ def measure_sampler(
     features = extract_features(network, batches, device)
     values = {"frechet_distance": distance_of(features, reference, resamples)}
     if real_features is not None:
-        kid, spread = kernel_distance(real_features, features)
+        real = evenly(real_features, num_images)
+        kid, spread = kernel_distance(real, features)
         values["kid"] = Value(kid, num_images, None if spread is None else (kid - spread, kid + spread))
-        found = precision_recall(real_features, features)
-        values |= {name: Value(share, num_images) for name, share in zip(("precision", "recall"), found, strict=True)}
+        shares = neighbour_shares(real, features)
+        values |= {name: Value(float(share.double().mean()), num_images) for name, share in shares.items()}
     values["images_per_second"] = batches.images_per_second
     return Measurement(
         name, values, num_images, network.name, features.shape[1], reference.num_images, evaluations_per_image, seed
     )
+
+
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly spaced."""
+    count = min(count, len(rows))
+    return rows[torch.arange(count) * len(rows) // max(count, 1)]
 
 
 def distance_of(features: Tensor, reference: FeatureStatistics, resamples: int = 0) -> Value:

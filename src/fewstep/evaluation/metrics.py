@@ -90,45 +90,6 @@ def _root(covariance: Tensor) -> Tensor:
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3, block: int = 1024) -> tuple[float, float]:
-    """Improved precision and recall: shares of samples inside the other set's k-nearest-neighbour balls.
-
-    Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), k = 3.
-
-    Args:
-        real, generated: features, (N, F) and (M, F), each with more than `neighbours` rows.
-        neighbours: k, the sample itself not counted.
-        block: rows compared at a time, which bounds the memory.
-
-    Returns:
-        (precision, recall), each in 0..1.
-    """
-    real, generated = real.float(), generated.float()
-    return (
-        _share_inside(generated, real, _radii(real, neighbours, block), block),
-        _share_inside(real, generated, _radii(generated, neighbours, block), block),
-    )
-
-
-def _radii(points: Tensor, neighbours: int, block: int) -> Tensor:
-    """Distance of every point to its k-th neighbour, (N,)."""
-    if len(points) <= neighbours:
-        raise UserError(f"precision and recall need more than {neighbours} images, there are {len(points)}")
-    parts = [
-        torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(neighbours + 1, dim=1).values
-        for rows in points.split(block)
-    ]
-    return torch.cat(parts)
-
-
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
-    inside = [
-        (torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist") <= radii).any(dim=1)
-        for rows in points.split(block)
-    ]
-    return float(torch.cat(inside).float().mean())
-
-
 def frechet_error(features: Tensor, reference: FeatureStatistics, resamples: int) -> float:
     """Standard error of the Frechet distance of features (N, F), from `resamples` draws of N rows with repetition.
 
