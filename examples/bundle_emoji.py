@@ -30,7 +30,8 @@ from fewstep.demos.emoji import FACTS
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import HELD_OUT, TRAIN_PROMPTS, load_bench
 from fewstep.evaluation.features import SmallClassifier, extract_features
-from fewstep.evaluation.measure import Measurement, measure_model
+from fewstep.evaluation.measure import measure_model
+from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.models.load import load_teacher

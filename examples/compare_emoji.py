@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
-from fewstep.evaluation.measure import Measurement
+from fewstep.evaluation.measurement import Measurement
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.pixels import to_uint8

@@ -14,7 +14,15 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
 
 MAX_TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -127,6 +135,22 @@ def tiny_taesd_folder(path: Path, *, latent_channels: int = 4, blocks: int = 2, 
     return path
 
 
+def tiny_clip_folder(path: Path, side: int = 24) -> Path:
+    """A CLIP whose pictures have `side` pixels, with tokenizer and image processor."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=side, patch_size=8,
+    )  # fmt: skip
+    config = CLIPConfig(
+        vision_config=vision.to_dict(), text_config=_text_config(projection_dim=20).to_dict(), projection_dim=20
+    )
+    CLIPModel(config).eval().save_pretrained(path, safe_serialization=True)
+    _save_tokenizer(path, pad=END)
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    CLIPImageProcessorPil(**size).save_pretrained(path)
+    return path
+
+
 _UNET: dict[str, Any] = {
     "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
     "norm_num_groups": 8,
@@ -160,7 +184,7 @@ def save_parts(path: Path, **parts: Any) -> None:
 
 
 def _save_tokenizer(path: Path, pad: str) -> None:
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     (path / "vocab.json").write_text(json.dumps(_vocabulary()), encoding="utf-8")
     (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(_MERGES) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}

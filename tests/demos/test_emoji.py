@@ -16,7 +16,7 @@ from fewstep.demos import emoji, runner
 from fewstep.demos.emoji import run_text_quickstart
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import load_bench
-from fewstep.evaluation.measure import Measurement
+from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.text_following import group_of, measure_text_following
 from fewstep.formats import bundled
 from fewstep.formats.bundled import bundled_models, bundled_path

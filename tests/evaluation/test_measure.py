@@ -12,7 +12,8 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import Measurement, Value, dataset_features, evenly, measure_model, measure_sampler
+from fewstep.evaluation.measure import dataset_features, evenly, measure_model, measure_sampler
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.protocol import model_sampler

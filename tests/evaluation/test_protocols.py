@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import load_coco
-from fewstep.evaluation.measure import Clocked, Measurement, Value
+from fewstep.evaluation.measure import Clocked
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.protocols import (
     INCEPTION,
     PROTOCOLS,

@@ -7,7 +7,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
-from fewstep.evaluation.measure import Value
+from fewstep.evaluation.measurement import Value
 from fewstep.evaluation.text_following import (
     group_numbers,
     group_of,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import load_bench
-from fewstep.evaluation.measure import Measurement
+from fewstep.evaluation.measurement import Measurement
 from tests.emoji_assets import HELD_OUT, TEACHER_STEPS, TRAIN, bundle, made_once, script
 
 

@@ -13,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.export.text_pipeline import absent_components
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
-from fewstep.networks import tiny_autoencoder
+from fewstep.networks import hub_folders
 from fewstep.networks.tiny_autoencoder import load_tiny_autoencoder
 from tests.export.text_generators import write_run
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder, tiny_taesd_folder
@@ -97,7 +97,7 @@ def test_hub_ids_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         asked.append((name, allow_patterns))
         return str(tiny)
 
-    monkeypatch.setattr(tiny_autoencoder.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hub_folders.huggingface_hub, "snapshot_download", fetch)
     assert load_tiny_autoencoder("madebyollin/taesd").latent_channels == 4
     assert asked == [("madebyollin/taesd", ["config.json", "diffusion_pytorch_model.safetensors"])]
 
@@ -106,7 +106,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
     def refuse(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("offline\nand more")
 
-    monkeypatch.setattr(tiny_autoencoder.huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub_folders.huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(
         UserError, match=r"nobody/taesd is no local folder and cannot be fetched from the hub \(it is not in the cache"
     ):

@@ -19,6 +19,8 @@ def evaluate(
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
+    clip: Annotated[str, typer.Option(help="text-to-image models: CLIP score by this CLIP (folder with safetensors, or hub id)")] = "",
+    clip_prefix: Annotated[str | None, typer.Option(help='before every prompt that --clip reads  [default: the protocol\'s, COCO "A photo depicts "; else none]')] = None,
     captions: Annotated[Path | None, typer.Option(help="COCO protocols: captions_val2014.json; its pictures are in --images")] = None,
     num_images: Annotated[int | None, typer.Option(min=2, help="generated pictures, labels evenly spread  [default: the protocol's, else 50000]")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the generated pictures")] = 0,
@@ -29,12 +31,12 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:  # fmt: skip
-    """Frechet distance between generated and real pictures in a named feature network; with --images KID, precision, recall, density, coverage, too."""
+    """Frechet distance between generated and real pictures in a named feature network; with --images KID, precision, recall, density, coverage, too; with --clip the CLIP score."""
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(
         features=features, protocol=protocol, captions=captions, reference=reference, images=images, split=split, fit=fit, background=background,
-        prompts=tuple(read_prompts([], prompts)), num_images=num_images, seed=seed, batch_size=batch_size,
+        prompts=tuple(read_prompts([], prompts)), clip=clip, clip_prefix=clip_prefix, num_images=num_images, seed=seed, batch_size=batch_size,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
     )  # fmt: skip
     evaluate_model(model, options)

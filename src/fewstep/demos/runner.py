@@ -22,7 +22,8 @@ from fewstep.demos.curve import NUM_IMAGES, watch_quality, while_training
 from fewstep.demos.pace import Counts, Pace, choose_counts, measure_pace
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
-from fewstep.evaluation.measure import Clocked, Measurement, Value
+from fewstep.evaluation.measure import Clocked
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
 from fewstep.formats.atomic import replaced_file

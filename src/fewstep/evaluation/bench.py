@@ -13,7 +13,8 @@ from torch import Tensor
 from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features
-from fewstep.evaluation.measure import Clocked, Measurement, Value, distance_of, measure_model
+from fewstep.evaluation.measure import Clocked, distance_of, measure_model
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of, measure_text_following, retrieval_recall

@@ -1,9 +1,11 @@
 """`fewstep evaluate` from its options on: one figure with everything beside it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from fewstep.devices import precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, Measurement, dataset_features, measure_model
+from fewstep.evaluation.measure import Clocked, dataset_features, measure_model
+from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.protocols import Protocol, measure_coco, protocol_named
 from fewstep.formats.atomic import replaced_file
@@ -23,6 +27,9 @@ from fewstep.models.load import load_model
 from fewstep.models.model import Model
 from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
+
+if TYPE_CHECKING:
+    from fewstep.evaluation.clip_score import ClipScore
 
 console = Stderr()
 
@@ -40,6 +47,8 @@ class EvaluateOptions:
     fit: str = "crop"
     background: str = "white"
     prompts: tuple[str, ...] = ()
+    clip: str = ""
+    clip_prefix: str | None = None
     num_images: int | None = None
     seed: int = 0
     batch_size: int | None = None
@@ -65,15 +74,18 @@ def evaluate_model(source: str, options: EvaluateOptions) -> None:
     if coco is not None:
         options = replace(options, prompts=tuple(coco.captions))
     _refuse_what_does_not_fit(source, model, options)
-    for line in model.conditioner.warnings(options.prompts):
+    clip = _load_clip(options, protocol, model.device)
+    metrics = [] if clip is None else [clip]
+    for line in [*model.conditioner.warnings(options.prompts), *_warnings(metrics, options.prompts)]:
         say(console, line)
     num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
     if protocol is not None and coco is not None:
-        figure = _measure_coco(source, model, network, options, protocol, coco, num_images)
+        figure = _measure_coco(source, model, network, options, protocol, coco, num_images, metrics)
     else:
-        figure = _measure(source, model, network, options, num_images)
+        figure = _measure(source, model, network, options, num_images, metrics)
     if protocol is not None:
-        figure = protocol.labelled(figure, _sha256(options.features), model.size)
+        other = "" if clip is None else clip.difference(protocol.clip_prefix)
+        figure = protocol.labelled(figure, _sha256(options.features), model.size, other)
     print(figure.sentence())
     for line in figure.cautions():
         say(console, line)
@@ -88,6 +100,8 @@ def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> Cap
         raise UserError(
             f"--json {options.json_out}: the folder {options.json_out.parent} does not exist; make it first"
         )
+    if options.clip_prefix is not None and not options.clip:
+        raise UserError(f"--clip-prefix {options.clip_prefix!r} belongs to --clip MODEL; name one")
     if protocol is not None and protocol.side:
         if options.captions is None or not options.images or options.reference is not None or options.prompts:
             raise UserError(
@@ -107,6 +121,23 @@ def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> Cap
     return None
 
 
+def _load_clip(options: EvaluateOptions, protocol: Protocol | None, device: torch.device) -> "ClipScore | None":
+    """The score of `--clip`, under the prefix of the protocol unless one was given."""
+    if not options.clip:
+        return None
+    from fewstep.evaluation.clip_score import ClipScore  # imports transformers: only where it is asked for
+    from fewstep.networks.clip import load_clip
+
+    default = "" if protocol is None else protocol.clip_prefix
+    with busy(console, f"Loading {options.clip}"):
+        clip = load_clip(options.clip).to(device)
+    return ClipScore(clip, options.clip, default if options.clip_prefix is None else options.clip_prefix)
+
+
+def _warnings(metrics: Sequence[TextMetric], prompts: Sequence[str]) -> list[str]:
+    return [line for metric in metrics for line in metric.warnings(prompts)]
+
+
 def _sha256(features: str) -> str:
     """Of a feature network's file; "" for a folder or one that ships."""
     path = Path(features).expanduser()
@@ -115,7 +146,7 @@ def _sha256(features: str) -> str:
 
 def _measure_coco(
     source: str, model: Model, network: FeatureNetwork, options: EvaluateOptions, protocol: Protocol,
-    coco: CaptionedPictures, num_images: int,
+    coco: CaptionedPictures, num_images: int, metrics: Sequence[TextMetric],
 ) -> Measurement:  # fmt: skip
     sample, evaluations = model_sampler(
         model, options.seed, prompts=coco.captions, num_steps=options.teacher_steps,
@@ -128,11 +159,17 @@ def _measure_coco(
         return measure_coco(
             protocol, source, pictures, coco, network, evaluations_per_image=evaluations, seed=options.seed,
             device=model.device, report=lambda done, _: report(done, total),
+            scores=TextScores(metrics, coco.captions) if metrics else None,
         )  # fmt: skip
 
 
 def _measure(
-    source: str, model: Model, network: FeatureNetwork, options: EvaluateOptions, num_images: int
+    source: str,
+    model: Model,
+    network: FeatureNetwork,
+    options: EvaluateOptions,
+    num_images: int,
+    metrics: Sequence[TextMetric],
 ) -> Measurement:
     real = _real_features(model, network, options) if options.images else None
     statistics = _reference(model, network, options, real)
@@ -141,13 +178,17 @@ def _measure(
             model, source, network, statistics, num_images=num_images, seed=options.seed,
             prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
             real_features=real,
-            batch_size=options.batch_size or model.family.default_batch_size, report=report,
+            batch_size=options.batch_size or model.family.default_batch_size, report=report, text_metrics=metrics,
         )  # fmt: skip
 
 
 def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOptions) -> None:
     if (model.conditioner.takes == "prompts") != bool(options.prompts):
         raise UserError(f"{source}: text-to-image models are measured with --prompts FILE, all others without")
+    if options.clip and not options.prompts:
+        raise UserError(
+            f"--clip {options.clip}: {source} has no prompts that a CLIP could compare pictures with; leave it out"
+        )
     if options.guidance_scale is not None and model.is_generator:
         raise UserError(
             f"--guidance-scale {options.guidance_scale}: a generator has its guidance built in; leave it out"

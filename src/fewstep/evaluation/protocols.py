@@ -11,8 +11,10 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures
 from fewstep.evaluation.features import FeatureNetwork
-from fewstep.evaluation.measure import Clocked, Measurement, Value, distance_of
+from fewstep.evaluation.measure import Clocked, distance_of, scored, values_of
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.evaluation.prompt_scores import TextScores
 from fewstep.progress import Report
 
 INCEPTION, INCEPTION_SHA256 = (
@@ -20,6 +22,7 @@ INCEPTION, INCEPTION_SHA256 = (
     "6726825d",
 )  # the files carry the start of their hash in their name
 INCEPTION_SIDE = 299
+COCO_PREFIX = "A photo depicts "
 
 Views = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # value's name -> (H, W, 3) uint8 to what Inception sees
 
@@ -34,6 +37,7 @@ class Protocol:
         num_reference_images: real pictures behind the reference, where it is made from pictures.
         side: COCO alone: pixels that pictures are reduced to before Inception's 299; 0 leaves pictures as they are.
         has_patches: whether centre crops of 299 pixels are compared, too.
+        clip_prefix: stands before the captions that a CLIP reads.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Protocol:
     num_reference_images: int = 0
     side: int = 0
     has_patches: bool = False
+    clip_prefix: str = ""
 
     def views(self) -> Views:
         """What Inception sees of a picture, by the value that is computed from it."""
@@ -51,12 +56,13 @@ class Protocol:
             found["patch_distance"] = lambda pixels: central(reduced(pixels, self.side), INCEPTION_SIDE)
         return found
 
-    def labelled(self, figure: Measurement, weights_sha256: str, size: tuple[int, int]) -> Measurement:
+    def labelled(self, figure: Measurement, weights_sha256: str, size: tuple[int, int], clip: str = "") -> Measurement:
         """The figure under this protocol's name, with every reason why it is only a proxy of it.
 
         Args:
             weights_sha256: of the feature network's file; "" where it is none.
             size: (height, width) of the model's pictures.
+            clip: how the CLIP differs from the published one; "" for not at all, or none.
         """
         reasons = []
         if size != (self.resolution, self.resolution):
@@ -71,14 +77,16 @@ class Protocol:
             reasons.append(f"Inception weights of sha256 {weights_sha256[:8]}, not {INCEPTION_SHA256}")
         if self.num_reference_images and figure.num_reference_images != self.num_reference_images:
             reasons.append(f"{figure.num_reference_images:,} real images, not {self.num_reference_images:,}")
+        if clip:
+            reasons.append(clip)
         return replace(figure, protocol=self.name, proxy="; ".join(reasons))
 
 
 PROTOCOLS = {
     one.name: one for one in (
         Protocol("imagenet64-edm", 64), Protocol("cifar10-50k", 32),
-        Protocol("coco30k-256", 512, 30_000, num_reference_images=40_504, side=256),
-        Protocol("coco10k-512", 1024, 10_000, num_reference_images=40_504, side=512, has_patches=True),
+        Protocol("coco30k-256", 512, 30_000, num_reference_images=40_504, side=256, clip_prefix=COCO_PREFIX),
+        Protocol("coco10k-512", 1024, 10_000, num_reference_images=40_504, side=512, has_patches=True, clip_prefix=COCO_PREFIX),
     )
 }  # fmt: skip
 
@@ -128,13 +136,14 @@ def cleanly_resized(pixels: np.ndarray) -> np.ndarray:
 def measure_coco(
     protocol: Protocol, name: str, pictures: Clocked, real: CaptionedPictures, network: FeatureNetwork, *,
     evaluations_per_image: int, seed: int, device: torch.device | str = "cpu",
-    report: Report = lambda done, total: None,
+    report: Report = lambda done, total: None, scores: TextScores | None = None,
 ) -> Measurement:  # fmt: skip
     """Distances of made pictures to real ones under a COCO protocol; only features are kept in memory.
 
     Args:
         pictures: made for the captions in turn.
         report: told how many real pictures are done; `pictures` has a report of its own.
+        scores: sees every made picture, not reduced, beside its caption.
     """
 
     def reals() -> Iterator[np.ndarray]:
@@ -145,8 +154,10 @@ def measure_coco(
 
     views = protocol.views()
     references = {key: FeatureStatistics.of(part) for key, part in _seen(reals(), network, views, device).items()}
-    made = _seen((pixels for batch in pictures for pixels in truncated(batch)), network, views, device)
+    batches = scored(pictures, scores, lambda images: [Image.fromarray(one) for one in truncated(images)])
+    made = _seen((pixels for batch in batches for pixels in truncated(batch)), network, views, device)
     values = {key: distance_of(part, references[key], 20) for key, part in made.items()}
+    values |= values_of(scores)
     values["images_per_second"] = Value(pictures.images_per_second.value, pictures.num_images)
     width = made["frechet_distance"].shape[1]
     return Measurement(name, values, pictures.num_images, network.name, width, len(real), evaluations_per_image, seed)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
-from fewstep.evaluation.measure import Value
+from fewstep.evaluation.measurement import Value
 
 
 def text_following(predicted: Tensor, wanted: Tensor) -> dict[str, Value]:

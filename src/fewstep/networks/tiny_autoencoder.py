@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import huggingface_hub
-
 from fewstep.errors import UserError
-from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.json_files import read_json_object
-from fewstep.formats.source import Source
 from fewstep.networks.autoencoder import Autoencoder, load_autoencoder
+from fewstep.networks.hub_folders import network_folder
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -26,7 +23,8 @@ def load_tiny_autoencoder(source: str | Path) -> Autoencoder:
     Raises:
         UserError: neither, a damaged one, or another kind of autoencoder; names it.
     """
-    folder = _resolve(source)
+    folder = network_folder(source, (_CONFIG, _WEIGHTS), "a TAESD", "madebyollin/taesd")
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / _CONFIG).is_file():
         raise UserError(f"{source} is no TAESD in diffusers' layout: {_CONFIG} is missing")
     if read_json_object(folder / _CONFIG).get("_class_name") != "AutoencoderTiny":
@@ -51,22 +49,3 @@ def check_tiny_autoencoder(tiny: Autoencoder, source: str | Path, latent_channel
             f"{source} decodes latents of {tiny.latent_channels} channels {tiny.factor}x, this model makes "
             f"{latent_channels} channels {factor}x; take the TAESD of its family (taesd, taesdxl, taesd3)"
         )
-
-
-def _resolve(source: str | Path) -> Path:
-    place = Source.parse(source)
-    if place.path is None:
-        return _download(place.hub_id)
-    if not place.path.is_dir():
-        raise UserError(f"{source} is neither a folder nor a hub id (org/name) of a TAESD, e.g. madebyollin/taesd")
-    return place.path / "vae" if (place.path / "vae").is_dir() else place.path
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS]))
-    except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
-        raise UserError(
-            f"{name} is no local folder and cannot be fetched from the hub ({hub_reason(error)}); "
-            "check the name and the network, or download it and give the folder"
-        ) from error
