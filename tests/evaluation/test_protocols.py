@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.coco import load_coco
+from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.measure import Clocked
 from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.protocols import (
@@ -22,6 +22,7 @@ from fewstep.evaluation.protocols import (
     PROTOCOLS,
     central,
     cleanly_resized,
+    coco_features,
     measure_coco,
     protocol_named,
     reduced,
@@ -98,7 +99,7 @@ def by_hand(pictures: list[Image.Image], side: int, patch: bool) -> tuple[np.nda
 def test_coco_protocol_equals_a_pipeline_by_hand(coco: Path, name: str) -> None:
     real, protocol = load_coco(coco / "captions_val2014.json", coco / "val2014"), PROTOCOLS[name]
     found = measure_coco(
-        protocol, "g", Clocked(made, 20, 8), real, Pooled(), evaluations_per_image=4, seed=0
+        protocol, "g", Clocked(made, 20, 8), coco_features(protocol, real, Pooled()), Pooled(), evaluations_per_image=4, seed=0
     )  # fmt: skip
     pixels = np.floor((made(0, 20).clamp(-1, 1).numpy() + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     generated = [Image.fromarray(one.transpose(1, 2, 0)) for one in pixels]
@@ -112,6 +113,23 @@ def test_coco_protocol_equals_a_pipeline_by_hand(coco: Path, name: str) -> None:
         distance = ((m - n) ** 2).sum() + np.trace(s + t - 2 * root)
         assert found[value] == pytest.approx(distance, rel=1e-6)
     assert (found.num_images, found.num_reference_images, found.num_features) == (20, 30, 12)
+
+
+def test_pictures_go_through_the_network_32_at_a_time(coco: Path) -> None:
+    real = load_coco(coco / "captions_val2014.json", coco / "val2014")
+    twice = CaptionedPictures(real.root, real.paths[:20] * 2, real.captions[:20] * 2)
+    sizes: list[int] = []
+
+    class Counting(Pooled):
+        def __call__(self, images: Tensor) -> Tensor:
+            sizes.append(len(images))
+            return super().__call__(images)
+
+    told: list[tuple[int, int]] = []
+    found = coco_features(PROTOCOLS["coco30k-256"], twice, Counting(), report=lambda *at: told.append(at))
+    assert sizes == [32, 8]
+    torch.testing.assert_close(found["frechet_distance"][:20], found["frechet_distance"][20:])  # in their order
+    assert told == [(number, 40) for number in range(41)]
 
 
 def test_captions_are_those_of_the_lowest_id(coco: Path) -> None:

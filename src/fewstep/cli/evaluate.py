@@ -18,6 +18,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="split of the real pictures")] = "train",
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="compute the features of real pictures anew, and keep none in ~/.cache/fewstep")] = False,
     prompts: Annotated[str, typer.Option(help="text-to-image models: file of prompts, taken in turn")] = "",
     clip: Annotated[str, typer.Option(help="text-to-image models: CLIP score by this CLIP (folder with safetensors, or hub id)")] = "",
     clip_prefix: Annotated[str | None, typer.Option(help='before every prompt that --clip reads  [default: the protocol\'s, COCO "A photo depicts "; else none]')] = None,
@@ -35,7 +36,7 @@ def evaluate(
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(
-        features=features, protocol=protocol, captions=captions, reference=reference, images=images, split=split, fit=fit, background=background,
+        features=features, protocol=protocol, captions=captions, reference=reference, images=images, split=split, fit=fit, background=background, cache=not no_cache,
         prompts=tuple(read_prompts([], prompts)), clip=clip, clip_prefix=clip_prefix, num_images=num_images, seed=seed, batch_size=batch_size,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
     )  # fmt: skip

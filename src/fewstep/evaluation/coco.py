@@ -13,8 +13,9 @@ from fewstep.progress import Report
 
 @dataclass(frozen=True)
 class CaptionedPictures:
-    """Pictures in the order of their ids, each with its caption of the lowest id."""
+    """Pictures of one folder in the order of their ids, each with its caption of the lowest id."""
 
+    root: Path
     paths: list[Path]
     captions: list[str]
 
@@ -76,4 +77,4 @@ def load_coco(captions: Path, folder: Path) -> CaptionedPictures:
     if len(names) < 2:
         raise UserError(f"--captions {captions} lists {len(names)} pictures; a distance takes at least 2")
     order = sorted(names)
-    return CaptionedPictures([folder / names[key] for key in order], [first[key] for key in order])
+    return CaptionedPictures(folder, [folder / names[key] for key in order], [first[key] for key in order])

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fewstep.data.images import load_images
 from fewstep.devices import precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, dataset_features, measure_model
+from fewstep.evaluation.measure import Clocked, measure_model
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.protocols import Protocol, measure_coco, protocol_named
+from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import file_digest
 from fewstep.models.load import load_model
@@ -46,6 +46,7 @@ class EvaluateOptions:
     split: str = "train"
     fit: str = "crop"
     background: str = "white"
+    cache: bool = True
     prompts: tuple[str, ...] = ()
     clip: str = ""
     clip_prefix: str | None = None
@@ -108,10 +109,7 @@ def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> Cap
                 f"--protocol {protocol.name} takes --captions captions_val2014.json and --images FOLDER of its pictures, "
                 "neither --reference nor --prompts"
             )
-        coco = load_coco(options.captions, Path(options.images).expanduser())
-        with working(console, f"Checking {len(coco):,} real pictures") as report:
-            coco.check(report)
-        return coco
+        return load_coco(options.captions, Path(options.images).expanduser())
     if options.captions is not None:
         raise UserError("--captions belongs to the COCO protocols; name one with --protocol, or give --prompts FILE")
     if protocol is not None and (options.reference is None or options.images):
@@ -153,13 +151,11 @@ def _measure_coco(
         guidance_scale=options.guidance_scale,
     )  # fmt: skip
     size = options.batch_size or model.family.default_batch_size
-    with working(console, f"Measuring {num_images:,} pictures and {len(coco):,} real ones") as report:
-        total = num_images + len(coco)
-        pictures = Clocked(sample, num_images, size, lambda done, _: report(len(coco) + done, total))
+    real = features_of_coco(protocol, coco, network, model.device, console, options.cache)
+    with working(console, f"Measuring {num_images:,} pictures") as report:
         return measure_coco(
-            protocol, source, pictures, coco, network, evaluations_per_image=evaluations, seed=options.seed,
-            device=model.device, report=lambda done, _: report(done, total),
-            scores=TextScores(metrics, coco.captions) if metrics else None,
+            protocol, source, Clocked(sample, num_images, size, report), real, network, evaluations_per_image=evaluations,
+            seed=options.seed, device=model.device, scores=TextScores(metrics, coco.captions) if metrics else None,
         )  # fmt: skip
 
 
@@ -171,7 +167,11 @@ def _measure(
     num_images: int,
     metrics: Sequence[TextMetric],
 ) -> Measurement:
-    real = _real_features(model, network, options) if options.images else None
+    real = None
+    if options.images:
+        place = {"images": options.images, "split": options.split, "fit": options.fit, "background": options.background}
+        pictures = parse_settings(DataSettings, place, "command line")
+        real = features_of_images(pictures, model.picture_shape, network, model.device, console, options.cache)
     statistics = _reference(model, network, options, real)
     with working(console, f"Measuring {num_images:,} pictures") as report:
         return measure_model(
@@ -193,15 +193,6 @@ def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOption
         raise UserError(
             f"--guidance-scale {options.guidance_scale}: a generator has its guidance built in; leave it out"
         )
-
-
-def _real_features(model: Model, network: FeatureNetwork, options: EvaluateOptions) -> Tensor:
-    channels, resolution, _ = model.picture_shape
-    place = {"images": options.images, "split": options.split, "fit": options.fit, "background": options.background}
-    settings = parse_settings(DataSettings, place, "command line")
-    dataset = load_images(settings, resolution=resolution, channels=channels, num_classes=0)
-    with working(console, f"Features of {len(dataset):,} real pictures") as report:
-        return dataset_features(network, dataset, device=model.device, report=report)
 
 
 def _reference(

@@ -1,5 +1,6 @@
 """Published ways of measuring by name: what each pins, and what makes a figure only a proxy of it."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ INCEPTION, INCEPTION_SHA256 = (
     "6726825d",
 )  # the files carry the start of their hash in their name
 INCEPTION_SIDE = 299
+_BATCH = 32  # pictures that Inception sees at once
 COCO_PREFIX = "A photo depicts "
 
 Views = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # value's name -> (H, W, 3) uint8 to what Inception sees
@@ -133,34 +135,39 @@ def cleanly_resized(pixels: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=2)
 
 
-def measure_coco(
-    protocol: Protocol, name: str, pictures: Clocked, real: CaptionedPictures, network: FeatureNetwork, *,
-    evaluations_per_image: int, seed: int, device: torch.device | str = "cpu",
-    report: Report = lambda done, total: None, scores: TextScores | None = None,
-) -> Measurement:  # fmt: skip
-    """Distances of made pictures to real ones under a COCO protocol; only features are kept in memory.
+def coco_features(
+    protocol: Protocol, real: CaptionedPictures, network: FeatureNetwork, device: torch.device | str = "cpu",
+    report: Report = lambda done, total: None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Features (N, F) of real pictures, float32 on the CPU, by the value that is computed from them."""
 
-    Args:
-        pictures: made for the captions in turn.
-        report: told how many real pictures are done; `pictures` has a report of its own.
-        scores: sees every made picture, not reduced, beside its caption.
-    """
-
-    def reals() -> Iterator[np.ndarray]:
+    def pictures() -> Iterator[np.ndarray]:
         for number in range(len(real)):
             report(number, len(real))
             yield real.pixels(number)
         report(len(real), len(real))
 
-    views = protocol.views()
-    references = {key: FeatureStatistics.of(part) for key, part in _seen(reals(), network, views, device).items()}
+    return _seen(pictures(), network, protocol.views(), device)
+
+
+def measure_coco(
+    protocol: Protocol, name: str, pictures: Clocked, real: Mapping[str, Tensor], network: FeatureNetwork, *,
+    evaluations_per_image: int, seed: int, device: torch.device | str = "cpu", scores: TextScores | None = None,
+) -> Measurement:  # fmt: skip
+    """Distances of made pictures to real ones under a COCO protocol; only features are kept in memory.
+
+    Args:
+        pictures: made for the captions in turn.
+        real: of `coco_features`.
+        scores: sees every made picture, not reduced, beside its caption.
+    """
     batches = scored(pictures, scores, lambda images: [Image.fromarray(one) for one in truncated(images)])
-    made = _seen((pixels for batch in batches for pixels in truncated(batch)), network, views, device)
-    values = {key: distance_of(part, references[key], 20) for key, part in made.items()}
+    made = _seen((pixels for batch in batches for pixels in truncated(batch)), network, protocol.views(), device)
+    values = {key: distance_of(part, FeatureStatistics.of(real[key]), 20) for key, part in made.items()}
     values |= values_of(scores)
     values["images_per_second"] = Value(pictures.images_per_second.value, pictures.num_images)
-    width = made["frechet_distance"].shape[1]
-    return Measurement(name, values, pictures.num_images, network.name, width, len(real), evaluations_per_image, seed)
+    count, width = len(real["frechet_distance"]), made["frechet_distance"].shape[1]
+    return Measurement(name, values, pictures.num_images, network.name, width, count, evaluations_per_image, seed)
 
 
 @torch.no_grad()
@@ -169,8 +176,8 @@ def _seen(
 ) -> dict[str, Tensor]:
     """Features (N, F), float32 on the CPU, of every view of pictures (H, W, 3) uint8."""
     found: dict[str, list[Tensor]] = {key: [] for key in views}
-    for pixels in pictures:
+    while batch := list(itertools.islice(pictures, _BATCH)):
         for key, view in views.items():
-            levels = torch.from_numpy(view(pixels).copy()).permute(2, 0, 1)[None].to(device)
+            levels = torch.from_numpy(np.stack([view(pixels) for pixels in batch])).permute(0, 3, 1, 2).to(device)
             found[key].append(network(levels.float() / 127.5 - 1).float().cpu())
     return {key: torch.cat(parts) for key, parts in found.items()}

@@ -1,0 +1,127 @@
+"""Features of real pictures kept between evaluations, under a hash of everything they follow from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep import __version__
+from fewstep.data.listing import walk_files
+from fewstep.errors import UserError
+from fewstep.evaluation.features import FeatureNetwork
+from fewstep.formats.atomic import replaced_file
+from fewstep.formats.tensor_files import read_safetensors, write_tensor_file
+from fewstep.progress import Report
+
+Tell = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """Where features are kept: `fewstep/features` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(place) if Path(place).is_absolute() else Path.home() / ".cache") / "fewstep" / "features"
+
+
+def content_digest(path: Path, names: Sequence[str] | None = None, report: Report = lambda done, total: None) -> str:
+    """SHA-256 over names and whole contents of files, in their order; the place of the folder does not count.
+
+    Args:
+        path: a file, or a folder.
+        names: of the folder's files; None: all that are not hidden, sorted.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    if path.is_file():
+        names = [""]
+    elif names is None:
+        names = sorted(name for name in walk_files(path) if not name.rpartition("/")[2].startswith("."))
+    try:
+        for number, name in enumerate(names):
+            report(number, len(names))
+            with open(path / name, "rb") as file:
+                own = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{name}\0{own}\n".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    return digest.hexdigest()
+
+
+def network_digest(network: FeatureNetwork) -> str:
+    """SHA-256 of a feature network's kind, name and weights; "" for one that has no weights to compare."""
+    if not isinstance(network, nn.Module):
+        return ""
+    digest = hashlib.sha256(f"{type(network).__qualname__} {network.name} {network.extra_repr()}".encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def feature_key(network: FeatureNetwork, content: str, facts: Mapping[str, Any], device: torch.device | str) -> str:
+    """What features are kept under; "" where they cannot be.
+
+    Args:
+        content: of the pictures.
+        facts: how they are brought to the network; JSON-able.
+    """
+    weights = network_digest(network)
+    if not weights or not content:
+        return ""
+    libraries = [__version__, PIL.__version__, torch.__version__, torch.device(device).type]
+    whole = json.dumps([weights, content, dict(facts), libraries], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def kept_features(key: str, tell: Tell = lambda line: None) -> dict[str, Tensor] | None:
+    """Features by name, each (N, F) float32, that were kept under a key; None where there are none, or damaged ones.
+
+    Args:
+        tell: is told of features that are read, and of damaged ones, which will be made again.
+    """
+    path = _place(key)
+    if not key or not path.is_file():
+        return None
+    try:
+        tensors, header = read_safetensors(path)
+        if header.get("key") != key or header.get("sha256") != _digest(tensors) or not tensors:
+            raise ValueError("its content is not what was written")
+    except (UserError, ValueError) as error:
+        tell(f"{path} is damaged and made again ({str(error).splitlines()[0]})")
+        return None
+    tell(f"Features of {len(next(iter(tensors.values()))):,} real pictures from {path}")
+    return tensors
+
+
+def keep_features(key: str, features: Mapping[str, Tensor], tell: Tell = lambda line: None) -> None:
+    """Keep features under a key, whole or not at all; a cache that cannot be written is told and stops nobody."""
+    if not key:
+        return
+    path = _place(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as aside:
+            tensors = {name: value.contiguous() for name, value in features.items()}
+            write_tensor_file(aside, tensors, {"key": key, "sha256": _digest(tensors)})
+    except (OSError, SafetensorError, UserError) as error:
+        tell(f"features are not kept in {path.parent} ({str(error).splitlines()[0]})")
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / f"{key[:32]}.safetensors"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

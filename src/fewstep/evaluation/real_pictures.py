@@ -1,0 +1,83 @@
+"""The real side of an evaluation: features of pictures, from the cache or made now."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fewstep.data.images import load_images
+from fewstep.evaluation.coco import CaptionedPictures
+from fewstep.evaluation.feature_cache import content_digest, feature_key, keep_features, kept_features
+from fewstep.evaluation.features import FeatureNetwork
+from fewstep.evaluation.measure import dataset_features
+from fewstep.evaluation.protocols import Protocol, coco_features
+from fewstep.progress import Report, say, working
+from fewstep.settings import DataSettings
+
+
+def features_of_images(
+    settings: DataSettings, picture_shape: tuple[int, ...], network: FeatureNetwork, device: torch.device,
+    console: Console, cache: bool = True,
+) -> Tensor:  # fmt: skip
+    """Features (N, F), float32, of a data set's pictures, fitted to a model's (channels, height, width).
+
+    Raises:
+        UserError: pictures that are not there, or do not decode or fit.
+    """
+    channels, resolution, _ = picture_shape
+    path = Path(settings.images).expanduser()
+    facts = {"split": settings.split, "fit": settings.fit, "background": settings.background, "shape": [*picture_shape]}
+
+    def make() -> dict[str, Tensor]:
+        dataset = load_images(settings, resolution=resolution, channels=channels, num_classes=0)
+        with working(console, f"Features of {len(dataset):,} real pictures") as report:
+            return {"features": dataset_features(network, dataset, device=device, report=report)}
+
+    # a set on the hub has no files here to tell it by
+    content = (lambda report: content_digest(path, report=report)) if cache and path.exists() else None
+    return _cached(make, content, network, facts, device, console)["features"]
+
+
+def features_of_coco(
+    protocol: Protocol, pictures: CaptionedPictures, network: FeatureNetwork, device: torch.device, console: Console,
+    cache: bool = True,
+) -> Mapping[str, Tensor]:  # fmt: skip
+    """Features (N, F) of COCO's pictures by the value that a protocol computes from them.
+
+    Raises:
+        UserError: some pictures cannot be read; the message counts and names them.
+    """
+    root, facts = pictures.root, {"side": protocol.side, "values": sorted(protocol.views())}
+    names = [str(path.relative_to(root)) for path in pictures.paths]
+
+    def make() -> dict[str, Tensor]:
+        with working(console, f"Checking {len(pictures):,} real pictures") as report:
+            pictures.check(report)
+        with working(console, f"Features of {len(pictures):,} real pictures") as report:
+            return coco_features(protocol, pictures, network, device, report)
+
+    content = (lambda report: content_digest(root, names, report)) if cache else None
+    return _cached(make, content, network, facts, device, console)
+
+
+def _cached(
+    make: Callable[[], dict[str, Tensor]], content: Callable[[Report], str] | None, network: FeatureNetwork,
+    facts: Mapping[str, Any], device: torch.device, console: Console,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What was kept for this content, or is made and kept now; without content it is made."""
+    key = ""
+    if content is not None:
+        with working(console, "Looking for kept features of the real pictures") as report:
+            key = feature_key(network, content(report), facts, device)
+
+    def tell(line: str) -> None:
+        say(console, line)
+
+    found = kept_features(key, tell)
+    if found is None:
+        found = make()
+        keep_features(key, found, tell)
+    return found
