@@ -343,7 +343,7 @@ def test_evaluate_against_pictures(teacher_folder: Path, features_folder: Path, 
     assert (found["evaluations_per_image"], found["num_reference_images"]) == (3, 24)
     assert 0 <= found["precision"] <= 1
     assert re.search(
-        r", precision \d\.\d{3}, recall \d\.\d{3}, density \d+\.\d{3}, coverage \d\.\d{3} \(8 images against 24 real ones",
+        r", precision \d\.\d{3} ± \d\.\d+, recall [^,]+ ± [^,]+, density [^,]+ ± [^,]+, coverage [^,]+ ± \d\.\d+ \(8 images against 24 real ones",
         answer.out,
     )
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import dataset_features, evenly, measure_model, measure_sampler
-from fewstep.evaluation.measurement import Measurement, Value
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance
+from fewstep.evaluation.measure import dataset_features, distance_of, evenly, measure_model, measure_sampler
+from fewstep.evaluation.measurement import Measurement, Value, mean_of
+from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_slope_error, kernel_distance
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.formats.bundled import bundled_path
@@ -131,7 +131,29 @@ def test_figure_is_that_of_the_models_images(generator: Model, reference: Featur
     }  # fmt: skip
     low, high = found.values["frechet_distance"].interval or (0, 0)
     assert low < found.frechet_distance < high
+    assert found.values["density"].interval == mean_of(neighbour_shares(real, features)["density"]).interval
+    assert found.values.keys() - found.to_dict()["intervals"].keys() == {
+        "kid",
+        "images_per_second",
+    }  # KID of 12 has none
     assert found.images_per_second > 0
+
+
+def test_wide_features_have_an_interval_too(generator: Model) -> None:
+    """Where a distance is dear its error is that to first order; every other figure has one as well."""
+
+    class Wide(Pooled):
+        def __call__(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(images, 16).flatten(1).repeat(1, 2)[:, :257]
+
+    features = Wide()(torch.randn(600, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    reference = FeatureStatistics.of(Wide()(torch.randn(600, 1, 16, 16, generator=torch.Generator().manual_seed(1))))
+    error = frechet_slope_error(features, reference)
+    assert error is not None
+    low, high = distance_of(features, reference, 20).interval or (0, 0)
+    assert high - low == pytest.approx(4 * error)
+    assert distance_of(features, reference).interval is None
+    assert distance_of(features[:500], reference, 20).interval is None
 
 
 def test_teacher_is_measured_in_its_own_steps(teacher: Model, reference: FeatureStatistics) -> None:

@@ -18,6 +18,7 @@ from fewstep.evaluation.metrics import (
     FeatureStatistics,
     frechet_distance,
     frechet_error,
+    frechet_slope_error,
     kernel_distance,
 )
 
@@ -265,19 +266,47 @@ def test_kid_is_its_definition() -> None:
     assert spread is None  # too few for subsets
 
 
+def test_kid_over_subsets_is_their_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, made = (torch.randn(count, 3, generator=generator, dtype=torch.float64) for count in (30, 24))
+    draws = torch.Generator().manual_seed(0)
+    for part in (real, made):
+        torch.randint(len(part), (50, len(part)), generator=draws)  # those behind the error
+    expected = []
+    for _ in range(4):
+        rows = [torch.randperm(len(part), generator=draws)[:7].numpy() for part in (real, made)]
+        expected.append(kid_by_definition(real.numpy()[rows[0]], made.numpy()[rows[1]]))
+    found, _ = kernel_distance(real, made, num_subsets=4, subset_size=7)
+    assert found == pytest.approx(np.mean(expected), rel=1e-10)
+
+
 def test_kid_is_unbiased_and_sees_a_shift() -> None:
     generator = torch.Generator().manual_seed(0)
     real, same = (torch.randn(400, 8, generator=generator) for _ in range(2))
-    kid, spread = kernel_distance(real, same)
-    assert spread is not None
-    assert abs(kid) < 3 * spread
+    kid, error = kernel_distance(real, same)
+    assert error is not None
+    assert abs(kid) < 2 * error
     shifted, _ = kernel_distance(real, same + 0.5)
     assert shifted > 10 * abs(kid)
-    assert kernel_distance(real, same) == (kid, spread)  # repeats itself
+    assert kernel_distance(real, same) == (kid, error)  # repeats itself
     few, _ = kernel_distance(real[:60], same[:60] + 0.5, num_subsets=200)
     assert few == pytest.approx(shifted, rel=0.3)  # as a Frechet distance of 60 would not be
     with pytest.raises(UserError, match="KID needs at least 2 images, there are 1"):
         kernel_distance(real[:1], same)
+
+
+@pytest.mark.slow
+def test_the_error_of_kid_is_that_of_other_samples() -> None:
+    """Against the spread over fresh samples of both distributions."""
+    generator = torch.Generator().manual_seed(1)
+    found = [
+        kernel_distance(
+            torch.randn(150, 4, generator=generator), torch.randn(150, 4, generator=generator) + 0.5, 10, 60
+        )
+        for _ in range(50)
+    ]
+    spread = float(torch.tensor([kid for kid, _ in found]).std())
+    assert np.mean([error for _, error in found]) == pytest.approx(spread, rel=0.35)
 
 
 @pytest.mark.slow
@@ -297,6 +326,32 @@ def test_the_error_of_the_distance_is_that_of_other_samples() -> None:
     samples = [torch.randn(300, 4, generator=generator) * 1.3 + 0.4 for _ in range(60)]
     spread = float(torch.tensor([frechet_distance(FeatureStatistics.of(rows), reference) for rows in samples]).std())
     assert frechet_error(samples[0], reference, 60) == pytest.approx(spread, rel=0.4)
+
+
+def test_the_error_to_first_order_is_that_of_resampling() -> None:
+    """Its slope for each picture is what the distance moves by when that picture counts a little more."""
+    reference = FeatureStatistics.of(random_features(300, 5, seed=3))
+    features = random_features(200, 5, seed=4) + 0.5
+    assert frechet_slope_error(features, reference) == pytest.approx(frechet_error(features, reference, 400), rel=0.1)
+    slopes = []
+    for row in range(len(features)):
+        weights = torch.full((len(features),), 1 / len(features), dtype=torch.float64)
+        step = 1e-6
+        weights = weights * (1 - step)
+        weights[row] += step
+        mean = weights @ features
+        covariance = (features - mean).T @ ((features - mean) * weights[:, None])
+        unbiased = len(features) / (len(features) - 1)
+        moved = frechet_distance(FeatureStatistics(mean, covariance * unbiased, 0), reference)
+        slopes.append((moved - frechet_distance(FeatureStatistics.of(features), reference)) / step)
+    error = float(torch.tensor(slopes).std(correction=0)) / len(features) ** 0.5
+    assert frechet_slope_error(features, reference) == pytest.approx(error, rel=0.02)
+
+
+def test_too_few_images_have_no_error_to_first_order() -> None:
+    reference = FeatureStatistics.of(random_features(300, 5, seed=3))
+    assert frechet_slope_error(random_features(9, 5, seed=4), reference) is None
+    assert frechet_slope_error(random_features(10, 5, seed=4), reference) is not None
 
 
 def test_a_matrix_that_is_no_covariance(tmp_path: Path) -> None:

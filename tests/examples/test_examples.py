@@ -177,6 +177,6 @@ def test_evaluating(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     run("evaluate_generator", classes, tmp_path / "net", pictures, "--num-images", 12)
     line = capsys.readouterr().out
     assert re.search(
-        r"Frechet distance \d+\.\d+ ± \d+\.\d+, (?:KID [^,]+, )?precision [01]\.\d+, recall [01]\.\d+, density \d+\.\d+, coverage [01]\.\d+ \(12 images against 24 real",
+        r"Frechet distance \d+\.\d+ ± \d+\.\d+, (?:KID [^,]+, )?precision [01]\.\d+ ± \d\.\d+, recall [01]\.\d+ ± [^,]+, density \d+\.\d+ ± [^,]+, coverage [01]\.\d+ ± \d\.\d+ \(12 images against 24 real",
         line,
     )

@@ -11,8 +11,14 @@ from torch import Tensor
 from fewstep.data.images import ImageDataset
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, extract_features
-from fewstep.evaluation.measurement import Measurement, Value, mean_of
-from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_error, kernel_distance
+from fewstep.evaluation.measurement import Measurement, Value, known_to, mean_of
+from fewstep.evaluation.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_error,
+    frechet_slope_error,
+    kernel_distance,
+)
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import Sampler, model_sampler
@@ -64,7 +70,7 @@ def measure_sampler(
         real_features: of real pictures, for KID, precision, recall, density and coverage, which take as many of them as there are
             generated ones, evenly spaced: the first ones of a folder may all be of one class.
         report: told how far it is.
-        resamples: behind the interval of the Frechet distance; 0 for none.
+        resamples: behind the interval of the Frechet distance (see `distance_of`); 0 for none.
         scores: sees every picture beside its prompt.
     """
     batches = Clocked(sample, num_images, batch_size, report)
@@ -72,10 +78,9 @@ def measure_sampler(
     values = {"frechet_distance": distance_of(features, reference, resamples)}
     if real_features is not None:
         real = evenly(real_features, num_images)
-        kid, spread = kernel_distance(real, features)
-        values["kid"] = Value(kid, num_images, None if spread is None else (kid - spread, kid + spread))
+        values["kid"] = known_to(*kernel_distance(real, features), num_images)
         shares = neighbour_shares(real, features)
-        values |= {name: Value(float(share.double().mean()), num_images) for name, share in shares.items()}
+        values |= {name: replace(mean_of(each), num_images=num_images) for name, each in shares.items()}
     values |= values_of(scores)
     values["images_per_second"] = batches.images_per_second
     return Measurement(
@@ -110,10 +115,17 @@ def evenly(rows: Tensor, count: int) -> Tensor:
 
 
 def distance_of(features: Tensor, reference: FeatureStatistics, resamples: int = 0) -> Value:
-    """Frechet distance of features (N, F) to the reference, with an interval of two standard errors where it costs little."""
-    found = frechet_distance(FeatureStatistics.of(features), reference)
-    error = frechet_error(features, reference, resamples) if resamples and features.shape[1] <= 256 else None
-    return Value(found, len(features), None if error is None else (found - 2 * error, found + 2 * error))
+    """Frechet distance of features (N, F) to the reference.
+
+    Args:
+        resamples: behind its error where a distance costs little, 0 for none; in wide features the error is that to first order.
+    """
+    found, error = frechet_distance(FeatureStatistics.of(features), reference), None
+    if resamples and features.shape[1] <= 256:
+        error = frechet_error(features, reference, resamples)
+    elif resamples:
+        error = frechet_slope_error(features, reference)
+    return known_to(found, error, len(features))
 
 
 def measure_model(

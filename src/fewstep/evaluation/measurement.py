@@ -176,6 +176,11 @@ def _from_text_form(values: Mapping[str, Any]) -> Measurement:
     return base.having(**{name: Value(number, count) for name, number in numbers.items() if number is not None})
 
 
+def known_to(value: float, error: float | None, num_images: int) -> Value:
+    """A value with an interval of two standard errors to both sides; None: nobody knows its error."""
+    return Value(value, num_images, None if error is None else (value - 2 * error, value + 2 * error))
+
+
 def mean_of(each: Tensor) -> Value:
     """The mean of one number a picture, (N,), with an interval of two standard errors.
 
@@ -183,5 +188,4 @@ def mean_of(each: Tensor) -> Value:
     the numbers divided by the root of N.
     """
     each = each.double()
-    mean, error = float(each.mean()), float(each.std(correction=0)) / len(each) ** 0.5
-    return Value(mean, len(each), (mean - 2 * error, mean + 2 * error))
+    return known_to(float(each.mean()), float(each.std(correction=0)) / len(each) ** 0.5, len(each))
