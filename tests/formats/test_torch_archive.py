@@ -167,6 +167,16 @@ def test_refuses_other_contents(tmp_path: Path, content: Any, message: str) -> N
     refused(tmp_path / "other.bin", message)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_refuses_programs_by_name(tmp_path: Path) -> None:
+    """As `inception-2015-12-05.pt` is one."""
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "program.pt")
+    refused(
+        tmp_path / "program.pt",
+        "it is a TorchScript program, and programs are not run; give the network's state dict (.pth)",
+    )
+
+
 def test_refuses_other_archives(tmp_path: Path, valid: Path) -> None:
     path = tmp_path / "other.bin"
     refused(rezip(valid, path, lambda n, d: (n, d), compression=zipfile.ZIP_DEFLATED), "compressed or encrypted")

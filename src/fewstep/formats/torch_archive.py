@@ -109,6 +109,10 @@ class _Archive:
         self._entries = {info.filename: info for info in infos}
         if len(self._entries) != len(infos):
             raise ValueError("its zip archive has two entries of one name")
+        if any(name.endswith("/constants.pkl") or "/code/__torch__" in name for name in self._entries):
+            raise ValueError(
+                "it is a TorchScript program, and programs are not run; give the network's state dict (.pth)"
+            )
         roots = [name.removesuffix("data.pkl") for name in self._entries if name.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
             raise ValueError("its zip archive has no single data.pkl at its top, as torch.save writes")
