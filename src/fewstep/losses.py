@@ -61,6 +61,36 @@ def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
+def divergence_weight(ratio: Tensor, divergence: str) -> Tensor:
+    """h(r): what multiplies the distribution-matching gradient under another f-divergence than the reverse KL.
+
+    Source: f-distill (arXiv:2502.15681), table 1; h(r) = f''(r) r^2 up to a factor.
+
+    Args:
+        ratio: r, density of the data over that of the generator, positive, any shape.
+        divergence: a name of `DIVERGENCES`.
+
+    Returns:
+        as `ratio`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence {divergence!r} is none of {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[divergence](ratio)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda ratio: ratio,
+    "jensen_shannon": lambda ratio: ratio / (1 + ratio),
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda ratio: 1 + ratio,
+    "softened_reverse_kl": lambda ratio: 1 / (1 + ratio),
+}
+
+
 def denoising_loss(estimate: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
     """Mean over all elements of weight * (estimate - x0)^2.
 

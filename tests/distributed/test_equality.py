@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from tests.distributed.equality import changed, trained
 from tests.distributed.processes import run_processes
 
-CI = ["edm/2/replicated/0", "sd3 shared_base/1/sharded/0"]
+CI = ["edm/2/replicated/0", "edm hellinger/2/sharded/0", "sd3 shared_base/1/sharded/0"]
 KINDS = [
     "edm",
+    "edm hellinger",
     *(f"{family} {mode}" for family in ("sd", "sdxl", "sd3") for mode in ("full", "lora_generator", "shared_base")),
 ]
 

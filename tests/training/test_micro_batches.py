@@ -10,12 +10,14 @@ from torch import Tensor
 from fewstep.diffusion.condition import ClassTable, Condition
 from fewstep.diffusion.draws import Draws, Purpose
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.inputs import FreshInputs, RealBatch
 from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
 from fewstep.distillation.sharding import Spread, as_placed, whole
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
+    Divergence,
     FakeScoreDenoising,
     GeneratorAdversarial,
 )
@@ -51,7 +53,10 @@ class Rows:
 def build(
     kind: str, microbatch_size: int, spread: Spread | None = None, rate: float = 1.0
 ) -> tuple[Distillation, RealBatch]:
-    """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there."""
+    """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there.
+
+    `kind` is a family and its memory mode, or edm and a divergence.
+    """
     family, _, mode = kind.partition(" ")
     lora = LoraShape(rank=2, alpha=2.0)
     if family != "edm":
@@ -74,10 +79,14 @@ def build(
     condition = table.rows(rows % 4)
     if family == "edm":
         condition = Exact(table).rows(rows % 4)
+    matching = DistributionMatching(roles.teacher, roles.fake_score, 2.0 if family != "edm" else 1.0, 20, 980)
+    if family == "edm" and mode:
+        assert roles.discriminator is not None
+        matching.divergence = Divergence(roles.discriminator, DivergenceWeights(mode, 1000))
     run = Distillation(
         roles=roles, inputs=FreshInputs(StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table)),
         generator_terms=[
-            DistributionMatching(roles.teacher, roles.fake_score, 2.0 if family != "edm" else 1.0, 20, 980),
+            matching,
             GeneratorAdversarial(roles.fake_score, roles.discriminator, 0.3),  # type: ignore[arg-type]
         ],
         fake_score_terms=[
@@ -86,7 +95,7 @@ def build(
         ],
         generator_update=update(roles.generator_parameters(), [roles.generator], rate),
         fake_score_update=update(roles.fake_score_parameters(), [roles.fake_score, roles.discriminator], rate),
-        generator_every=1, microbatch_size=microbatch_size,
+        generator_every=1, microbatch_size=microbatch_size, weighed=matching if matching.divergence is not None else None,
     )  # fmt: skip
     return run, RealBatch(images, condition)
 
@@ -147,7 +156,14 @@ def flat(update: Update) -> Tensor:
 
 @pytest.mark.parametrize(
     "kind",
-    ["edm", pytest.param("sd full", marks=pytest.mark.long), "sdxl lora_generator", "sd shared_base", "sd3 full"],
+    [
+        "edm",
+        "edm hellinger",
+        pytest.param("sd full", marks=pytest.mark.long),
+        "sdxl lora_generator",
+        "sd shared_base",
+        "sd3 full",
+    ],
 )
 def test_micro_batches_give_the_whole_batchs_gradients(kind: str) -> None:
     whole = gradients(kind, 0)

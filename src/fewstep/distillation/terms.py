@@ -14,7 +14,9 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser, guided_denoise
 from fewstep.diffusion.draws import Draws, Purpose
+from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.precision import wide
+from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.inputs import GeneratorInput, RealBatch
 from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.losses import (
@@ -46,6 +48,14 @@ class GeneratorTerm(Protocol):
 
 
 @dataclass
+class Divergence:
+    """What weighs the samples of distribution matching: the discriminator's logits at the scores' own noisy images."""
+
+    discriminator: Discriminator
+    weights: DivergenceWeights
+
+
+@dataclass
 class DistributionMatching:
     """Where the teacher and the fake score disagree about noised generator images.
 
@@ -60,11 +70,24 @@ class DistributionMatching:
     max_index: int
     weight: float = 1.0
     name: str = "distribution_matching"
+    divergence: Divergence | None = None
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        return self.at(x0, batch, *self._drawn(draws))
+
+    def _drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
         index = draws.integers("dm_level", self.min_index, self.max_index + 1)
-        noise = draws.normal("dm_noise", self.teacher.image_shape)
-        return self.at(x0, batch, index, noise)
+        return index, draws.normal("dm_noise", self.teacher.image_shape)
+
+    @torch.no_grad()
+    def look(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> None:
+        """Let the divergence see these samples before any of the batch is weighed."""
+        assert self.divergence is not None
+        index, noise = self._drawn(draws)
+        level = self.teacher.noise_schedule.at(index)
+        noisy = wide(self.teacher.add_noise(x0[: batch.num_fresh], noise, level))
+        feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
+        self.divergence.weights.see(self.divergence.discriminator(feature), index)
 
     @torch.no_grad()
     def at(self, x0: Tensor, batch: GeneratorInput, index: Tensor, noise: Tensor) -> TermResult:
@@ -73,8 +96,14 @@ class DistributionMatching:
         level = self.teacher.noise_schedule.at(index)
         noisy = wide(self.teacher.add_noise(fresh, noise, level))
         real_x0 = guided_denoise(self.teacher, noisy, level, condition, self.guidance_scale)
-        fake_x0 = self.fake_score.denoise(noisy, level, condition)
-        direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
+        if self.divergence is None:
+            fake_x0 = self.fake_score.denoise(noisy, level, condition)
+            direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
+        else:
+            fake_x0, feature = self.fake_score(noisy, level, condition, "both")
+            weights = self.divergence.weights(self.divergence.discriminator(feature), index)
+            direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
+            direction = direction * per_sample(weights, direction)
         loss = distribution_matching_loss(fresh, direction)
         return TermResult(loss, pad_rows(direction / direction.numel(), len(x0)))
 

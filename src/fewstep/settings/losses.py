@@ -1,12 +1,13 @@
 """The terms of a distillation: each with its weight and what belongs to it."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fewstep.errors import UserError
 from fewstep.settings.tree import NonNegative, Tree
 
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys", "softened_reverse_kl"]
 LevelIndex = Annotated[int, Field(ge=0)]
 
 
@@ -16,6 +17,10 @@ class LossSettings(Tree):
     distribution_matching_weight: NonNegative = Field(1.0, description="weight of distribution matching")
     level_indices: tuple[LevelIndex, LevelIndex] = Field(
         (20, 980), description="lowest and highest grid index of distribution matching, both included"
+    )
+    divergence: Divergence = Field(
+        "reverse_kl",
+        description="what distribution matching makes smaller: reverse_kl is DMD; the others weigh each sample by the discriminator's ratio",
     )
     gan_generator_weight: NonNegative = Field(0.0, description="weight of the generator's GAN loss")
     gan_discriminator_weight: NonNegative = Field(0.0, description="weight of the discriminator's loss")
@@ -80,6 +85,19 @@ class LossSettings(Tree):
             )
         if self.min_level_index > self.max_level_index:
             return f"losses.level_indices={list(self.level_indices)}: the lowest comes first"
+        if self.divergence != "reverse_kl":
+            if not self.distribution_matching_weight:
+                return f"losses.divergence={self.divergence!r} weighs distribution matching, whose weight is 0"
+            if not self.gan_discriminator_weight:
+                return (
+                    f"losses.divergence={self.divergence!r} reads the discriminator's ratio and there is none: set "
+                    "losses.gan_generator_weight and losses.gan_discriminator_weight (published: 3e-3 and 1e-2)"
+                )
+            if self.gan_max_level_index < self.max_level_index:
+                return (
+                    f"losses.divergence={self.divergence!r} reads the discriminator at levels up to {self.max_level_index} "
+                    f"and it is trained up to losses.gan_max_level_index={self.gan_max_level_index}: raise that"
+                )
         if self.lpips_files and len(self.lpips_files) not in (2, 3):
             return (
                 f"losses.lpips_files={list(self.lpips_files)} must name two files, VGG16 and the LPIPS heads (and a VAE "

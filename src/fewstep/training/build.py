@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import Roles, build_roles
 from fewstep.distillation.sharding import build_spread, put_weights
@@ -22,6 +23,7 @@ from fewstep.distillation.start import (
 from fewstep.distillation.terms import (
     DiscriminatorAdversarial,
     DistributionMatching,
+    Divergence,
     FakeScoreDenoising,
     FakeScoreTerm,
     GeneratorAdversarial,
@@ -89,11 +91,12 @@ def build_distillation(settings: TrainSettings, teacher: Model, conditions: Cond
         for network in (roles.teacher, roles.generator, roles.fake_score):
             network.compile_network()
     optimizer, training = settings.optimizer, settings.training
+    matching = _build_distribution_matching(settings, roles)
     scales = [LossScale.of(teacher.denoiser.compute_dtype, teacher.device) for _ in range(2)]
     return Distillation(
         roles=roles,
         inputs=build_inputs(settings, steps, teacher, conditions),
-        generator_terms=_build_generator_terms(settings, roles, teacher, scales[0]),
+        generator_terms=_build_generator_terms(settings, roles, teacher, scales[0], matching),
         fake_score_terms=_build_fake_score_terms(settings.losses, roles),
         generator_update=build_update(
             roles.generator_parameters(),
@@ -113,6 +116,7 @@ def build_distillation(settings: TrainSettings, teacher: Model, conditions: Cond
         ),
         generator_every=training.generator_every,
         microbatch_size=training.microbatch_size,
+        weighed=matching[0] if matching and matching[0].divergence is not None else None,
     )
 
 
@@ -216,17 +220,28 @@ def check_network(teacher: Model, settings: TrainSettings) -> None:
         )
 
 
+def _build_distribution_matching(settings: TrainSettings, roles: Roles) -> list[DistributionMatching]:
+    """The term, if the run has it; its divergence, if another than the reverse KL."""
+    losses = settings.losses
+    if not losses.distribution_matching_weight:
+        return []
+    divergence = None
+    if losses.divergence != "reverse_kl":
+        assert roles.discriminator is not None
+        weights = DivergenceWeights(losses.divergence, roles.fake_score.noise_schedule.num_levels)
+        divergence = Divergence(roles.discriminator, weights.to(next(roles.discriminator.parameters()).device))
+    return [
+        DistributionMatching(
+            roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
+            losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight, divergence=divergence,
+        )
+    ]  # fmt: skip
+
+
 def _build_generator_terms(
-    settings: TrainSettings, roles: Roles, teacher: Model, scale: LossScale
+    settings: TrainSettings, roles: Roles, teacher: Model, scale: LossScale, matching: list[DistributionMatching]
 ) -> list[GeneratorTerm]:
-    losses, terms = settings.losses, list[GeneratorTerm]()
-    if losses.distribution_matching_weight:
-        terms.append(
-            DistributionMatching(
-                roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
-                losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight,
-            )
-        )  # fmt: skip
+    losses, terms = settings.losses, list[GeneratorTerm](matching)
     if losses.gan_generator_weight:
         assert roles.discriminator is not None
         terms.append(

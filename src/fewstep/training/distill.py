@@ -64,6 +64,8 @@ class DistillationJob(GeneratorJob):
         modules: dict[str, nn.Module] = {"generator": roles.generator, "fake_score": roles.fake_score}
         if roles.discriminator is not None:
             modules["discriminator"] = roles.discriminator
+        if self.run.weights is not None:
+            modules["divergence"] = self.run.weights
         return {**modules, **super().modules()}
 
     def updates(self) -> dict[str, Update]:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.draws import Draws
+from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.inputs import GeneratorInput, GeneratorInputs, RealBatch
 from fewstep.distillation.loss_scale import NO_SCALE, LossScale
 from fewstep.distillation.roles import Roles
-from fewstep.distillation.terms import FakeScoreTerm, GeneratorTerm
+from fewstep.distillation.terms import DistributionMatching, FakeScoreTerm, GeneratorTerm
 from fewstep.parallel import mean, world_size
 from fewstep.training.update import Update
 
@@ -22,6 +23,7 @@ class Distillation:
     Attributes:
         generator_every: fake-score steps per generator update.
         microbatch_size: samples that go through the networks at once; 0: the whole batch.
+        weighed: the term whose samples are weighed against their whole batch (f-divergences), if one is.
     """
 
     roles: Roles
@@ -32,6 +34,12 @@ class Distillation:
     fake_score_update: Update
     generator_every: int
     microbatch_size: int = 0
+    weighed: DistributionMatching | None = None
+
+    @property
+    def weights(self) -> DivergenceWeights | None:
+        """Of the weighed term."""
+        return None if self.weighed is None or self.weighed.divergence is None else self.weighed.divergence.weights
 
 
 def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
@@ -53,6 +61,8 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
     parts = micro_batches(draws, real, run.microbatch_size)
     made: list[tuple[Tensor, Condition]] = []  # the generator's images and what they were asked for
     generators_turn = step % run.generator_every == 0
+    if generators_turn and len(parts) > 1:
+        look_across(run, parts)
     for part in parts:
         batch = run.inputs(run.roles.generator, part.draws, part.real)
         if generators_turn:
@@ -65,10 +75,23 @@ def two_time_scale_step(run: Distillation, step: int, real: RealBatch, draws: Dr
                 x0 = run.roles.generator.denoise(batch.noisy[rows], batch.level[rows], batch.condition[rows])
         made.append((x0[: batch.num_fresh].detach(), batch.condition[: batch.num_fresh]))
     updated = run.generator_update.step() if generators_turn else {}
+    if generators_turn and run.weights is not None:
+        run.weights.finish()
     for part, (fresh, condition) in zip(parts, made, strict=True):
         loss = fake_score_loss(run.fake_score_terms, fresh, condition, part, tally)
         run.fake_score_update.backward(loss, part.is_last)
     return {**tally.metrics(), **updated, **run.fake_score_update.step()}
+
+
+@torch.no_grad()
+def look_across(run: Distillation, parts: list["MicroBatch"]) -> None:
+    """Let a divergence see the whole batch before its first micro-batch is weighed; costs a forward of generator and encoder."""
+    if run.weighed is None or run.weights is None:
+        return
+    for part in parts:
+        batch = run.inputs(run.roles.generator, part.draws, part.real)
+        run.weighed.look(run.roles.generator.denoise(batch.noisy, batch.level, batch.condition), batch, part.draws)
+    run.weights.settle()
 
 
 @dataclass(frozen=True)
