@@ -127,7 +127,7 @@ def settings_of(case: Case) -> TrainSettings:
             "optimizer": {"generator_lr": 1e-5, "fake_score_lr": 1e-5},
             "memory": {
                 "mode": case.mode, "checkpoint_activations": case.checkpoint,
-                "frozen_precision": "bf16" if lora and case.precision == "bf16" else "fp32",
+                "base": "bf16" if lora and case.precision == "bf16" else "fp32",
             },
             "training": {"batch_size": case.batch, "generator_every": EVERY},
             "compute": {"precision": case.precision},

@@ -38,7 +38,7 @@ def settings_of(model: str, mode: str, frozen: str, checkpoint: bool, gan: bool)
     _, teacher, indices = MODELS[model]
     values = {
         "teacher": {"network": model, **teacher}, "generator": {"step_indices": indices},
-        "memory": {"mode": mode, "frozen_precision": frozen, "checkpoint_activations": checkpoint},
+        "memory": {"mode": mode, "base": frozen, "checkpoint_activations": checkpoint},
         "losses": GAN if gan else {}, "training": {"batch_size": 1},
     }  # fmt: skip
     return parse_settings(TrainSettings, values, "table")
@@ -58,7 +58,7 @@ def print_table(model: str) -> None:
     """One model's table."""
     print(f"\n### {MODELS[model][0]}, batch 1\n")
     columns = ["without GAN", "without GAN, recomputed", "with GAN", "with GAN, recomputed"]
-    print(f"| `memory.mode` | `frozen_precision` | weights and states | {' | '.join(columns)} |")
+    print(f"| `memory.mode` | `base` | weights and states | {' | '.join(columns)} |")
     print("| --- | --- | --- |" + " --- |" * len(columns), flush=True)
     denoiser = build_released(model)
     for mode, frozen in STORAGE:

@@ -130,7 +130,7 @@ def test_a_damaged_run_folder_is_left_to_who_reads_it(tmp_path: Path, slowdown: 
 
 
 def test_weights_stored_in_bf16_are_computed_with_in_bf16(tmp_path: Path, slowdown: dict[str, float]) -> None:
-    memory = {"mode": "shared_base", "frozen_precision": "bf16"}
+    memory = {"mode": "shared_base", "base": "bf16"}
     name, said = settled(tmp_path, memory=memory)
     assert name == "bf16"
     assert said == ["warning: precision bf16 is 15 times slower than fp32 on this processor; fp32 or auto is faster"]

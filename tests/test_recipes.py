@@ -108,7 +108,7 @@ def test_warm_up_is_regression_alone() -> None:
 def test_one_gpu_recipe_shares_one_base() -> None:
     settings = load_settings(TrainSettings, RECIPES / "sdxl_dmd2_4step_one_gpu.toml")
     assert settings.memory.mode == "shared_base"
-    assert settings.memory.frozen_precision == "bf16"
+    assert settings.memory.base == "bf16"
     assert settings.memory.checkpoint_activations
     assert settings.training.batch_size == 1
 
@@ -118,7 +118,7 @@ def test_z_image_is_ours_and_says_so() -> None:
     path = RECIPES / "z_image_dmd2_4step_one_gpu.toml"
     settings = load_settings(TrainSettings, path)
     assert settings.expected == "no figure known: ours, for one GPU, not tuned on real weights"
-    assert (settings.memory.mode, settings.memory.lora_rank, settings.memory.frozen_precision) == (
+    assert (settings.memory.mode, settings.memory.lora_rank, settings.memory.base) == (
         "shared_base", 64, "bf16",
     )  # fmt: skip
     assert settings.generator.step_indices == (999, 749, 499, 249)

@@ -32,6 +32,7 @@ from fewstep.estimate.memory import (
 from fewstep.estimate.meter import ACTIVATIONS
 from fewstep.families.registry import build_on_meta, build_released, family_named, released_shapes
 from fewstep.networks.adapters import AdapterRole, LoraShape
+from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import check_network
 from tests.estimate.memory_cases import case_settings, description, measured_peak
@@ -63,7 +64,7 @@ PAIRS = [  # the mode that most people run; the other pairs, and weights kept in
 def test_predicted_peak_is_the_measured_one(mode: str, size: str) -> None:
     memory = dict(STORAGE[size])
     if memory.get("precision") == "bf16" and mode != "full":
-        memory["frozen_precision"] = "bf16"
+        memory["base"] = "bf16"
     measured = measured_peak(case_settings(mode, 2, **memory), size)
     assert predicted(mode, size, **memory).step == pytest.approx(measured, rel=0.1)
 
@@ -115,7 +116,7 @@ def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
     """On a bf16 base, too: the float32 weights that the optimiser trains are those that the layers run."""
     network = build_on_meta(description("small"))
     with meta_machine(gpu=True):
-        roles = build_shared_base_roles(network, LoraShape(rank=4), False, torch.bfloat16, False)
+        roles = build_shared_base_roles(network, LoraShape(rank=4), False, BaseStorage("bf16"), False)
         for name in ("generator", "fake_score"):
             role = getattr(roles, name)
             assert isinstance(role, AdapterRole)
@@ -129,7 +130,7 @@ def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
 
 def test_nothing_stays_behind_after_a_step() -> None:
     """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
-    settings = case_settings("shared_base", 1, precision="bf16", frozen_precision="bf16", checkpoint_activations=True)
+    settings = case_settings("shared_base", 1, precision="bf16", base="bf16", checkpoint_activations=True)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
     found = estimate_run(settings, build_on_meta(description("small")), gpu=True)
     kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]

@@ -552,6 +552,13 @@ def test_settings_of_an_earlier_run_folder_are_read() -> None:
     }  # fmt: skip
 
 
+def test_frozen_precision_is_called_base() -> None:
+    told: list[str] = []
+    found = parse_settings(TrainSettings, {"memory": {"frozen_precision": "bf16"}}, "recipe.toml", told.append)
+    assert found.memory.base == "bf16"
+    assert told == ["memory.frozen_precision: now memory.base = 'bf16'"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flat_settings_round_trip(kind: type[Tree]) -> None:
     nested: dict[str, Any] = {}

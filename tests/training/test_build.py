@@ -20,6 +20,7 @@ from fewstep.distillation.terms import (
     Regression,
 )
 from fewstep.errors import UserError
+from fewstep.estimate.many import own_settings
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.registry import build_released
@@ -330,7 +331,7 @@ def test_a_base_of_adapters_alone_comes_to_its_device_as_it_is_stored(
 ) -> None:
     """Elsewhere trained networks start from the teacher in float32."""
     settings = settings_of(
-        teacher={"path": str(teacher_folder)}, memory={"mode": mode, "frozen_precision": "bf16"},
+        teacher={"path": str(teacher_folder)}, memory={"mode": mode, "base": "bf16"},
         compute={"precision": "bf16", "device": "cpu"},
     )  # fmt: skip
     teacher = open_teacher(settings).denoiser
@@ -439,7 +440,7 @@ def test_pairs_of_a_teacher_with_more_classes(pairs_folder: Path) -> None:
 def test_a_bf16_teacher_beside_full_networks(teacher_folder: Path) -> None:
     """The teacher is stored in half; generator and fake score start as its float32 weights and stay float32."""
     settings = settings_of(
-        memory={"frozen_precision": "bf16"}, compute={"precision": "bf16", "device": "cpu"},
+        memory={"base": "bf16"}, compute={"precision": "bf16", "device": "cpu"},
         losses={"gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3},
     )  # fmt: skip
     teacher = load_teacher(teacher_folder, device="cpu", precision="bf16")
@@ -465,8 +466,8 @@ def test_a_bf16_teacher_beside_full_networks(teacher_folder: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
 def test_frozen_bf16_does_not_go_with_fp32(mode: str) -> None:
-    with pytest.raises(UserError, match=r"memory\.frozen_precision='bf16' needs compute\.precision='bf16'"):
-        settings_of(memory={"mode": mode, "frozen_precision": "bf16"}, compute={"precision": "fp32"})
+    with pytest.raises(UserError, match=r"memory\.base='bf16' needs compute\.precision='bf16'"):
+        settings_of(memory={"mode": mode, "base": "bf16"}, compute={"precision": "fp32"})
 
 
 def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
@@ -483,3 +484,30 @@ def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Pa
     manifest.write_text(manifest.read_text().replace('"num_steps": 3', '"num_steps": 256'))
     settings = settings_of(data={"pairs": str(tmp_path / "pairs")}, losses={"regression_weight": 0.25})
     assert not any("256" in line for line in pairs_warning(settings, teacher))
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_base_is_for_loras(base: str) -> None:
+    told = rf"memory\.base='{base}' is for a frozen base under LoRAs, and memory\.mode='full' trains whole networks: set memory\.mode"
+    with pytest.raises(UserError, match=told):
+        settings_of(memory={"base": base})
+    for mode in ("shared_base", "lora_generator"):
+        assert settings_of(memory={"base": base, "mode": mode}).memory.base == base
+
+
+def test_an_unknown_base() -> None:
+    with pytest.raises(UserError, match=r"memory\.base='int4': Input should be 'fp32', 'bf16', 'int8' or 'nf4'"):
+        settings_of(memory={"base": "int4", "mode": "shared_base"})
+
+
+def test_a_quantised_base_lies_whole_in_every_process() -> None:
+    sharded, whole = (
+        settings_of(memory={"base": "nf4", "mode": "shared_base", "teacher": teacher}, training={"batch_size": 4})
+        for teacher in ("sharded", "replicated")
+    )
+    assert own_settings(sharded, 1).training.batch_size == 4
+    assert own_settings(whole, 2).training.batch_size == 2
+    with pytest.raises(
+        UserError, match=r"memory\.base='nf4' lies whole in each of 2 processes: set memory\.teacher='replicated'"
+    ):
+        own_settings(sharded, 2)

@@ -84,7 +84,7 @@ def test_a_teacher_is_trained_with_a_scale(pictures: Path, tmp_path: Path, monke
 
 
 def test_weights_kept_in_bf16_are_computed_with_in_bf16() -> None:
-    values: dict[str, Any] = {"teacher": {"path": "x"}, "memory": {"frozen_precision": "bf16"}, "compute": HALF}
-    with pytest.raises(UserError, match=r"memory\.frozen_precision='bf16' needs compute\.precision='bf16'"):
+    values: dict[str, Any] = {"teacher": {"path": "x"}, "memory": {"base": "bf16"}, "compute": HALF}
+    with pytest.raises(UserError, match=r"memory\.base='bf16' needs compute\.precision='bf16'"):
         parse_settings(TrainSettings, values, "test")
     assert parse_settings(PretrainSettings, {"compute": HALF}, "test").compute.precision == "fp16"

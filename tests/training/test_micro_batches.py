@@ -22,6 +22,7 @@ from fewstep.distillation.terms import (
     GeneratorAdversarial,
 )
 from fewstep.networks.adapters import LoraShape
+from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.parallel import local_batch
 from fewstep.training.step import Distillation, two_time_scale_step
 from fewstep.training.update import Update
@@ -68,8 +69,8 @@ def build(
         teacher, table = tiny_text_denoiser(family), Rows(tiny_condition(family, BATCH, dtype=torch.float64))
         roles = {
             "full": lambda: build_roles(teacher, True, spread=spread),
-            "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, torch.float32, False, spread),
-            "shared_base": lambda: build_shared_base_roles(teacher, lora, True, torch.float32, True, spread),
+            "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, BaseStorage(), False, spread),
+            "shared_base": lambda: build_shared_base_roles(teacher, lora, True, BaseStorage(), True, spread),
         }[mode]()
     randomise(roles)
     shape = roles.teacher.image_shape

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
@@ -12,6 +11,7 @@ from fewstep.distillation.sharding import Spread, as_placed, mesh_of, shard_head
 from fewstep.families.registry import build_on_meta
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.frozen_layers import BaseStorage
 
 
 @dataclass
@@ -47,12 +47,12 @@ class Roles:
 
 
 def build_roles(
-    teacher: Denoiser, with_discriminator: bool, frozen_dtype: torch.dtype = torch.float32, spread: Spread | None = None
+    teacher: Denoiser, with_discriminator: bool, storage: BaseStorage | None = None, spread: Spread | None = None
 ) -> Roles:
     """Three full copies of the teacher's weights; generator and fake score are trained, in float32 and without dropout.
 
     Args:
-        frozen_dtype: how the teacher itself is stored from then on.
+        storage: of the teacher itself from then on; None: float32.
         spread: over which processes; None: this one has all.
     """
     spread_teacher(teacher, spread)
@@ -63,7 +63,7 @@ def build_roles(
     head = _head(teacher, with_discriminator)
     if head is not None:
         shard_head(head, fake_score)
-    return Roles(teacher.to(frozen_dtype), generator, fake_score, head)
+    return Roles((storage or BaseStorage()).store(teacher), generator, fake_score, head)
 
 
 def build_twin(network: Denoiser, name: str, spread: Spread | None = None) -> Denoiser:
@@ -101,14 +101,14 @@ def build_lora_generator_roles(
     teacher: Denoiser,
     lora: LoraShape,
     with_discriminator: bool,
-    frozen_dtype: torch.dtype,
+    storage: BaseStorage,
     checkpoint: bool,
     spread: Spread | None = None,
 ) -> Roles:
     """The generator is a LoRA on the frozen teacher; the fake score is a full float32 network of its own.
 
     Args:
-        frozen_dtype: how the frozen weights are stored.
+        storage: of the frozen weights.
         checkpoint: whether activations are recomputed in the backward pass.
     """
     spread_teacher(teacher, spread)
@@ -118,7 +118,7 @@ def build_lora_generator_roles(
         shard_head(head, fake_score)
     if checkpoint:
         fake_score.checkpoint_activations()
-    shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)
+    shared = _shared_base(teacher, lora, storage, checkpoint)
     return Roles(teacher, shared.add_role("generator"), fake_score, head)
 
 
@@ -126,20 +126,20 @@ def build_shared_base_roles(
     teacher: Denoiser,
     lora: LoraShape,
     with_discriminator: bool,
-    frozen_dtype: torch.dtype,
+    storage: BaseStorage,
     checkpoint: bool,
     spread: Spread | None = None,
 ) -> Roles:
     """One copy of the weights: teacher bare, generator and fake score each under its own LoRA."""
     spread_teacher(teacher, spread)
     head = _head(teacher, with_discriminator)
-    shared = _shared_base(teacher, lora, frozen_dtype, checkpoint)
+    shared = _shared_base(teacher, lora, storage, checkpoint)
     generator, fake_score = shared.add_role("generator"), shared.add_role("fake_score")
     return Roles(teacher, generator, fake_score, head)
 
 
-def _shared_base(teacher: Denoiser, lora: LoraShape, frozen_dtype: torch.dtype, checkpoint: bool) -> SharedBase:
-    shared = SharedBase(teacher.eval().to(frozen_dtype), lora)
+def _shared_base(teacher: Denoiser, lora: LoraShape, storage: BaseStorage, checkpoint: bool) -> SharedBase:
+    shared = SharedBase(storage.store(teacher.eval()), lora)
     if checkpoint:
         shared.checkpoint_activations()
     return shared

@@ -28,7 +28,6 @@ from fewstep.estimate.memory import (
     settled_precision,
 )
 from fewstep.settings import TrainSettings
-from fewstep.training.build import frozen_dtype
 from fewstep.training.warmup import is_warmup
 
 _GIB = 2**30
@@ -85,13 +84,14 @@ def own_settings(settings: TrainSettings, processes: int) -> TrainSettings:
     """The settings with one process's share of the batch.
 
     Raises:
-        UserError: the batch does not divide, or the copies do not.
+        UserError: the batch does not divide, or the copies do not; a base that cannot lie in parts.
     """
     batch, over = settings.training.batch_size, settings.memory.shard_over
     if batch % processes:
         raise UserError(f"training.batch_size={batch} does not divide by {processes} processes")
     if over and processes % over:
         raise UserError(f"memory.shard_over={over} does not divide {processes} processes; 0 shards over all of them")
+    settings.memory.refuse_parts(processes)
     own = batch // processes
     at_once = min(settings.training.microbatch_size, own)
     training = settings.training.model_copy(update={"batch_size": own, "microbatch_size": at_once})
@@ -143,7 +143,8 @@ class Layout:
 
     def _memory(self, phase: str) -> dict[str, float]:
         kinds, count = self.estimate.kinds[phase], self.estimate.parameters
-        teacher = count["teacher"] * frozen_dtype(self.settings).itemsize
+        base = "fp32" if self.settings.memory.base == "fp32" else "bf16"  # quantised ones do not lie in parts
+        teacher = count["teacher"] * DTYPES[base].itemsize
         stays = {"sharded": self.share, "replicated": 1.0, "offloaded": 0.0}[self.settings.memory.teacher]
         trained = {role: count.get(role, 0) for role in ("generator", "fake_score")}
         own = {role: self.share if self.is_sharded(role) else 1.0 for role in trained}

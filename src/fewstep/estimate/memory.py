@@ -221,6 +221,7 @@ def _prepare(
 ) -> None:  # fmt: skip
     """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
     meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])
+    meter.assign(FROZEN, teacher.buffers())  # codes and scales of a quantised base
     if average is not None:
         meter.assign(AVERAGE, average.module.parameters())
     for name, optimizer in optimizers.items():

@@ -8,7 +8,7 @@ from fewstep.errors import UserError
 from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
 from fewstep.settings.data import TrainDataSettings
 from fewstep.settings.losses import LossSettings
-from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note
+from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note, renamed
 
 
 class TrainOptimizerSettings(OptimizerSettings):
@@ -72,9 +72,10 @@ class MemorySettings(Tree):
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of each LoRA's inputs that a training step leaves out"
     )
-    frozen_precision: Literal["fp32", "bf16"] = Field(
+    base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
         "fp32",
-        description="storage of weights that are never trained: the teacher's, which LoRAs sit on; trained ones are fp32",
+        description="storage of weights that are never trained: the teacher's, which LoRAs sit on; int8 and nf4 with LoRAs alone, for its "
+        "blocks' layers (nf4: linear ones); trained weights are fp32",
     )
     teacher: Literal["sharded", "replicated", "offloaded"] = Field(
         "sharded",
@@ -87,6 +88,24 @@ class MemorySettings(Tree):
         description="under torchrun: processes (of one node) that share one copy of the networks; 0: all of them",
     )
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`base` was called `frozen_precision`."""
+        return renamed(values, {"frozen_precision": "fp32"}, "memory.base")
+
+    def refuse_parts(self, processes: int) -> None:
+        """Raise UserError where a quantised base would lie in parts over several processes."""
+        if processes > 1 and self.is_quantised and self.teacher != "replicated":
+            raise UserError(
+                f"memory.base={self.base!r} lies whole in each of {processes} processes: set memory.teacher='replicated', or memory.base to "
+                "bf16 or fp32, which can lie in parts"
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base is stored in 8 or 4 bits."""
+        return self.base in ("int8", "nf4")
 
 
 class BestSettings(Tree):
@@ -153,9 +172,12 @@ class TrainSettings(Tree):
 
 def _impossible_memory(settings: TrainSettings) -> str:
     memory, compute = settings.memory, settings.compute
-    if memory.frozen_precision == "bf16" and compute.precision in ("fp32", "fp16"):
+    if memory.base == "bf16" and compute.precision in ("fp32", "fp16"):
+        return "memory.base='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
+    if memory.is_quantised and memory.mode == "full":
         return (
-            "memory.frozen_precision='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
+            f"memory.base={memory.base!r} is for a frozen base under LoRAs, and memory.mode='full' trains whole networks: set memory.mode to "
+            "shared_base or lora_generator, or memory.base to fp32 or bf16"
         )
     return ""
 

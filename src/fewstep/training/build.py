@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.devices import choose_device, set_precision
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
@@ -36,6 +37,7 @@ from fewstep.formats.compare import state_difference
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
+from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.networks.perceptual import load_lpips, pixel_distance
 from fewstep.settings import LossSettings, TrainSettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
@@ -124,10 +126,10 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     """Roles in the memory mode of the settings."""
     memory = settings.memory
     with_discriminator = settings.losses.gan_discriminator_weight > 0
-    dtype = frozen_dtype(settings)
+    storage = base_storage(settings)
     spread = build_spread(next(teacher.parameters()).device, memory.teacher, memory.shard_over)
     if memory.mode == "full":
-        roles = build_roles(teacher, with_discriminator, dtype, spread)
+        roles = build_roles(teacher, with_discriminator, storage, spread)
         if memory.checkpoint_activations:
             for network in (roles.generator, roles.fake_score):
                 network.checkpoint_activations()
@@ -137,12 +139,12 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
 
     lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets, memory.lora_dropout)
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
-    return build(teacher, lora, with_discriminator, dtype, memory.checkpoint_activations, spread)
+    return build(teacher, lora, with_discriminator, storage, memory.checkpoint_activations, spread)
 
 
-def frozen_dtype(settings: TrainSettings) -> torch.dtype:
+def base_storage(settings: TrainSettings) -> BaseStorage:
     """How weights are stored that are never trained."""
-    return torch.bfloat16 if settings.memory.frozen_precision == "bf16" else torch.float32
+    return BaseStorage(settings.memory.base)
 
 
 def start_roles(roles: Roles, source: Path) -> None:
@@ -190,21 +192,21 @@ def _named(source: Path) -> Iterator[None]:
 def open_teacher(settings: TrainSettings) -> Model:
     """The teacher of a run, on its device and in its precision.
 
-    Where nothing but adapters is ever trained it is stored as `memory.frozen_precision` says before it goes to the
+    Where nothing but adapters is ever trained it is stored as `memory.base` says, layer by layer, before it goes to the
     device, which then never holds it in float32.
     """
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
     named = settings.teacher
     teacher = load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
-    if settings.memory.mode == "shared_base":
-        teacher.denoiser.to(frozen_dtype(settings))
-    teacher.to(settings.compute.device, settings.compute.precision)
     if teacher.folder is not None:
         teacher.family.refuse_as_teacher(teacher.folder)
     if settings.teacher.network:
         check_network(teacher, settings)
-    return teacher
+    set_precision(teacher.denoiser, settings.compute.precision, choose_device(settings.compute.device))
+    if settings.memory.mode == "shared_base":
+        base_storage(settings).store(teacher.denoiser)
+    return teacher.to(settings.compute.device)
 
 
 def check_network(teacher: Model, settings: TrainSettings) -> None:

@@ -26,7 +26,7 @@ def settle_precision(settings: SettingsT, folder: Path, tell: Callable[[str], No
     if wanted == "auto" and (earlier := _stored_precision(folder)):
         tell(f"precision {earlier}: as this run began")
         wanted = earlier
-    elif wanted == "auto" and isinstance(settings, TrainSettings) and settings.memory.frozen_precision == "bf16":
+    elif wanted == "auto" and isinstance(settings, TrainSettings) and settings.memory.base == "bf16":
         wanted = "bf16"
     precision = choose_precision(wanted, device, tell)
     return settings.model_copy(update={"compute": settings.compute.model_copy(update={"precision": precision})})

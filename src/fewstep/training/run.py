@@ -129,10 +129,12 @@ def refuse_strangers(settings: TrainSettings, folder: Path) -> None:
     """Refuse processes that would not train together, before any loads a network.
 
     Raises:
-        UserError: the batch does not divide, other settings or other data somewhere, or a run folder that is not shared.
+        UserError: the batch does not divide, a base that cannot lie in parts, other settings or other data somewhere, or a run folder
+            that is not shared.
     """
     if world_size() == 1:
         return
+    settings.memory.refuse_parts(world_size())
     local_batch(settings.training.batch_size)
     refuse_differences(settings.model_dump_json(), "settings")
     refuse_differences(

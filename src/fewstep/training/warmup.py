@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.models.model import Model
 from fewstep.parallel import local_batch
 from fewstep.settings import TrainSettings
-from fewstep.training.build import build_distance, build_step_schedule, frozen_dtype
+from fewstep.training.build import base_storage, build_distance, build_step_schedule
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import build_paired_inputs
 from fewstep.training.step import Tally, combined_gradient, micro_batches
@@ -41,7 +41,7 @@ class WarmupJob(GeneratorJob):
         spread = build_spread(teacher.device, settings.memory.teacher, settings.memory.shard_over)
         spread_teacher(teacher.denoiser, spread)
         generator = build_twin(teacher.denoiser, "generator", spread).eval().requires_grad_(True)
-        teacher.denoiser.to(frozen_dtype(settings))
+        base_storage(settings).store(teacher.denoiser)
         if settings.memory.checkpoint_activations:
             generator.checkpoint_activations()
         if settings.compute.compile:
