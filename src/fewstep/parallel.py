@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -285,6 +286,32 @@ def refuse_differences(facts: str, what: str) -> None:
         raise UserError(
             f"process {', '.join(map(str, others))} has other {what} than process 0; start the same command with the same files "
             "everywhere"
+        )
+
+
+def refuse_unshared(folder: Path, option: str) -> None:
+    """Make a folder; raise UserError, naming the process, where the processes do not see one folder.
+
+    Args:
+        option: what names the folder, for the message.
+    """
+    name = f".{agreed(uuid4().hex)}.writing"
+
+    def leave_sign() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error}; choose another {option}") from error
+
+    by_the_first(leave_sign)
+    blind = [number for number, seen in enumerate(gathered((folder / name).exists())) if not seen]
+    if is_first():
+        (folder / name).unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"process {', '.join(map(str, blind))} does not see what process 0 writes in {folder}: give a {option} on a disk "
+            "that all machines share"
         )
 
 

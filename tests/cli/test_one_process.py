@@ -11,8 +11,8 @@ from fewstep.errors import UserError
     ("words", "name"),
     [
         (["sample", "bundled:fashion-mnist", "--grid", "g.png"], "sample"),
-        (["prepare", "latents", "m", "l", "--images", "x"], "prepare latents"),
-        (["prepare", "embeddings", "m", "p.txt", "e"], "prepare embeddings"),
+        (["prepare", "pairs", "m", "p", "--from-lmdb", "x"], "prepare pairs --from-lmdb"),
+        (["prepare", "statistics", "x", "s.npz", "--features", "f"], "prepare statistics"),
         (["pretrain", "recipes/my_pictures.toml"], "pretrain"),
         (["quickstart"], "quickstart"),
     ],

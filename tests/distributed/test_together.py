@@ -13,6 +13,7 @@ import fewstep
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
+from tests.distributed.preparing import files_of, prepare, write_sources
 from tests.distributed.processes import run_processes
 from tests.distributed.test_equality import CI, equal_to_one
 from tests.distributed.together import go_back
@@ -74,6 +75,7 @@ class Runs:
 def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
     runs = Runs(tmp_path, teacher_folder, pictures)
     train(runs.of("classes", "classes 1", 4))
+    write_sources(tmp_path)
     two = [
         (runs.of("classes", "classes 2", 4), ""),
         (runs.of("classes", "classes 2-2", 4), "classes 2"),
@@ -87,6 +89,8 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_overflow_of_one_is_all_processes(tmp_path)
     pairs_are_those_of_one(tmp_path, teacher_folder)
+    prepare(tmp_path, tmp_path / "one")
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
     an_odd_batch_is_refused_by_all(tmp_path)
     same(tmp_path / "classes 2-2", tmp_path / "classes 2")  # interrupted or not: bit for bit
     go_back(tmp_path / "classes 2", tmp_path / "classes 2-1")

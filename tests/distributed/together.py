@@ -3,7 +3,8 @@
     python -m tests.distributed.together WORK
 
 `WORK/questions.json` has `equality` (cases of tests.distributed.equality), `runs` (pairs of settings, and of the run that it goes
-on with from the last checkpoint but one, or ""), `refused` (settings that no process may train) and whether checkpoints of odd tensors are asked for (`saving`).
+on with from the last checkpoint but one, or ""), `refused` (settings that no process may train) and whether checkpoints of odd tensors are asked for (`saving`);
+`pairs` is the teacher of noise-image pairs, beside which latents and embeddings are made of the sources of tests.distributed.preparing.
 """
 
 import json
@@ -35,7 +36,7 @@ from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
 from fewstep.training.saving import Saver
 from fewstep.training.update import build_update
-from tests.distributed import equality
+from tests.distributed import equality, preparing
 
 
 def odd_tensors() -> dict[str, Tensor]:
@@ -173,6 +174,7 @@ def main(work: Path) -> None:
             overflow_in_one(work)
         if questions.get("pairs"):
             make_pairs(work, questions["pairs"])
+            preparing.prepare_twice(work, work / "many")
         for settings, earlier in questions.get("runs", []):
             if earlier:
                 by_the_first(partial(go_back, work / earlier, Path(settings["run"]["folder"])))

@@ -16,7 +16,7 @@ prepare = typer.Typer(
 @prepare.callback()
 def _root(ctx: typer.Context) -> None:
     """Make what training and evaluation read."""
-    if ctx.invoked_subcommand != "pairs":
+    if ctx.invoked_subcommand not in ("pairs", "embeddings", "latents"):
         refuse_many(f"prepare {ctx.invoked_subcommand}")
 
 
@@ -50,6 +50,7 @@ def prepare_pairs(
             raise UserError(
                 "--from-lmdb samples nothing: leave out --seed, --guidance-scale, --batch-size, --precision and --lora"
             )
+        refuse_many("prepare pairs --from-lmdb")
         with starting():
             from fewstep.preparation.captioned_jobs import import_pairs
         import_pairs(teacher, from_lmdb, folder, num_pairs=num_pairs, scale=lmdb_scale, device=device)

@@ -13,6 +13,7 @@ from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
 from fewstep.families.registry import recognise
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
+from fewstep.parallel import joined
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
 from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
@@ -59,11 +60,17 @@ class LatentsOptions:
 
 
 def make_embeddings(teacher: str, source: Path, folder: Path, options: EmbeddingsOptions) -> None:
-    """Store the embeddings of a prompt list.
+    """Store the embeddings of a prompt list, in as many processes as torchrun started.
 
     Raises:
         UserError: no prompts, no such teacher, a folder of other embeddings.
     """
+    with joined(options.device):
+        _make_embeddings(teacher, source, folder, options)
+
+
+def _make_embeddings(teacher: str, source: Path, folder: Path, options: EmbeddingsOptions) -> None:
+    """`make_embeddings` in one of its processes."""
     with busy(console, f"Reading {source}"):
         prompts = load_prompts(source, options.column)
     _, encoders = _encoders(teacher, options.device)
@@ -78,11 +85,17 @@ def make_embeddings(teacher: str, source: Path, folder: Path, options: Embedding
 
 
 def make_latents(teacher: str, images: str, folder: Path, options: LatentsOptions) -> None:
-    """Store the latents of captioned pictures.
+    """Store the latents of captioned pictures, in as many processes as torchrun started.
 
     Raises:
         UserError: no such teacher or pictures, pictures that do not fit, a folder of other latents.
     """
+    with joined(options.device):
+        _make_latents(teacher, images, folder, options)
+
+
+def _make_latents(teacher: str, images: str, folder: Path, options: LatentsOptions) -> None:
+    """`make_latents` in one of its processes."""
     if options.fit not in get_args(Fit):
         raise UserError(f"--fit {options.fit}: choose crop, pad or exact")
     if options.keep_spread and options.noise_seed is not None:
@@ -114,19 +127,20 @@ def import_latents(
     teacher: str, lmdb: Path, folder: Path, options: EmbeddingsOptions, *, scale: float | None = None,
     captions: str = "embeddings",
 ) -> None:  # fmt: skip
-    """Store the latents of a published LMDB.
+    """Store the latents of a published LMDB, in as many processes as torchrun started.
 
     Raises:
         UserError: no such teacher, a damaged LMDB, a folder of other latents.
     """
-    model, encoders = _encoders(teacher, options.device)
-    with working(console, f"Importing the latents of {lmdb}") as report:
-        import_lmdb_latents(
-            encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=options.truncate,
-            shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, captions),
-            report=report,
-        )  # fmt: skip
-    _print_latents(folder)
+    with joined(options.device):
+        model, encoders = _encoders(teacher, options.device)
+        with working(console, f"Importing the latents of {lmdb}") as report:
+            import_lmdb_latents(
+                encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=options.truncate,
+                shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, captions),
+                report=report,
+            )  # fmt: skip
+        _print_latents(folder)
 
 
 def import_pairs(

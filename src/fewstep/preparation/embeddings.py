@@ -6,15 +6,18 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.data.latents import EMBEDDINGS, pack_texts, read_texts
-from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
+from fewstep.data.latents import EMBEDDINGS, pack_texts
+from fewstep.data.shard_folder import write_manifest, write_tensors
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
+from fewstep.parallel import by_all, by_the_first, rank, world_size
+from fewstep.preparation.shards import begin
 from fewstep.progress import tell
 
 _WORTH_SAYING = 0.1  # gigabytes
@@ -26,6 +29,8 @@ def prepare_embeddings(
     max_gigabytes: float = math.inf, report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store the embeddings of prompts as float16, each distinct prompt's once, and the unconditional row.
+
+    Of several processes each makes its own shards; the files are the same for any number of them.
 
     Args:
         folder: new, or one that an interrupted call with the same arguments left unfinished.
@@ -46,26 +51,36 @@ def prepare_embeddings(
         "prompts": _hash_of(prompts), "truncate_prompts": truncate, "shard_size": shard_size,
     }  # fmt: skip
     table = PromptTable(encoders, batch_size)
-    if not (folder / MANIFEST).exists():
-        _announce(folder, table, prompts, spare_with, max_gigabytes)
-    manifest = start_or_continue(folder, job, EMBEDDINGS)
-    for entry in manifest["shards"]:
-        table.add_known(read_texts(folder / entry["file"]))
-    if not manifest["complete"] and manifest["shards"]:
-        _announce(folder, table, prompts, spare_with, max_gigabytes)
-    for number in range(len(manifest["shards"]), -(-len(prompts) // shard_size)):
-        part = prompts[number * shard_size : (number + 1) * shard_size]
-        tensors = table.shard_tensors(part, partial(_report_encoded, report, number * shard_size, len(prompts)))
-        manifest["shards"].append(write_tensors(folder, number, tensors, len(part), EMBEDDINGS))
-        done = number * shard_size + len(part)
-        manifest["complete"] = done == len(prompts)
-        write_manifest(folder, manifest)
-        report(done, len(prompts))
+    announce = partial(_announce, folder, table, prompts, spare_with, max_gigabytes)
+    manifest = begin(folder, job, EMBEDDINGS, announce)
+    num_shards, known = -(-len(prompts) // shard_size), len(manifest["shards"]) * shard_size
+    table.add_known(prompts[:known])
+    if manifest["shards"] and not manifest["complete"]:
+        by_the_first(announce)
+
+    def make(number: int) -> dict[str, Any] | None:
+        """One shard's entry, None behind the last."""
+        nonlocal known
+        if number >= num_shards:
+            return None
+        first, before = number * shard_size, (number - rank()) * shard_size
+        part = prompts[first : first + shard_size]
+        table.add_known(prompts[known:first])
+        known = first + len(part)
+        tensors = table.shard_tensors(
+            part, lambda encoded: report(min(before + encoded * world_size(), len(prompts)), len(prompts))
+        )
+        return write_tensors(folder, number, tensors, len(part), EMBEDDINGS)
+
+    for start in range(
+        len(manifest["shards"]), num_shards, world_size()
+    ):  # each process the next one, then all are noted
+        entries = by_all(partial(make, start + rank()))
+        manifest["shards"] += [entry for entry in entries if entry is not None]
+        manifest["complete"] = len(manifest["shards"]) == num_shards
+        by_the_first(partial(write_manifest, folder, manifest))
+        report(min(len(manifest["shards"]) * shard_size, len(prompts)), len(prompts))
     return folder
-
-
-def _report_encoded(report: Callable[[int, int], None], before: int, total: int, encoded: int) -> None:
-    report(before + encoded, total)
 
 
 def check_prompts(encoders: TextEncoders, prompts: list[str], truncate: bool, cut_with: str) -> None:

@@ -16,7 +16,7 @@ from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
-from fewstep.parallel import agreed, by_the_first, joined, refuse_differences
+from fewstep.parallel import agreed, joined, refuse_differences
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
@@ -89,7 +89,7 @@ def _make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
     precision = agreed(precision_of(options.precision, options.device, partial(say, console)))
     with busy(console, f"Loading the teacher {teacher}"):
         model = load_teacher(teacher, device=options.device, precision=precision, loras=options.loras)
-    refuse_differences(f"{teacher} {model.fingerprint if model.folder else ''} {options}", "a teacher or options")
+    refuse_differences(f"{teacher} {model.fingerprint if model.folder else ''} {options}", "teachers or options")
     conditions = model.conditioner.every
     if conditions is None:
         conditions = _pair_prompts(model, folder, options)
@@ -109,17 +109,13 @@ def _pair_prompts(teacher: Model, folder: Path, options: PairsOptions) -> Condit
     if not options.prompts:
         raise UserError("pairs of a text-to-image teacher need --prompts FILE")
     target, prompts = folder / PROMPT_EMBEDDINGS, load_prompts(options.prompts)
-
-    def embed() -> None:
-        with busy(console, "Loading the text encoders"):
-            encoders = teacher.conditioner.encoders
-        with working(console, f"Embedding {len(prompts):,} prompts") as report:
-            prepare_embeddings(
-                encoders, prompts, target, truncate=options.truncate, cut_with="--truncate-prompts",
-                spare_with="give a shorter list: pairs draw their prompts from it", report=report,
-            )  # fmt: skip
-
-    by_the_first(embed)
+    with busy(console, "Loading the text encoders"):
+        encoders = teacher.conditioner.encoders
+    with working(console, f"Embedding {len(prompts):,} prompts") as report:
+        prepare_embeddings(
+            encoders, prompts, target, truncate=options.truncate, cut_with="--truncate-prompts",
+            spare_with="give a shorter list: pairs draw their prompts from it", report=report,
+        )  # fmt: skip
     return stored_prompts(teacher, target)
 
 

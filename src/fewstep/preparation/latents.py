@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
 from fewstep.data.latents import LATENTS, read_texts
 from fewstep.data.pictures import FirstAnimation, decode_picture
-from fewstep.data.shard_folder import MANIFEST, start_or_continue, write_manifest, write_tensors
+from fewstep.data.shard_folder import write_manifest, write_tensors
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
@@ -23,7 +24,9 @@ from fewstep.formats.lmdb import LATENTS as LMDB_LATENTS
 from fewstep.formats.lmdb import LmdbArrays
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.text_encoders import TextEncoders
+from fewstep.parallel import by_all, by_the_first, rank, world_size
 from fewstep.preparation.embeddings import PromptTable, announce_size, check_prompt
+from fewstep.preparation.shards import begin
 
 Report = Callable[[int, int | None], None]
 Captions = Literal["embeddings", "text"]
@@ -47,6 +50,8 @@ def prepare_latents(
     batch_size: int = 8, captions: Captions = "embeddings", report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store latents and caption embeddings as float16, each distinct caption's once. A missing caption is the empty prompt.
+
+    Of several processes each makes its own shards; the files are the same for any number of them.
 
     Args:
         source: pictures with captions (data/captioned_images.py).
@@ -80,7 +85,7 @@ def prepare_latents(
     total = min(known) if known else None
     reader = _Reader(
         autoencoder, encoders, source, resolution, fit, background, noise_seed, keep_spread, skip_bad, truncate, batch_size,
-        lambda taken: report(taken, total),
+        lambda taken: report(taken if total is None else min(taken, total), total),
     )  # fmt: skip
     table = PromptTable(encoders, batch_size)
 
@@ -109,19 +114,19 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self._rows: Iterator[CaptionedImage] | None = None
+        self._next = 0  # the row that is read next
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
         self._animation = FirstAnimation()
 
     def read_part(self, first: int, size: int) -> _Part:
-        """Rows first..first + size - 1 of the source, fewer at its end; parts are read in order."""
-        if self._rows is None:
-            self._rows = self.source.rows(first)
+        """Rows first..first + size - 1 of the source, fewer at its end; parts are read in order, with gaps."""
+        rows = self._rows_from(first)
         side = self.resolution // self.autoencoder.factor
         nothing = torch.empty(0, self.autoencoder.latent_channels, side, side)
         latents, spreads = [nothing], [nothing]
         captions: list[str] = []
         taken = 0
-        while taken < size and (batch := list(islice(self._rows, min(self.batch_size, size - taken)))):
+        while taken < size and (batch := list(islice(rows, min(self.batch_size, size - taken)))):
             decoded = self._pool.map(self._decode, batch)
             found = [self._usable(row, picture) for row, picture in zip(batch, decoded, strict=True)]
             kept = [number for number, picture in enumerate(found) if picture is not None]
@@ -132,8 +137,18 @@ class _Reader:
                 spreads.append(spread)
             captions += [batch[number].caption if batch[number].caption.strip() else "" for number in kept]
             taken += len(batch)
-            self.report(first + taken)
+            self._next += len(batch)
+            self.report(first + taken * world_size())  # others make as many
         return _Part(torch.cat(latents), captions, taken, torch.cat(spreads) if self.keep_spread else None)
+
+    def _rows_from(self, first: int) -> Iterator[CaptionedImage]:
+        """The source from a row on; what lies between is passed, where only reading to it leads there."""
+        if self._rows is None or (first != self._next and self.source.num_rows is not None):
+            self._rows = self.source.rows(first)
+        else:
+            next(islice(self._rows, first - self._next, first - self._next), None)
+        self._next = first
+        return self._rows
 
     def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:
         try:
@@ -207,32 +222,67 @@ def _write_parts(
     folder: Path, job: dict[str, Any], table: PromptTable, read_part: Callable[[int, int], _Part], total: int | None,
     shard_size: int, report: Report, latent_bytes: Callable[[], int],
 ) -> Path:  # fmt: skip
-    """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took."""
+    """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took.
+
+    Each process makes the next shard; between reading and writing they tell each other their captions, because a shard says
+    which of its texts are in an earlier one.
+    """
     as_text = job.get("captions") == "text"
-    if not (folder / MANIFEST).exists():
-        _announce(folder, total, latent_bytes(), 0 if as_text else table.row_bytes())
-    manifest = start_or_continue(folder, job, LATENTS)
+    row_bytes = partial(int) if as_text else table.row_bytes
+    manifest = begin(folder, job, LATENTS, lambda: _announce(folder, total, latent_bytes(), row_bytes()))
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
     taken = sum(entry.get("source_rows", entry["rows"]) for entry in manifest["shards"])
+    own = _OwnShard(folder, table, read_part, as_text)
     while not manifest["complete"]:
-        size = shard_size if total is None else min(shard_size, total - taken)
-        part = read_part(taken, size)
-        taken += part.source_rows
-        if part.source_rows:
-            texts = table.text_tensors(part.captions)[0] if as_text else table.shard_tensors(part.captions)
-            tensors = {"latents": _half(part.latents), **texts}
-            if part.spread is not None:
-                tensors["latent_std"] = _half(part.spread)
-            entry = write_tensors(folder, len(manifest["shards"]), tensors, len(part.captions), LATENTS)
-            manifest["shards"].append({**entry, "source_rows": part.source_rows})
-        manifest["complete"] = part.source_rows < size or taken == total
+        sizes = [shard_size if total is None else max(0, min(shard_size, total - taken - shard_size * number))
+                 for number in range(world_size())]  # fmt: skip
+        found = by_all(partial(own.read, taken + shard_size * rank(), sizes[rank()]))
+        captions, rows = [one for one, _ in found], [count for _, count in found]
+        entries = by_all(partial(own.write, len(manifest["shards"]) + rank(), captions))
+        manifest["shards"] += [entry for entry in entries if entry is not None]
+        taken += sum(rows)
+        manifest["complete"] = rows != sizes or taken == total
         if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
             source = job.get("lmdb") or job["images"]["source"]
             raise UserError(f"{source} has no usable picture with a caption; look at it, or at --skip-bad")
-        write_manifest(folder, manifest)
+        by_the_first(partial(write_manifest, folder, manifest))
         report(taken, total)
     return folder
+
+
+@dataclass
+class _OwnShard:
+    """The shard that this process makes beside those of the others."""
+
+    folder: Path
+    table: PromptTable
+    read_part: Callable[[int, int], _Part]
+    as_text: bool
+    part: _Part | None = None
+
+    def read(self, first: int, size: int) -> tuple[list[str], int]:
+        """Captions of the part from a row on, and the rows of the source it took; nothing behind the last."""
+        self.part = self.read_part(first, size) if size else None
+        return ([], 0) if self.part is None else (self.part.captions, self.part.source_rows)
+
+    def write(self, number: int, captions: list[list[str]]) -> dict[str, Any] | None:
+        """The shard's entry, None where nothing is left; `captions` are every process's, in their order."""
+        part, entry = self.part, None
+        for before in captions[: rank()]:
+            self.table.add_known(before)
+        if part is not None and part.source_rows:
+            texts = (
+                self.table.text_tensors(part.captions)[0] if self.as_text else self.table.shard_tensors(part.captions)
+            )
+            tensors = {"latents": _half(part.latents), **texts}
+            if part.spread is not None:
+                tensors["latent_std"] = _half(part.spread)
+            written = write_tensors(self.folder, number, tensors, len(part.captions), LATENTS)
+            entry = {**written, "source_rows": part.source_rows}
+        for behind in captions[rank() + 1 :]:
+            self.table.add_known(behind)
+        return entry
 
 
 def _announce(folder: Path, total: int | None, latent_bytes: int, caption_bytes: int) -> None:

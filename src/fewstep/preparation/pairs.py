@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
-from fewstep.data.shard_folder import start_or_continue, write_manifest
+from fewstep.data.shard_folder import write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
-from fewstep.parallel import agreed, by_all, by_the_first, rank, world_size
+from fewstep.parallel import by_all, by_the_first, rank, world_size
+from fewstep.preparation.shards import begin
 
 
 def prepare_pairs(
@@ -51,8 +52,7 @@ def prepare_pairs(
         raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
     if teacher.folder is not None:
         job["network"] = teacher.fingerprint
-    manifest = agreed(by_the_first(lambda: start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))))
-    assert manifest is not None
+    manifest = begin(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
     num_shards = -(-num_pairs // shard_size)
 
     def make(number: int) -> dict[str, Any] | None:

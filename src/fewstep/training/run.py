@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fewstep.errors import UserError
-from fewstep.parallel import agreed, by_the_first, joined, local_batch, refuse_differences, world_size
+from fewstep.parallel import agreed, by_the_first, joined, local_batch, refuse_differences, refuse_unshared, world_size
 from fewstep.progress import Stderr, busy, say
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, refuse_unread
 from fewstep.settings.python import gather_settings
@@ -29,7 +29,7 @@ from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.results import Run
 from fewstep.training.run_data import read_contents
-from fewstep.training.run_folder import claim_run_folder, refuse_unshared, run_folder
+from fewstep.training.run_folder import claim_run_folder, run_folder
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
 from fewstep.training.watch import watch_for_best
@@ -140,7 +140,7 @@ def refuse_strangers(settings: TrainSettings, folder: Path) -> None:
     refuse_differences(
         json.dumps({key: found.fingerprint for key, found in read_contents(flatten_settings(settings)).items()}), "data"
     )
-    refuse_unshared(folder)
+    refuse_unshared(folder, "run.folder")
 
 
 def print_gan_weight(settings: TrainSettings) -> None:

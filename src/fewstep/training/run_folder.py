@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
-from fewstep.parallel import agreed, by_the_first, gathered, is_first
+from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.run_data import Content, note_data, read_contents, same_data
 
@@ -65,28 +64,6 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
     except BaseException:
         release(folder)
         raise
-
-
-def refuse_unshared(folder: Path) -> None:
-    """Raise UserError, naming the process, where a run's processes do not see one run folder."""
-    name = f".{agreed(uuid4().hex)}.writing"
-
-    def leave_sign() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
-        except OSError as error:
-            raise UserError(f"cannot write in run folder {folder}: {error}; choose another run.folder") from error
-
-    by_the_first(leave_sign)
-    blind = [number for number, seen in enumerate(gathered((folder / name).exists())) if not seen]
-    if is_first():
-        (folder / name).unlink(missing_ok=True)
-    if blind:
-        raise UserError(
-            f"process {', '.join(map(str, blind))} does not see what process 0 writes in {folder}: give a run.folder on a disk "
-            "that all machines share"
-        )
 
 
 def hold(folder: Path) -> None:

@@ -16,7 +16,7 @@ from fewstep.errors import UserError
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.models.model import Model
-from fewstep.parallel import by_the_first, local_batch
+from fewstep.parallel import local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
 from fewstep.progress import Stderr, busy, tell, working
@@ -69,19 +69,15 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
     if settings.data.text_embeddings == "computed":
         check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
         return teacher.conditioner.table(prompts, teacher.size)
-
-    def embed() -> None:
-        console = Stderr()
-        with busy(console, "Loading the text encoders"):
-            encoders = teacher.conditioner.encoders
-        with working(console, f"Embedding {len(prompts):,} prompts") as report:
-            prepare_embeddings(
-                encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
-                spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
-                max_gigabytes=MOST_GIGABYTES_UNASKED, report=report,
-            )  # fmt: skip
-
-    by_the_first(embed)
+    console = Stderr()
+    with busy(console, "Loading the text encoders"):
+        encoders = teacher.conditioner.encoders
+    with working(console, f"Embedding {len(prompts):,} prompts") as report:
+        prepare_embeddings(
+            encoders, prompts, folder / EMBEDDINGS, truncate=truncate, cut_with=CUT_WITH,
+            spare_with="set data.text_embeddings='computed', which encodes prompts at each step and stores nothing",
+            max_gigabytes=MOST_GIGABYTES_UNASKED, report=report,
+        )  # fmt: skip
     return stored_prompts(teacher, folder / EMBEDDINGS)
 
 
