@@ -17,7 +17,13 @@ def run_folder(folder: Path, steps: int = 30, **settings: float) -> Path:
     """As training leaves it, the last line cut short by a kill."""
     (folder / "samples").mkdir(parents=True)
     rows = [
-        {"step": step, "fake_score_loss": 4.0 / (step + 1), "images_per_second": 7.5, "seconds": step * 2.0}
+        {
+            "step": step,
+            "fake_score_loss": 4.0 / (step + 1),
+            "images_per_second": 7.5,
+            "seconds": step * 2.0,
+            "data_wait_share": 0.001 * step,
+        }
         | ({"gan_loss": -0.5} if step % 5 == 0 else {})
         for step in range(steps)
     ]
@@ -45,6 +51,7 @@ def test_one_run(tmp_path: Path) -> None:
         "contrast is 3 times",
         "training.batch_size",
         "step 27",
+        "1.45%</b><span>of the time of a step, waiting for data",
     ):
         assert words in page
     sections = run_sections([read_run(folder)])

@@ -21,7 +21,7 @@ from tests.fuzz.children import become_command, preload, run_command
 from tests.fuzz.walk import make_world
 
 CPU_SECONDS = 300  # of one whole run
-TIMED = ("seconds", "images_per_second", "peak_memory_gib")
+TIMED = ("seconds", "images_per_second", "peak_memory_gib", "data_wait_share")
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:

@@ -90,7 +90,7 @@ def test_every_field_of_an_optimiser_is_continued(teacher_folder: Path, pictures
 
 def _losses(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second", "peak_memory_gib")
+    timed = ("seconds", "images_per_second", "peak_memory_gib", "data_wait_share")
     return [kept for line in lines if len(kept := {k: v for k, v in line.items() if k not in timed}) > 1]
 
 

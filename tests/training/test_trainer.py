@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.data import waiting
+from fewstep.data.waiting import WAITING
 from fewstep.distillation import terms
 from fewstep.errors import UserError
 from fewstep.models.load import load_generator, load_teacher
@@ -41,6 +43,7 @@ class Time:
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> Time:
     clock = Time()
     monkeypatch.setattr(run_log, "time", clock)
+    monkeypatch.setattr(waiting, "time", clock)
     monkeypatch.setattr(Counting, "clock", clock)
     return clock
 
@@ -170,6 +173,17 @@ def test_time_limit_is_that_of_all_sessions(tmp_path: Path) -> None:
 # --- What is on the clock
 
 
+def test_the_share_of_a_step_that_waits_for_data(tmp_path: Path, clockwork: Time) -> None:
+    class Reading(Counting):
+        def step(self, step: int, progress: float) -> dict[str, Tensor]:
+            WAITING.around(clockwork.sleep)(0.5 * step)
+            return super().step(step, progress)
+
+    run_job(Reading(seconds=1.5), counting_settings(tmp_path), tmp_path)
+    expected = [0.5 * step / (1.5 + 0.5 * step) for step in range(5)]
+    assert [line["data_wait_share"] for line in step_lines(tmp_path)] == pytest.approx(expected)
+
+
 def test_observers_pictures_and_checkpoints_are_off_the_clock(
     tmp_path: Path, clockwork: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +287,7 @@ def test_everything_a_distillation_writes(teacher_folder: Path, pictures: Path, 
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     for number, line in enumerate(lines):
         expected = fake_score | (generator if number % 2 == 0 else set())
-        assert line.keys() == expected | {"step", "images_per_second", "seconds"}
+        assert line.keys() == expected | {"step", "images_per_second", "seconds", "data_wait_share"}
         assert line["images_per_second"] > 0
     assert [line["step"] for line in lines_of(folder) if "peak_memory_gib" in line] == [1, 3]
 
@@ -336,7 +350,7 @@ def test_everything_pretraining_writes(pictures: Path, tmp_path: Path) -> None:
     result = pretrain(settings).model_folder
     assert result == folder / "teacher"
     for line in step_lines(folder):
-        assert line.keys() == {"step", "loss", "grad_norm", "images_per_second", "seconds"}
+        assert line.keys() == {"step", "loss", "grad_norm", "images_per_second", "seconds", "data_wait_share"}
     assert len(step_lines(folder)) == 3
     assert {path.name for path in (folder / "samples").iterdir()} == {
         "teacher_00000003.png"

@@ -23,6 +23,7 @@ from fewstep.data.tables import (
     split_note,
     table_labels,
 )
+from fewstep.data.waiting import WAITING
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
@@ -237,16 +238,18 @@ class ImageBatches:
 
     def at(self, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W), float32 in [-1, 1], and labels (B,), int64 (zeros without labels), of one step."""
-        if self._ahead is not None and self._ahead[0] == step:
-            pixels, labels = self._ahead[1].result()
-        else:
-            pixels, labels = self._read(step)
+        pixels, labels = self._next(step)
         if not self.dataset.in_memory:
             # a thread that runs tensor operations brings its own pool of compute threads, which would fight with the
             # training step's: worth it for decoding, not for indexing
             self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1
         return images, labels.to(device, non_blocking=True)
+
+    @WAITING.around
+    def _next(self, step: int) -> tuple[Tensor, Tensor]:
+        """What was read ahead, or is read now."""
+        return self._ahead[1].result() if self._ahead is not None and self._ahead[0] == step else self._read(step)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         first, size = local_batch(self.batch_size)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.data.shard_folder import ShardKind, check_shard, read_complete_manifest, unreadable
 from fewstep.data.stored_rows import StoredRows, map_tensor, read_header
+from fewstep.data.waiting import WAITING
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 
@@ -108,6 +109,7 @@ class StoredEmbeddings(StoredTexts):
         assert text is not None
         return text, pooled, lengths
 
+    @WAITING.around
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Embeddings at these places (B,): text (B, T, D), pooled (B, P) or None, tokens (B,) or None; float16, on the CPU."""
         row = self._row[index.cpu()]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.shard_folder import ShardKind, check_shard, read_complete_manifest, unreadable, write_tensors
+from fewstep.data.waiting import WAITING
 
 PROMPT_EMBEDDINGS = "embeddings"  # subfolder with the embeddings of the prompts that the labels number
 PAIRS = ShardKind("noise-image pairs", "pairs", "fewstep prepare pairs")
@@ -34,6 +35,7 @@ class NoiseImagePairs:
     def __len__(self) -> int:
         return len(self.noise)
 
+    @WAITING.around
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise and images (B, C, H, W) float32, images in [-1, 1], or latents as they are; condition numbers (B,) int64."""
         images = self.images[index].float()

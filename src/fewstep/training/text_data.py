@@ -9,6 +9,7 @@ from torch import Tensor
 from fewstep.data.images import data_order
 from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_latents_fit
 from fewstep.data.prompts import load_prompts
+from fewstep.data.waiting import WAITING
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
@@ -38,11 +39,16 @@ class RealLatents:
     orders: dict[int, Tensor] = field(default_factory=dict)  # the permutation of the passes being read
 
     def at(self, step: int, device: torch.device) -> RealBatch:
+        latents, index = self._read(step)
+        return RealBatch(latents.to(device, non_blocking=True), self.captions.rows(index, device))
+
+    @WAITING.around
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        """Latents of a step on the CPU, and which rows they are."""
         first, size = local_batch(self.batch_size)
         positions = step * self.batch_size + torch.arange(first, first + size)
         index = data_order(self.seed, positions, len(self.stored), self.orders)
-        latents = self.stored.drawn(index, Draws(self.seed, step, positions)).to(device, non_blocking=True)
-        return RealBatch(latents, self.captions.rows(index, device))
+        return self.stored.drawn(index, Draws(self.seed, step, positions)), index
 
 
 def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> ConditionTable:

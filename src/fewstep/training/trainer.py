@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fewstep.data.waiting import WAITING
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
 from fewstep.parallel import agreed, gathered, is_first, wait_for_all, world_size
@@ -159,6 +160,7 @@ class Loop:
     def one_step(self, bar: "Bar") -> None:
         """One training step on the clock, and what is due after it off the clock."""
         run, log = self.settings.run, self.log
+        began, waited = self.clock.seconds(), WAITING.seconds
         self.clock.resume()
         progress, late = agreed((self.progress(), self.is_late()))  # rates may follow the clock
         metrics = self.job.step(self.step, progress)
@@ -166,7 +168,8 @@ class Loop:
         seconds = self.clock.seconds()
         self.rate.count(seconds)
         speed = self.rate.images_per_second
-        log.add(self.step - 1, metrics, {"images_per_second": speed, "seconds": seconds})
+        share = min(1.0, (WAITING.seconds - waited) / max(seconds - began, 1e-9))
+        log.add(self.step - 1, metrics, {"images_per_second": speed, "seconds": seconds, "data_wait_share": share})
         self.clock.pause()
         bar.show(progress, f"step {self.step}, {speed:.0f} images/s")
         if self.step % run.log_every == 0:

@@ -18,7 +18,7 @@ from fewstep.formats.json_files import read_json_object
 
 MOST_POINTS = 200  # of a line: more are averaged
 MOST_PICTURES = 6  # of a run's sample history
-_NO_LOSSES = ("step", "seconds", "images_per_second", "peak_memory_gib")
+_NO_LOSSES = ("step", "seconds", "images_per_second", "peak_memory_gib", "data_wait_share")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,11 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     tiles = [(f"{int(known['step']) + 1:,}", "steps")]
     units = {"seconds": (60, "minutes of training"), "images_per_second": (1, "images per second at the end"),
              "peak_memory_gib": (1, "GiB of memory at most")}  # fmt: skip
-    return tiles + [(f"{known[name] / unit:.3g}", what) for name, (unit, what) in units.items() if name in known]
+    tiles += [(f"{known[name] / unit:.3g}", what) for name, (unit, what) in units.items() if name in known]
+    waits = [row["data_wait_share"] for row in run.metrics if "data_wait_share" in row]
+    if waits:
+        tiles.append((f"{sum(waits) / len(waits):.2%}", "of the time of a step, waiting for data"))
+    return tiles
 
 
 def _settings_table(runs: Sequence[Run]) -> Table:
