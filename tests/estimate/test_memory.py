@@ -32,8 +32,8 @@ from fewstep.estimate.memory import (
 from fewstep.estimate.meter import ACTIVATIONS
 from fewstep.families.registry import build_on_meta, build_released, family_named, released_shapes
 from fewstep.networks.adapters import AdapterRole, LoraShape
-from fewstep.networks.frozen_layers import BaseStorage
-from fewstep.settings import TrainSettings, parse_settings
+from fewstep.networks.frozen_layers import BaseStorage, host_tensors
+from fewstep.settings import LossSettings, TrainSettings, parse_settings
 from fewstep.training.build import check_network
 from tests.estimate.memory_cases import case_settings, description, measured_peak
 
@@ -51,9 +51,9 @@ def predicted(mode: str, size: str, batch_size: int = 2, pictures: bool = False,
 
 
 LONG = pytest.mark.long
-PAIRS = [  # the mode that most people run; the other pairs, and weights kept in bf16, in the long run
-    ("shared_base", "middle"),
+PAIRS = [  # in the default run, a small base stands for all (below)
     *(pytest.param(*pair, marks=LONG) for pair in [
+        ("shared_base", "middle"),
         ("full", "large"), ("full", "small"), ("full", "middle"), ("lora_generator", "small"), ("lora_generator", "middle"),
         ("lora_generator", "large"), ("shared_base", "small"), ("shared_base", "large"),
     ]),
@@ -83,6 +83,40 @@ def test_a_flow_models_steps_can_be_rehearsed() -> None:
         steps = StepSchedule.on(FlowSchedule(6.0), (999, 749, 499, 249))
     assert steps.sigmas == tuple(FlowSchedule(6.0).grid[[999, 749, 499, 249]].tolist())
     assert predicted("shared_base", "z-image", 1, checkpoint_activations=True).step > 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "on_host"),
+    [("nf4", True), *(pytest.param(*case, marks=LONG) for case in [("nf4", False), ("int8", False), ("int8", True)])],
+)
+def test_predicted_peak_of_a_small_base(base: str, on_host: bool) -> None:
+    """With the CPU as the GPU, what a base keeps in host memory is measured too."""
+    settings = stored(base, on_host)
+    estimate = estimate_run(settings, build_on_meta(description("small")), gpu=False, pictures=False)
+    measured = measured_peak(settings, "small")
+    assert estimate.step + estimate.on_host == pytest.approx(measured, rel=0.1)
+    assert (estimate.on_host > 0) == on_host
+
+
+def stored(base: str, on_host: bool) -> TrainSettings:
+    """A run with a quantised base; settings refuse host memory on the CPU, so that it is put in by hand."""
+    settings = case_settings("shared_base", 2, base=base, checkpoint_activations=True)
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update={"offload_blocks": on_host})})
+
+
+@pytest.mark.slow
+def test_bytes_of_a_small_base() -> None:
+    """Its codes, scales and what is not in layers are there; in host memory the former do not count, and every pass moves them."""
+    settings = stored("nf4", on_host=True).model_copy(update={"losses": LossSettings()})
+    found = estimate_run(settings, build_on_meta(description("small")), gpu=False, pictures=False)
+    network = BaseStorage("nf4", on_host=True).store(build_on_meta(description("small")))
+    assert found.on_host == sum(part.nbytes for part in host_tensors(network))
+    assert 4.25 / 8 < found.on_host / found.parameters["teacher"] < 8.25 / 8  # linear layers and convolutions
+    assert found.kinds[FAKE_SCORE_TURN][FROZEN] == 4 * sum(parameter.numel() for parameter in network.parameters())
+    # forward and again, the teacher's, the fake score's
+    assert found.moved[GENERATOR_TURN] == pytest.approx(4 * found.on_host, rel=0.1)
+    assert found.moved[FAKE_SCORE_TURN] == pytest.approx(2 * found.on_host, rel=0.1)
 
 
 def test_what_lies_between_steps_is_counted_exactly() -> None:
@@ -222,6 +256,7 @@ def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
         ("sd15", 859.52, (4, 64, 64)),
         ("sdxl", 2567.46, (4, 128, 128)),
         ("sd3-medium", 2028.33, (16, 128, 128)),
+        ("sd35-medium", 2243.17, (16, 128, 128)),
         ("z-image", 6154.91, (16, 128, 128)),
     ],
 )

@@ -1,20 +1,23 @@
 """Quantised layers are the layers of their weights, keep nothing but codes, and carry LoRAs as plain ones do."""
 
+import re
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.diffusion.denoiser import computing_in
+from fewstep.diffusion.denoiser import Denoiser, computing_in
 from fewstep.errors import UserError
 from fewstep.models.load import load_teacher
 from fewstep.networks import frozen_layers
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
-from fewstep.networks.frozen_layers import Base, BaseStorage, FrozenConv2d, FrozenLayer, FrozenLinear
+from fewstep.networks.frozen_layers import Base, BaseStorage, FrozenConv2d, FrozenLayer, FrozenLinear, host_tensors
 from fewstep.networks.quantised import quantise
 from tests.conftest import tiny_denoiser
 from tests.tiny_networks import some_levels, tiny_condition, tiny_text_denoiser
@@ -31,8 +34,8 @@ LAYERS: list[tuple[Any, tuple[int, ...]]] = [
 ]
 
 
-def frozen(layer: Any, kind: Any) -> FrozenLayer:
-    return FrozenLinear(layer, kind) if isinstance(layer, nn.Linear) else FrozenConv2d(layer, kind)
+def frozen(layer: Any, base: Base) -> FrozenLayer:
+    return FrozenLinear(layer, base) if isinstance(layer, nn.Linear) else FrozenConv2d(layer, base)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -42,7 +45,7 @@ def test_a_layer_is_the_layer_of_its_weight(make: Any, shape: tuple[int, ...], k
     torch.manual_seed(0)
     plain = make().double().requires_grad_(False)
     small = frozen(plain, kind)
-    plain.weight.copy_(small.weight_in(torch.float64))
+    plain.weight.copy_(small.weight_of(small.codes, small.scale, torch.float64))
     x, again = (torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(2))
     again.data.copy_(x.data)
     expected, found = plain(x), small(again)
@@ -83,7 +86,7 @@ def test_what_is_stored_how() -> None:
         BaseStorage("nf4").store(network)
         inside = [layer for block in network.blocks() for layer in block.modules()]
         assert not any(type(layer) in (nn.Linear, nn.Conv2d) for layer in inside)
-        kinds = {(type(layer), layer.kind) for layer in inside if isinstance(layer, FrozenLayer)}
+        kinds = {(type(layer), layer.base) for layer in inside if isinstance(layer, FrozenLayer)}
         assert kinds == {(FrozenLinear, "nf4"), (FrozenConv2d, "int8")}
         assert network.network.conv_in.weight.dtype == dtype
         assert {part.dtype for part in network.parameters()} == {dtype}
@@ -183,3 +186,98 @@ def test_recomputed_activations_give_the_same_gradients(base: Base) -> None:
     assert sum(gradient is not None and bool(gradient.any()) for gradient in found[0]) > 10
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
+
+
+def test_networks_call_their_layers_and_never_ask_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be made anew each time."""
+
+    def asked(self: Any) -> Tensor:
+        raise AssertionError("a weight was asked for")
+
+    for family in ("sd", "sdxl", "sd3"):
+        network = BaseStorage("int8").store(tiny_text_denoiser(family))
+        shared = SharedBase(network, LoraShape(rank=2))
+        role = shared.add_role("generator")
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenLayer, "weight", property(asked))
+            role.denoise(torch.randn(2, *network.image_shape), some_levels(network, 700, 100), tiny_condition(family))
+
+
+# --- In host memory
+
+
+def pointer_of(tensor: Tensor) -> int:
+    """A storage's own number while it is there."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class Moves(TorchDispatchMode):
+    """Sees copies of host tensors, the CPU standing in for a GPU: how often each was made, and which are alive when one is made."""
+
+    def __init__(self, network: Denoiser) -> None:
+        super().__init__()
+        self.blocks = {
+            pointer_of(part): number for number, block in enumerate(network.blocks()) for part in host_tensors(block)
+        }
+        self.counts, self.copies = Counter[int](), list[tuple[int, weakref.ref[Any]]]()
+        self.most_alive, self.blocks_alive = 0, set[int]()
+
+    def alive(self) -> list[int]:
+        """The block of each copy that is alive."""
+        return [block for block, copy in self.copies if copy() is not None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            source = pointer_of(args[0])
+            if source in self.blocks:
+                self.counts[source] += 1
+                self.copies.append((self.blocks[source], weakref.ref(made.untyped_storage())))
+                alive = self.alive()
+                self.most_alive = max(self.most_alive, len(alive))
+                self.blocks_alive.add(len(set(alive)))
+        return made
+
+
+@pytest.mark.parametrize(("family", "base"), [("sd3", "nf4"), ("sdxl", "bf16")])
+def test_a_block_is_on_the_device_only_around_its_use(family: str, base: Base) -> None:
+    """Same x0 and gradients as at home; a layer at a time without gradients, a block at a time with; nothing afterwards.
+
+    Of a U-Net, what diffusers does not recompute (projections around transformers, resampling, the middle's first layers) stays from
+    the forward on.
+    """
+    found = []
+    for on_host in (False, True):
+        network = tiny_text_denoiser(family)
+        network.compute_dtype = torch.bfloat16
+        BaseStorage(base, on_host).store(network)
+        shared = SharedBase(network, LoraShape(rank=2))
+        shared.checkpoint_activations()
+        role = shared.add_role("generator")
+        for number, part in enumerate(role.parameters()):
+            nn.init.normal_(part, std=0.1, generator=torch.Generator().manual_seed(number))
+        noisy = torch.randn(2, *network.image_shape, generator=torch.Generator().manual_seed(0))
+        level, condition = some_levels(network, 700, 100), tiny_condition(family)
+        with Moves(network) as free, torch.no_grad():
+            bare = network.denoise(noisy, level, condition)
+        with Moves(network) as trained:
+            role.denoise(noisy, level, condition).square().sum().backward()
+        found.append([bare, *(part.grad for part in role.parameters())])
+        assert not free.alive()
+        assert not trained.alive()
+    assert all(torch.equal(here, there) for here, there in zip(*found, strict=True))
+    each = 1 if base == "bf16" else 2  # codes and scale
+    assert (free.most_alive, set(free.counts.values())) == (each, {1})
+    assert trained.most_alive > each
+    if family == "sd3":
+        assert trained.blocks_alive == {1}
+        assert set(trained.counts.values()) == {2}  # forward and recomputation, which the backward pass uses too
+    else:
+        once = {pointer for pointer, count in trained.counts.items() if count == 1}
+        layers = {path: layer for path, layer in network.named_modules() if isinstance(layer, FrozenLayer)}
+        found_once = {path for path, layer in layers.items() if any(pointer_of(part) in once for part in layer.on_host)}
+        assert found_once == {
+            path for path in layers if re.search(r"\.(proj_in|proj_out|\w+samplers|mid_block\.resnets\.0)\.", path)
+        }
+    assert len(trained.counts) == len(host_tensors(network)) > 20
+    assert not [name for name in network.state_dict() if name.endswith("codes")]

@@ -421,7 +421,7 @@ def test_a_section_default_of_the_command_is_described_not_that_of_the_section()
 
 
 def test_settings_stay_few() -> None:
-    assert len(describe_settings(TrainSettings)) <= 61
+    assert len(describe_settings(TrainSettings)) <= 62
     assert len(describe_settings(PretrainSettings)) <= 34
 
 

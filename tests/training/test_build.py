@@ -1,6 +1,7 @@
 """From settings to networks, terms and inputs; and runs that start from earlier ones or from stored pairs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -511,3 +512,40 @@ def test_a_quantised_base_lies_whole_in_every_process() -> None:
         UserError, match=r"memory\.base='nf4' lies whole in each of 2 processes: set memory\.teacher='replicated'"
     ):
         own_settings(sharded, 2)
+
+
+SHARED: dict[str, Any] = {"mode": "shared_base", "offload_blocks": True, "checkpoint_activations": True}
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "told"),
+    [
+        (SHARED, "cpu", "moves blocks between host memory and a CUDA GPU, and this run is on none: leave it out"),
+        (
+            SHARED | {"mode": "full"},
+            "cuda",
+            "is for a frozen base under LoRAs: set memory.mode to shared_base or lora_generator",
+        ),
+        (SHARED | {"checkpoint_activations": False}, "cuda", "needs memory.checkpoint_activations=true: without it"),
+    ],
+)
+def test_offloaded_blocks_that_cannot_be(memory: dict[str, Any], device: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"memory.offload_blocks=true {told}")):
+        settings_of(memory=memory, compute={"device": device})
+
+
+def test_offloaded_blocks_need_a_gpu_that_is_there(teacher_folder: Path) -> None:
+    settings = settings_of(teacher={"path": str(teacher_folder)}, memory=SHARED)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"memory\.offload_blocks=true moves blocks .* this run is on none"):
+        open_teacher(settings)
+
+
+def test_offloaded_blocks_lie_whole_in_every_process() -> None:
+    settings = settings_of(memory=SHARED | {"base": "bf16"}, training={"batch_size": 4})
+    with pytest.raises(
+        UserError, match=r"memory\.offload_blocks=true keeps a whole base in host memory for each of 2 processes"
+    ):
+        own_settings(settings, 2)
+    assert own_settings(settings, 1).memory.offload_blocks

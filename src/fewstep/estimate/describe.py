@@ -33,6 +33,7 @@ from fewstep.training.warmup import is_warmup
 
 _GIB = 2**30
 _RATE = 200e12
+_PCIE = 25e9  # bytes a second from pinned host memory, PCIe 4.0 with 16 lanes
 _MODES = {
     "full": "three networks",
     "lora_generator": "generator as LoRA on the frozen teacher, fake score a network of its own",
@@ -110,6 +111,8 @@ def describe_distillation(
     gradients = 4 * sum(count for role, count in chosen.parameters.items() if role in ("generator", "fake_score"))
     yield describe_fits(peak, gradients, size)
     yield _describe_work(settings, chosen)
+    if chosen.on_host:
+        yield _describe_moves(settings, chosen)
     if processes > 1:
         report(f"rehearsing the step of one of {processes} processes ...")
         yield from describe_processes(
@@ -122,11 +125,12 @@ def describe_distillation(
     if not family.lora_targets or is_warmup(settings):  # no LoRA without targets, none in a warm-up
         return
     for mode in _MODES:
-        estimate = chosen
+        estimate, other = chosen, _in_mode(settings, mode)
         if mode != settings.memory.mode:
             report(f"rehearsing a step with memory.mode={mode} ...")
-            estimate = rehearse(_in_mode(settings, mode))
-        yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}"
+            estimate = rehearse(other)
+        stored = "" if other.memory.base == settings.memory.base else f" (memory.base={other.memory.base})"
+        yield f"with memory.mode={mode}: {estimate.step / _GIB:.1f} GiB a step, {_MODES[mode]}{stored}"
 
 
 def _on_gpu(settings: TrainSettings | PretrainSettings) -> bool:
@@ -196,9 +200,33 @@ def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
     )
 
 
+def average_moves(settings: TrainSettings, estimate: Estimate) -> float:
+    """Bytes of the base that an average step copies to the device: each forward and each recomputation all that it runs.
+
+    Generator and fake score take turns, and samples are drawn, as in `average_flops`; each draw is one forward.
+    """
+    training, steps = settings.training, len(settings.generator.step_indices)
+    every, moved = training.generator_every, estimate.moved
+    parts = -(-training.batch_size // (training.microbatch_size or training.batch_size))
+    drawn = parts * estimate.on_host * ((1 - 1 / every) + (steps - 1) / 2)
+    return moved[GENERATOR_TURN] / every + moved[FAKE_SCORE_TURN] + drawn
+
+
+def _describe_moves(settings: TrainSettings, estimate: Estimate) -> str:
+    """What offloaded blocks cost."""
+    moved = average_moves(settings, estimate)
+    return (
+        f"memory.offload_blocks: {estimate.on_host / _GIB:.1f} GiB of the base stay in host memory, and {moved / 1e9:.3g} GB a step on average go "
+        f"to the GPU, {moved / _PCIE:.2g} s at {_PCIE / 1e9:.0f} GB/s (PCIe 4.0 with 16 lanes, not measured), in which it does not compute"
+    )
+
+
 def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
-    """The settings in another memory mode."""
-    return settings.model_copy(update={"memory": settings.memory.model_copy(update={"mode": mode})})
+    """The settings in another memory mode; what only LoRAs allow is left out where whole networks are trained."""
+    memory: dict[str, Any] = {"mode": mode}
+    if mode == "full":
+        memory |= {"offload_blocks": False, "base": "fp32" if settings.memory.base == "fp32" else "bf16"}
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update=memory)})
 
 
 def describe_pretraining(settings: PretrainSettings) -> list[str]:

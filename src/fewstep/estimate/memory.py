@@ -35,6 +35,7 @@ from fewstep.estimate.stand_ins import (
 )
 from fewstep.families.registry import build_on_meta
 from fewstep.models.model import Model
+from fewstep.networks.frozen_layers import host_tensors
 from fewstep.settings import ComputeSettings, TrainSettings
 from fewstep.training.build import build_distillation, build_step_schedule
 from fewstep.training.distill import DistillationJob
@@ -56,6 +57,8 @@ class Estimate:
         flops: by phase of a step, floating-point operations.
         forward_flops: of one sample's forward through the teacher, where pictures are rehearsed.
         parameters: of the teacher, of what each optimiser trains ("generator", "fake_score"), of the "discriminator".
+        moved: by phase of a step, bytes that are copied from host memory to the device (`memory.offload_blocks`).
+        on_host: bytes of the base that lie in host memory.
     """
 
     peaks: dict[str, int] = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Estimate:
     flops: dict[str, int] = field(default_factory=dict)
     forward_flops: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    on_host: int = 0
 
     @property
     def phase(self) -> str:
@@ -77,6 +82,7 @@ class Estimate:
     def close(self, phase: str, meter: Meter) -> None:
         """Note the peak since the last phase as this phase's."""
         self.peaks[phase], self.kinds[phase], self.flops[phase] = meter.peak, meter.at_peak.copy(), meter.flops
+        self.moved[phase] = meter.moved
         meter.start_phase()
 
 
@@ -134,6 +140,7 @@ def estimate_run(
             _rehearse_pictures(settings, teacher, gpu, meter, estimate)
             estimate.close(PICTURES, meter)
         estimate.flops = {phase: count * whole // size for phase, count in estimate.flops.items()}
+        estimate.moved = {phase: count * whole // size for phase, count in estimate.moved.items()}
         del job  # until here: what it holds lies in memory beside the pictures
     return estimate
 
@@ -222,6 +229,8 @@ def _prepare(
     """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
     meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])
     meter.assign(FROZEN, teacher.buffers())  # codes and scales of a quantised base
+    meter.leave_out(host_tensors(teacher))
+    estimate.on_host = sum(part.nbytes for part in host_tensors(teacher))
     if average is not None:
         meter.assign(AVERAGE, average.module.parameters())
     for name, optimizer in optimizers.items():

@@ -41,12 +41,14 @@ class Meter(TorchDispatchMode):
         total: bytes of all kinds.
         peak: the largest total since `start_phase`, in bytes.
         flops: floating-point operations of matrix products, convolutions and attention.
+        moved: bytes copied from what lies in host memory.
     """
 
     def __init__(self, calls: Calls | None = None) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
-        self.total = self.peak = self.flops = 0
+        self.total = self.peak = self.flops = self.moved = 0
+        self._host: dict[int, torch.UntypedStorage] = {}
         self._at_peak: Counter[str] = Counter()
         self._rising = True  # the total is its peak, and `_at_peak` is yet to be taken
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
@@ -66,6 +68,8 @@ class Meter(TorchDispatchMode):
             self.casts.clear()
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # no tensor has a value: the step's one host number is which simulated step to train
+        if func is _aten._to_copy.default and id(args[0].untyped_storage()) in self._host:
+            self.moved += args[0].nbytes
         made = self._calls(func, args, kwargs)
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
@@ -88,9 +92,16 @@ class Meter(TorchDispatchMode):
             self.live[kind] += size
             self._kinds[key] = kind
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """These lie in host memory: their storages do not count, and copies of them are moves."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._host[id(storage)] = storage  # held, so that no other one has its number
+            self._forget(id(storage))(None)
+
     def start_phase(self) -> None:
-        """Forget the peak and the arithmetic so far."""
-        self.peak, self.flops, self._rising = self.total, 0, True
+        """Forget the peak, the arithmetic and the moves so far."""
+        self.peak, self.flops, self.moved, self._rising = self.total, 0, 0, True
 
     @property
     def at_peak(self) -> Counter[str]:
@@ -106,7 +117,7 @@ class Meter(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._storages or storage.device != META:
+        if key in self._storages or key in self._host or storage.device != META:
             return
         size = storage.nbytes()
         self._storages[key] = (weakref.ref(storage, self._forget(key)), size)
@@ -118,6 +129,8 @@ class Meter(TorchDispatchMode):
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
+            if key not in self._storages:
+                return  # left out
             self._keep_peak()
             size = self._storages.pop(key)[1]
             self.live[self._kinds.pop(key)] -= size

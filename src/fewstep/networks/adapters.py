@@ -64,8 +64,9 @@ class SharedBase:
         """
         if self.role is not None or any(role in layer.lora_A for layer in self.layers.values()):
             raise ValueError(f"role {role!r} exists already, or roles are added inside a forward of {self.role!r}")
+        device = next(self.base.parameters()).device  # whose layers may lie elsewhere
         for layer in self.layers.values():
-            layer.add_role(role, self.lora.rank)
+            layer.add_role(role, self.lora.rank, device)
         return AdapterRole(self, role)
 
     @contextmanager

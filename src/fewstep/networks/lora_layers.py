@@ -52,7 +52,7 @@ class LoraLayer(nn.Module):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.binding, self.number, self.scale = binding, number, scale
 
-    def add_role(self, role: str, rank: int) -> None:
+    def add_role(self, role: str, rank: int, device: torch.device) -> None:
         """A new update, float32, that starts as no change at all: A random, B zero."""
         base = self.base_layer
         down: nn.Module
@@ -66,7 +66,7 @@ class LoraLayer(nn.Module):
             up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
-        self.lora_A[role], self.lora_B[role] = (part.float().to(base.weight.device) for part in (down, up))
+        self.lora_A[role], self.lora_B[role] = (part.float().to(device) for part in (down, up))
 
     @property
     def weight(self) -> Tensor:

@@ -44,7 +44,8 @@ def dequantise(codes: Tensor, scale: Tensor, kind: Kind, shape: torch.Size, dtyp
     if kind == "int8":
         blocks = codes.to(work)
     else:
-        blocks = _pairs(codes.device, work).index_select(0, codes.flatten().int()).view(-1, BLOCK)
+        table = _pairs if torch.compiler.is_compiling() else _kept_pairs  # the compiler warns of caches
+        blocks = table(codes.device, work).index_select(0, codes.flatten().int()).view(-1, BLOCK)
     return blocks.mul_(scale.to(work)).flatten()[: shape.numel()].view(shape).to(dtype)
 
 
@@ -53,8 +54,10 @@ def _scale(largest: Tensor) -> Tensor:
     return largest.clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
 
 
-@cache
 def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     """(256, 2): both weights of each byte, before their scale."""
     table, byte = torch.tensor(NF4, dtype=dtype, device=device), torch.arange(256, device=device)
     return torch.stack([table[byte // 16], table[byte % 16]], 1)
+
+
+_kept_pairs = cache(_pairs)

@@ -88,6 +88,9 @@ class MemorySettings(Tree):
         description="under torchrun: processes (of one node) that share one copy of the networks; 0: all of them",
     )
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
+    offload_blocks: bool = Field(
+        False, description="keep the frozen base's blocks in host memory and copy each to the GPU where it is used"
+    )
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +98,18 @@ class MemorySettings(Tree):
         return renamed(values, {"frozen_precision": "fp32"}, "memory.base")
 
     def refuse_parts(self, processes: int) -> None:
-        """Raise UserError where a quantised base would lie in parts over several processes."""
-        if processes > 1 and self.is_quantised and self.teacher != "replicated":
+        """Raise UserError where a base would lie in parts over several processes that cannot."""
+        if processes == 1 or self.teacher == "replicated":
+            return
+        if self.is_quantised:
             raise UserError(
                 f"memory.base={self.base!r} lies whole in each of {processes} processes: set memory.teacher='replicated', or memory.base to "
                 "bf16 or fp32, which can lie in parts"
+            )
+        if self.offload_blocks:
+            raise UserError(
+                f"memory.offload_blocks=true keeps a whole base in host memory for each of {processes} processes: set memory.teacher="
+                "'replicated', or leave it out and set memory.teacher='offloaded', which keeps parts there"
             )
 
     @property
@@ -145,6 +155,9 @@ NEEDS = (
 )
 
 
+NO_GPU = "moves blocks between host memory and a CUDA GPU, and this run is on none: leave it out"
+
+
 class TrainSettings(Tree):
     """Everything `fewstep train` needs."""
 
@@ -174,10 +187,25 @@ def _impossible_memory(settings: TrainSettings) -> str:
     memory, compute = settings.memory, settings.compute
     if memory.base == "bf16" and compute.precision in ("fp32", "fp16"):
         return "memory.base='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
+    if memory.offload_blocks and (reason := _impossible_offload(memory, compute)):
+        return f"memory.offload_blocks=true {reason}"
     if memory.is_quantised and memory.mode == "full":
         return (
             f"memory.base={memory.base!r} is for a frozen base under LoRAs, and memory.mode='full' trains whole networks: set memory.mode to "
             "shared_base or lora_generator, or memory.base to fp32 or bf16"
+        )
+    return ""
+
+
+def _impossible_offload(memory: MemorySettings, compute: ComputeSettings) -> str:
+    if compute.device == "cpu":
+        return NO_GPU
+    if memory.mode == "full":
+        return "is for a frozen base under LoRAs: set memory.mode to shared_base or lora_generator"
+    if not memory.checkpoint_activations:
+        return (
+            "needs memory.checkpoint_activations=true: without it the copies of all blocks stay on the GPU from the forward to the "
+            "backward pass"
         )
     return ""
 

@@ -40,6 +40,7 @@ from fewstep.models.model import Model
 from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.networks.perceptual import load_lpips, pixel_distance
 from fewstep.settings import LossSettings, TrainSettings
+from fewstep.settings.train import NO_GPU
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
 from fewstep.training.step import Distillation
@@ -144,7 +145,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
 
 def base_storage(settings: TrainSettings) -> BaseStorage:
     """How weights are stored that are never trained."""
-    return BaseStorage(settings.memory.base)
+    return BaseStorage(settings.memory.base, settings.memory.offload_blocks)
 
 
 def start_roles(roles: Roles, source: Path) -> None:
@@ -197,13 +198,15 @@ def open_teacher(settings: TrainSettings) -> Model:
     """
     if not settings.teacher.path:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
-    named = settings.teacher
+    named, place = settings.teacher, choose_device(settings.compute.device)
+    if settings.memory.offload_blocks and place.type != "cuda":
+        raise UserError(f"memory.offload_blocks=true {NO_GPU}")
     teacher = load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
     if teacher.folder is not None:
         teacher.family.refuse_as_teacher(teacher.folder)
     if settings.teacher.network:
         check_network(teacher, settings)
-    set_precision(teacher.denoiser, settings.compute.precision, choose_device(settings.compute.device))
+    set_precision(teacher.denoiser, settings.compute.precision, place)
     if settings.memory.mode == "shared_base":
         base_storage(settings).store(teacher.denoiser)
     return teacher.to(settings.compute.device)

@@ -1,4 +1,4 @@
-"""LoRA targets, released network and VAE of Stable Diffusion 3 medium, as published in their configs."""
+"""LoRA targets, released networks and VAE of Stable Diffusion 3 and 3.5 medium, as published in their configs."""
 
 from typing import Any
 
@@ -15,7 +15,14 @@ SD3_MEDIUM: dict[str, Any] = {
         "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
     },
 }  # fmt: skip
-SHAPES = {"sd3-medium": SD3_MEDIUM}
+# 2243.2 M parameters; with its table of positions the 4.94 GB of the released file
+SD35_MEDIUM: dict[str, Any] = {
+    **SD3_MEDIUM,
+    "network": {
+        **SD3_MEDIUM["network"], "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+    },
+}  # fmt: skip
+SHAPES = {"sd3-medium": SD3_MEDIUM, "sd35-medium": SD35_MEDIUM}
 # 84 M parameters, 8 pixels a latent side
 VAE: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": (128, 256, 512, 512),
