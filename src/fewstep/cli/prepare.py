@@ -67,7 +67,7 @@ def prepare_pairs(
 @prepare.command("embeddings")
 def prepare_embeddings(
     teacher: Annotated[str, typer.Argument(help="text-to-image teacher: diffusers folder or hub id")],
-    prompts: Annotated[Path, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
+    prompts: Annotated[str, typer.Argument(help="prompts: .txt (one a line), .parquet, .jsonl, .csv, .pkl, or a folder with metadata.jsonl")],
     folder: Annotated[Path, typer.Argument(help="where the embeddings go; an interrupted job in it is continued")],
     *,
     column: Annotated[str, typer.Option(help="column of the prompts in tables")] = "text",

@@ -18,6 +18,7 @@ from fewstep.data.tables import (
 )
 from fewstep.data.tars import TarRows, check_tar
 from fewstep.errors import UserError
+from fewstep.formats.remote import data_path
 from fewstep.progress import tell
 
 _CHUNK = 64
@@ -113,7 +114,7 @@ def open_captioned_images(
     Raises:
         UserError: nothing there, no pictures, no captions, a tar that is cut short.
     """
-    path = Path(source).expanduser()
+    path = data_path(source)
     tars = [path] if path.suffix.lower() == ".tar" else []
     if path.is_dir():
         files = list(walk_files(path))

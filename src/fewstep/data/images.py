@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from fewstep.data.waiting import WAITING
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
+from fewstep.formats.remote import data_path
 from fewstep.parallel import local_batch
 from fewstep.progress import Stderr, busy, tell, working
 
@@ -132,10 +132,10 @@ def load_images(
             classes, a picture that does not decode or fit.
     """
     check_colour(settings.background, "data.background")
-    if settings.images and (Path(settings.images).expanduser() / "data.mdb").is_file():
+    if settings.images and (data_path(settings.images) / "data.mdb").is_file():
         return _load_lmdb(settings, resolution, channels, num_classes)
     size = (resolution, channels, settings.fit, settings.background)
-    path = Path(settings.images).expanduser()
+    path = data_path(settings.images)
     if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
         where = f"data.images={settings.images}"
         with busy(Stderr(), f"Listing the pictures of {settings.images}"):
@@ -191,7 +191,7 @@ def _folder_labels(
 
 def _load_lmdb(settings: "DataSettings", resolution: int, channels: int, num_classes: int) -> LmdbImageDataset:
     kinds = IMAGENET if num_classes else {"images": IMAGENET["images"]}
-    arrays, where = LmdbArrays(Path(settings.images).expanduser(), kinds), f"data.images={settings.images}"
+    arrays, where = LmdbArrays(data_path(settings.images), kinds), f"data.images={settings.images}"
     shape = arrays.shapes["images"]
     if shape[1:] != (channels, resolution, resolution) or not shape[0]:
         raise UserError(

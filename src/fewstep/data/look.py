@@ -14,6 +14,7 @@ from fewstep.data.pictures import open_picture
 from fewstep.data.tables import TableRows, image_column, open_table, picture_tables
 from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
+from fewstep.formats.remote import data_path
 
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings
@@ -44,7 +45,7 @@ def look_at_pictures(settings: "DataSettings") -> Look:
     Raises:
         UserError: nothing there, or a picture that does not decode.
     """
-    path = Path(settings.images).expanduser()
+    path = data_path(settings.images)
     if settings.images and (path / "data.mdb").is_file():
         return _look_at_lmdb(path)
     if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):

@@ -9,8 +9,8 @@ from typing import Any
 from fewstep.data.csv_rows import csv_columns, csv_rows
 from fewstep.data.metadata import METADATA
 from fewstep.errors import UserError
-from fewstep.formats.bundled import resolve_path
 from fewstep.formats.inert_pickle import read_pickled_strings
+from fewstep.formats.remote import data_path
 from fewstep.progress import tell
 
 _SUFFIXES = (".txt", ".parquet", ".pkl", ".jsonl", ".csv")
@@ -33,7 +33,7 @@ def load_prompts(path: str | Path, column: str = "text") -> list[str]:
         UserError: nothing there, no prompts, bytes that are not UTF-8, no such column. The message names the file and the
             line or row.
     """
-    path = resolve_path(path)
+    path = data_path(path)
     files = _tables(path) if path.is_dir() else [path]
     prompts = [prompt for file in files for prompt in _read(file, column)]
     if not any(prompts):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.data.listing import SPLITS, is_metadata, is_picture, list_pictures_below, same_split, walk_files
 from fewstep.errors import UserError
+from fewstep.formats.remote import data_path
 from fewstep.formats.source import Source
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def open_table(settings: "DataSettings") -> Any:
     """Parquet files or a hub set as a `datasets` table."""
     if not settings.images:
         raise UserError("data.images is not set: name a folder of pictures, a parquet file or a hub data set")
-    path, where = Path(settings.images).expanduser(), f"data.images={settings.images}"
+    path, where = data_path(settings.images), f"data.images={settings.images}"
     import datasets
 
     datasets.disable_progress_bars()

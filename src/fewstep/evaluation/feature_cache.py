@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fewstep.data.listing import walk_files
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.remote import user_cache
 from fewstep.formats.tensor_files import read_safetensors, write_tensor_file
 from fewstep.progress import Report
 
@@ -25,8 +25,7 @@ Tell = Callable[[str], None]
 
 def cache_folder() -> Path:
     """Where features are kept: `fewstep/features` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
-    place = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(place) if Path(place).is_absolute() else Path.home() / ".cache") / "fewstep" / "features"
+    return user_cache("features")
 
 
 def content_digest(path: Path, names: Sequence[str] | None = None, report: Report = lambda done, total: None) -> str:

@@ -1,7 +1,6 @@
 """The real side of an evaluation: features of pictures, from the cache or made now."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fewstep.evaluation.feature_cache import content_digest, feature_key, keep_f
 from fewstep.evaluation.features import FeatureNetwork
 from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.protocols import Protocol, coco_features
+from fewstep.formats.remote import data_path
 from fewstep.progress import Report, say, working
 from fewstep.settings import DataSettings
 
@@ -28,7 +28,7 @@ def features_of_images(
         UserError: pictures that are not there, or do not decode or fit.
     """
     channels, resolution, _ = picture_shape
-    path = Path(settings.images).expanduser()
+    path = data_path(settings.images)
     facts = {"split": settings.split, "fit": settings.fit, "background": settings.background, "shape": [*picture_shape]}
 
     def make() -> dict[str, Tensor]:

@@ -81,6 +81,8 @@ def standing(target: Path) -> Path:
 
     The next writer puts it back; a reader leaves it where it is, because the writer may be alive and between its two renames.
     """
+    if not target.name:  # the folder where the user is, the root
+        return target
     replaced = _replaced(target)
     return replaced if not target.exists() and replaced.is_dir() else target
 

@@ -59,7 +59,7 @@ class LatentsOptions:
     device: str = "auto"
 
 
-def make_embeddings(teacher: str, source: Path, folder: Path, options: EmbeddingsOptions) -> None:
+def make_embeddings(teacher: str, source: str | Path, folder: Path, options: EmbeddingsOptions) -> None:
     """Store the embeddings of a prompt list, in as many processes as torchrun started.
 
     Raises:
@@ -69,7 +69,7 @@ def make_embeddings(teacher: str, source: Path, folder: Path, options: Embedding
         _make_embeddings(teacher, source, folder, options)
 
 
-def _make_embeddings(teacher: str, source: Path, folder: Path, options: EmbeddingsOptions) -> None:
+def _make_embeddings(teacher: str, source: str | Path, folder: Path, options: EmbeddingsOptions) -> None:
     """`make_embeddings` in one of its processes."""
     with busy(console, f"Reading {source}"):
         prompts = load_prompts(source, options.column)

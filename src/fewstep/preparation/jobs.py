@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.formats.remote import data_path
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
 from fewstep.parallel import agreed, joined, refuse_differences
@@ -132,7 +133,7 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
             dataset, folder, num_classes=options.num_classes, num_passes=options.num_passes, flip=options.flip,
             seed=options.seed, device=options.device, name=options.name, precision=precision, report=report,
         )  # fmt: skip
-    place = Path(options.pictures.images).expanduser()
+    place = data_path(options.pictures.images)
     if place.exists() and not has_split(place, "test"):
         say(console, "no split `test`: accuracy on unseen pictures is not known")
     else:

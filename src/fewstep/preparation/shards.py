@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.shard_folder import MANIFEST, ShardKind, start_or_continue
+from fewstep.formats.remote import refuse_url
 from fewstep.parallel import agreed, by_the_first, refuse_differences, refuse_unshared, world_size
 
 
@@ -27,6 +28,7 @@ def begin(
             announce()
         return start_or_continue(folder, job, kind, ignore)
 
+    refuse_url(folder, "folder")
     refuse_differences(json.dumps(job, sort_keys=True, default=str), "files or options")
     manifest = agreed(by_the_first(start))
     assert manifest is not None

@@ -11,7 +11,8 @@ class DataSettings(Tree):
     """Pictures to train on or to measure with."""
 
     images: str = Field(
-        "", description="folder of pictures, parquet file, published LMDB (folder with data.mdb), or hub data set id"
+        "",
+        description="folder of pictures, parquet file, published LMDB (folder with data.mdb), URL of one (s3://...), or hub data set id",
     )
     split: str = Field("train", description="split of the data set, where it has several")
     column: str = Field(

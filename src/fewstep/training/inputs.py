@@ -20,6 +20,7 @@ from fewstep.distillation.inputs import (
     RealBatch,
 )
 from fewstep.errors import UserError
+from fewstep.formats.remote import data_path
 from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 
@@ -101,7 +102,7 @@ def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
     """Lines where pairs do not say whose they are, or are made in another way than the published ones."""
     if not settings.losses.regression_weight or not settings.data.pairs:
         return []
-    job, lines = read_manifest(Path(settings.data.pairs).expanduser(), PAIRS).get("job", {}), list[str]()
+    job, lines = read_manifest(data_path(settings.data.pairs), PAIRS).get("job", {}), list[str]()
     pairs = f"warning: data.pairs={settings.data.pairs}"
     if teacher.folder is not None and "network" not in job:
         lines.append(
@@ -130,7 +131,7 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: M
     """
     if not settings.data.pairs:
         raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
-    folder = Path(settings.data.pairs).expanduser()
+    folder = data_path(settings.data.pairs)
     pairs = NoiseImagePairs(folder)
     if tuple(pairs.images.shape[1:]) != teacher.denoiser.image_shape:
         raise UserError(

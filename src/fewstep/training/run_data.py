@@ -14,6 +14,7 @@ from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import add_content
 from fewstep.formats.lora_list import loras_fingerprint
+from fewstep.formats.remote import data_path
 from fewstep.formats.source import Source
 
 FILE = "data.json"
@@ -36,18 +37,23 @@ class Content:
     num_files: int
 
 
-def read_content(source: str, counts: Callable[[str], bool] = lambda name: not _is_beside(name)) -> Content:
+def read_content(
+    source: str,
+    counts: Callable[[str], bool] = lambda name: not _is_beside(name),
+    find: Callable[[str], Path] = data_path,
+) -> Content:
     """The content of a file or folder; where it lies does not count, hidden files neither.
 
     Of pictures the name and the size count. Of other files the content does: whole up to 16 MiB, 256 spread blocks above.
 
     Args:
         counts: whether a file of a folder is read at all, by its name.
+        find: where the source lies.
 
     Raises:
         UserError: a file cannot be read.
     """
-    path = resolve_path(source)
+    path = find(source)
     if not path.exists():
         return Content(source, hashlib.sha256(source.encode()).hexdigest()[:32], 0)
     files = sorted((name, file) for name, file in _files(path) if not name or counts(name))
@@ -76,7 +82,10 @@ def _content(key: str, value: str | Sequence[str]) -> Content:
         return read_content(value, _is_of_pictures)
     if isinstance(value, str) and key == "teacher.path":
         folder = Source.parse(value).of_role("teacher")
-        return replace(read_content(value if folder is None or not folder.exists() else str(folder)), source=value)
+        return replace(
+            read_content(value if folder is None or not folder.exists() else str(folder), find=resolve_path),
+            source=value,
+        )
     if isinstance(value, str):
         return read_content(value)
     return Content(", ".join(value), loras_fingerprint(value)[:32], len(value))

@@ -6,6 +6,7 @@ from typing import IO, Any
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.formats.remote import refuse_url
 from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.run_data import Content, note_data, read_contents, same_data
@@ -26,7 +27,12 @@ _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
 
 def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
-    """The run folder a run of these settings uses."""
+    """The run folder a run of these settings uses.
+
+    Raises:
+        UserError: it is not on a disk.
+    """
+    refuse_url(settings.run.folder, "run.folder")
     return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 

@@ -14,8 +14,8 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.errors import UserError
-from fewstep.formats.bundled import resolve_path
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
+from fewstep.formats.remote import data_path
 from fewstep.models.model import Model
 from fewstep.parallel import local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
@@ -68,7 +68,7 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
             "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder), or "
             "data.latents, whose captions then serve"
         )
-    path = resolve_path(settings.data.prompts)
+    path = data_path(settings.data.prompts)
     if (path / "manifest.json").is_file():
         return stored_prompts(teacher, path)
     prompts, truncate = load_prompts(path, settings.data.prompt_column), settings.data.truncate_prompts
@@ -103,7 +103,7 @@ def open_latents(settings: TrainSettings, teacher: Model) -> RealLatents:
 
 
 def _open_stored_latents(settings: TrainSettings, teacher: Model) -> StoredLatents:
-    stored = StoredLatents(Path(settings.data.latents).expanduser())
+    stored = StoredLatents(data_path(settings.data.latents))
     check_latents_fit(
         stored, vae_fingerprint=vae_fingerprint(teacher.components), text_fingerprint=text_fingerprint(teacher.components),
         latent_shape=teacher.denoiser.image_shape,
