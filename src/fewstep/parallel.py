@@ -208,6 +208,36 @@ def wait_for_all(what: str) -> None:
         raise UserError(f"waited in vain before {what}: {str(error).splitlines()[0][:200]}") from error
 
 
+def exchange_seconds(num_values: int, device: torch.device) -> float:
+    """Seconds that a sum of float32 values (num_values,) over all processes takes, once all are here.
+
+    Raises:
+        UserError: a process does not come, or the sum does not end or is wrong; names it.
+    """
+    wait_for_all("an exchange")
+    values = torch.full((num_values,), 1.0 + rank(), device=device)
+    begun, limit = time.perf_counter(), _patience().total_seconds() / 2  # before NCCL's own watch ends the process
+    work = dist.all_reduce(values, async_op=True)
+    while not work.is_completed() and time.perf_counter() - begun < limit:
+        time.sleep(0.0005)
+    ended, seconds = work.is_completed(), time.perf_counter() - begun
+    if ended:
+        work.wait()
+    wait_for_all("the end of an exchange was told")
+    expected = world_size() * (world_size() + 1) / 2
+    states = gathered(
+        ""
+        if ended and bool((values == expected).all())
+        else "is wrong"
+        if ended
+        else f"has not ended after {limit:.0f} s"
+    )
+    faults = [f"on process {number} {state}" for number, state in enumerate(states) if state]
+    if faults:
+        raise UserError(f"a sum over all processes {' and '.join(faults)}; look at the network between their machines")
+    return seconds
+
+
 def group_apart() -> Any:
     """A group on the host of all processes for what goes on beside training; None for one process."""
     return dist.new_group(backend="gloo", timeout=_patience()) if world_size() > 1 else None

@@ -89,6 +89,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_overflow_of_one_is_all_processes(tmp_path)
     pairs_are_those_of_one(tmp_path, teacher_folder)
+    the_doctor_sees_both(tmp_path)
     prepare(tmp_path, tmp_path / "one")
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
     an_odd_batch_is_refused_by_all(tmp_path)
@@ -148,6 +149,13 @@ def pairs_are_those_of_one(work: Path, teacher: Path) -> None:
     assert said[0] == said[1]
     assert "No space left on device" in said[0]
     assert json.loads((work / "no room/manifest.json").read_text(encoding="utf-8"))["shards"] == []
+
+
+def the_doctor_sees_both(work: Path) -> None:
+    lines = (work / "doctor-0.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["process", "0", "1"]
+    assert lines[3].startswith("all 2 reach each other over gloo: a sum of 64 MB takes 0.")
+    assert lines[4:] == ["a run of these processes would start here"]
 
 
 def an_overflow_of_one_is_all_processes(work: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fewstep
+from fewstep.demos.doctor_many import examine_together
 from fewstep.distillation import sharding
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.sharding import is_sharded, whole
@@ -175,6 +176,9 @@ def main(work: Path) -> None:
         if questions.get("pairs"):
             make_pairs(work, questions["pairs"])
             preparing.prepare_twice(work, work / "many")
+            lines: list[str] = []
+            examine_together(lines.append)
+            (work / f"doctor-{rank()}.txt").write_text("\n".join(lines), encoding="utf-8")
         for settings, earlier in questions.get("runs", []):
             if earlier:
                 by_the_first(partial(go_back, work / earlier, Path(settings["run"]["folder"])))

@@ -64,11 +64,16 @@ def how_to_continue() -> str:
     return f"Continue with: {shlex.join(['fewstep', *sys.argv[1:]])}"
 
 
+def num_processes() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def refuse_many(command: str | None) -> None:
     """Refuse torchrun for a command of one process: several would write the same files.
 
     Raises:
         UserError: there are several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command is not None:
+    if num_processes() > 1 and command is not None:
         raise UserError(f"{command} runs in one process: start it without torchrun")
