@@ -63,7 +63,7 @@ class BaseStorage:
         network.requires_grad_(False)
         for path in list(found):
             layer = found.pop(path)  # so that each weight is freed before the next one's codes are made
-            # nf4 in convolutions would turn LoRA gradients by more than a hundredth: docs/memory.md
+            # four bits in convolutions cost LoRA gradients most: docs/memory.md
             base = "int8" if self.base == "nf4" and isinstance(layer, nn.Conv2d) else self.base
             try:
                 frozen = FrozenLinear(layer, base) if isinstance(layer, nn.Linear) else FrozenConv2d(layer, base)
