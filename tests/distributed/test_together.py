@@ -112,6 +112,9 @@ def a_checkpoint_is_of_its_step_and_whole_for_one(work: Path) -> None:
     """Each process wrote its parts as they were when it began, though training went on; one process puts them together."""
     expected, (path,) = load_file(work / "odd.safetensors"), list_checkpoints(work / "odd")
     tensors, state = read_checkpoint(path)
+    assert [(one.name, one.read_text(encoding="utf-8")) for one in work.glob("copied-*.txt")] == [
+        ("copied-0.txt", "step_00000007")  # by one process, when the others had written their parts
+    ]
     assert state == {"phase": "test", "step": 7}
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():

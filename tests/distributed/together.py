@@ -59,6 +59,17 @@ def odd_tensors() -> dict[str, Tensor]:
     return found
 
 
+class Copied:
+    """Stands for the copy of a run folder at a URL: notes which checkpoints were complete when it was asked for."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def push(self) -> None:
+        names = [path.name for path in list_checkpoints(self.work / "odd")]
+        (self.work / f"copied-{rank()}.txt").write_text(" ".join(names), encoding="utf-8")
+
+
 def save_while_training(work: Path) -> None:
     """Change every tensor while the checkpoint of it waits to be written."""
     tensors, changed, write = odd_tensors(), threading.Event(), saving.write_parts
@@ -72,7 +83,7 @@ def save_while_training(work: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "write_parts", late)
-        saver = Saver(work / "odd", keep=1)
+        saver = Saver(work / "odd", keep=1, remote=Copied(work))  # type: ignore[arg-type]
         saver.start(7, tensors, {"phase": "test"})
         for tensor in tensors.values():
             tensor.add_(1)

@@ -117,11 +117,9 @@ def test_paths_are_no_urls() -> None:
     assert not any(is_url(text) for text in ("runs/a", "C://a", "bundled:emoji", "org/name", "~/x", ""))
     assert is_url("s3://bucket/a")
     for place in ("s3://bucket/a", Path("s3://bucket/a")):
-        with pytest.raises(
-            UserError, match=r"run\.folder=s3:/+bucket/a: only reading takes URLs; name a folder on a disk"
-        ):
-            refuse_url(place, "run.folder")
-    refuse_url("C:/a", "run.folder")
+        with pytest.raises(UserError, match=r"folder=s3:/+bucket/a: prepare writes on a disk; name a folder there"):
+            refuse_url(place, "folder")
+    refuse_url("C:/a", "folder")
     assert (data_path("."), data_path("")) == (Path(), Path())
 
 

@@ -39,11 +39,6 @@ def test_a_run_goes_on_from_a_url(storage: Any, teacher_folder: Path, pictures: 
         train(tiny_train_settings(teacher_folder, pictures, tmp_path / "both", **changes))
 
 
-def test_a_run_is_written_on_a_disk(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.folder=s3://bucket/run: only reading takes URLs"):
-        train(tiny_train_settings(teacher_folder, pictures, tmp_path, run={"folder": "s3://bucket/run"}))
-
-
 def test_shards_from_a_url(storage: Any, tmp_path: Path) -> None:
     """A folder that is still being written there is refused, and read when it is whole."""
     local = write_folder(tmp_path / "latents", LATENTS)

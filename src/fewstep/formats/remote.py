@@ -36,7 +36,7 @@ def is_url(source: str | Path) -> bool:
 def refuse_url(place: str | Path, option: str) -> None:
     """Raise UserError for a place to write to that is a URL, also one that was made a path of."""
     if is_url(re.sub(":/+", "://", str(place), count=1)):
-        raise UserError(f"{option}={place}: only reading takes URLs; name a folder on a disk and copy it from there")
+        raise UserError(f"{option}={place}: prepare writes on a disk; name a folder there and copy it afterwards")
 
 
 def user_cache(name: str) -> Path:

@@ -78,7 +78,7 @@ class ComputeSettings(Tree):
 class RunSettings(Tree):
     """The run folder and what is written there, counted in steps."""
 
-    folder: str = Field("", description="run folder; empty: runs/<recipe name>")
+    folder: str = Field("", description="run folder, or a URL (s3://...) it is copied to; empty: runs/<recipe name>")
     sample_every: Positive = Field(1000, description="steps between sample pictures")
     checkpoint_every: Positive = Field(
         1000, description="steps between checkpoints; a minute of training without one makes one, too"

@@ -27,6 +27,7 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.outlook import Outlook
 from fewstep.training.precision import SettingsT, settle_precision
 from fewstep.training.pretrain import Pretraining
+from fewstep.training.remote_run import remote_run
 from fewstep.training.results import Run
 from fewstep.training.run_data import read_contents
 from fewstep.training.run_folder import claim_run_folder, run_folder
@@ -64,6 +65,9 @@ def pretrain(
         raise UserError("pretrain trains in one process: start it without torchrun")
     settings = gather_settings(PretrainSettings, settings, overrides)
     folder = run_folder(settings)
+    remote = remote_run(settings.run.folder, folder)
+    if remote is not None:
+        remote.bring()
     settings = prepare_run(settings, folder, console)
     with naming_checkpoint(folder):
         with busy(console, f"Looking at the pictures of {settings.data.images}"):
@@ -72,7 +76,7 @@ def pretrain(
         with busy(console, "Looking through the data"):
             claim_run_folder(settings, folder, data_changed=data_changed)
         outlook = Outlook(settings, len(job.batches.dataset), partial(say, console))
-        run_job(job, settings, folder, observers=(outlook, *observers), console=console)
+        run_job(job, settings, folder, observers=(outlook, *observers), console=console, remote=remote)
     return Run(folder, settings)
 
 
@@ -108,6 +112,9 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
     """`train` in one of its processes."""
     folder = run_folder(settings)
     refuse_strangers(settings, folder)
+    remote = remote_run(settings.run.folder, folder)
+    if remote is not None:
+        by_the_first(remote.bring)
     settings = agreed(prepare_run(settings, folder, console))
     kind = WarmupJob if is_warmup(settings) else DistillationJob
     with naming_checkpoint(folder):
@@ -121,7 +128,7 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
         watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
         with busy(console, "Looking through the data"):
             by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed))
-        run_job(job, settings, folder, watches=watches, observers=observers, console=console)
+        run_job(job, settings, folder, watches=watches, observers=observers, console=console, remote=remote)
     return Run(folder, settings)
 
 

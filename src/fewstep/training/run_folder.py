@@ -6,9 +6,10 @@ from typing import IO, Any
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
-from fewstep.formats.remote import refuse_url
+from fewstep.formats.remote import is_url
 from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
+from fewstep.training.remote_run import staging_folder
 from fewstep.training.run_data import Content, note_data, read_contents, same_data
 
 try:
@@ -27,12 +28,9 @@ _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
 
 def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
-    """The run folder a run of these settings uses.
-
-    Raises:
-        UserError: it is not on a disk.
-    """
-    refuse_url(settings.run.folder, "run.folder")
+    """The run folder a run of these settings uses; of a URL the folder in which it works."""
+    if is_url(settings.run.folder):
+        return staging_folder(settings.run.folder)
     return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 

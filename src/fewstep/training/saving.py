@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.parallel import group_apart, is_first, world_size
 from fewstep.training.checkpoint import checkpoint_path, drop_older, write_checkpoint
+from fewstep.training.remote_run import RemoteRun
 from fewstep.training.sharded_checkpoint import write_parts
 
 
@@ -19,13 +20,14 @@ class Saver:
     Args:
         folder: `checkpoints/` of the run.
         keep: newest checkpoints that stay.
+        remote: where the run folder is copied after each.
 
     Attributes:
         seconds: that the last one took, from its copy to the disk.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, remote: RemoteRun | None = None) -> None:
+        self.folder, self.keep, self.remote = folder, keep, remote
         self._group = group_apart()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
@@ -66,10 +68,12 @@ class Saver:
         try:
             if world_size() == 1:
                 write_checkpoint(self.folder, step, tensors, state, self.keep)
-                return
-            write_parts(checkpoint_path(self.folder, step), tensors, {**state, "step": step}, self._group)
+            else:
+                write_parts(checkpoint_path(self.folder, step), tensors, {**state, "step": step}, self._group)
             if is_first():
                 drop_older(self.folder, self.keep)
+                if self.remote is not None:
+                    self.remote.push()
         except BaseException as error:  # raised where training waits for it
             self._fault = error
         finally:

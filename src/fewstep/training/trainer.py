@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.data.waiting import WAITING
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
-from fewstep.parallel import agreed, gathered, is_first, wait_for_all, world_size
+from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_all, world_size
 from fewstep.progress import Stderr, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
@@ -29,6 +29,7 @@ from fewstep.training.checkpoint import (
     restore_random_state,
 )
 from fewstep.training.interruption import Interruption
+from fewstep.training.remote_run import RemoteRun
 from fewstep.training.run_folder import hold, release
 from fewstep.training.run_log import Clock, RunLog
 from fewstep.training.saving import Saver
@@ -77,6 +78,7 @@ class Job(Protocol):
 def run_job(
     job: Job, settings: TrainSettings | PretrainSettings, folder: Path, *,
     watches: Sequence[Watcher] = (), observers: tuple[Observer, ...] = (), console: Console | None = None,
+    remote: RemoteRun | None = None,
 ) -> Path:  # fmt: skip
     """Train until `training.num_steps` or the time limit, continuing from the newest checkpoint of the folder.
 
@@ -85,6 +87,7 @@ def run_job(
         folder: run folder (see `claim_run_folder`).
         watches: measure the model in training, now and then.
         observers: called with (finished steps, training seconds) after every step, off the training clock.
+        remote: where the folder is copied after each checkpoint and at the end.
 
     Returns:
         Folder of the finished model.
@@ -97,14 +100,17 @@ def run_job(
     hold(folder)
     try:
         with Interruption() as stop:
-            loop = Loop(job, settings, folder, console, stop)
+            loop = Loop(job, settings, folder, console, stop, remote)
             try:
                 step = loop.run(watches, observers)
             except Exception:
                 with suppress(UserError):  # a checkpoint that is being written is finished
                     loop.saver.finish()
                 raise
-        return job.save_result(folder, step)
+        result = job.save_result(folder, step)
+        if remote is not None:
+            by_the_first(remote.push)
+        return result
     except OSError as error:  # of the disk, wherever in a run: its log, TensorBoard's thread, our own clean-up
         if told := disk_error(error, folder):
             raise told from error
@@ -117,12 +123,13 @@ class Loop:
     """One session of a run."""
 
     def __init__(
-        self, job: Job, settings: TrainSettings | PretrainSettings, folder: Path, console: Console, stop: Interruption
-    ) -> None:
+        self, job: Job, settings: TrainSettings | PretrainSettings, folder: Path, console: Console, stop: Interruption,
+        remote: RemoteRun | None,
+    ) -> None:  # fmt: skip
         self.job, self.settings, self.folder, self.console, self.stop = job, settings, folder, console, stop
         self.step, elapsed = resume(job, folder)
         self.saved_step = self.step
-        self.saver = Saver(folder / "checkpoints", settings.run.keep_checkpoints)
+        self.saver = Saver(folder / "checkpoints", settings.run.keep_checkpoints, remote)
         self.log = RunLog(folder, self.step, find_spec("tensorboard") is not None, console)
         self.clock = Clock(elapsed)
         self.clock.pause()
