@@ -120,7 +120,7 @@ PARTS: list[tuple[str, float, Callable[[Bench], None]]] = [
     ("machine", 30, gpu_parts.machine),
     ("correctness", 60, gpu_parts.correctness),
     ("edm", 80, gpu_parts.edm),
-    ("sdxl", 190, gpu_parts.sdxl),
+    ("sdxl", 240, gpu_parts.sdxl),
     ("profile", 60, gpu_parts.profile_steps),
     ("sd15", 100, gpu_parts.sd15),
     ("training", 210, gpu_training.training),

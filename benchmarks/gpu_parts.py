@@ -147,6 +147,12 @@ def sdxl(bench: Any) -> None:
         bench.note(
             f"SDXL on a shared base, recomputed, batch 1: {peak:.1f} GiB, {'within' if peak < 24 else 'ABOVE'} 24 GiB"
         )
+    for stored in (
+        replace(recomputed, base="int8"),
+        replace(recomputed, base="nf4"),
+        replace(recomputed, offload=True),
+    ):
+        compare(bench, stored, plain=False, flops=counted, seconds=2)
     sgd = bench.facts.get("memory_gib", 0) * GIB < ROOM_FOR_ADAMW and not bench.tiny
     full = replace(case, mode="full", sgd=sgd)
     counted = compare(bench, full, seconds=4)

@@ -37,6 +37,8 @@ class Case:
         network: "edm", "sd15" or "sdxl".
         tiny: the same kind of network small enough for a test.
         sgd: SGD in the place of AdamW, whose states would not fit.
+        base: how a base under LoRAs is stored; empty: bf16 where the network computes in it.
+        offload: its blocks lie in host memory.
     """
 
     network: str
@@ -48,12 +50,15 @@ class Case:
     steps: tuple[int, ...] = (999,)
     tiny: bool = False
     sgd: bool = False
+    base: str = ""
+    offload: bool = False
 
     @property
     def title(self) -> str:
         """For the first columns of a table."""
-        optimizer = ", SGD" if self.sgd else ""
-        return f"{self.network} | {self.mode}{', recomputed' if self.checkpoint else ''}{optimizer} | {self.batch}"
+        parts = [self.mode, *(["recomputed"] if self.checkpoint else []), *(["SGD"] if self.sgd else [])]
+        parts += [*([self.base] if self.base else []), *(["blocks offloaded"] if self.offload else [])]
+        return f"{self.network} | {', '.join(parts)} | {self.batch}"
 
 
 TINY_TEXT: dict[str, Any] = {
@@ -127,7 +132,8 @@ def settings_of(case: Case) -> TrainSettings:
             "optimizer": {"generator_lr": 1e-5, "fake_score_lr": 1e-5},
             "memory": {
                 "mode": case.mode, "checkpoint_activations": case.checkpoint,
-                "base": "bf16" if lora and case.precision == "bf16" else "fp32",
+                "base": case.base or ("bf16" if lora and case.precision == "bf16" else "fp32"),
+                "offload_blocks": case.offload,
             },
             "training": {"batch_size": case.batch, "generator_every": EVERY},
             "compute": {"precision": case.precision},

@@ -53,6 +53,15 @@ def test_a_network_in_every_column(tmp_path: Path) -> None:
     assert rows[1]["ours is faster by"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
 
 
+@pytest.mark.long
+def test_a_small_base_and_one_in_host_memory(tmp_path: Path) -> None:
+    """Their rows say so; the CPU stands in for the GPU."""
+    bench = gpu.Bench("cpu", True, tmp_path, time.monotonic() + 60, part="one")
+    case = gpu_runs.Case("sd15", 1, "shared_base", checkpoint=True, precision="fp32", base="nf4", offload=True)
+    gpu_parts.compare(bench, case, plain=False, flops=1.0, seconds=0.1)
+    assert [row["mode"] for row in bench.rows["one"]] == ["shared_base, recomputed, nf4, blocks offloaded"]
+
+
 @pytest.mark.parametrize(
     "mode",
     [

@@ -110,7 +110,7 @@ MODES = {
         *(
             pytest.param(family, mode, marks=pytest.mark.long)
             for family in ("z-image", "flux2-klein")
-            for mode in ("full", "lora_generator", "shared_base, recomputed")
+            for mode in ("full", "lora_generator", "shared_base, recomputed", "shared_base, nf4, recomputed")
         ),
         *(pytest.param("sd", mode, marks=pytest.mark.long) for mode in MODES if mode != "lora_generator, int8"),
         pytest.param("sd3", "shared_base, recomputed", marks=pytest.mark.long),
