@@ -174,12 +174,19 @@ def an_overflow_of_one_is_all_processes(work: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("few_teacher_steps")
-@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
-def test_four_begin_and_two_go_on(mode: str, tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
+@pytest.mark.parametrize(
+    "memory",
+    [
+        *({"memory.mode": mode} for mode in ("full", "lora_generator", "shared_base")),
+        {"memory.mode": "shared_base", "memory.base": "nf4", "memory.teacher": "replicated"},
+    ],
+    ids=lambda memory: " ".join(memory.values()),
+)
+def test_four_begin_and_two_go_on(memory: dict[str, str], tmp_path: Path, teacher_folder: Path, pictures: Path) -> None:
     """Text runs of every memory mode, as one alone."""
     tiny_sd_folder(tmp_path / "sd")
     runs = Runs(tmp_path, teacher_folder, pictures)
-    train({**runs.of("text", "one", 4), "memory.mode": mode})
+    train({**runs.of("text", "one", 4), **memory})
     for processes, steps in ((4, 2), (2, 4)):
-        ask(tmp_path, processes, runs=[({**runs.of("text", "many", steps), "memory.mode": mode}, "")])
+        ask(tmp_path, processes, runs=[({**runs.of("text", "many", steps), **memory}, "")])
     same(tmp_path / "many", tmp_path / "one", 1e-3)
