@@ -502,6 +502,25 @@ def test_settings_that_may_change_between_sessions(tmp_path: Path, section: str,
     assert stored == changed
 
 
+def test_where_the_base_lies_may_change_and_how_it_is_stored_may_not(tmp_path: Path) -> None:
+    """A run goes on to the same bits with its blocks in host memory, and to others on another base."""
+
+    def storing(**changes: Any) -> TrainSettings:
+        settings = counting_settings(tmp_path)
+        memory = {"mode": "shared_base", "checkpoint_activations": True, **changes}
+        return settings.model_copy(
+            update={
+                "memory": settings.memory.model_copy(update=memory),
+                "compute": settings.compute.model_copy(update={"device": "auto"}),
+            }
+        )
+
+    claim_run_folder(storing(), tmp_path)
+    claim_run_folder(storing(offload_blocks=True), tmp_path)
+    with pytest.raises(UserError, match=r"memory\.base was 'fp32', is 'nf4'"):
+        claim_run_folder(storing(base="nf4"), tmp_path)
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and no run of fewstep; choose another run\.folder"):

@@ -22,7 +22,7 @@ LOCK = ".lock"
 # what may change between the sessions of one run
 _FREE = (
     "run.", "best.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes",
-    "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over",
+    "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over", "memory.offload_blocks",
 )  # fmt: skip
 _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 
@@ -37,7 +37,7 @@ def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
 def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False) -> None:
     """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
 
-    The number of steps, the time limit, `optimizer.*`, `compute.*` and `run.*` may change between sessions of one run;
+    The number of steps, the time limit, `optimizer.*`, `compute.*`, `run.*` and where weights lie may change between sessions of one run;
     bit-identical continuation is promised when they do not. Data and teacher are compared by content, wherever they lie
     (training/run_data.py); with `data_changed` other data than before are taken. What a killed process left half-written is removed.
 
