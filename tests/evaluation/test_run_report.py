@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.evaluation.report.run_report import averaged, read_run, run_sections, write_run_report
-from fewstep.evaluation.report.sections import Curve, Pictures, Table
+from fewstep.evaluation.measurement import Measurement, Value
+from fewstep.evaluation.report import run_report
+from fewstep.evaluation.report.run_curves import averaged, quality_sections
+from fewstep.evaluation.report.run_files import open_picture, read_run, single_pictures
+from fewstep.evaluation.report.run_report import run_sections, write_run_report
+from fewstep.evaluation.report.sections import Curve, Curves, Filmstrip, Section, Slider, Table
 from fewstep.formats.pixels import save_grid
 from tests.cli.test_main import fewstep
 
@@ -24,26 +28,54 @@ def run_folder(folder: Path, steps: int = 30, **settings: float) -> Path:
             "seconds": step * 2.0,
             "data_wait_share": 0.001 * step,
         }
-        | ({"gan_loss": -0.5} if step % 5 == 0 else {})
+        | ({"gan_loss": -0.5, "generator_grad_norm": 0.1} if step % 5 == 0 else {})
         for step in range(steps)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "fake')
     (folder / "settings.json").write_text(
-        json.dumps({"training": {"batch_size": 4, "seed": 0, **settings}, "expected": ""})
+        json.dumps(
+            {
+                "training": {"batch_size": 4, "seed": 0, **settings},
+                "run": {"sample_images": 4, "folder": str(folder)},
+                "expected": "",
+            }
+        )
     )
     (folder / "curve.json").write_text(json.dumps([{"step": 1, "seconds": 1.0, "frechet_distance": 9.0}]))
     (folder / "alarms.jsonl").write_text(json.dumps({"step": 20, "alarm": "contrast is 3 times the teacher's"}) + "\n")
     for step in range(0, steps, 3):
-        save_grid(folder / "samples" / f"generator_{step:08d}.png", torch.rand(4, 1, 8, 8), 2)
-        save_grid(folder / "samples" / f"teacher_score_{step:08d}.png", torch.rand(4, 1, 8, 8), 2)
+        save_grid(folder / "samples" / f"generator_{step:08d}.png", torch.rand(4, 1, 8, 8), 4)
+        save_grid(folder / "samples" / f"teacher_score_{step:08d}.png", torch.rand(4, 1, 8, 8), 4)
+    save_grid(folder / "samples" / "teacher_00000001.png", torch.rand(4, 1, 8, 8), 4)
+    (folder / "samples" / "classes.txt").write_text("shoe\nbag\nshoe\nbag\n")
+    rows = [{"step": step, "saturation": 0.0, "contrast": 0.4, "diversity": 0.1 * step} for step in range(0, steps, 9)]
+    (folder / "sample_statistics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "teacher_statistics.json").write_text(json.dumps({"saturation": 0.0, "contrast": 0.5, "diversity": 0.3}))
     return folder
+
+
+def scores(folder: Path, num_images: int = 500) -> None:
+    """As `fewstep evaluate` leaves them beside a run."""
+    rows = []
+    for step, weights, distance in ((10, "raw", 5.0), (10, "average", 4.0), (20, "raw", 3.0), (20, "average", 4.5)):
+        values = {
+            "frechet_distance": Value(distance, num_images, (distance - 1, distance + 1)),
+            "images_per_second": Value(9.0, 500),
+        }
+        found = Measurement(f"run, step {step}, {weights}", values, num_images, "features", 64, 7000, 4, 3)
+        rows.append({"step": step, "seconds": step * 3600.0, "weights": weights, **found.to_dict()})
+    (folder / "evaluation.json").write_text(json.dumps(rows))
+
+
+def curves(sections: list[Section]) -> dict[str, dict[str, Curve]]:
+    return {part.title: {one.title: one for one in part.curves} for part in sections if isinstance(part, Curves)}
 
 
 def test_one_run(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     page = write_run_report([folder], tmp_path / "page.html").read_text()
     assert "Run run" in page
-    assert page.count('src="data:image/png;base64,') == 6
+    assert page.count('src="data:image/png;base64,') == 10 + 2
     for words in (
         "30</b><span>steps",
         "fake score loss",
@@ -55,12 +87,91 @@ def test_one_run(tmp_path: Path) -> None:
     ):
         assert words in page
     sections = run_sections([read_run(folder)])
-    curves = {section.title: section for section in sections if isinstance(section, Curve)}
-    assert curves.keys() == {"Quality against training time", "fake score loss", "gan loss"}
-    assert len(curves["gan loss"].series[0].points) == 6
-    shown = next(section for section in sections if isinstance(section, Pictures))
-    assert [picture.caption for picture in shown.pictures] == [f"step {step}" for step in (0, 6, 12, 15, 21, 27)]
-    assert shown.pictures[0].images.shape == (1, 3, 17, 17)
+    assert {title: [*named] for title, named in curves(sections).items()} == {
+        "Quality while it trained": ["Frechet distance against steps", "Frechet distance against time"],
+        "Saturation, contrast and diversity of the samples": [
+            "contrast",
+            "diversity",
+        ],  # grey pictures have no saturation
+        "Losses": ["fake score loss", "gan loss"],
+        "Gradient norms": ["generator grad norm"],
+        "Throughput and memory": ["images per second", "share of a step that waits for data"],
+    }
+    assert len(curves(sections)["Losses"]["gan loss"].series[0].points) == 6
+    assert curves(sections)["Saturation, contrast and diversity of the samples"]["contrast"].marks == [("teacher", 0.5)]
+
+
+def test_samples_are_a_film_and_stand_against_the_teacher(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps=120)
+    sections = run_sections([read_run(folder)])
+    film = next(section for section in sections if isinstance(section, Filmstrip))
+    captions = [caption for caption, _ in film.frames]
+    assert (len(captions), captions[0], captions[-1]) == (24, "step 0", "step 117")
+    assert film.note == "Each row is one seed. 16 of 40 are not shown. In order: shoe · bag · and again."
+    slider = next(section for section in sections if isinstance(section, Slider))
+    assert (slider.left[0], slider.right[0]) == ("generator, step 117", "teacher")
+    singles = single_pictures(read_run(folder), open_picture(folder / "samples/teacher_00000001.png"))
+    assert [one.size for one in singles] == [(8, 8)] * 4
+    save_grid(folder / "samples/teacher_00000001.png", torch.rand(6, 1, 8, 8), 3)  # run.sample_images was another
+    assert not any(isinstance(section, Slider) for section in run_sections([read_run(folder)]))
+    assert len(single_pictures(read_run(folder), open_picture(folder / "samples/teacher_00000001.png"))) == 1
+
+
+def test_large_pictures_do_not_make_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "run", steps=6)
+    for path in (folder / "samples").glob("[gt]*r_0*.png"):
+        save_grid(path, torch.rand(4, 3, 100, 100), 4)
+    assert write_run_report([folder], tmp_path / "page.html").stat().st_size > 400_000
+    monkeypatch.setattr(run_report, "PICTURE_BYTES", 100_000)
+    assert write_run_report([folder], tmp_path / "page.html").stat().st_size < 150_000
+
+
+def test_figures_of_checkpoints_have_intervals_and_every_condition(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    scores(folder)
+    quality, table = quality_sections([read_run(folder)])[1:]
+    assert isinstance(quality, Curves)
+    by_step, by_time = quality.curves
+    assert [line.name for line in by_step.series] == ["raw weights", "average weights"]
+    assert by_step.series[0].intervals == [(4.0, 6.0), (2.0, 4.0)]
+    assert (by_time.x_label, by_time.series[0].points[1]) == ("hours of training", (20.0, 3.0))
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows] == [
+        "raw weights, step 20",
+        "average weights, step 10",
+        "average weights, step 20",
+    ]
+    assert table.rows[0][2] == "3.000 ± 1.000 (500)"
+    assert "500 images against 7000 real ones, features features, 4 evaluations per image, seed 3" in table.notes[0]
+    assert not table.warnings
+    scores(folder_b := run_folder(tmp_path / "b"), num_images=60)
+    table = quality_sections([read_run(folder), read_run(folder_b)])[-1]
+    assert isinstance(table, Table)
+    assert "not all measured in one way" in table.warnings[0]
+    assert "60 images are fewer than" in table.warnings[1]
+
+
+def test_one_figure_beside_a_run_and_damaged_ones(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    found = Measurement("mine", {"frechet_distance": Value(2.0, 50), "images_per_second": Value(1.0, 50)}, 50)
+    (folder / "evaluation.json").write_text(json.dumps(found.to_dict()))
+    table = quality_sections([read_run(folder)])[-1]
+    assert isinstance(table, Table)
+    assert table.rows[0][0] == "mine"
+    for damaged in ("{", "3", '[{"step": 1}]'):
+        (folder / "evaluation.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
+            read_run(folder)
+
+
+def test_how_the_best_generator_was_found_is_told(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "best.json").write_text(json.dumps([{"step": 1, "seconds": 1.0, "frechet_distance": 9.0}]))
+    settings = {"best": {"features": "inception.pth", "reference": "real.npz", "num_images": 300}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    section = quality_sections([read_run(folder)])[1]
+    assert isinstance(section, Curves)
+    assert section.notes == ["300 images, features inception.pth, reference real.npz, seed 1; without intervals."]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -76,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_several_runs_lie_over_each_other_and_differ_somewhere(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", steps=12, batch_size=8)]
     page = write_run_report(folders, tmp_path / "page.html").read_text()
-    assert page.count("<polyline") == 2 * 3
+    assert page.count("<polyline") == 2 * 2 * 9  # and in the legends
     assert "Samples of a" in page
     table = next(part for part in run_sections([read_run(folder) for folder in folders]) if isinstance(part, Table))
     assert [list(row) for row in table.rows] == [["training.batch_size", "4", "8"]]

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from fewstep.evaluation.report.sections import Curve, Series
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 68, 12, 14, 44
 _FEWEST_PIXELS = 15  # between the names of two marks
+_BESIDE = 4.0  # pixels between the intervals of two lines at one place
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series on the canvas: its name, its dots, and all of them as SVG writes points."""
+    """A series on the canvas: its name, its dots, the intervals (x, low, high), and all dots as SVG writes points."""
 
     name: str
     dots: list[tuple[float, float]]
+    bars: list[tuple[float, float, float]]
 
     @property
     def path(self) -> str:
@@ -53,7 +55,9 @@ class Plot:
 
 def plot_curve(curve: Curve) -> Plot:
     """Lay a curve out: axes reach from the smallest to the largest value with a little room, and no further."""
-    values = [y for series in curve.series for _, y in series.points if math.isfinite(y)] or [1.0]
+    ends = [end for series in curve.series for interval in series.intervals for end in interval]
+    values = [y for series in curve.series for _, y in series.points]
+    values = [y for y in [*values, *ends] if math.isfinite(y)] or [1.0]
     log = min(values) > 0 and max(values) > 3 * min(values)
     far = _is_far_log if log else _is_far_linear
     near = [(name, value) for name, value in curve.marks if not far(value, values)]
@@ -72,7 +76,10 @@ def plot_curve(curve: Curve) -> Plot:
 
     ticks = _log_ticks(low, high) if log else _linear_ticks(low, high, 6)
     return Plot(
-        [_line(series, x_of, y_of) for series in curve.series],
+        [
+            _line(series, x_of, y_of, _BESIDE * (number - (len(curve.series) - 1) / 2))
+            for number, series in enumerate(curve.series)
+        ],
         [(x_of(tick), _short(tick)) for tick in _linear_ticks(first, last, 8)],
         [(y_of(tick), _short(tick)) for tick in ticks],
         _marks(near, y_of),
@@ -81,8 +88,14 @@ def plot_curve(curve: Curve) -> Plot:
     )  # fmt: skip
 
 
-def _line(series: Series, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> Line:
-    return Line(series.name, [(x_of(x), y_of(y)) for x, y in series.points if math.isfinite(y)])
+def _line(series: Series, x_of: Callable[[float], float], y_of: Callable[[float], float], beside: float) -> Line:
+    spans = [(x, *interval) for (x, _), interval in zip(series.points, series.intervals, strict=False)]
+    bars = [
+        (round(x_of(x) + beside, 1), y_of(low), y_of(high))
+        for x, low, high in spans
+        if math.isfinite(low) and math.isfinite(high)
+    ]
+    return Line(series.name, [(x_of(x), y_of(y)) for x, y in series.points if math.isfinite(y)], bars)
 
 
 def _is_far_log(value: float, values: Sequence[float]) -> bool:

@@ -1,108 +1,87 @@
-"""The page of any run folder, or of several beside each other: losses, sample history, measured figures, settings."""
+"""The page of any run folder, or of several beside each other: sample history, quality, losses, speed, settings."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from fewstep.errors import UserError
+from fewstep.evaluation.report.inline import data_url, shrunk, stacked
 from fewstep.evaluation.report.page import write_report
-from fewstep.evaluation.report.sections import Curve, Facts, Picture, Pictures, Section, Series, Table, Tiles
-from fewstep.formats.json_files import read_json_object
+from fewstep.evaluation.report.run_curves import metric_sections, quality_sections, statistics_sections
+from fewstep.evaluation.report.run_files import Run, open_picture, read_run, single_pictures
+from fewstep.evaluation.report.sections import Facts, Filmstrip, Section, Slider, Table, Tiles
 
-MOST_POINTS = 200  # of a line: more are averaged
-MOST_PICTURES = 6  # of a run's sample history
-_NO_LOSSES = ("step", "seconds", "images_per_second", "peak_memory_gib", "data_wait_share")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says of itself.
-
-    Attributes:
-        metrics: rows of metrics.jsonl, each a step.
-        figures: rows of curve.json and best.json by file name.
-        samples: (step, path) of the generator's or teacher's sample grids, in order.
-        settings: resolved ones by dotted name, in the order of the file.
-    """
-
-    name: str
-    metrics: list[dict[str, float]]
-    figures: dict[str, list[Mapping[str, float]]]
-    samples: list[tuple[int, Path]]
-    settings: dict[str, Any]
-    alarms: list[str]
+PICTURE_BYTES = 3_000_000  # of a page, in films and sliders; a page has less than 5 MB
+MOST_FRAMES, FRAME_PICTURES, FRAME_SIDE, SLIDER_SIDE = 24, 8, 160, 1400
+_WISH_LETTERS = 600
 
 
-def write_run_report(folders: Sequence[Path], path: Path) -> Path:
+def write_run_report(folders: Sequence[Path], path: Path, more: Sequence[Section] = ()) -> Path:
     """One page of these run folders.
+
+    Args:
+        more: sections after the samples, of what had to be computed.
 
     Raises:
         UserError: a folder is not one of a run, has not made a step, or a file of it is damaged.
     """
     runs = [read_run(folder) for folder in folders]
     title = runs[0].name if len(runs) == 1 else " and ".join(run.name for run in runs)
-    return write_report(path, f"Run {title}" if len(runs) == 1 else f"Runs {title}", run_sections(runs))
+    return write_report(path, f"Run {title}" if len(runs) == 1 else f"Runs {title}", run_sections(runs, more))
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder; a line cut short by a kill is left out."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{folder} is not a run folder with finished steps: metrics.jsonl is not there; give a run.folder"
-        )
-    lines = _json_lines(folder / "metrics.jsonl")
-    metrics = [{name: value for name, value in row.items() if _is_number(value)} for row in lines]
-    if not metrics:
-        raise UserError(f"{folder}: metrics.jsonl has no finished step yet; let the run go on for a while")
-    figures = {name: _points(folder / name) for name in ("curve.json", "best.json") if (folder / name).is_file()}
-    samples = _samples(folder / "samples", "generator") or _samples(folder / "samples", "teacher")
-    settings = (
-        _flat(read_json_object(folder / "settings.json", "remove it")) if (folder / "settings.json").is_file() else {}
-    )
-    alarms = _json_lines(folder / "alarms.jsonl") if (folder / "alarms.jsonl").is_file() else []
-    return Run(
-        folder.resolve().name, metrics, figures, samples, settings,
-        [f"step {row['step']}: {row.get('alarm')}" for row in alarms],
-    )  # fmt: skip
-
-
-def run_sections(runs: Sequence[Run]) -> list[Section]:
-    """Speed and length, sample history of each run, measured figures, one curve a loss, and where the settings differ."""
-    sections: list[Section] = []
-    if len(runs) == 1:
-        sections.append(Tiles(_tiles(runs[0])))
+def run_sections(runs: Sequence[Run], more: Sequence[Section] = ()) -> list[Section]:
+    """Speed and length, samples of each run through training and against the teacher's, quality, losses, settings."""
+    sections: list[Section] = [Tiles(_tiles(runs[0]))] if len(runs) == 1 else []
     for run in runs:
-        if run.samples:
-            title = "Samples" if len(runs) == 1 else f"Samples of {run.name}"
-            sections.append(
-                Pictures([Picture(f"step {step}", _picture(path), 1) for step, path in _spread(run.samples)], title)
-            )
-    for name, label in (("curve.json", "Quality against training time"), ("best.json", "Measured at checkpoints")):
-        series = [Series(run.name, _line(run.figures[name], "frechet_distance")) for run in runs if name in run.figures]
-        if any(line.points for line in series):
-            sections.append(Curve(label, series, "step", "Frechet distance"))
-    names = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name not in _NO_LOSSES)
-    for name in names:
-        series = [Series(run.name, averaged(_line(run.metrics, name))) for run in runs]
-        series = [line for line in series if line.points]
-        sections.append(Curve(name.replace("_", " "), series, "step", name.replace("_", " ")))
+        of = "" if len(runs) == 1 else f" of {run.name}"
+        sections += _samples(run, of, PICTURE_BYTES // len(runs))
+    sections += [*more, *quality_sections(runs), *statistics_sections(runs), *metric_sections(runs)]
     sections.append(_settings_table(runs))
     alarms = [line for run in runs for line in run.alarms]
     return [*sections, Facts([f"Alarm, {line}" for line in alarms[-20:]])] if alarms else sections
 
 
-def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of as many neighbours."""
-    span = -(-len(points) // most) if points else 1
-    groups = [points[start : start + span] for start in range(0, len(points), span)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+def _samples(run: Run, of: str, most_bytes: int) -> list[Section]:
+    """A film of the run's samples, and the last of them against the teacher's."""
+    if not run.samples:
+        return []
+    shown = _spread(run.samples)
+    frames = []
+    for step, path in shown:
+        pictures = [shrunk(one, FRAME_SIDE) for one in single_pictures(run, open_picture(path))[:FRAME_PICTURES]]
+        frames.append((f"step {step:,}", data_url(stacked(pictures), most_bytes // 2 // len(shown))))
+    left_out = len(run.samples) - len(shown)
+    note = "Each row is one seed." + f" {left_out} of {len(run.samples)} are not shown." * bool(left_out)
+    film = Filmstrip(f"Samples{of} through training", frames, f"{note} {_wishes(run.wishes[:FRAME_PICTURES])}".strip())
+    if run.teacher_samples is None:
+        return [film]
+    step, last = run.samples[-1]
+    pair = [shrunk(open_picture(path), SLIDER_SIDE) for path in (last, run.teacher_samples)]
+    if pair[0].size != pair[1].size:  # run.sample_images may change between the sessions of a run
+        return [film]
+    generator, teacher = (data_url(picture, most_bytes // 4) for picture in pair)
+    return [
+        film,
+        Slider(
+            f"Generator against teacher{of}", (f"generator, step {step:,}", generator), ("teacher", teacher),
+            f"Both begin with the same noise. {_wishes(run.wishes)}".strip(),
+        ),
+    ]  # fmt: skip
+
+
+def _wishes(wishes: Sequence[str]) -> str:
+    """What the pictures show, in order, cut where that is long."""
+    once = list(dict.fromkeys(wishes))
+    repeats = len(once) < len(wishes) and all(one == once[place % len(once)] for place, one in enumerate(wishes))
+    told = " · ".join(once if repeats else wishes)
+    end = " ..." if len(told) > _WISH_LETTERS else " · and again." if repeats else "."
+    return f"In order: {told[:_WISH_LETTERS]}{end}" if told else ""
+
+
+def _spread(samples: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """The first, the last, and some between."""
+    count = min(MOST_FRAMES, len(samples))
+    places = [round(place * (len(samples) - 1) / max(1, count - 1)) for place in range(count)]
+    return [samples[place] for place in places]
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
@@ -120,74 +99,10 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 
 
 def _settings_table(runs: Sequence[Run]) -> Table:
-    """All settings of one run; of several only those that differ."""
+    """All settings of one run, folded; of several only those that differ."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [[name, *(str(run.settings.get(name, "-")) for run in runs)] for name in names]
     if len(runs) == 1:
-        return Table("Settings", ["", "value"], [row for row in rows if row[1] not in ("", "None")])
-    differing = [row for row in rows if len(set(row[1:])) > 1]
+        return Table("Settings", ["", "value"], [row for row in rows if row[1] not in ("", "None")], folded=True)
+    differing = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "run.folder"]
     return Table("Settings that differ", ["", *(run.name for run in runs)], differing)
-
-
-def _line(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[name]) for row in rows if name in row and "step" in row]
-
-
-def _spread(samples: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """The first, the last, and some between."""
-    count = min(MOST_PICTURES, len(samples))
-    places = [round(place * (len(samples) - 1) / max(1, count - 1)) for place in range(count)]
-    return [samples[place] for place in places]
-
-
-def _samples(folder: Path, name: str) -> list[tuple[int, Path]]:
-    found = [(path.stem.rpartition("_")[2], path) for path in folder.glob(f"{name}_*.png")]
-    return sorted((int(step), path) for step, path in found if step.isdigit() and path.stem == f"{name}_{step}")
-
-
-def _picture(path: Path) -> Tensor:
-    """A PNG as (1, 3, H, W) in [-1, 1]."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it") from error
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and _is_number(row.get("step")):
-            rows.append(row)
-    return rows
-
-
-def _points(path: Path) -> list[Mapping[str, float]]:
-    """Rows of a watch's file; those of earlier versions, [minutes, distance], have no step and are not drawn."""
-    rows = _json(path)
-    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [{name: value for name, value in row.items() if _is_number(value)} for row in found]
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

@@ -59,10 +59,15 @@ class PromptCards:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of (x, y) points."""
+    """A line of (x, y) points.
+
+    Attributes:
+        intervals: (low, high) that the y of each point is known to, NaN where nobody knows; empty for none.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,44 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Small curves beside each other, below each other on a phone."""
+
+    template: ClassVar[str] = "curves.html"
+    title: str
+    curves: Sequence[Curve]
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Filmstrip:
+    """Frames (caption, data URL) in one row, which scrolls where it is longer than the page is wide."""
+
+    template: ClassVar[str] = "filmstrip.html"
+    title: str
+    frames: Sequence[tuple[str, str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Two pictures of one size on each other, (caption, data URL): what is left of a line is the first one's."""
+
+    template: ClassVar[str] = "slider.html"
+    title: str
+    left: tuple[str, str]
+    right: tuple[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of each row its name; on a phone one card a row."""
+    """Rows of cells, the first of each row its name; on a phone one card a row.
+
+    Attributes:
+        folded: shown when its title is clicked.
+    """
 
     template: ClassVar[str] = "table.html"
     title: str
@@ -92,6 +133,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = field(default_factory=list)
     warnings: Sequence[str] = field(default_factory=list)
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,4 +152,6 @@ class Commands:
     commands: Sequence[tuple[str, str]]
 
 
-Section: TypeAlias = Tiles | Text | Pictures | PromptCards | Curve | Table | Facts | Commands
+Section: TypeAlias = (
+    Tiles | Text | Pictures | PromptCards | Curve | Curves | Filmstrip | Slider | Table | Facts | Commands
+)
