@@ -106,6 +106,8 @@ def test_axes_are_labelled_and_points_lie_where_they_should() -> None:
     assert ">minutes</text>" in page
     assert ">distance (log)</text>" in page
     assert ">distance</text>" in render_report("x", [curve(8.0, 7.0)])
+    titled = Curve("distance against steps", [Series("a", [(0.0, 8.0), (1.0, 2.0)])], "step", "distance")
+    assert ">log scale</text>" in render_report("x", [titled])  # a long name does not fit beside the axis
 
 
 def test_values_that_are_not_positive_have_a_linear_axis() -> None:
