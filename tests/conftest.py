@@ -33,12 +33,25 @@ END_TO_END = (
 )  # fmt: skip
 """Folders and files of `slow` tests; other files mark theirs one by one."""
 
+FAST = "not slow and not long"  # `make test-fast`
+
+
+def is_end_to_end(path: Path) -> bool:
+    """A file, or a folder, of `slow` tests only."""
+    place = path.relative_to(Path(__file__).parent).as_posix()
+    return f"{place}/".startswith(END_TO_END) or place.startswith(END_TO_END)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-fast` does not even import what it leaves out: gradio, diffusers' pipelines and others, in each process."""
+    return True if config.getoption("markexpr") == FAST and is_end_to_end(collection_path) else None
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test-fast` leaves out, before anything is left out."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(END_TO_END):
+        if is_end_to_end(item.path):
             item.add_marker(pytest.mark.slow)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import END_TO_END
+from tests.conftest import END_TO_END, FAST, pytest_ignore_collect
 from tests.house_counts import COUNTS, ROOT, SOURCES, STEP, Count, functions, sizes, table, unused
 
 
@@ -46,6 +46,28 @@ def test_the_matrix_of_diffusers_versions_names_tests_that_exist() -> None:
 
 def test_what_the_fast_tests_leave_out_exists() -> None:
     assert [name for name in END_TO_END if not (ROOT / "tests" / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("place", "left_out"),
+    [
+        ("app", True),
+        ("app/test_page.py", True),
+        ("cli/test_sample.py", True),
+        ("cli", False),
+        ("cli/test_main.py", False),
+    ],
+)
+def test_the_fast_tests_do_not_import_what_they_leave_out(
+    place: str, left_out: bool, pytestconfig: pytest.Config
+) -> None:
+    """And every other selection imports everything; the target of the Makefile is the selection that is meant."""
+    with pytest.MonkeyPatch.context() as patch:
+        for words in (FAST, "not long", "long or not long"):
+            patch.setattr(pytestconfig.option, "markexpr", words)
+            ignored = pytest_ignore_collect(ROOT / "tests" / place, pytestconfig)
+            assert ignored is (True if left_out and words == FAST else None)
+    assert f"-m '{FAST}'" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_torch_is_a_range_in_the_metadata_and_a_pin_in_the_constraints() -> None:

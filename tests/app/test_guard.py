@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from fewstep.app import guard as guard_module
-from fewstep.app import page as page_module
 from fewstep.app.guard import MAX_BODY_BYTES, Guard
 from fewstep.app.serve import launch_app
 from fewstep.app.settings import AppSettings
@@ -115,7 +114,7 @@ async def _nobody(session: str) -> None:
 
 def test_visitors_who_have_left_are_not_served(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that nobody listens to are in the queue; none of them makes a picture."""
-    monkeypatch.setattr(page_module, "LISTENS_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr("fewstep.app.page.LISTENS_WITHIN_SECONDS", 0.2)
     made: list[Any] = []
     monkeypatch.setattr("fewstep.app.studio.Studio.make", lambda *args: made.append(args))
     config = json.loads(_body(port, "/config"))

@@ -9,7 +9,9 @@ from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
-from fewstep.training.watch import NUM_IMAGES, RESAMPLES, Due, Point, Watch, every_seconds, figures_of, read_points
+from fewstep.training.watch import DISTANCE, Due, Point, Watch, every_seconds, read_points
+
+NUM_IMAGES = "num_images"  # beside each point's distance
 
 
 def watch_quality(
@@ -29,10 +31,10 @@ def watch_quality(
     def measure() -> Mapping[str, float]:
         found = measure_sampler(
             "generator", job.sample_images, bench.classifier, bench.reference, num_images=num_images,
-            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device, resamples=RESAMPLES,
+            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device,
             report=lines(console, f"measuring {num_images:,} pictures"),
         )  # fmt: skip
-        return figures_of(found)
+        return {DISTANCE: found.frechet_distance, NUM_IMAGES: num_images}
 
     return Watch(measure, path, due, console=console)
 
