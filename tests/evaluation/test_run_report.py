@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.errors import UserError
 from fewstep.evaluation.measurement import Measurement, Value
@@ -124,6 +125,15 @@ def test_large_pictures_do_not_make_a_large_page(tmp_path: Path, monkeypatch: py
     assert write_run_report([folder], tmp_path / "page.html").stat().st_size > 400_000
     monkeypatch.setattr(run_report, "PICTURE_BYTES", 100_000)
     assert write_run_report([folder], tmp_path / "page.html").stat().st_size < 150_000
+
+
+def test_a_picture_that_pil_does_not_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_grid(tmp_path / "large.png", torch.rand(1, 3, 40, 40), 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="has too many pixels for a page"):
+        open_picture(tmp_path / "large.png")
 
 
 def test_figures_of_checkpoints_have_intervals_and_every_condition(tmp_path: Path) -> None:

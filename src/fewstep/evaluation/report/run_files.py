@@ -87,12 +87,14 @@ def open_picture(path: Path) -> Image.Image:
     """A picture in RGB.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or has more pixels than PIL reads.
     """
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has too many pixels for a page; move it away and lower run.sample_images") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from error
 
 
