@@ -103,5 +103,7 @@ def test_points_say_how_many_pictures_they_have(
     )  # fmt: skip
     curve.resume(0 if rows is None else 7, 0.0 if rows is None else 40.0)
     curve(1 if rows is None else 8, 1.0 if rows is None else 61.0)
-    assert json.loads((tmp_path / "curve.json").read_text())[-1]["num_images"] == expected
+    point = json.loads((tmp_path / "curve.json").read_text())[-1]
+    assert point["num_images"] == expected
+    assert point["frechet_distance_low"] < point["frechet_distance"] < point["frechet_distance_high"]
     assert f"measuring {expected} pictures ...\n" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.report import run_report
-from fewstep.evaluation.report.run_curves import averaged, quality_sections
+from fewstep.evaluation.report.run_curves import BARS, averaged, quality_sections
 from fewstep.evaluation.report.run_files import open_picture, read_run, single_pictures
 from fewstep.evaluation.report.run_report import run_sections, write_run_report
 from fewstep.evaluation.report.sections import Curve, Curves, Filmstrip, Section, Slider, Table
@@ -42,7 +42,10 @@ def run_folder(folder: Path, steps: int = 30, **settings: float) -> Path:
             }
         )
     )
-    (folder / "curve.json").write_text(json.dumps([{"step": 1, "seconds": 1.0, "frechet_distance": 9.0}]))
+    interval = {"frechet_distance_low": 7.0, "frechet_distance_high": 11.5}
+    (folder / "curve.json").write_text(
+        json.dumps([{"step": 1, "seconds": 1.0, "frechet_distance": 9.0, "num_images": 300, **interval}])
+    )
     (folder / "alarms.jsonl").write_text(json.dumps({"step": 20, "alarm": "contrast is 3 times the teacher's"}) + "\n")
     for step in range(0, steps, 3):
         save_grid(folder / "samples" / f"generator_{step:08d}.png", torch.rand(4, 1, 8, 8), 4)
@@ -177,6 +180,10 @@ def test_one_figure_beside_a_run_and_damaged_ones(tmp_path: Path) -> None:
 def test_how_the_best_generator_was_found_is_told(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     (folder / "best.json").write_text(json.dumps([{"step": 1, "seconds": 1.0, "frechet_distance": 9.0}]))
+    watched = quality_sections([read_run(folder)])[0]
+    assert isinstance(watched, Curves)
+    assert watched.curves[0].series[0].intervals == [(7.0, 11.5)]
+    assert watched.notes == [f"300 images, features and reference not recorded here; {BARS}"]
     settings = {"best": {"features": "inception.pth", "reference": "real.npz", "num_images": 300}}
     (folder / "settings.json").write_text(json.dumps(settings))
     section = quality_sections([read_run(folder)])[1]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
+from fewstep.networks.frozen_layers import BaseStorage
 from tests.conftest import relative_error
 from tests.networks.test_adapters import SHAPE, noisy_input, randomise, two_roles
 from tests.tiny_networks import FAMILIES, some_levels, tiny_condition, tiny_text_denoiser
@@ -167,6 +168,21 @@ def test_compiled_roles_are_what_they_were(family: str, recomputed: bool) -> Non
         compiled = a_step(shared, generator, fake_score, family, torch.float64)
         for ours, expected in zip(compiled, plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.long
+@torch_warns
+@pytest.mark.usefixtures("eager_compiler")
+def test_compiled_roles_on_a_small_base() -> None:
+    """Codes go through the compiler as weights do."""
+    shared, generator, fake_score = two_roles(BaseStorage("nf4").store(tiny_text_denoiser("sd3")))  # type: ignore[arg-type]
+    shared.checkpoint_activations()
+    plain = a_step(shared, generator, fake_score, "sd3", torch.float64)
+    shared.compile_network()
+    compiled = a_step(shared, generator, fake_score, "sd3", torch.float64)
+    for ours, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
     torch._dynamo.reset()
 
 

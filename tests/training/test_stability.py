@@ -96,6 +96,9 @@ def test_the_best_generator_is_kept(teacher_folder: Path, pictures: Path, tmp_pa
     train(settings)
     rows = json.loads((tmp_path / "run/best.json").read_text())
     assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["frechet_distance_low"] < row["frechet_distance"] < row["frechet_distance_high"]
+        assert row["num_images"] == 50
     best = min(rows, key=lambda row: row["frechet_distance"])
     kept = load_generator(tmp_path / "run/best/generator", device="cpu")
     assert kept.card.made_with["num_steps"] == best["step"]

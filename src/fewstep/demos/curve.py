@@ -9,9 +9,7 @@ from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
-from fewstep.training.watch import DISTANCE, Due, Point, Watch, every_seconds, read_points
-
-NUM_IMAGES = "num_images"  # beside each point's distance
+from fewstep.training.watch import NUM_IMAGES, RESAMPLES, Due, Point, Watch, every_seconds, figures_of, read_points
 
 
 def watch_quality(
@@ -31,10 +29,10 @@ def watch_quality(
     def measure() -> Mapping[str, float]:
         found = measure_sampler(
             "generator", job.sample_images, bench.classifier, bench.reference, num_images=num_images,
-            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device,
+            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device, resamples=RESAMPLES,
             report=lines(console, f"measuring {num_images:,} pictures"),
         )  # fmt: skip
-        return {DISTANCE: found.frechet_distance, NUM_IMAGES: num_images}
+        return figures_of(found)
 
     return Watch(measure, path, due, console=console)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 from torch import Tensor
 
-from fewstep.demos.curve import NUM_IMAGES, watch_quality, while_training
+from fewstep.demos.curve import watch_quality, while_training
 from fewstep.demos.pace import Counts, Pace, choose_counts, measure_pace
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
@@ -38,7 +38,7 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.run import prepare_run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import run_job
-from fewstep.training.watch import DISTANCE, Watch
+from fewstep.training.watch import DISTANCE, NUM_IMAGES, Watch
 
 MOST_TIMES, TIMING_SECONDS = 20, 1.0  # a generator's pictures take a moment: they are made again until a second is full
 

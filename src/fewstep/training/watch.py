@@ -17,6 +17,7 @@ from rich.console import Console
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import measure_sampler
+from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed, by_the_first
@@ -25,7 +26,9 @@ from fewstep.settings import TrainSettings
 from fewstep.training.generator_job import GeneratorJob
 
 BEST = "best"
-DISTANCE = "frechet_distance"
+DISTANCE, NUM_IMAGES = "frechet_distance", "num_images"
+INTERVAL = ("frechet_distance_low", "frechet_distance_high")
+RESAMPLES = 20  # behind an interval
 
 
 @dataclass(frozen=True)
@@ -162,16 +165,23 @@ def _point(row: Any) -> Point:
 def figures_of_samples(
     job: GeneratorJob, network: FeatureNetwork, reference: FeatureStatistics, *, num_images: int, batch_size: int = 50
 ) -> Measure:
-    """Frechet distance of `num_images` samples of the generator in training, in the features of `network`."""
+    """Frechet distance of `num_images` samples of the generator in training, in the features of `network`, with its interval."""
 
     def measure() -> Mapping[str, float]:
         found = measure_sampler(
             "generator", job.sample_images, network, reference, num_images=num_images,
-            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device,
+            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device, resamples=RESAMPLES,
         )  # fmt: skip
-        return {DISTANCE: found.frechet_distance}
+        return figures_of(found)
 
     return measure
+
+
+def figures_of(found: Measurement) -> dict[str, float]:
+    """What a point keeps of a measurement: the distance, the pictures behind it and, where it is known, its interval."""
+    distance = found.values[DISTANCE]
+    low_high = distance.interval or ()
+    return {DISTANCE: distance.value, NUM_IMAGES: found.num_images, **dict(zip(INTERVAL, low_high, strict=False))}
 
 
 def watch_for_best(job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None) -> Watch:

@@ -10,6 +10,7 @@ from fewstep.evaluation.report.sections import Curve, Curves, Section, Series, T
 
 MOST_POINTS = 200  # of a line: more are averaged
 DISTANCE = "frechet_distance"
+BARS = "bars are two standard errors: how far other pictures of the same model would move a figure."
 _SPEED = {
     "images_per_second": "images per second", "peak_memory_gib": "GiB of memory at most",
     "data_wait_share": "share of a step that waits for data",
@@ -101,7 +102,7 @@ def _score_sections(runs: Sequence[Run]) -> list[Section]:
         [[_told(run, score, len(runs) > 1), *score.found.cells(tuple(names))] for run, score in shown],
         [score.found.sentence() for _, score in shown], [*warnings * (len(ways) > 1), *cautions],
     )  # fmt: skip
-    note = "Bars are two standard errors: how far other pictures of the same model would move a figure."
+    note = BARS.capitalize()
     return [*([Curves("Quality of checkpoints", curves, [note])] if curves else []), table]
 
 
@@ -130,7 +131,12 @@ def _conditions(score: Score) -> tuple[object, ...]:
 
 
 def _watched_series(rows: Mapping[str, Sequence[Mapping[str, float]]], along: str) -> list[Series]:
-    return [Series(run, _line(of, DISTANCE, along)) for run, of in rows.items()]
+    series = []
+    for run, of in rows.items():
+        drawn = [row for row in of if DISTANCE in row and along in row]
+        intervals = [tuple(row.get(f"{DISTANCE}_{end}", math.nan) for end in ("low", "high")) for row in drawn]
+        series.append(Series(run, _line(drawn, DISTANCE, along), [(low, high) for low, high in intervals]))
+    return series
 
 
 def _score_series(runs: Sequence[Run], name: str, along: str) -> list[Series]:
@@ -178,7 +184,8 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
         )
     else:
         how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, features and reference not recorded here"
-    return [f"{f'{run.name}: ' * several}{how}; without intervals."]
+    known = any(f"{DISTANCE}_low" in row for row in run.figures[name])
+    return [f"{f'{run.name}: ' * several}{how}; {BARS if known else 'without intervals.'}"]
 
 
 def _line(rows: Sequence[Mapping[str, float]], name: str, along: str = "step") -> Points:

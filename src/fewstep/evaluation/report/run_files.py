@@ -100,13 +100,14 @@ def open_picture(path: Path) -> Image.Image:
 
 def single_pictures(run: Run, grid: Image.Image) -> list[Image.Image]:
     """The pictures of one of the run's sample grids; the whole grid where its columns are not those of the settings."""
-    count = run.settings.get("run.sample_images")
-    columns = min(10, count) if isinstance(count, int) and count > 0 else 1
-    rows = -(-count // columns) if isinstance(count, int) and count > 0 else 1
+    noted = run.settings.get("run.sample_images")
+    count = noted if isinstance(noted, int) and noted > 0 else 1
+    columns = min(10, count)
+    rows = -(-count // columns)
     width, height = (grid.width + 1) // columns - 1, (grid.height + 1) // rows - 1
     if (columns * (width + 1), rows * (height + 1)) != (grid.width + 1, grid.height + 1) or min(width, height) < 1:
         return [grid]
-    corners = [(place % columns * (width + 1), place // columns * (height + 1)) for place in range(count or 1)]
+    corners = [(place % columns * (width + 1), place // columns * (height + 1)) for place in range(count)]
     return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
@@ -124,20 +125,29 @@ def _scores(path: Path) -> list[Score]:
     """The rows of a watched run, or the one figure that `fewstep evaluate --json` wrote."""
     if not path.is_file():
         return []
-    rows, nan = _json(path), float("nan")
+    rows = _json(path)
     try:
-        scores = [
-            Score(
-                float(row.get("step", nan)), float(row.get("seconds", nan)), str(row.get("weights", "")),
-                Measurement.from_dict(row),
-            )
-            for row in ([rows] if isinstance(rows, dict) else rows)
-        ]  # fmt: skip
-        for score in scores:
-            score.found.sentence()  # everything that it says is there
-        return scores
+        return [_score(row) for row in ([rows] if isinstance(rows, dict) else rows)]
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); remove it") from None
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    """One figure; raises ValueError and its like where a part has another kind."""
+    found, nan = Measurement.from_dict(row), float("nan")
+    facts = (found.num_images, found.num_features, found.num_reference_images, found.evaluations_per_image, found.seed)
+    counts = [*facts, *(value.num_images for value in found.values.values())]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError("a number of pictures, features, evaluations or the seed is none")
+    for text in (found.model, found.features, found.protocol, found.proxy, *(one.by for one in found.values.values())):
+        if not isinstance(text, str):
+            raise ValueError("a name is no text")
+    for low, high in (value.interval for value in found.values.values() if value.interval is not None):
+        if not (is_number(low) and is_number(high)):
+            raise ValueError("an interval is not one")
+    if "images_per_second" not in found.values:
+        raise ValueError("images_per_second is missing")
+    return Score(float(row.get("step", nan)), float(row.get("seconds", nan)), str(row.get("weights", "")), found)
 
 
 def _object(path: Path) -> dict[str, Any]:
