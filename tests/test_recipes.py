@@ -143,6 +143,18 @@ def test_klein_is_ours_and_says_so() -> None:
     assert schedule_warning(settings, build_released(settings.teacher.network)) == []
 
 
+def test_qwen_image_is_ours_and_says_so() -> None:
+    path = RECIPES / "qwen_image_dmd2_4step_one_gpu.toml"
+    settings = load_settings(TrainSettings, path)
+    assert settings.expected == "no figure known: ours, for one GPU, not tuned on real weights"
+    assert (settings.memory.mode, settings.memory.lora_rank, settings.memory.base) == ("shared_base", 64, "nf4")
+    assert settings.teacher.guidance_scale == 4  # the pipeline's default
+    head = path.read_text()
+    assert "not tuned on real weights" in head
+    assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
+    assert schedule_warning(settings, build_released(settings.teacher.network)) == []
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, "sdxl_dmd2_4step_one_gpu"])
 def test_each_recipe_says_how_its_warm_up_counts(name: str) -> None:
     """Beside the number, in the recipe or the one it extends."""

@@ -201,5 +201,5 @@ def save_index(path: Path, pipeline: str, **parts: str | bool | None) -> None:
         elif isinstance(kind, bool):
             index[name] = kind
         else:
-            index[name] = ["transformers" if kind.startswith(("CLIP", "Qwen2Tok", "Qwen3")) else "diffusers", kind]
+            index[name] = ["transformers" if kind.startswith(("CLIP", "Qwen2", "Qwen3")) else "diffusers", kind]
     (path / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -15,18 +15,24 @@ from fewstep.formats.model_folder import ModelCard
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape, SharedBase
-from tests.tiny_flow_models import klein_latents, klein_tokens, tiny_flux2_klein_folder, tiny_z_image_folder
+from tests.tiny_flow_models import (
+    klein_latents,
+    klein_tokens,
+    tiny_flux2_klein_folder,
+    tiny_qwen_image_folder,
+    tiny_z_image_folder,
+)
 from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder, "z-image": tiny_z_image_folder,
-    "flux2-klein": tiny_flux2_klein_folder,
+    "flux2-klein": tiny_flux2_klein_folder, "qwen-image": tiny_qwen_image_folder,
     "sd-v": partial(tiny_sd_folder, prediction_type="v_prediction"),
     "sdxl-v": partial(tiny_sdxl_folder, prediction_type="v_prediction"),
 }  # fmt: skip
 PROMPTS = ["red cat", "a dog"]
 # how a pipeline takes noise (B, C, H, W) at the start, and how its scheduler sees it
-PACKED = {"flux2-klein": (klein_latents, klein_tokens)}
+PACKED = {"flux2-klein": (klein_latents, klein_tokens), "qwen-image": (klein_tokens, klein_tokens)}
 FOUR = (999, 749, 499, 249)
 
 

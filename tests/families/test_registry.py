@@ -21,24 +21,25 @@ from fewstep.families.registry import (
     recognise,
     released_shapes,
 )
-from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_z_image_folder
+from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_qwen_image_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 PACKAGE = Path(__file__).parents[2] / "src/fewstep"
 FOLDERS = {
     "sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
     "z-image": tiny_z_image_folder, "flux2-klein": tiny_flux2_klein_folder,
+    "qwen-image": tiny_qwen_image_folder,
 }  # fmt: skip
 OWN = (
     "families/edm/", "families/stable_diffusion/", "families/sd3/", "families/z_image/", "families/flux2_klein/",
-    "families/registry.py",
+    "families/qwen_image/", "families/registry.py",
 )  # fmt: skip
 NAMED = re.compile(
-    r"\bsd3\b|\bsdxl\b|\bsd\b|SD3|Stable ?Diffusion|SDXL|diffusers-unet|has_time_ids|EDMDenoiser|EDMUNet\b|[zZ]-?_?[iI]mage|[fF]lux\.?2|[kK]lein"
+    r"\bsd3\b|\bsdxl\b|\bsd\b|SD3|Stable ?Diffusion|SDXL|diffusers-unet|has_time_ids|EDMDenoiser|EDMUNet\b|[zZ]-?_?[iI]mage|[qQ]wen-?_?[iI]mage|[fF]lux\.?2|[kK]lein"
 )
 BUNDLED = re.compile(r"emoji-sd(xl)?")  # names of bundled folders, as users type them
 # modules whose facts are one family's; they ask it, and nobody outside imports from its folder
-OF_ONE_FAMILY = re.compile(r"fewstep\.families\.(edm|stable_diffusion|sd3|z_image|flux2_klein)\b")
+OF_ONE_FAMILY = re.compile(r"fewstep\.families\.(edm|stable_diffusion|sd3|z_image|flux2_klein|qwen_image)\b")
 
 
 def names_a_family(text: str) -> bool:

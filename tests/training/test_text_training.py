@@ -30,7 +30,7 @@ from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import train
 from tests.cli.test_main import fewstep as fewstep_command
-from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_z_image_folder
+from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_qwen_image_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 from tests.training.helpers import _merged
 
@@ -41,6 +41,7 @@ FOLDERS = {
     "sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder,
     "z-image": tiny_z_image_folder,
     "flux2-klein": tiny_flux2_klein_folder,
+    "qwen-image": tiny_qwen_image_folder,
 }  # fmt: skip
 
 
@@ -106,11 +107,13 @@ MODES = {
         ("sd", "lora_generator, int8"),
         ("sdxl", "full, recomputed"),
         ("sd3", "shared_base, nf4, recomputed"),
+        ("qwen-image", "lora_generator"),
         # of Z-Image, test_teacher_loras.py trains a shared base in the default run
         *(
             pytest.param(family, mode, marks=pytest.mark.long)
-            for family in ("z-image", "flux2-klein")
+            for family in ("z-image", "flux2-klein", "qwen-image")
             for mode in ("full", "lora_generator", "shared_base, recomputed", "shared_base, nf4, recomputed")
+            if (family, mode) != ("qwen-image", "lora_generator")
         ),
         *(pytest.param("sd", mode, marks=pytest.mark.long) for mode in MODES if mode != "lora_generator, int8"),
         pytest.param("sd3", "shared_base, recomputed", marks=pytest.mark.long),
@@ -161,7 +164,7 @@ def test_memory_modes_agree_at_the_first_step(work: Path, tmp_path: Path) -> Non
         ("sd3", "full"),
         *(
             (family, mode)
-            for family in ("z-image", "flux2-klein")
+            for family in ("z-image", "flux2-klein", "qwen-image")
             for mode in ("full", "lora_generator", "shared_base")
         ),
     ],

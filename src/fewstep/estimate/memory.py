@@ -30,10 +30,9 @@ from fewstep.estimate.stand_ins import (
     conditions_of,
     teacher_network,
     teacher_of,
-    untrained_autoencoder,
     untrained_distance,
 )
-from fewstep.families.registry import build_on_meta
+from fewstep.families.registry import build_on_meta, family_of
 from fewstep.models.model import Model
 from fewstep.networks.frozen_layers import host_tensors
 from fewstep.settings import ComputeSettings, TrainSettings
@@ -128,7 +127,7 @@ def estimate_run(
         network.eval()
         network.compute_dtype = DTYPES[precision]
         estimate.parameters["teacher"] = _count(network.parameters())
-        vae = None if autoencoder is None else untrained_autoencoder(autoencoder)
+        vae = None if autoencoder is None else family_of(denoiser.describe()).build_autoencoder(autoencoder)
         if vae is not None:
             meter.assign(FROZEN, vae.parameters())
         teacher = teacher_of(network, vae)
@@ -243,7 +242,10 @@ def _prepare(
         optimizer.zero_grad(set_to_none=True)
         meter.assign(STATES, [value for state in optimizer.state.values() for value in state.values()])
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: meter.assign(GRADIENTS, [p.grad]))
+            # what nothing is made of, as the caption's stream behind a last block, gets none
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: None if p.grad is None else meter.assign(GRADIENTS, [p.grad])
+            )
     meter.start_phase()
 
 

@@ -63,15 +63,6 @@ def teacher_of(network: Denoiser, autoencoder: Any = None) -> Model:
     return teacher
 
 
-def untrained_autoencoder(config: dict[str, Any]) -> Any:
-    """The VAE of a text-to-image model, from its config."""
-    from diffusers import AutoencoderKL
-
-    from fewstep.networks.autoencoder import Autoencoder
-
-    return Autoencoder(AutoencoderKL.from_config(config))
-
-
 def untrained_distance(settings: TrainSettings, teacher: Model) -> Any:
     """The regression's distance with untrained weights; latents are decoded before LPIPS."""
     if settings.losses.regression_distance == "pixel":

@@ -90,7 +90,7 @@ class DiffusersDenoiser(Denoiser):
         self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, level: Tensor, guidance_scale: float
     ) -> Tensor:
         """As the contract's; with a norm cap, what the network predicts is scaled down to that norm, each sample as a whole."""
-        guided = super().guide(unconditional, conditional, noisy, level, guidance_scale)
+        guided = self.combine(unconditional, conditional, noisy, guidance_scale)
         if not self.guidance_norm_cap:
             return guided
         noisy, alpha = noisy.to(guided.dtype), per_sample(self._alpha_sigma(level)[0], noisy).to(guided.dtype)
@@ -98,6 +98,10 @@ class DiffusersDenoiser(Denoiser):
         norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in (plain, strong)]
         ratio = (self.guidance_norm_cap * norms[0] / norms[1]).clamp(max=1)
         return x0_of_scaled(self.prediction, per_sample(ratio, strong) * strong, noisy, alpha)
+
+    def combine(self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, guidance_scale: float) -> Tensor:
+        """x0 under guidance before any norm cap; families whose pipelines rescale it say so here."""
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()

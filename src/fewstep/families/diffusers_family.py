@@ -200,6 +200,13 @@ class DiffusersFamily(Family):
 
         return PLAIN
 
+    def build_autoencoder(self, config: Mapping[str, Any]) -> "Autoencoder":
+        classes = self.autoencoder_classes()
+        name = str(config.get("_class_name") or next(iter(classes)))
+        if name not in classes:
+            raise UserError(f"a vae of class {name[:60]} is not read; of {self.title} {' and '.join(classes)} can be")
+        return classes[name](_need_libraries(name).from_config(dict(config)))
+
     def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
         return read_vae_config(folder)
 
@@ -242,7 +249,9 @@ class DiffusersFamily(Family):
         """Raise UserError for a network setting that is not understood here, or that the installed diffusers would leave out."""
         known = inspect.signature(kind.__init__).parameters
         for name, value in self._network_config(folder).items():
-            if not name.startswith("_") and name not in known and value is not None and value is not False:
+            if name.startswith("_") or name in self.network_keys.elsewhere:
+                continue
+            if name not in known and value is not None and value is not False:
                 raise UserError(
                     f"{folder}: its {self.component} has {name}={value!r}, which this version of diffusers does not know; "
                     "pip install -U diffusers"

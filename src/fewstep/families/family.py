@@ -226,6 +226,14 @@ class Family(ABC):
         """
         return None
 
+    def build_autoencoder(self, config: Mapping[str, Any]) -> "Autoencoder":
+        """The untrained VAE of a config as `read_autoencoder_config` and `autoencoder_config` have it.
+
+        Raises:
+            UserError: a class that is not read.
+        """
+        raise NotImplementedError(f"x0 of {self.title} are the pictures themselves")
+
     def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
         """The VAE's config in a folder; empty where x0 are the pictures themselves.
 

@@ -23,6 +23,7 @@ FAMILIES = {
     "sd3": "sd3.family:StableDiffusion3",
     "z-image": "z_image.family:ZImage",
     "flux2-klein": "flux2_klein.family:Flux2Klein",
+    "qwen-image": "qwen_image.family:QwenImage",
 }
 
 

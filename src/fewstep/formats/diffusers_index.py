@@ -76,6 +76,13 @@ def read_vae_config(folder: Path) -> dict[str, Any]:
 
 def vae_factor(config: dict[str, Any]) -> int:
     """Pixels a latent side stands for, from the VAE's config."""
+    halvings = config.get("temperal_downsample")  # of VAEs of videos, in diffusers' spelling
+    if halvings is not None:
+        if not isinstance(halvings, list | tuple) or len(halvings) > _MAX_HALVINGS:
+            raise UserError(
+                "the config of the VAE is damaged: temperal_downsample is not a list; download the model again"
+            )
+        return int(2 ** len(halvings))
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
     if not isinstance(blocks, list | tuple) or len(blocks) > _MAX_HALVINGS:
         raise UserError("the config of the VAE is damaged: block_out_channels is not a list; download the model again")

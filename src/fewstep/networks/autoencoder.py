@@ -31,17 +31,15 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         config: Any = vae.config
-        self.latent_channels = int(config.latent_channels)
-        self.factor = 2 ** (
-            len(
-                config.block_out_channels
-                if hasattr(config, "block_out_channels")
-                else config.encoder_block_out_channels
-            )
-            - 1
-        )
+        self.latent_channels, self.factor = self.geometry(config)
         self.scale = float(getattr(config, "scaling_factor", 1.0))
         self.shift = float(getattr(config, "shift_factor", 0.0) or 0.0)
+
+    @staticmethod
+    def geometry(config: Any) -> tuple[int, int]:
+        """Channels of its latents, and pixels a side of them stands for."""
+        widths = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
+        return int(config.latent_channels), 2 ** (len(widths) - 1)
 
     @property
     def device(self) -> torch.device:

@@ -156,7 +156,7 @@ class TextEncoders:
 
     def encode_empty(self) -> TextEmbeddings:
         """One row for the unconditional branch: zeros where the model's config says so, else the empty prompt."""
-        empty = self.encode([""])
+        empty = self.encode([self.layout.empty_prompt])
         if self.layout.zeros_option and self._pipeline.config[self.layout.zeros_option]:
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
             return TextEmbeddings(torch.zeros_like(empty.text), pooled, empty.lengths)
@@ -190,7 +190,7 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
-            last, known = max(tokenizer.get_vocab().values()), int(encoder.config.vocab_size)
+            last, known = max(tokenizer.get_vocab().values()), int(encoder.config.get_text_config().vocab_size)
             if last >= known:
                 raise UserError(
                     f"{folder / name.replace('text_encoder', 'tokenizer')} has a token of number {last}, its encoder knows "

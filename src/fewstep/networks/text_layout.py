@@ -28,6 +28,13 @@ def read_text_list(encoded: Any) -> Encoded:
     return pad_sequence(rows, batch_first=True), None, lengths
 
 
+def read_text_masked(encoded: Any) -> Encoded:
+    """(text (N, T, D), which of its tokens are a prompt's own (N, T) or None for all), the others behind them."""
+    text, mask = encoded[0].float(), encoded[1]
+    full = torch.full((len(text),), text.shape[1], device=text.device)
+    return text, None, full if mask is None else mask.long().sum(1)
+
+
 @dataclass(frozen=True)
 class TextLayout:
     """The text encoders of one family.
@@ -44,6 +51,7 @@ class TextLayout:
         read_encoded: what `encode_prompt` returned -> text (N, T, D), pooled (N, P) or None, tokens a prompt (N,) or None.
         chat: puts a prompt into the tokenizer's chat template, as the pipeline does: (tokenizer, prompt) -> text; None: it
             takes prompts as they are.
+        empty_prompt: the unconditional row's prompt, where its authors advise another than none.
         zeros_option: the pipeline's own setting that makes the unconditional row zeros; empty: the empty prompt.
         network: the component whose config the pipeline reads while encoding; empty: none.
         token_limits: longest prompts of tokenizers whose own setting is not what the pipeline goes by.
@@ -59,6 +67,7 @@ class TextLayout:
     encode_options: Mapping[str, Any] = field(default_factory=dict)
     read_encoded: Callable[[Any], Encoded] = read_text_and_pooled
     chat: Callable[[Any, str], str] | None = None
+    empty_prompt: str = ""
     zeros_option: str = ""
     network: str = ""
     token_limits: Mapping[str, int] = field(default_factory=dict)
