@@ -6,6 +6,7 @@ holds what libraries and the C allocator keep.
 """
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,29 +87,44 @@ class Embeddings:
         return TextEmbeddings(torch.randn(len(index), 77, 64), torch.randn(len(index), 24))
 
 
-def train_two_steps(settings: TrainSettings, network: Denoiser) -> None:
-    """What `fewstep train` does with a loaded teacher: build, then two steps; the optimisers' states exist in the second."""
+def built_step(settings: TrainSettings, network: Denoiser) -> Callable[[int], None]:
+    """What `fewstep train` builds of a loaded teacher; the function makes a step of a number."""
     prepare_denoiser(network, "cpu", settings.compute.precision)
     teacher = build_model(network, ModelCard(role="teacher", can_be_guided=True))
     source, size = Embeddings(teacher.family.name), (128, 128)
     table = PromptTable(source, source.rows(torch.zeros(1)), teacher.family, size)
     run = build_distillation(settings, teacher, table)
     batch = settings.training.batch_size
-    for step in range(2):
+
+    def make(step: int) -> None:
         draws = Draws.of_batch(0, step, batch)
         captions = table.rows(torch.zeros(batch, dtype=torch.int64))
         real = RealBatch(torch.randn(batch, *network.image_shape), captions)
         two_time_scale_step(run, step, real, draws)
+
+    return make
+
+
+def train_two_steps(settings: TrainSettings, network: Denoiser) -> None:
+    """The optimisers' states exist in the second."""
+    make = built_step(settings, network)
+    for step in range(2):
+        make(step)
+
+
+def drawn_network(size: str) -> Denoiser:
+    """A network of a size, with small random weights."""
+    network = build_on_meta(description(size)).to_empty(device="cpu")
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return network
 
 
 def measured_peak(settings: TrainSettings, size: str) -> int:
     """Peak of live bytes while a network of this size is built and trained."""
     gc.collect()  # what an earlier case left in reference cycles must not be freed, and counted, here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
-        network = build_on_meta(description(size)).to_empty(device="cpu")
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        train_two_steps(settings, network)
+        train_two_steps(settings, drawn_network(size))
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
