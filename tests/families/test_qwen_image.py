@@ -1,7 +1,10 @@
 """Qwen-Image behind the contract: its own pipeline's pictures, its own forward's numbers, native loss and bottleneck recomputed."""
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +245,27 @@ def test_models_that_edit_pictures_are_refused(folder: Path, tmp_path: Path) -> 
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"names processor \(Qwen2VLProcessor\), which Qwen-Image does not have here"):
         load_teacher(copied, device="cpu")
+
+
+def test_what_released_configs_say_besides_is_no_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """pooled_projection_dim is in them, and no layer is of it."""
+    family = recognise(folder)
+    description = family.describe_folder(folder)
+    with caplog.at_level("WARNING"), capture_diffusers(caplog):
+        assert "pooled_projection_dim" not in family.build(description).describe()["network"]
+        family.build_autoencoder(family.read_autoencoder_config(folder))
+    assert caplog.messages == []
+
+
+@contextmanager
+def capture_diffusers(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """diffusers' own logger passes nothing up."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_the_released_shape() -> None:

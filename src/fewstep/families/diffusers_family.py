@@ -102,7 +102,8 @@ class DiffusersFamily(Family):
         return description.get("family") == self.description_name and self.has_network(description["network"])
 
     def build(self, description: Description) -> Denoiser:
-        network = _need_libraries(self.network_class).from_config(description["network"])
+        kind = _need_libraries(self.network_class)
+        network = kind.from_config(_without_unread(description["network"], kind, self.network_keys))
         return self.build_around(network, description["scheduler"], int(description["latent_size"]))
 
     def load(self, folder: Path, resolution: int = 0) -> Denoiser:
@@ -205,7 +206,8 @@ class DiffusersFamily(Family):
         name = str(config.get("_class_name") or next(iter(classes)))
         if name not in classes:
             raise UserError(f"a vae of class {name[:60]} is not read; of {self.title} {' and '.join(classes)} can be")
-        return classes[name](_need_libraries(name).from_config(dict(config)))
+        kind = _need_libraries(name)
+        return classes[name](kind.from_config(_without_unread(config, kind, self.vae_keys)))
 
     def read_autoencoder_config(self, folder: Path) -> dict[str, Any]:
         return read_vae_config(folder)
@@ -283,6 +285,12 @@ def _understood(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: {error}") from error
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
         raise UserError(f"{folder}: its configs describe no model ({first_line(error)})") from error
+
+
+def _without_unread(config: Mapping[str, Any], kind: Any, keys: KnownKeys) -> dict[str, Any]:
+    """A config without what changes nothing here and a class does not know: diffusers would say so on every build."""
+    known = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in config.items() if name in known or name not in keys.elsewhere}
 
 
 def _need_libraries(name: str) -> Any:
