@@ -26,7 +26,12 @@ from fewstep.training.build import build_distillation
 from fewstep.training.step import two_time_scale_step
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SIZES = {"small": (32, 16), "middle": (64, 16), "large": (96, 24)}  # channels, side of the latents
+SIZES = {
+    "one level": (32, 8),
+    "small": (32, 16),
+    "middle": (64, 16),
+    "large": (96, 24),
+}  # channels, side of the latents
 
 Z_IMAGE: dict[str, Any] = {
     "family": "z-image", "latent_size": 16, "scheduler": {"num_train_timesteps": 1000, "shift": 6.0},
@@ -39,11 +44,11 @@ Z_IMAGE: dict[str, Any] = {
 
 
 def description(size: str) -> dict[str, Any]:
-    """An SDXL-like U-Net: attention on the lower level, pooled embeddings and time ids; or a network like Z-Image's."""
+    """An SDXL-like U-Net: attention on the lower level or the only one, pooled embeddings and time ids; or a network like Z-Image's."""
     if size == "z-image":
         return Z_IMAGE
     channels, side = SIZES[size]
-    network = {
+    network: dict[str, Any] = {
         "sample_size": side, "in_channels": 4, "out_channels": 4, "block_out_channels": (channels, 2 * channels),
         "layers_per_block": 1, "norm_num_groups": 8, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 64,
@@ -51,6 +56,11 @@ def description(size: str) -> dict[str, Any]:
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 24 + 6 * 8,
     }  # fmt: skip
+    if size == "one level":
+        network |= {
+            "block_out_channels": (channels,), "attention_head_dim": (2,), "transformer_layers_per_block": (1,),
+            "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
+        }  # fmt: skip
     return {"family": "diffusers-unet", "latent_size": side, "network": network, "scheduler": BETAS}
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ def sharded(*cases: tuple[str, int, int]) -> dict[str, int]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def layout(processes: int, mode: str = "full", size: str = "small", batch: int = 4, **memory: Any) -> Layout:
+@cache
+def layout(processes: int, mode: str = "full", size: str = "one level", batch: int = 4, **memory: Any) -> Layout:
     settings = own_settings(case_settings(mode, batch, **memory), processes)
     network = build_on_meta(description(size))
     return Layout(settings, network, processes, estimate_run(settings, network, gpu=False, pictures=False))
 
 
+@pytest.mark.slow
 def test_sixty_four_processes_start_and_have_what_was_said() -> None:
     """The published ImageNet-64 network, whole, in a simulated group: the first has the largest part, the last has some or none."""
     network, cases = "imagenet64-adm", [("imagenet64-adm", 64, 0), ("imagenet64-adm", 64, 63), ("imagenet64-adm", 7, 0)]
@@ -77,18 +80,21 @@ def test_the_published_text_rows_start_on_64_processes(network: str, gib: float)
     assert own * (3 * 4 + 2 * 8) < gib * 2**30  # three networks, two of them with moments
 
 
+@pytest.mark.slow
 def test_no_part_of_sdxl_is_large() -> None:
     """What is gathered at once does not shrink with the number of processes."""
     network = build_released("sdxl")
     assert max(parts_gathered(network)) < 0.02 * sum(part.numel() for part in network.parameters())
 
 
+@pytest.mark.slow
 def test_more_processes_need_less_each_and_one_what_one_needs() -> None:
     one, two, four = (sum(layout(number).memory().values()) for number in (1, 2, 4))
     assert four < two < one + layout(1).memory()["gathered blocks"] + 1
     assert layout(1).share == 1
 
 
+@pytest.mark.slow
 def test_where_the_teacher_lies_is_counted() -> None:
     sharded, replicated, offloaded = (
         layout(2, "shared_base", teacher=place).memory()["between steps"]
@@ -99,6 +105,7 @@ def test_where_the_teacher_lies_is_counted() -> None:
     assert replicated - offloaded == pytest.approx(weights)
 
 
+@pytest.mark.slow
 def test_what_travels() -> None:
     """LoRAs exchange gradients of their adapters only; a teacher that each has whole is not gathered; copies stay in machines."""
     full, lora, whole = layout(4), layout(4, "shared_base"), layout(4, "shared_base", teacher="replicated")
@@ -112,6 +119,7 @@ def test_what_travels() -> None:
     assert parts.exchanged() == full.exchanged()
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_dry_run() -> None:
     said = list(describe_processes(layout(2), "h100", 2e15))
     assert said[0].startswith("each of 2 processes: 2 samples, ")

@@ -140,9 +140,9 @@ def test_what_lies_between_steps_is_counted_exactly() -> None:
 
 
 def test_modes_and_recomputing_save_what_they_promise() -> None:
-    peaks = [predicted(mode, "small").step for mode in ("full", "lora_generator", "shared_base")]
+    peaks = [predicted(mode, "one level").step for mode in ("full", "lora_generator", "shared_base")]
     assert peaks == sorted(peaks, reverse=True)
-    saved = predicted("shared_base", "small", checkpoint_activations=True).step
+    saved = predicted("shared_base", "one level", checkpoint_activations=True).step
     assert saved < 0.8 * peaks[2]
 
 
@@ -205,16 +205,16 @@ def test_a_step_grows_linearly_and_its_peak_not_less(mode: str) -> None:
 
 def test_micro_batches_take_less_and_their_gradients_wait() -> None:
     """Many are rehearsed as two; the arithmetic is that of all."""
-    whole = predicted("full", "small", batch_size=8)
+    whole = predicted("full", "one level", batch_size=8)
     settings = case_settings("full", 8)
     training = settings.training.model_copy(update={"microbatch_size": 1})
     parts = estimate_run(
         settings.model_copy(update={"training": training}),
-        build_on_meta(description("small")),
+        build_on_meta(description("one level")),
         gpu=False,
         pictures=False,
     )
-    one = predicted("full", "small", batch_size=1)
+    one = predicted("full", "one level", batch_size=1)
     assert one.step < parts.step < whole.step
     assert parts.kinds[parts.phase][GRADIENTS] > 0
     assert parts.flops[FAKE_SCORE_TURN] == pytest.approx(whole.flops[FAKE_SCORE_TURN], rel=0.02)
@@ -222,8 +222,8 @@ def test_micro_batches_take_less_and_their_gradients_wait() -> None:
 
 def test_a_gpu_normalises_in_float32() -> None:
     settings = case_settings("full", 2, precision="bf16")
-    gpu = estimate_run(settings, build_on_meta(description("middle")), gpu=True, pictures=False)
-    assert predicted("full", "middle", precision="bf16").step < gpu.step
+    gpu = estimate_run(settings, build_on_meta(description("one level")), gpu=True, pictures=False)
+    assert predicted("full", "one level", precision="bf16").step < gpu.step
 
 
 def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:

@@ -95,6 +95,7 @@ def by_hand(pictures: list[Image.Image], side: int, patch: bool) -> tuple[np.nda
     return features.mean(0), np.cov(features.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coco30k-256", pytest.param("coco10k-512", marks=pytest.mark.long)])
 def test_coco_protocol_equals_a_pipeline_by_hand(coco: Path, name: str) -> None:
     real, protocol = load_coco(coco / "captions_val2014.json", coco / "val2014"), PROTOCOLS[name]
@@ -115,6 +116,7 @@ def test_coco_protocol_equals_a_pipeline_by_hand(coco: Path, name: str) -> None:
     assert (found.num_images, found.num_reference_images, found.num_features) == (20, 30, 12)
 
 
+@pytest.mark.slow
 def test_pictures_go_through_the_network_32_at_a_time(coco: Path) -> None:
     real = load_coco(coco / "captions_val2014.json", coco / "val2014")
     twice = CaptionedPictures(real.root, real.paths[:20] * 2, real.captions[:20] * 2)

@@ -1,6 +1,7 @@
 """`fewstep bench-inference` on tiny models: both are timed in their own steps, compared, and what cannot be is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,22 @@ from tests.export.text_generators import write_run
 from tests.training.helpers import tiny_train_settings
 
 
+@pytest.fixture(scope="module")
+def trained(teacher_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EDMFamily, "default_num_steps", 3)
+        return train(tiny_train_settings(teacher_folder, pictures, folder, training={"num_steps": 1})).folder
+
+
 @pytest.fixture
-def run(teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a run of one step."""
     monkeypatch.setattr(EDMFamily, "default_num_steps", 3)
-    settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 1})
-    return train(settings).folder
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_generator_beside_the_teacher_its_card_names(
     run: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +77,7 @@ def test_the_clock_counts_no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed._median(lambda: None, 5.0) == (99, 1)
 
 
+@pytest.mark.slow
 def test_a_text_model_decodes_and_may_be_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_teacher_steps: None
 ) -> None:

@@ -104,6 +104,7 @@ def released_text(kind: Any, config: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", TINY_UNETS)
+@pytest.mark.slow
 def test_tiny_unets_return_through_diffusers(name: str) -> None:
     torch.manual_seed(0)
     unet: Any = UNet2DConditionModel(**TINY_UNET, **TINY_UNETS[name])

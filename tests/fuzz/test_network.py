@@ -60,6 +60,7 @@ def alone(tmp_path: Path, *command: object) -> tuple[str, list[str]]:
     return done.stdout + done.stderr, asked(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_guard_notices(tmp_path: Path) -> None:
     script = "import urllib.request\ntry: urllib.request.urlopen('http://example.org')\nexcept OSError: pass"
     assert alone(tmp_path, "-c", script)[1] == ["example.org"]
@@ -72,7 +73,7 @@ def test_nobody_is_asked(teacher: Path, pictures: Path, tmp_path: Path) -> None:
     sample = ["sample", "run", "--num-images", 2, "--grid", "g.png", "--device", "cpu"]
     evaluate = [
         "evaluate", "bundled:fashion-mnist", "--teacher-steps", 1, "--features", "bundled:fashion-mnist", "--images", pictures,
-        "--fit", "pad", "--num-images", 4, "--device", "cpu",
+        "--fit", "pad", "--num-images", 6, "--device", "cpu",
     ]  # fmt: skip
     commands = [[str(word) for word in command] for command in (train, sample, evaluate)]
     said, addresses = alone(tmp_path, "-c", ONE_BY_ONE, json.dumps(commands))

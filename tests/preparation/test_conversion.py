@@ -23,6 +23,7 @@ from fewstep.formats.roles_folder import read_roles
 from fewstep.formats.source import Source
 from fewstep.models.model import build_model
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
+from tests.cli.test_main import fewstep as fewstep_command
 from tests.conftest import tiny_denoiser
 from tests.dmd2_files import edm_arguments, edm_network, head_for, same, save_dmd2
 from tests.formats.test_lora_names import with_ldm_names
@@ -404,19 +405,18 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_line(tmp_path: Path, edm_bin: Path) -> None:
     """Exit codes and messages as a user meets them."""
-    command = [sys.executable, "-c", "from fewstep.cli.main import main; main()", "convert"]
-
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=300)
-
-    done = run(str(edm_bin), str(tmp_path / "out"), "--step-indices", "999")
+    command = [sys.executable, "-c", "from fewstep.cli.main import main; main()", "convert", str(edm_bin)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "out"), "--step-indices", "999"],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0
     assert all(line.endswith(" ...") for line in done.stderr.splitlines())  # what takes a while on a busy machine
     assert done.stdout == f"{tmp_path / 'out'}: generator, 3x16x16 pictures, 4 classes, steps [999]\n"
     assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").is_file()
-    failed = run(str(edm_bin), str(tmp_path / "out"))
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1] == (
+    failed = fewstep_command("convert", edm_bin, tmp_path / "out")
+    assert failed.code == 2
+    assert failed.err.splitlines()[-1] == (
         f"fewstep: {tmp_path / 'out'} exists already; choose another output folder, or remove it first"
     )
 

@@ -137,6 +137,7 @@ def test_what_the_file_lacks_comes_from_the_base_and_is_said(
     assert "vae" in said
 
 
+@pytest.mark.slow
 def test_a_base_without_the_weights_that_the_file_lacks(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
     base = FOLDERS["sd"](tmp_path / "base")
     save_file({k: v for k, v in tensors["sd"].items() if not k.startswith("first_stage")}, tmp_path / "m.safetensors")

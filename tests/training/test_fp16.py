@@ -29,6 +29,7 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])[0]
 
 
+@pytest.mark.slow
 def test_a_distillation_is_near_fp32_and_continues_exactly(
     teacher_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_distillation_is_near_fp32_and_continues_exactly(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_overflows_do_not_end_a_run(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +75,7 @@ def test_overflows_do_not_end_a_run(
     assert 2 * first["generator"] != first["fake_score"]  # the roles do not wait for each other
 
 
+@pytest.mark.slow
 def test_a_teacher_is_trained_with_a_scale(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin_at(monkeypatch, 2.0**30)
     settings = tiny_pretrain_settings(pictures, tmp_path / "run", training={"num_steps": 24}, compute=HALF)

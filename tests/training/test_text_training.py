@@ -249,6 +249,15 @@ def test_continues_from_an_earlier_run(work: Path, tmp_path: Path, mode: str) ->
     train(second)
 
 
+@pytest.fixture(scope="module")
+def shared_base_run(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of a shared base without GAN."""
+    no_gan = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    train(settings(work, "sd", folder, losses=no_gan, memory=MODES["shared_base"], training={"num_steps": 1}))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("memory", "told"),
     [
@@ -259,13 +268,10 @@ def test_continues_from_an_earlier_run(work: Path, tmp_path: Path, mode: str) ->
     ],
 )  # fmt: skip
 def test_an_earlier_run_of_another_memory_is_refused(
-    work: Path, tmp_path: Path, memory: dict[str, Any], told: str
+    work: Path, shared_base_run: Path, tmp_path: Path, memory: dict[str, Any], told: str
 ) -> None:
     """The same LoRA under another alpha or rank would be another update; nothing is trained."""
-    no_gan = {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
-    train(
-        settings(work, "sd", tmp_path / "first", losses=no_gan, memory=MODES["shared_base"], training={"num_steps": 1})
-    )
+    shutil.copytree(shared_base_run, tmp_path / "first")
     generator = {"step_indices": [999], "start_from": str(tmp_path / "first")}
     second = settings(work, "sd", tmp_path / "second", memory=MODES["shared_base"] | memory, generator=generator)
     with pytest.raises(UserError) as error:
