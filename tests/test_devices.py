@@ -143,6 +143,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slowdown")
 def test_the_run_folder_says_which(tmp_path: Path, teacher_folder: Path) -> None:
     from fewstep.training.run import train
 

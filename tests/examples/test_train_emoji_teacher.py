@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from fewstep import devices
 from fewstep.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -69,6 +70,7 @@ def finished(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(devices, "_fast_precision", lambda device: ("fp32", ""))  # as in tests, which come after it
         for stage in ("vae", "sd", "sdxl"):
             run(emoji, out, stage)
     return out
