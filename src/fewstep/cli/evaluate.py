@@ -29,6 +29,7 @@ def evaluate(
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: steps of the model's own many-step sampler; its usual number unless set")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 is off; the model's usual scale unless set")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="MODEL is a run folder: score each new checkpoint once, average and raw weights, until the run ends; --json then names the file of all figures  [default: RUN/evaluation.json]")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:  # fmt: skip
@@ -40,4 +41,9 @@ def evaluate(
         prompts=tuple(read_prompts([], prompts)), clip=clip, clip_prefix=clip_prefix, num_images=num_images, seed=seed, batch_size=batch_size,
         teacher_steps=teacher_steps, guidance_scale=guidance_scale, json_out=json_out, device=device, precision=precision,
     )  # fmt: skip
-    evaluate_model(model, options)
+    if not watch:
+        evaluate_model(model, options)
+        return
+    with starting():
+        from fewstep.training.scoring import watch_run
+    watch_run(Path(model).expanduser(), options)

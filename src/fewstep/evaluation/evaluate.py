@@ -66,33 +66,63 @@ def evaluate_model(source: str, options: EvaluateOptions) -> None:
     Raises:
         UserError: options, model, features and real pictures that are not there or do not go together.
     """
-    protocol = protocol_named(options.protocol)
-    coco = _checked_options(options, protocol)
+    judge = Judge(options)
     precision = precision_of(options.precision, options.device, partial(say, console))
     with busy(console, f"Loading {source}"):
         model = load_model(source, device=options.device, precision=precision)
-        network = load_features(options.features, model.device)
-    if coco is not None:
-        options = replace(options, prompts=tuple(coco.captions))
-    _refuse_what_does_not_fit(source, model, options)
-    clip = _load_clip(options, protocol, model.device)
-    metrics = [] if clip is None else [clip]
-    for line in [*model.conditioner.warnings(options.prompts), *_warnings(metrics, options.prompts)]:
-        say(console, line)
-    num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
-    if protocol is not None and coco is not None:
-        figure = _measure_coco(source, model, network, options, protocol, coco, num_images, metrics)
-    else:
-        figure = _measure(source, model, network, options, num_images, metrics)
-    if protocol is not None:
-        other = "" if clip is None else clip.difference(protocol.clip_prefix)
-        figure = protocol.labelled(figure, _sha256(options.features), model.size, other)
+    figure = judge.figure(source, model)
     print(figure.sentence())
     for line in figure.cautions():
         say(console, line)
     if options.json_out is not None:
         with replaced_file(options.json_out) as aside:
             aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")
+
+
+class Judge:
+    """Measures models, one after the other, under one set of options.
+
+    Raises:
+        UserError: options that do not go together, real pictures that are not there.
+    """
+
+    def __init__(self, options: EvaluateOptions) -> None:
+        self.protocol = protocol_named(options.protocol)
+        self.coco = _checked_options(options, self.protocol)
+        self.options = options if self.coco is None else replace(options, prompts=tuple(self.coco.captions))
+        self._opened: tuple[FeatureNetwork, ClipScore | None] | None = None
+
+    def figure(self, source: str, model: Model) -> Measurement:
+        """What is found of a model, under the name that its user calls it by.
+
+        Raises:
+            UserError: model, features and real pictures do not go together.
+        """
+        options, protocol, coco = self.options, self.protocol, self.coco
+        _refuse_what_does_not_fit(source, model, options)
+        network, clip = self._open(model)
+        metrics = [] if clip is None else [clip]
+        num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
+        if protocol is not None and coco is not None:
+            figure = _measure_coco(source, model, network, options, protocol, coco, num_images, metrics)
+        else:
+            figure = _measure(source, model, network, options, num_images, metrics)
+        if protocol is None:
+            return figure
+        other = "" if clip is None else clip.difference(protocol.clip_prefix)
+        return protocol.labelled(figure, _sha256(options.features), model.size, other)
+
+    def _open(self, model: Model) -> "tuple[FeatureNetwork, ClipScore | None]":
+        """The networks that judge, read for the first model, on its device; what its prompts are warned of is said then."""
+        if self._opened is None:
+            with busy(console, f"Loading {self.options.features}"):
+                network = load_features(self.options.features, model.device)
+            clip = _load_clip(self.options, self.protocol, model.device)
+            prompts = self.options.prompts
+            for line in [*model.conditioner.warnings(prompts), *_warnings([] if clip is None else [clip], prompts)]:
+                say(console, line)
+            self._opened = network, clip
+        return self._opened
 
 
 def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> CaptionedPictures | None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.distillation.sharding import put_weights
@@ -62,11 +61,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX))
 
 
-def read_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(
+    path: Path, like: Mapping[str, Tensor] | None = None, only: tuple[str, ...] = ("",)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and JSON state of one checkpoint, proven to be what was written, by any number of processes.
 
     Args:
         like: tensors of the run by their names: of sharded ones each process reads its own part. All must ask together.
+        only: beginnings of the names of the tensors to be read; the files are proven whole all the same.
 
     Checkpoints of earlier versions have no digests and are taken as they are.
 
@@ -80,14 +82,20 @@ def read_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> tup
         files, names = state.pop("files", None), state.pop("tensors", None)
         _prove(path, files, shared=like is not None)
         in_parts = like is not None or TENSORS not in (files or {TENSORS: ""})
-        tensors = read_parts(path, like or {}) if in_parts else load_file(path / TENSORS)
+        tensors = read_parts(path, like or {}, only) if in_parts else _read_some(path / TENSORS, only)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if names is not None and names != sorted(tensors):
+    if names is not None and [name for name in names if name.startswith(only)] != sorted(tensors):
         raise damaged(path, f"{TENSORS} does not have the tensors that state.json lists")
     return tensors, state
+
+
+def _read_some(path: Path, only: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of one file whose names begin so."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(only)}  # noqa: SIM118
 
 
 def _prove(path: Path, files: Any, shared: bool) -> None:

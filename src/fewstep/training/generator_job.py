@@ -149,19 +149,23 @@ class GeneratorJob:
         return self.teacher.pictures_at_once
 
     def _card(self, num_steps: int) -> ModelCard:
-        made_with = {
-            "fewstep": __version__, "num_steps": num_steps, "settings": self.settings.model_dump(mode="json"),
-            "teacher": self.teacher.card.made_with,
-        }  # fmt: skip
-        return ModelCard(
-            role="generator", step_indices=self.steps.indices, num_levels=self.steps.num_levels,
-            step_sigmas=self.steps.sigmas,
-            class_names=self.teacher.card.class_names, made_with=made_with, licence=self.teacher.card.licence,
-            base_loras=self.teacher.card.base_loras,
-        )  # fmt: skip
+        return generator_card(self.settings, self.teacher, self.steps, num_steps)
 
     def save_result(self, folder: Path, num_steps: int) -> Path:
         """Write the generator (the average where there is one) with its step schedule."""
         generator = self.best_generator()
         self.teacher.student(generator.denoiser, self._card(num_steps)).write(folder / "generator")
         return folder / "generator"
+
+
+def generator_card(settings: TrainSettings, teacher: Model, steps: StepSchedule, num_steps: int) -> ModelCard:
+    """What stands beside a generator's weights after `num_steps` steps of a run."""
+    made_with = {
+        "fewstep": __version__, "num_steps": num_steps, "settings": settings.model_dump(mode="json"),
+        "teacher": teacher.card.made_with,
+    }  # fmt: skip
+    return ModelCard(
+        role="generator", step_indices=steps.indices, num_levels=steps.num_levels, step_sigmas=steps.sigmas,
+        class_names=teacher.card.class_names, made_with=made_with, licence=teacher.card.licence,
+        base_loras=teacher.card.base_loras,
+    )  # fmt: skip

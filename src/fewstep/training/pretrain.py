@@ -1,5 +1,6 @@
 """Training a teacher from nothing: the denoising objective, as a job for the one loop."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,14 @@ class Pretraining:
 
     def save_result(self, folder: Path, num_steps: int) -> Path:
         """Write the averaged teacher as a model folder."""
-        card = ModelCard(
-            role="teacher", class_names=tuple(self.class_names),
-            can_be_guided=self.settings.network.label_dropout > 0,
-            made_with={"fewstep": __version__, "num_steps": num_steps, "settings": self.settings.model_dump(mode="json")},
-        )  # fmt: skip
+        card = teacher_card(self.settings, self.class_names, num_steps)
         write_model_folder(folder / "teacher", self.denoiser.describe(), self.average.module.state_dict(), card)
         return folder / "teacher"
+
+
+def teacher_card(settings: PretrainSettings, class_names: Sequence[str], num_steps: int) -> ModelCard:
+    """What stands beside a teacher's weights after `num_steps` steps of a run."""
+    return ModelCard(
+        role="teacher", class_names=tuple(class_names), can_be_guided=settings.network.label_dropout > 0,
+        made_with={"fewstep": __version__, "num_steps": num_steps, "settings": settings.model_dump(mode="json")},
+    )  # fmt: skip

@@ -95,6 +95,21 @@ def hold(folder: Path) -> None:
     _held[key] = file
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process trains in a run folder, as far as its file system tells; the lock is tried for a moment."""
+    if folder.resolve() in _held:
+        return True
+    try:
+        with open(folder / LOCK, encoding="utf-8") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no lock, or a file system without any
+    return False
+
+
 def release(folder: Path) -> None:
     """Let other processes train in a folder that this one held."""
     file = _held.pop(folder.resolve(), None)

@@ -59,8 +59,8 @@ def write_parts(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
         by_the_first(end, group)
 
 
-def read_parts(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder, each as the tensor of its name in `like` lies in the processes, or whole.
+def read_parts(path: Path, like: Mapping[str, Tensor], only: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder whose names begin so, each as the one of its name in `like` lies in the processes, or whole.
 
     Raises:
         OSError, KeyError, ValueError and others: a file is missing or damaged.
@@ -71,6 +71,8 @@ def read_parts(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     metadata: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     for name, found in metadata.items():
+        if not name.startswith(only):
+            continue
         own = like.get(name)
         if own is not None and own.shape == found.size:
             tensors[name] = torch.empty_like(own, dtype=found.properties.dtype, requires_grad=False)

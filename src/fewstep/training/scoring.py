@@ -1,0 +1,196 @@
+"""Scores of a run's checkpoints as they appear, beside its training: `fewstep evaluate --watch RUN`.
+
+The run is only read; checkpoints are complete or absent, so none is read half-written. One that the run drops while it is
+read is left out in a sentence. Figures stand in a file of their own, each with all its conditions, and none is made twice.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.devices import precision_of
+from fewstep.errors import RunInterrupted, UserError, stopped_by
+from fewstep.evaluation.evaluate import EvaluateOptions, Judge
+from fewstep.evaluation.measurement import Measurement
+from fewstep.formats.atomic import replaced_file
+from fewstep.formats.model_folder import read_card
+from fewstep.models.model import Model
+from fewstep.progress import Stderr, busy, say
+from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.checkpoint_models import CheckpointModels, Progress
+from fewstep.training.run_folder import is_held
+from fewstep.training.watch import DISTANCE
+
+FIGURES = "evaluation.json"
+POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 2.0, 30.0, 120.0
+console = Stderr()
+
+
+def watch_run(run: Path, options: EvaluateOptions) -> None:
+    """Score every checkpoint of a run once, its raw weights and their average, until the run ends.
+
+    Writes the figures into `evaluation.json` of the run, or the file of `options.json_out`, and keeps the model with the lowest
+    Frechet distance in the folder beside it whose name ends in `_best`. The same command goes on where it stopped.
+
+    Raises:
+        UserError: not a run folder; options that do not go together; figures of other conditions in the file; the run has died.
+        RunInterrupted: Ctrl-C or SIGTERM.
+    """
+    if not (run / "settings.json").is_file():
+        raise UserError(f"{run} is not a run folder: settings.json is not there; start the run first, then watch it")
+    judge = Judge(options)
+    figures = Figures(options.json_out or run / FIGURES)
+    precision = precision_of(options.precision, options.device, lambda line: say(console, line))
+    with busy(console, f"Reading the run {run}"):
+        models = CheckpointModels(run, device=options.device, precision=precision)
+    try:
+        Scoring(run, models, judge, figures).go_on()
+    except KeyboardInterrupt as stop:
+        name, code = stopped_by(stop)
+        raise RunInterrupted(f"stopped by {name}; {figures.told()}", code) from None
+
+
+class Figures:
+    """The file of what was found, one object each: `step`, `seconds`, `weights`, and the measurement with all its conditions.
+
+    Raises:
+        UserError: the file is damaged or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
+        if not path.is_file():
+            return
+        try:
+            self.rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            for row in self.rows:
+                Measurement.from_dict(row), int(row["step"]), float(row["seconds"]), str(row["weights"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path} has no figures of `fewstep evaluate --watch` ({error}); give another --json"
+            ) from None
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the best model is kept."""
+        return self.path.with_name(f"{self.path.stem}_best")
+
+    def has(self, step: int, weights: str) -> bool:
+        """Whether this was measured."""
+        return any(row["step"] == step and row["weights"] == weights for row in self.rows)
+
+    def add(self, progress: Progress, weights: str, found: Measurement) -> bool:
+        """Note a figure; returns whether it is the best one.
+
+        Raises:
+            UserError: those before were measured otherwise.
+        """
+        row = {"step": progress.step, "seconds": progress.seconds, "weights": weights, **found.to_dict()}
+        for name in _CONDITIONS:
+            before = {earlier.get(name) for earlier in self.rows} - {row.get(name)}
+            if before:
+                raise UserError(
+                    f"{self.path} has figures with {name.replace('_', ' ')} {before.pop()!r}, not {row.get(name)!r}; watch with the "
+                    "same options, or give another --json"
+                )
+        is_best = all(row[DISTANCE] < earlier[DISTANCE] for earlier in self.rows)
+        self.rows.append(row)
+        with replaced_file(self.path) as aside:
+            aside.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        return is_best
+
+    def told(self) -> str:
+        """How many there are, and the best, as a part of a sentence."""
+        if not self.rows:
+            return "nothing was scored yet"
+        best = min(self.rows, key=lambda row: float(row[DISTANCE]))
+        return (
+            f"{len(self.rows)} figure{'s' * (len(self.rows) != 1)} in {self.path}, the best {best[DISTANCE]:.3f} after "
+            f"{best['step']} steps ({best['weights']} weights), kept in {self.best_folder}"
+        )
+
+
+_CONDITIONS = ("num_images", "features", "num_features", "num_reference_images", "seed", "protocol")
+
+
+class Scoring:
+    """The watching itself."""
+
+    def __init__(self, run: Path, models: CheckpointModels, judge: Judge, figures: Figures) -> None:
+        self.run, self.models, self.judge, self.figures = run, models, judge, figures
+        self.finished: set[str] = set()  # names of checkpoints that were scored, or left out
+        self.said = self.seen = time.monotonic()
+        self.sign: Any = None
+
+    def go_on(self) -> None:
+        """Until the run ends.
+
+        Raises:
+            UserError: it has died.
+        """
+        while True:
+            new = [path for path in list_checkpoints(self.run / "checkpoints") if path.name not in self.finished]
+            if new:
+                self.score(new[0])
+                continue
+            if self.has_ended():
+                say(console, f"{self.run} has ended; {self.figures.told()}")
+                return
+            self.refuse_if_dead()
+            self.wait()
+
+    def score(self, checkpoint: Path) -> None:
+        """Score one checkpoint; one that is gone, or damaged, is left out in a sentence."""
+        self.finished.add(checkpoint.name)
+        try:
+            progress, models = self.models.read(checkpoint)
+            for weights, model in models:
+                if not self.figures.has(progress.step, weights):
+                    self.note(progress, weights, model)
+        except UserError as error:
+            if checkpoint.is_dir() and str(checkpoint) not in str(error):
+                raise
+            gone = "the run dropped it before it was read; a larger run.keep_checkpoints leaves more time"
+            say(console, f"{checkpoint.name} is left out: {error if checkpoint.is_dir() else gone}")
+        self.seen = time.monotonic()
+
+    def note(self, progress: Progress, weights: str, model: Model) -> None:
+        """Measure one model."""
+        found = self.judge.figure(f"{self.run}, step {progress.step}, {weights} weights", model)
+        print(found.sentence(), flush=True)
+        for line in found.cautions() if not self.figures.rows else []:
+            say(console, line)
+        if self.figures.add(progress, weights, found):
+            folder = self.figures.best_folder / self.models.role
+            model.write(folder)
+            say(console, f"the best so far, kept in {folder}")
+
+    def has_ended(self) -> bool:
+        """Whether the run's result is there, and is that of its last checkpoint."""
+        folder, checkpoints = self.run / self.models.role, list_checkpoints(self.run / "checkpoints")
+        if not folder.is_dir() or not checkpoints:
+            return False
+        made_with: Mapping[str, Any] = read_card(folder)[1].made_with
+        return int(made_with.get("num_steps", 0)) >= int(checkpoints[-1].name.rpartition("_")[2])
+
+    def refuse_if_dead(self) -> None:
+        """Raise UserError where no process trains and nothing was written for a while."""
+        sign = [(path.name, path.stat().st_mtime_ns) for path in sorted(self.run.glob("*.jsonl"))]
+        if sign != self.sign:
+            self.sign, self.seen = sign, time.monotonic()
+        if time.monotonic() - self.seen >= PATIENCE_SECONDS and not is_held(self.run):
+            raise UserError(
+                f"{self.run} is not finished and nobody trains there: nothing was written for {PATIENCE_SECONDS:.0f} seconds; "
+                f"continue it with `fewstep train` and watch again. {self.figures.told().capitalize()}"
+            )
+
+    def wait(self) -> None:
+        """A moment; says twice a minute for what."""
+        if time.monotonic() - self.said >= SAY_SECONDS:
+            self.said = time.monotonic()
+            last = max(self.finished, default="")
+            after = f"after {last}" if last else "the first one"
+            say(console, f"waiting for the next checkpoint of {self.run}, {after}")
+        time.sleep(POLL_SECONDS)

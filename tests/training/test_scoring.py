@@ -1,0 +1,180 @@
+"""`fewstep evaluate --watch`: each checkpoint of a run once, beside its training."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.evaluation.evaluate import EvaluateOptions
+from fewstep.evaluation.features import SmallClassifier
+from fewstep.models.load import load_generator, load_teacher
+from fewstep.training import scoring
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.checkpoint_models import CheckpointModels
+from fewstep.training.run import pretrain, train
+from fewstep.training.run_folder import hold, is_held, release
+from fewstep.training.scoring import watch_run
+from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints after 2, 4 and 6 steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return train(tiny_train_settings(teacher_folder, pictures, folder, run={"keep_checkpoints": 3})).folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    SmallClassifier(1, 4, 4).eval().save(tmp_path / "features")
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def options(pictures: Path, features: Path) -> EvaluateOptions:
+    return EvaluateOptions(
+        str(features), images=str(pictures), num_images=8, cache=False, device="cpu", precision="fp32"
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(scoring, "PATIENCE_SECONDS", 0.2)
+
+
+def rows(path: Path) -> list[tuple[int, str]]:
+    return [(row["step"], row["weights"]) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+def test_every_checkpoint_is_scored_once_raw_and_average(
+    run: Path, options: EvaluateOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch_run(run, options)
+    path = run / "evaluation.json"
+    assert rows(path) == [(step, weights) for step in (2, 4, 6) for weights in ("raw", "average")]
+    said = capsys.readouterr()
+    assert f"{run} has ended; 6 figures in {path}" in said.err.replace("\n", " ")
+    assert said.out.count("Frechet distance") == 6
+    found = json.loads(path.read_text(encoding="utf-8"))
+    best = min(found, key=lambda row: row["frechet_distance"])
+    kept = load_generator(run / "evaluation_best", device="cpu")
+    assert kept.card.made_with["num_steps"] == best["step"]
+    before = path.read_bytes()
+    watch_run(run, options)  # nothing is measured twice
+    assert path.read_bytes() == before
+    assert "Frechet distance" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_models_of_a_checkpoint_are_the_runs(run: Path) -> None:
+    """The average of the last checkpoint is the run's result; raw weights are the generator's in the checkpoint."""
+    models = CheckpointModels(run, device="cpu", precision="fp32")
+    last = list_checkpoints(run / "checkpoints")[-1]
+    progress, found = models.read(last)
+    pictures = {weights: model.sample(4, output="tensor", progress=False) for weights, model in found}
+    assert progress.step == 6
+    assert torch.equal(
+        pictures["average"], load_generator(run, device="cpu").sample(4, output="tensor", progress=False)
+    )
+    assert not torch.equal(pictures["average"], pictures["raw"])
+    tensors, _ = read_checkpoint(last)
+    raw = models.network.state_dict()
+    _, again = models.read(last)
+    next(again)
+    assert all(torch.equal(models.network.state_dict()[name], tensors[f"generator.{name}"]) for name in raw)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_is_followed_to_its_end(
+    teacher_folder: Path, pictures: Path, tmp_path: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "PATIENCE_SECONDS", 60.0)
+    changes = {"keep_checkpoints": 9}
+    train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", training={"num_steps": 2}, run=changes))
+    shutil.rmtree(tmp_path / "run" / "generator")  # as it was before the end
+    watching = threading.Thread(target=watch_run, args=(tmp_path / "run", options))
+    watching.start()
+    train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", run=changes))
+    watching.join(60)
+    assert not watching.is_alive()
+    assert {step for step, _ in rows(tmp_path / "run" / "evaluation.json")} == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_teacher_in_pretraining_is_scored(pictures: Path, tmp_path: Path, options: EvaluateOptions) -> None:
+    run = pretrain(tiny_pretrain_settings(pictures, tmp_path / "run")).folder
+    watch_run(run, options)
+    assert rows(run / "evaluation.json") == [(step, weights) for step in (2, 4) for weights in ("raw", "average")]
+    assert load_teacher(run / "evaluation_best", device="cpu").card.role == "teacher"
+
+
+@pytest.mark.slow
+def test_dead_run_is_said_with_what_to_do(run: Path, options: EvaluateOptions) -> None:
+    shutil.rmtree(run / "generator")
+    with pytest.raises(UserError, match=r"is not finished and nobody trains there.*watch again. 6 figures"):
+        watch_run(run, options)
+    assert len(rows(run / "evaluation.json")) == 6
+
+
+@pytest.mark.slow
+def test_dropped_and_damaged_checkpoints_are_left_out(
+    run: Path, options: EvaluateOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = list_checkpoints(run / "checkpoints")
+    tensors = second / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    read = CheckpointModels.read
+
+    def dropping(self: CheckpointModels, path: Path) -> object:
+        if path == first:
+            shutil.rmtree(path)
+        return read(self, path)
+
+    monkeypatch.setattr(CheckpointModels, "read", dropping)
+    watch_run(run, options)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"{first.name} is left out: the run dropped it" in said
+    assert f"{second.name} is left out: checkpoint {second} is damaged" in said
+    assert {step for step, _ in rows(run / "evaluation.json")} == {6}
+
+
+@pytest.mark.slow
+def test_figures_of_other_conditions_are_not_mixed(run: Path, options: EvaluateOptions, tmp_path: Path) -> None:
+    other = EvaluateOptions(**{**vars(options), "num_images": 6})
+    watch_run(run, options)
+    (run / "evaluation.json").write_text(
+        json.dumps(json.loads((run / "evaluation.json").read_text())[:1]), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="num images 8, not 6; watch with the same options, or give another --json"):
+        watch_run(run, other)
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(UserError, match="has no figures of"):
+        watch_run(run, EvaluateOptions(**{**vars(options), "json_out": tmp_path / "list.json"}))
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder.*start the run first"):
+        watch_run(tmp_path, EvaluateOptions("bundled:fashion-mnist"))
+
+
+def test_lock_tells_whether_somebody_trains(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    hold(tmp_path)
+    assert is_held(tmp_path)
+    release(tmp_path)
+    assert not is_held(tmp_path)
+    assert not is_held(tmp_path)  # trying takes nothing
+    hold(tmp_path)
+    release(tmp_path)
