@@ -27,6 +27,7 @@ from fewstep.preparation.latents import prepare_latents
 from fewstep.settings import TrainSettings, flatten_settings, parse_settings
 from fewstep.training.build import build_chosen_roles, open_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import train
 from tests.cli.test_main import fewstep as fewstep_command
@@ -131,6 +132,10 @@ def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     generator = fewstep.load_generator(whole, device="cpu")
     pictures = generator.sample(["red cat", "a dog"], seed=1, output="tensor")
+    watched = CheckpointModels(tmp_path / "whole", device="cpu", precision="fp32")
+    _, models = watched.read(list_checkpoints(tmp_path / "whole/checkpoints")[-1])
+    (raw,) = [model.sample(["red cat", "a dog"], seed=1, output="tensor") for _, model in models]
+    assert torch.equal(pictures, raw)  # as `fewstep evaluate --watch` reads it
     again = fewstep.load_generator(parts, device="cpu")
     assert torch.equal(pictures, again.sample(["red cat", "a dog"], seed=1, output="tensor"))
     assert (tmp_path / "whole/samples/generator_00000001.png").is_file()

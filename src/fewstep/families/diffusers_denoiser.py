@@ -1,5 +1,6 @@
 """What all networks from diffusers share: precision inside, conversion to x0 outside, checkpointed activations."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -114,8 +115,10 @@ class DiffusersDenoiser(Denoiser):
             block.compile()
 
     def describe(self) -> dict[str, Any]:
+        known = inspect.signature(type(self.network).__init__).parameters  # files may say more, which builds nothing
+        config = {name: value for name, value in plain_config(self.network.config).items() if name in known}
         return {
-            "family": self.family, "network": plain_config(self.network.config), "scheduler": self.scheduler_config,
+            "family": self.family, "network": config, "scheduler": self.scheduler_config,
             "latent_size": self.image_shape[1],
         }  # fmt: skip
 
