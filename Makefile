@@ -38,7 +38,7 @@ quickstart: $(CORE) ## distil the bundled teacher on the CPU: 5 minutes, one HTM
 text-quickstart: $(TEXT) ## distil the bundled text-to-image teacher on the CPU: 5 minutes of training, one HTML report
 	HF_HUB_OFFLINE=1 $(BIN)/fewstep text-quickstart
 
-test: $(DEV) ## the tests that CI runs, on every core: 9 to 13 minutes on two
+test: $(DEV) ## the tests that CI runs, on every core: 8 to 12 minutes on two
 	$(PYTEST)
 
 test-long: $(DEV) ## every test: the full matrices, 1,000 damaged files a format, every key of every config, 100 kills and 105 small disks, too
