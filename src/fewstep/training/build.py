@@ -13,7 +13,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.loss_scale import LossScale
-from fewstep.distillation.roles import Roles, build_roles
+from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
 from fewstep.distillation.sharding import build_spread, put_weights
 from fewstep.distillation.start import (
     refuse_other_memory,
@@ -37,10 +37,11 @@ from fewstep.formats.compare import state_difference
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
+from fewstep.networks.adapters import LoraShape
 from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.networks.perceptual import load_lpips, pixel_distance
 from fewstep.settings import LossSettings, TrainSettings
-from fewstep.settings.train import NO_GPU
+from fewstep.settings.train import NO_GPU, MemorySettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
 from fewstep.training.step import Distillation
@@ -119,7 +120,7 @@ def build_distillation(settings: TrainSettings, teacher: Model, conditions: Cond
         ),
         generator_every=training.generator_every,
         microbatch_size=training.microbatch_size,
-        weighed=matching[0] if matching and matching[0].divergence is not None else None,
+        weighed=matching if matching is not None and matching.divergence is not None else None,
     )
 
 
@@ -135,12 +136,13 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
             for network in (roles.generator, roles.fake_score):
                 network.checkpoint_activations()
         return roles
-    from fewstep.distillation.roles import build_lora_generator_roles, build_shared_base_roles
-    from fewstep.networks.adapters import LoraShape
-
-    lora = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets, memory.lora_dropout)
     build = build_shared_base_roles if memory.mode == "shared_base" else build_lora_generator_roles
-    return build(teacher, lora, with_discriminator, storage, memory.checkpoint_activations, spread)
+    return build(teacher, lora_shape(memory), with_discriminator, storage, memory.checkpoint_activations, spread)
+
+
+def lora_shape(memory: MemorySettings) -> LoraShape:
+    """Of each role's LoRA."""
+    return LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets, memory.lora_dropout)
 
 
 def base_storage(settings: TrainSettings) -> BaseStorage:
@@ -225,28 +227,26 @@ def check_network(teacher: Model, settings: TrainSettings) -> None:
         )
 
 
-def _build_distribution_matching(settings: TrainSettings, roles: Roles) -> list[DistributionMatching]:
+def _build_distribution_matching(settings: TrainSettings, roles: Roles) -> DistributionMatching | None:
     """The term, if the run has it; its divergence, if another than the reverse KL."""
     losses = settings.losses
     if not losses.distribution_matching_weight:
-        return []
+        return None
     divergence = None
     if losses.divergence != "reverse_kl":
         assert roles.discriminator is not None
         weights = DivergenceWeights(losses.divergence, roles.fake_score.noise_schedule.num_levels)
         divergence = Divergence(roles.discriminator, weights.to(next(roles.discriminator.parameters()).device))
-    return [
-        DistributionMatching(
-            roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
-            losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight, divergence=divergence,
-        )
-    ]  # fmt: skip
+    return DistributionMatching(
+        roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
+        losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight, divergence=divergence,
+    )  # fmt: skip
 
 
 def _build_generator_terms(
-    settings: TrainSettings, roles: Roles, teacher: Model, scale: LossScale, matching: list[DistributionMatching]
+    settings: TrainSettings, roles: Roles, teacher: Model, scale: LossScale, matching: DistributionMatching | None
 ) -> list[GeneratorTerm]:
-    losses, terms = settings.losses, list[GeneratorTerm](matching)
+    losses, terms = settings.losses, list[GeneratorTerm]([] if matching is None else [matching])
     if losses.gan_generator_weight:
         assert roles.discriminator is not None
         terms.append(
