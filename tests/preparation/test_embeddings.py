@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation import embeddings as module
+from fewstep.preparation import shards
 from fewstep.preparation.embeddings import announce_size, prepare_embeddings
 from tests.tiny_models import MAX_TOKENS, tiny_sd_folder, tiny_sdxl_folder
 
@@ -89,7 +90,8 @@ def test_an_interrupted_job_ends_in_the_same_bytes(
     encoders: TextEncoders, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, at: str
 ) -> None:
     """Killed before or after the shard following `finished` whole ones is written."""
-    folder, original, calls = tmp_path / "parts", getattr(module, at), []
+    place = shards if at == "write_manifest" else module
+    folder, original, calls = tmp_path / "parts", getattr(place, at), []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -98,7 +100,7 @@ def test_an_interrupted_job_ends_in_the_same_bytes(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, at, interrupted)
+        patch.setattr(place, at, interrupted)
         with pytest.raises(Interrupted):
             prepare_embeddings(encoders, PROMPTS, folder, **JOB)
         with pytest.raises(UserError, match="is unfinished: run the same `fewstep prepare embeddings` command again"):

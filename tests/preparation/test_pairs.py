@@ -18,6 +18,7 @@ from fewstep.formats.pixels import to_uint8
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model, build_model
 from fewstep.preparation import pairs as pairs_module
+from fewstep.preparation import shards
 from fewstep.preparation.pairs import prepare_pairs
 from tests.conftest import tiny_denoiser
 
@@ -127,7 +128,7 @@ def test_a_job_killed_between_shard_and_manifest(
     teacher: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard the manifest does not know yet is made again."""
-    folder, original = tmp_path / "parts", pairs_module.write_manifest
+    folder, original = tmp_path / "parts", shards.write_manifest
 
     def interrupted(folder: Path, manifest: dict[str, Any]) -> None:
         if len(manifest["shards"]) == 2:
@@ -135,7 +136,7 @@ def test_a_job_killed_between_shard_and_manifest(
         original(folder, manifest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_module, "write_manifest", interrupted)
+        patch.setattr(shards, "write_manifest", interrupted)
         with pytest.raises(Interrupted):
             prepare_pairs(teacher, "teacher", folder, **JOB)
     prepare_pairs(teacher, "teacher", folder, **JOB)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fewstep.data.latents import EMBEDDINGS, pack_texts
-from fewstep.data.shard_folder import write_manifest, write_tensors
+from fewstep.data.shard_folder import write_tensors
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
-from fewstep.parallel import by_all, by_the_first, rank, world_size
-from fewstep.preparation.shards import begin
+from fewstep.parallel import by_the_first, rank, world_size
+from fewstep.preparation.shards import begin, fill
 from fewstep.progress import tell
 
 _WORTH_SAYING = 0.1  # gigabytes
@@ -72,14 +72,7 @@ def prepare_embeddings(
         )
         return write_tensors(folder, number, tensors, len(part), EMBEDDINGS)
 
-    for start in range(
-        len(manifest["shards"]), num_shards, world_size()
-    ):  # each process the next one, then all are noted
-        entries = by_all(partial(make, start + rank()))
-        manifest["shards"] += [entry for entry in entries if entry is not None]
-        manifest["complete"] = len(manifest["shards"]) == num_shards
-        by_the_first(partial(write_manifest, folder, manifest))
-        report(min(len(manifest["shards"]) * shard_size, len(prompts)), len(prompts))
+    fill(folder, manifest, num_shards, make, lambda done: report(min(done * shard_size, len(prompts)), len(prompts)))
     return folder
 
 

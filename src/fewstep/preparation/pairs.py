@@ -1,7 +1,6 @@
 """Making noise-image pairs with a teacher: shard by shard, so that an interrupted job continues."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
-from fewstep.data.shard_folder import write_manifest
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
-from fewstep.parallel import by_all, by_the_first, rank, world_size
-from fewstep.preparation.shards import begin
+from fewstep.parallel import world_size
+from fewstep.preparation.shards import begin, fill
 
 
 def prepare_pairs(
@@ -67,13 +65,7 @@ def prepare_pairs(
             return None
         return write_shard(folder, number, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    for start in range(
-        len(manifest["shards"]), num_shards, world_size()
-    ):  # each process the next shard, then all are noted
-        entries = by_all(partial(make, start + rank()))
-        manifest["shards"] += [entry for entry in entries if entry is not None]
-        manifest["complete"] = len(manifest["shards"]) == num_shards
-        by_the_first(partial(write_manifest, folder, manifest))
+    fill(folder, manifest, num_shards, make)
     return folder
 
 

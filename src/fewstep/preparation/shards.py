@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.shard_folder import MANIFEST, ShardKind, start_or_continue
+from fewstep.data.shard_folder import MANIFEST, ShardKind, start_or_continue, write_manifest
 from fewstep.formats.remote import refuse_url
-from fewstep.parallel import agreed, by_the_first, refuse_differences, refuse_unshared, world_size
+from fewstep.parallel import agreed, by_all, by_the_first, rank, refuse_differences, refuse_unshared, world_size
 
 
 def begin(
@@ -35,3 +36,21 @@ def begin(
     if world_size() > 1:
         refuse_unshared(folder, "folder")
     return manifest
+
+
+def fill(
+    folder: Path, manifest: dict[str, Any], num_shards: int, make: Callable[[int], dict[str, Any] | None],
+    done: Callable[[int], None] = lambda num_shards: None,
+) -> None:  # fmt: skip
+    """Make the shards that are missing: in each round every process the next one, then all are noted.
+
+    Args:
+        make: writes the shard of a number and returns its entry, None behind the last.
+        done: told the number of finished shards after each round.
+    """
+    while len(manifest["shards"]) < num_shards:
+        entries = by_all(partial(make, len(manifest["shards"]) + rank()))
+        manifest["shards"] += [entry for entry in entries if entry is not None]
+        manifest["complete"] = len(manifest["shards"]) == num_shards
+        by_the_first(partial(write_manifest, folder, manifest))
+        done(len(manifest["shards"]))
