@@ -104,6 +104,12 @@ class DiffusersDenoiser(Denoiser):
         """x0 under guidance before any norm cap; families whose pipelines rescale it say so here."""
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """One block, its activations recomputed where that is asked for."""
+        if torch.is_grad_enabled() and self.network.gradient_checkpointing:
+            return self.network._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
     def denoising_weight(self, level: Tensor) -> Tensor:
         return native_denoising_weight(self.prediction, *self._alpha_sigma(level)).float()
 

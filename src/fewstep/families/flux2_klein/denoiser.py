@@ -61,26 +61,20 @@ class Flux2KleinDenoiser(FlowDenoiser):
         of_image, of_text = net.double_stream_modulation_img(time), net.double_stream_modulation_txt(time)
         feature: Tensor | None = None
         for number, block in enumerate(net.transformer_blocks):
-            text, image = self._run(block, image, text, of_image, of_text, rope)
+            text, image = self.run_block(block, image, text, of_image, of_text, rope)
             if number == self.middle and want != "x0":
                 feature = _map(image, height, width)
         if want == "bottleneck" and feature is not None:
             return None, feature
         tokens, of_both, start = torch.cat([text, image], 1), net.single_stream_modulation(time), text.shape[1]
         for number, block in enumerate(net.single_transformer_blocks, len(net.transformer_blocks)):
-            tokens = self._run(block, tokens, None, of_both, rope)
+            tokens = self.run_block(block, tokens, None, of_both, rope)
             if number == self.middle and want != "x0":
                 feature = _map(tokens[:, start:], height, width)
                 if want == "bottleneck":
                     return None, feature
         raw = net.proj_out(net.norm_out(tokens[:, start:], time))
         return whole(raw.transpose(1, 2).unflatten(2, (height, width))), feature
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        """One block, its activations recomputed where that is asked for."""
-        if torch.is_grad_enabled() and self.network.gradient_checkpointing:
-            return self.network._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
 
     def blocks(self) -> list[nn.Module]:
         net = self.network

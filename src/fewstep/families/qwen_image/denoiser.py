@@ -58,7 +58,7 @@ class QwenImageDenoiser(FlowDenoiser):
         rope = self._rope(height, width, text.shape[1], noisy.device)
         feature: Tensor | None = None
         for number, block in enumerate(net.transformer_blocks):
-            text, image = self._run(block, image, text, real, time, rope)
+            text, image = self.run_block(block, image, text, real, time, rope)
             if number == self.middle and want != "x0":
                 feature = image.transpose(1, 2).unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
                 if want == "bottleneck":
@@ -73,12 +73,6 @@ class QwenImageDenoiser(FlowDenoiser):
         norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (plain, strong)]
         ratio = norms[0] / norms[1].clamp(min=torch.finfo(strong.dtype).tiny)
         return noisy - F.pixel_shuffle(ratio * strong, 2)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        """One block, its activations recomputed where that is asked for."""
-        if torch.is_grad_enabled() and self.network.gradient_checkpointing:
-            return self.network._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
 
     def _rope(self, height: int, width: int, num_text: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotations (N, head / 2), complex, of the image's patches, counted from its middle, and of text tokens behind its edge.

@@ -72,10 +72,7 @@ class SD3Denoiser(DiffusersDenoiser):
         context = net.context_embedder(condition["text"])
         feature: Tensor | None = None
         for number, block in enumerate(net.transformer_blocks):
-            if torch.is_grad_enabled() and net.gradient_checkpointing:
-                context, x = net._gradient_checkpointing_func(block, x, context, embedding)
-            else:
-                context, x = block(x, context, embedding)
+            context, x = self.run_block(block, x, context, embedding)
             if number == self.middle and want != "x0":
                 feature = x.transpose(1, 2).unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
                 if want == "bottleneck":

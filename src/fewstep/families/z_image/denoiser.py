@@ -64,17 +64,17 @@ class ZImageDenoiser(FlowDenoiser):
         x = torch.cat([x, net.x_pad_token.to(x.dtype).expand(len(x), -x.shape[1] % _MULTIPLE, -1)], 1)
         image_rope = self._rope(_image_places(height, width, x.shape[1], kept.sum(1)))
         for block in net.noise_refiner:
-            x = self._run(block, x, None, image_rope, time)
+            x = self.run_block(block, x, None, image_rope, time)
         text = net.cap_embedder(text)
         text = torch.where(real.unsqueeze(-1), text, net.cap_pad_token.to(text.dtype))
         text_rope = self._rope(_caption_places(kept))
         for block in net.context_refiner:
-            text = self._run(block, text, kept, text_rope)
+            text = self.run_block(block, text, kept, text_rope)
         tokens, rope = torch.cat([x, text], 1), torch.cat([image_rope, text_rope], 1)
         mask = torch.cat([kept.new_ones(x.shape[:2]), kept], 1)
         feature: Tensor | None = None
         for number, block in enumerate(net.layers):
-            tokens = self._run(block, tokens, mask, rope, time)
+            tokens = self.run_block(block, tokens, mask, rope, time)
             if number == self.middle and want != "x0":
                 image = tokens[:, : height * width].transpose(1, 2)
                 feature = image.unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
@@ -82,12 +82,6 @@ class ZImageDenoiser(FlowDenoiser):
                     return None, feature
         raw = net.all_final_layer["2-1"](tokens[:, : height * width], c=time)
         return -_image(raw, height, width), feature  # the network predicts x0 - noise
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        """One block, its activations recomputed where that is asked for."""
-        if torch.is_grad_enabled() and self.network.gradient_checkpointing:
-            return self.network._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
 
     def _rope(self, places: Tensor) -> Tensor:
         """Rotations (B, N, D / 2) at places (B, N, 3)."""
