@@ -1,15 +1,14 @@
 """Quality against training time: a `Watch` that says what it measures, and on how many pictures."""
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from fewstep.evaluation.bench import Bench
-from fewstep.evaluation.measure import measure_sampler
 from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
-from fewstep.training.watch import NUM_IMAGES, RESAMPLES, Due, Point, Watch, every_seconds, figures_of, read_points
+from fewstep.training.watch import NUM_IMAGES, Due, Point, Watch, every_seconds, figures_of_samples, read_points
 
 
 def watch_quality(
@@ -25,15 +24,10 @@ def watch_quality(
     """
     counts = point_images(path, earlier_images) if path.is_file() else []
     num_images = counts[-1] if counts else num_images
-
-    def measure() -> Mapping[str, float]:
-        found = measure_sampler(
-            "generator", job.sample_images, bench.classifier, bench.reference, num_images=num_images,
-            evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device, resamples=RESAMPLES,
-            report=lines(console, f"measuring {num_images:,} pictures"),
-        )  # fmt: skip
-        return figures_of(found)
-
+    measure = figures_of_samples(
+        job, bench.classifier, bench.reference, num_images=num_images, batch_size=batch_size,
+        report=partial(lines, console, f"measuring {num_images:,} pictures"),
+    )  # fmt: skip
     return Watch(measure, path, due, console=console)
 
 

@@ -43,7 +43,7 @@ def neighbour_shares(
     found = {name: generated.new_zeros(len(generated)) for name in ("precision", "density")}
     recall, coverage = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for rows in torch.arange(len(generated)).split(block):
-        distances = _distances(generated[rows], real)
+        distances = distances_between(generated[rows], real)
         inside = distances <= wide
         found["precision"][rows] = (distances <= reach).any(dim=1).float()
         found["density"][rows] = inside.sum(dim=1).float() / density
@@ -58,12 +58,13 @@ def neighbour_shares(
 def _radii(points: Tensor, neighbours: tuple[int, ...], block: int) -> list[Tensor]:
     """Distance of every point to its k-th neighbour, (N,), for each k; the point itself is the nearest of all."""
     parts = [
-        _distances(rows, points).topk(max(neighbours) + 1, dim=1, largest=False).values for rows in points.split(block)
+        distances_between(rows, points).topk(max(neighbours) + 1, dim=1, largest=False).values
+        for rows in points.split(block)
     ]
     nearest = torch.cat(parts)
     return [nearest[:, number] for number in neighbours]
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
+def distances_between(a: Tensor, b: Tensor) -> Tensor:
     """Of every pair, without the rounding that products of large features would bring."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -17,11 +17,10 @@ from rich.console import Console
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import measure_sampler
-from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed, by_the_first
-from fewstep.progress import Stderr
+from fewstep.progress import Report, Stderr
 from fewstep.settings import TrainSettings
 from fewstep.training.generator_job import GeneratorJob
 
@@ -163,25 +162,26 @@ def _point(row: Any) -> Point:
 
 
 def figures_of_samples(
-    job: GeneratorJob, network: FeatureNetwork, reference: FeatureStatistics, *, num_images: int, batch_size: int = 50
-) -> Measure:
-    """Frechet distance of `num_images` samples of the generator in training, in the features of `network`, with its interval."""
+    job: GeneratorJob, network: FeatureNetwork, reference: FeatureStatistics, *, num_images: int, batch_size: int = 50,
+    report: Callable[[], Report | None] = lambda: None,
+) -> Measure:  # fmt: skip
+    """Frechet distance of `num_images` samples of the generator in training, in the features of `network`, with their number and its interval.
+
+    Args:
+        report: called before each measurement; what it gives is told how far that is.
+    """
 
     def measure() -> Mapping[str, float]:
         found = measure_sampler(
             "generator", job.sample_images, network, reference, num_images=num_images,
             evaluations_per_image=len(job.steps), seed=1, batch_size=batch_size, device=job.device, resamples=RESAMPLES,
+            report=report(),
         )  # fmt: skip
-        return figures_of(found)
+        distance = found.values[DISTANCE]
+        known = dict(zip(INTERVAL, distance.interval or (), strict=False))
+        return {DISTANCE: distance.value, NUM_IMAGES: found.num_images, **known}
 
     return measure
-
-
-def figures_of(found: Measurement) -> dict[str, float]:
-    """What a point keeps of a measurement: the distance, the pictures behind it and, where it is known, its interval."""
-    distance = found.values[DISTANCE]
-    low_high = distance.interval or ()
-    return {DISTANCE: distance.value, NUM_IMAGES: found.num_images, **dict(zip(INTERVAL, low_high, strict=False))}
 
 
 def watch_for_best(job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None) -> Watch:

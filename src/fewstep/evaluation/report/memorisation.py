@@ -1,7 +1,6 @@
 """Whether a run's pictures are copies: the nearest real picture of each, in the features of a network."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,15 @@ from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.evaluation.features import extract_features, load_features
 from fewstep.evaluation.measure import evenly
+from fewstep.evaluation.neighbours import distances_between
 from fewstep.evaluation.real_pictures import features_of_images
 from fewstep.evaluation.report.run_files import Run, open_picture, single_pictures
 from fewstep.evaluation.report.sections import PromptCards, Section, Table
 from fewstep.progress import Stderr, busy
 from fewstep.settings import DataSettings, parse_settings
 
-SHOWN, NEAR, SIDE = (
-    12,
-    0.2,
-    96,
-)  # pairs on the page, the share of the usual distance that is near, pixels of a picture there
+SHOWN, SIDE = 12, 96  # pairs on the page, pixels of a picture there
+NEAR = 0.2  # share of the usual distance
 _PROBES, _BLOCK = 1000, 250
 
 
@@ -48,10 +45,10 @@ def nearest_real(made: Tensor, real: Tensor) -> Nearest:
     Raises:
         UserError: half of the real pictures are there twice.
     """
-    found = [_distances(rows, real).min(dim=1) for rows in made.split(_BLOCK)]
+    found = [distances_between(rows, real).min(dim=1) for rows in made.split(_BLOCK)]
     probes = evenly(real, _PROBES)
     others = torch.cat(
-        [_distances(rows, real).topk(2, dim=1, largest=False).values[:, 1] for rows in probes.split(_BLOCK)]
+        [distances_between(rows, real).topk(2, dim=1, largest=False).values[:, 1] for rows in probes.split(_BLOCK)]
     )
     usual = float(others.median())
     if usual == 0:
@@ -136,6 +133,3 @@ def _stacked(run: Run, path: Path) -> Tensor:
 
 def _tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
-_distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
