@@ -30,7 +30,7 @@ def finished(teacher_folder: Path, pictures: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(finished, tmp_path / "Run"))
 
 
 @pytest.fixture
@@ -71,6 +71,7 @@ def test_every_checkpoint_is_scored_once_raw_and_average(
     best = min(found, key=lambda row: row["frechet_distance"])
     kept = load_generator(run / "evaluation_best", device="cpu")
     assert kept.card.made_with["num_steps"] == best["step"]
+    assert said.err.count("24 pictures in 4 folders") == 1  # the real side is made once for all checkpoints
     before = path.read_bytes()
     watch_run(run, options)  # nothing is measured twice
     assert path.read_bytes() == before
@@ -123,8 +124,9 @@ def test_teacher_in_pretraining_is_scored(pictures: Path, tmp_path: Path, option
 @pytest.mark.slow
 def test_dead_run_is_said_with_what_to_do(run: Path, options: EvaluateOptions) -> None:
     shutil.rmtree(run / "generator")
-    with pytest.raises(UserError, match=r"is not finished and nobody trains there.*watch again. 6 figures"):
+    with pytest.raises(UserError, match=r"is not finished and nobody trains there.*watch again. 6 figures") as stop:
         watch_run(run, options)
+    assert f"6 figures in {run / 'evaluation.json'}, the best" in str(stop.value)
     assert len(rows(run / "evaluation.json")) == 6
 
 
@@ -148,6 +150,19 @@ def test_dropped_and_damaged_checkpoints_are_left_out(
     assert f"{first.name} is left out: the run dropped it" in said
     assert f"{second.name} is left out: checkpoint {second} is damaged" in said
     assert {step for step, _ in rows(run / "evaluation.json")} == {6}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_say_how_far_it_is_is_left_out(
+    run: Path, options: EvaluateOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = list_checkpoints(run / "checkpoints")[0] / "state.json"
+    values = json.loads(state.read_text(encoding="utf-8"))
+    del values["elapsed_seconds"]
+    state.write_text(json.dumps(values), encoding="utf-8")
+    watch_run(run, options)
+    assert "state.json has another shape" in capsys.readouterr().err.replace("\n", " ")
+    assert {step for step, _ in rows(run / "evaluation.json")} == {4, 6}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import fewstep
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.errors import UserError
 from fewstep.estimate import describe
+from fewstep.evaluation.evaluate import EvaluateOptions
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.export.export import ExportOptions, export_generator
@@ -30,6 +31,7 @@ from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.distill import DistillationJob
 from fewstep.training.run import train
+from fewstep.training.scoring import watch_run
 from tests.cli.test_main import fewstep as fewstep_command
 from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_qwen_image_folder, tiny_z_image_folder
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
@@ -145,6 +147,22 @@ def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, 
     teacher = fewstep.load_teacher(work / family, device="cpu")
     start = teacher.student(teacher.denoiser, generator.card).sample(["red cat", "a dog"], seed=1, output="tensor")  # type: ignore[attr-defined]
     assert (start - pictures).abs().max() > 1e-4  # it moved
+
+
+@pytest.mark.slow
+def test_a_watched_run_of_loras_is_scored_to_its_end(work: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    SmallClassifier(3, 4, 4).eval().save(tmp_path / "features")
+    train(settings(work, "sd", tmp_path / "run", memory=MODES["shared_base"]))
+    options = EvaluateOptions(
+        str(tmp_path / "features"), images=str(work / "pictures"), prompts=tuple(PROMPTS), num_images=6, cache=False,
+        device="cpu", precision="fp32",
+    )  # fmt: skip
+    watch_run(tmp_path / "run", options)
+    found = json.loads((tmp_path / "run/evaluation.json").read_text(encoding="utf-8"))
+    assert [(row["step"], row["weights"]) for row in found] == [(2, "raw"), (4, "raw")]
+    best = fewstep.load_generator(tmp_path / "run/evaluation_best", device="cpu")
+    assert best.card.made_with["num_steps"] == min(found, key=lambda row: row["frechet_distance"])["step"]
 
 
 def test_memory_modes_agree_at_the_first_step(work: Path, tmp_path: Path) -> None:

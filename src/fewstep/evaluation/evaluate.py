@@ -1,7 +1,7 @@
 """`fewstep evaluate` from its options on: one figure with everything beside it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.clip_score import ClipScore
 
 console = Stderr()
+DISTANCE = "frechet_distance"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,28 @@ def evaluate_model(source: str, options: EvaluateOptions) -> None:
             aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What every model is compared with.
+
+    Attributes:
+        real: features (N, F) of real pictures, by the value that is computed from them; empty where there is a reference alone.
+        reference: of what is no COCO protocol.
+    """
+
+    network: FeatureNetwork
+    clip: "ClipScore | None"
+    real: Mapping[str, Tensor]
+    reference: FeatureStatistics | None
+
+    @property
+    def metrics(self) -> list[TextMetric]:
+        """That read prompts."""
+        return [] if self.clip is None else [self.clip]
+
+
 class Judge:
-    """Measures models, one after the other, under one set of options.
+    """Measures models of one size, one after the other, under one set of options; what they are compared with is made once.
 
     Raises:
         UserError: options that do not go together, real pictures that are not there.
@@ -90,7 +111,7 @@ class Judge:
         self.protocol = protocol_named(options.protocol)
         self.coco = _checked_options(options, self.protocol)
         self.options = options if self.coco is None else replace(options, prompts=tuple(self.coco.captions))
-        self._opened: tuple[FeatureNetwork, ClipScore | None] | None = None
+        self._side: _Side | None = None
 
     def figure(self, source: str, model: Model) -> Measurement:
         """What is found of a model, under the name that its user calls it by.
@@ -98,31 +119,46 @@ class Judge:
         Raises:
             UserError: model, features and real pictures do not go together.
         """
-        options, protocol, coco = self.options, self.protocol, self.coco
+        options, protocol = self.options, self.protocol
         _refuse_what_does_not_fit(source, model, options)
-        network, clip = self._open(model)
-        metrics = [] if clip is None else [clip]
+        if self._side is None:
+            self._side = self._made_for(model)
         num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
-        if protocol is not None and coco is not None:
-            figure = _measure_coco(source, model, network, options, protocol, coco, num_images, metrics)
+        if protocol is not None and self.coco is not None:
+            figure = _measure_coco(source, model, self._side, options, protocol, num_images)
         else:
-            figure = _measure(source, model, network, options, num_images, metrics)
+            figure = _measure(source, model, self._side, options, num_images)
         if protocol is None:
             return figure
+        clip = self._side.clip
         other = "" if clip is None else clip.difference(protocol.clip_prefix)
         return protocol.labelled(figure, _sha256(options.features), model.size, other)
 
-    def _open(self, model: Model) -> "tuple[FeatureNetwork, ClipScore | None]":
-        """The networks that judge, read for the first model, on its device; what its prompts are warned of is said then."""
-        if self._opened is None:
-            with busy(console, f"Loading {self.options.features}"):
-                network = load_features(self.options.features, model.device)
-            clip = _load_clip(self.options, self.protocol, model.device)
-            prompts = self.options.prompts
-            for line in [*model.conditioner.warnings(prompts), *_warnings([] if clip is None else [clip], prompts)]:
-                say(console, line)
-            self._opened = network, clip
-        return self._opened
+    def _made_for(self, model: Model) -> _Side:
+        """The networks that judge, and the real side, for models as this one; what its prompts are warned of is said."""
+        options, protocol, device = self.options, self.protocol, model.device
+        with busy(console, f"Loading {options.features}"):
+            network = load_features(options.features, device)
+        clip = _load_clip(options, protocol, device)
+        for line in model.conditioner.warnings(options.prompts) + (
+            [] if clip is None else clip.warnings(options.prompts)
+        ):
+            say(console, line)
+        if protocol is not None and self.coco is not None:
+            return _Side(
+                network, clip, features_of_coco(protocol, self.coco, network, device, console, options.cache), None
+            )
+        real: dict[str, Tensor] = {}
+        if options.images:
+            place = {
+                "images": options.images,
+                "split": options.split,
+                "fit": options.fit,
+                "background": options.background,
+            }
+            pictures = parse_settings(DataSettings, place, "command line")
+            real[DISTANCE] = features_of_images(pictures, model.picture_shape, network, device, console, options.cache)
+        return _Side(network, clip, real, _reference(model, network, options, real.get(DISTANCE)))
 
 
 def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> CaptionedPictures | None:
@@ -162,10 +198,6 @@ def _load_clip(options: EvaluateOptions, protocol: Protocol | None, device: torc
     return ClipScore(clip, options.clip, default if options.clip_prefix is None else options.clip_prefix)
 
 
-def _warnings(metrics: Sequence[TextMetric], prompts: Sequence[str]) -> list[str]:
-    return [line for metric in metrics for line in metric.warnings(prompts)]
-
-
 def _sha256(features: str) -> str:
     """Of a feature network's file; "" for a folder or one that ships."""
     path = Path(features).expanduser()
@@ -173,42 +205,29 @@ def _sha256(features: str) -> str:
 
 
 def _measure_coco(
-    source: str, model: Model, network: FeatureNetwork, options: EvaluateOptions, protocol: Protocol,
-    coco: CaptionedPictures, num_images: int, metrics: Sequence[TextMetric],
-) -> Measurement:  # fmt: skip
+    source: str, model: Model, side: _Side, options: EvaluateOptions, protocol: Protocol, num_images: int
+) -> Measurement:
     sample, evaluations = model_sampler(
-        model, options.seed, prompts=coco.captions, num_steps=options.teacher_steps,
+        model, options.seed, prompts=options.prompts, num_steps=options.teacher_steps,
         guidance_scale=options.guidance_scale,
     )  # fmt: skip
     size = options.batch_size or model.family.default_batch_size
-    real = features_of_coco(protocol, coco, network, model.device, console, options.cache)
     with working(console, f"Measuring {num_images:,} pictures") as report:
         return measure_coco(
-            protocol, source, Clocked(sample, num_images, size, report), real, network, evaluations_per_image=evaluations,
-            seed=options.seed, device=model.device, scores=TextScores(metrics, coco.captions) if metrics else None,
+            protocol, source, Clocked(sample, num_images, size, report), side.real, side.network,
+            evaluations_per_image=evaluations, seed=options.seed, device=model.device,
+            scores=TextScores(side.metrics, options.prompts) if side.metrics else None,
         )  # fmt: skip
 
 
-def _measure(
-    source: str,
-    model: Model,
-    network: FeatureNetwork,
-    options: EvaluateOptions,
-    num_images: int,
-    metrics: Sequence[TextMetric],
-) -> Measurement:
-    real = None
-    if options.images:
-        place = {"images": options.images, "split": options.split, "fit": options.fit, "background": options.background}
-        pictures = parse_settings(DataSettings, place, "command line")
-        real = features_of_images(pictures, model.picture_shape, network, model.device, console, options.cache)
-    statistics = _reference(model, network, options, real)
+def _measure(source: str, model: Model, side: _Side, options: EvaluateOptions, num_images: int) -> Measurement:
+    assert side.reference is not None
     with working(console, f"Measuring {num_images:,} pictures") as report:
         return measure_model(
-            model, source, network, statistics, num_images=num_images, seed=options.seed,
+            model, source, side.network, side.reference, num_images=num_images, seed=options.seed,
             prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
-            real_features=real,
-            batch_size=options.batch_size or model.family.default_batch_size, report=report, text_metrics=metrics,
+            real_features=side.real.get(DISTANCE),
+            batch_size=options.batch_size or model.family.default_batch_size, report=report, text_metrics=side.metrics,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ a dotted name, flushed to disk and renamed; a reader never sees half of one.
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,27 @@ def _prove(path: Path, files: Any, shared: bool) -> None:
         raise damaged(
             path, f"{gone[0]} is missing" if gone else f"{(faults or ['state.json'])[0]} is not what was written"
         )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run was: its phase, finished steps, and seconds of training."""
+
+    phase: str
+    step: int
+    seconds: float
+
+
+def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
+    """What the JSON state of the checkpoint at `path` says of it.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
+    if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
+        raise damaged(path, "state.json has another shape")
+    return Progress(phase, step, float(elapsed))
 
 
 def damaged(path: Path, why: str) -> UserError:

@@ -1,7 +1,6 @@
 """The models that a run's checkpoints hold, without the rest of its training: raw weights and their average."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,12 @@ from fewstep.families.registry import build_denoiser, describe_new
 from fewstep.formats.json_files import read_json_object
 from fewstep.models.model import Model, build_model
 from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
-from fewstep.training.build import build_step_schedule, open_teacher
-from fewstep.training.checkpoint import read_checkpoint, restore_module
+from fewstep.training.build import build_step_schedule, lora_shape, open_teacher
+from fewstep.training.checkpoint import Progress, read_checkpoint, read_progress, restore_module
 from fewstep.training.generator_job import generator_card
 from fewstep.training.pretrain import pictures_of, teacher_card
 
 AVERAGE, RAW = "average", "raw"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run was: finished steps and seconds of training."""
-
-    step: int
-    seconds: float
 
 
 class CheckpointModels:
@@ -60,14 +51,13 @@ class CheckpointModels:
             UserError: a damaged checkpoint, or one of another network.
         """
         tensors, state = read_checkpoint(checkpoint, only=(f"{self.role}.", f"{AVERAGE}."))
-        progress = Progress(int(state["step"]), float(state["elapsed_seconds"]))
+        progress = read_progress(checkpoint, state)
         return progress, self._models(tensors, progress.step)
 
     def _models(self, tensors: dict[str, Tensor], step: int) -> Iterator[tuple[str, Model]]:
         for weights, name in ((RAW, self.role), (AVERAGE, AVERAGE)):
-            own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            if own:
-                restore_module(self.role, self.network, {f"{self.role}.{key}": value for key, value in own.items()})
+            if any(key.startswith(f"{name}.") for key in tensors):
+                restore_module(name, self.network, tensors)
                 yield weights, self._model(step)
 
 
@@ -92,10 +82,9 @@ def _build_generator(settings: TrainSettings, teacher: Denoiser) -> Denoiser:
     memory = settings.memory
     if memory.mode == "full":
         return build_twin(teacher, "generator").eval()
-    from fewstep.networks.adapters import LoraShape, SharedBase
+    from fewstep.networks.adapters import SharedBase
 
-    shape = LoraShape(memory.lora_rank, memory.lora_alpha, memory.lora_targets, memory.lora_dropout)
-    return SharedBase(teacher, shape).add_role("generator").eval()
+    return SharedBase(teacher, lora_shape(memory)).add_role("generator").eval()
 
 
 def _pretraining(values: dict[str, Any], run: Path, device: str, precision: str) -> _Made:

@@ -5,25 +5,25 @@ read is left out in a sentence. Figures stand in a file of their own, each with 
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fewstep.devices import precision_of
 from fewstep.errors import RunInterrupted, UserError, stopped_by
 from fewstep.evaluation.evaluate import EvaluateOptions, Judge
-from fewstep.evaluation.measurement import Measurement
+from fewstep.evaluation.scores import CONDITIONS, SCORES, Score, parse_scores
 from fewstep.formats.atomic import replaced_file
-from fewstep.formats.model_folder import read_card
+from fewstep.formats.json_files import entry, read_json_object
+from fewstep.formats.model_folder import CARD
 from fewstep.models.model import Model
 from fewstep.progress import Stderr, busy, say
-from fewstep.training.checkpoint import list_checkpoints
-from fewstep.training.checkpoint_models import CheckpointModels, Progress
+from fewstep.training.checkpoint import Progress, list_checkpoints
+from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.run_folder import is_held
 from fewstep.training.watch import DISTANCE
 
-FIGURES = "evaluation.json"
 POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 2.0, 30.0, 120.0
 console = Stderr()
 
@@ -41,7 +41,7 @@ def watch_run(run: Path, options: EvaluateOptions) -> None:
     if not (run / "settings.json").is_file():
         raise UserError(f"{run} is not a run folder: settings.json is not there; start the run first, then watch it")
     judge = Judge(options)
-    figures = Figures(options.json_out or run / FIGURES)
+    figures = Figures(options.json_out or run / SCORES)
     precision = precision_of(options.precision, options.device, lambda line: say(console, line))
     with busy(console, f"Reading the run {run}"):
         models = CheckpointModels(run, device=options.device, precision=precision)
@@ -53,21 +53,21 @@ def watch_run(run: Path, options: EvaluateOptions) -> None:
 
 
 class Figures:
-    """The file of what was found, one object each: `step`, `seconds`, `weights`, and the measurement with all its conditions.
+    """The file of what was found, the best model beside it.
 
     Raises:
         UserError: the file is damaged or something else.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, list[dict[str, Any]]()
+        self.path, self.scores = path, list[Score]()
         if not path.is_file():
             return
         try:
-            self.rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-            for row in self.rows:
-                Measurement.from_dict(row), int(row["step"]), float(row["seconds"]), str(row["weights"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self.scores = parse_scores(json.loads(path.read_text(encoding="utf-8")))
+            if not all(math.isfinite(score.step + score.found[DISTANCE]) for score in self.scores):
+                raise ValueError("a figure without step or distance")
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{path} has no figures of `fewstep evaluate --watch` ({error}); give another --json"
             ) from None
@@ -79,40 +79,36 @@ class Figures:
 
     def has(self, step: int, weights: str) -> bool:
         """Whether this was measured."""
-        return any(row["step"] == step and row["weights"] == weights for row in self.rows)
+        return any(score.step == step and score.weights == weights for score in self.scores)
 
-    def add(self, progress: Progress, weights: str, found: Measurement) -> bool:
+    def add(self, score: Score) -> bool:
         """Note a figure; returns whether it is the best one.
 
         Raises:
             UserError: those before were measured otherwise.
         """
-        row = {"step": progress.step, "seconds": progress.seconds, "weights": weights, **found.to_dict()}
-        for name in _CONDITIONS:
-            before = {earlier.get(name) for earlier in self.rows} - {row.get(name)}
+        for name in (*CONDITIONS, "seed"):
+            before = {getattr(earlier.found, name) for earlier in self.scores} - {getattr(score.found, name)}
             if before:
                 raise UserError(
-                    f"{self.path} has figures with {name.replace('_', ' ')} {before.pop()!r}, not {row.get(name)!r}; watch with the "
-                    "same options, or give another --json"
+                    f"{self.path} has figures with {name.replace('_', ' ')} {before.pop()!r}, not {getattr(score.found, name)!r}; "
+                    "watch with the same options, or give another --json"
                 )
-        is_best = all(row[DISTANCE] < earlier[DISTANCE] for earlier in self.rows)
-        self.rows.append(row)
+        is_best = all(score.found[DISTANCE] < earlier.found[DISTANCE] for earlier in self.scores)
+        self.scores.append(score)
         with replaced_file(self.path) as aside:
-            aside.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+            aside.write_text(json.dumps([one.to_dict() for one in self.scores], indent=1), encoding="utf-8")
         return is_best
 
     def told(self) -> str:
         """How many there are, and the best, as a part of a sentence."""
-        if not self.rows:
+        if not self.scores:
             return "nothing was scored yet"
-        best = min(self.rows, key=lambda row: float(row[DISTANCE]))
+        best = min(self.scores, key=lambda score: score.found[DISTANCE])
         return (
-            f"{len(self.rows)} figure{'s' * (len(self.rows) != 1)} in {self.path}, the best {best[DISTANCE]:.3f} after "
-            f"{best['step']} steps ({best['weights']} weights), kept in {self.best_folder}"
+            f"{len(self.scores)} figure{'s' * (len(self.scores) != 1)} in {self.path}, the best {best.found[DISTANCE]:.3f} after "
+            f"{best.step:.0f} steps ({best.weights} weights), kept in {self.best_folder}"
         )
-
-
-_CONDITIONS = ("num_images", "features", "num_features", "num_reference_images", "seed", "protocol")
 
 
 class Scoring:
@@ -160,9 +156,9 @@ class Scoring:
         """Measure one model."""
         found = self.judge.figure(f"{self.run}, step {progress.step}, {weights} weights", model)
         print(found.sentence(), flush=True)
-        for line in found.cautions() if not self.figures.rows else []:
+        for line in found.cautions() if not self.figures.scores else []:
             say(console, line)
-        if self.figures.add(progress, weights, found):
+        if self.figures.add(Score(progress.step, progress.seconds, weights, found)):
             folder = self.figures.best_folder / self.models.role
             model.write(folder)
             say(console, f"the best so far, kept in {folder}")
@@ -172,7 +168,8 @@ class Scoring:
         folder, checkpoints = self.run / self.models.role, list_checkpoints(self.run / "checkpoints")
         if not folder.is_dir() or not checkpoints:
             return False
-        made_with: Mapping[str, Any] = read_card(folder)[1].made_with
+        path, remedy = folder / CARD, "let the run end again"
+        made_with = entry(read_json_object(path, remedy), "made_with", dict, path, remedy)
         return int(made_with.get("num_steps", 0)) >= int(checkpoints[-1].name.rpartition("_")[2])
 
     def refuse_if_dead(self) -> None:
@@ -183,7 +180,7 @@ class Scoring:
         if time.monotonic() - self.seen >= PATIENCE_SECONDS and not is_held(self.run):
             raise UserError(
                 f"{self.run} is not finished and nobody trains there: nothing was written for {PATIENCE_SECONDS:.0f} seconds; "
-                f"continue it with `fewstep train` and watch again. {self.figures.told().capitalize()}"
+                f"continue it with `fewstep train` and watch again; {self.figures.told()}"
             )
 
     def wait(self) -> None:

@@ -22,10 +22,10 @@ from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_
 from fewstep.progress import Stderr, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.checkpoint import (
-    damaged,
     list_checkpoints,
     random_state,
     read_checkpoint,
+    read_progress,
     restore_random_state,
 )
 from fewstep.training.interruption import Interruption
@@ -290,14 +290,14 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
         return 0, 0.0
     path = checkpoints[-1]
     tensors, state = read_checkpoint(path, {**job.layout(), **random_state()} if world_size() > 1 else None)
-    phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
-    if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
-        raise damaged(path, "state.json has another shape")
-    if phase != job.phase:
-        raise UserError(f"{folder} holds a run of phase {phase!r}, this is {job.phase!r}; choose another run.folder")
+    found = read_progress(path, state)
+    if found.phase != job.phase:
+        raise UserError(
+            f"{folder} holds a run of phase {found.phase!r}, this is {job.phase!r}; choose another run.folder"
+        )
     job.restore(tensors)
     restore_random_state(path, tensors)
-    return step, float(elapsed)
+    return found.step, found.seconds
 
 
 class Rate:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fewstep.evaluation.measurement import NAMES
-from fewstep.evaluation.report.run_files import WATCHED, Run, Score
+from fewstep.evaluation.report.run_files import WATCHED, Run
 from fewstep.evaluation.report.sections import Curve, Curves, Section, Series, Table
+from fewstep.evaluation.scores import CONDITIONS, Score
 
 MOST_POINTS = 200  # of a line: more are averaged
 DISTANCE = "frechet_distance"
@@ -94,7 +95,7 @@ def _score_sections(runs: Sequence[Run]) -> list[Section]:
         made = _against_both(labels[name], partial(_score_series, runs, name))
         curves += made if name == DISTANCE else made[:1]
     shown = [(run, score) for run in runs for score in _best_and_last(run.scores)]
-    ways = {_conditions(score) for run in runs for score in run.scores}
+    ways = {tuple(getattr(score.found, name) for name in CONDITIONS) for run in runs for score in run.scores}
     warnings = ["warning: these figures were not all measured in one way; compare only those with equal conditions"]
     cautions = dict.fromkeys(line for _, score in shown for line in score.found.cautions())
     table = Table(
@@ -120,14 +121,6 @@ def _told(run: Run, score: Score, several: bool) -> str:
     parts = [run.name] * several + [f"{score.weights} weights"] * bool(score.weights)
     parts += [f"step {score.step:,.0f}"] * math.isfinite(score.step)
     return ", ".join(parts) or score.found.model
-
-
-def _conditions(score: Score) -> tuple[object, ...]:
-    """Everything that figures must share to be compared."""
-    found = score.found
-    return (
-        found.num_images, found.features, found.num_features, found.num_reference_images, found.protocol, found.proxy
-    )  # fmt: skip
 
 
 def _watched_series(rows: Mapping[str, Sequence[Mapping[str, float]]], along: str) -> list[Series]:

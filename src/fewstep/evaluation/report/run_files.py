@@ -9,21 +9,10 @@ from typing import Any
 from PIL import Image
 
 from fewstep.errors import UserError
-from fewstep.evaluation.measurement import Measurement
+from fewstep.evaluation.scores import SCORES, Score, is_number, parse_scores
 from fewstep.formats.json_files import read_json_object
 
 WATCHED = ("curve.json", "best.json")  # files of points that training itself measured
-SCORES = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure with all its conditions, of the weights a checkpoint had; step and seconds are NaN where nobody noted them."""
-
-    step: float
-    seconds: float
-    weights: str
-    found: Measurement
 
 
 @dataclass(frozen=True)
@@ -111,11 +100,6 @@ def single_pictures(run: Run, grid: Image.Image) -> list[Image.Image]:
     return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
-def is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _samples(folder: Path, name: str) -> list[tuple[int, Path]]:
     found = [(path.stem.rpartition("_")[2], path) for path in folder.glob(f"{name}_*.png")]
     return sorted((int(step), path) for step, path in found if step.isdigit() and path.stem == f"{name}_{step}")
@@ -125,29 +109,10 @@ def _scores(path: Path) -> list[Score]:
     """The rows of a watched run, or the one figure that `fewstep evaluate --json` wrote."""
     if not path.is_file():
         return []
-    rows = _json(path)
     try:
-        return [_score(row) for row in ([rows] if isinstance(rows, dict) else rows)]
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); remove it") from None
-
-
-def _score(row: Mapping[str, Any]) -> Score:
-    """One figure; raises ValueError and its like where a part has another kind."""
-    found, nan = Measurement.from_dict(row), float("nan")
-    facts = (found.num_images, found.num_features, found.num_reference_images, found.evaluations_per_image, found.seed)
-    counts = [*facts, *(value.num_images for value in found.values.values())]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise ValueError("a number of pictures, features, evaluations or the seed is none")
-    for text in (found.model, found.features, found.protocol, found.proxy, *(one.by for one in found.values.values())):
-        if not isinstance(text, str):
-            raise ValueError("a name is no text")
-    for low, high in (value.interval for value in found.values.values() if value.interval is not None):
-        if not (is_number(low) and is_number(high)):
-            raise ValueError("an interval is not one")
-    if "images_per_second" not in found.values:
-        raise ValueError("images_per_second is missing")
-    return Score(float(row.get("step", nan)), float(row.get("seconds", nan)), str(row.get("weights", "")), found)
+        return parse_scores(_json(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it") from None
 
 
 def _object(path: Path) -> dict[str, Any]:
