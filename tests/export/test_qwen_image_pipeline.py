@@ -2,43 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, QwenImagePipeline
+from diffusers import FlowMatchLCMScheduler, QwenImagePipeline
 
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.formats.kohya_lora import read_lora
-from fewstep.models.load import load_teacher
-from fewstep.networks.adapters import LoraShape, SharedBase
-from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
+from fewstep.networks.adapters import LoraShape
+from tests.export.text_generators import (
+    EXACT,
+    PROMPTS,
+    load,
+    open_pipeline,
+    pixels_of_the_export,
+    pixels_of_the_lora,
+    render,
+    write_run,
+)
 
-EXACT = ExportOptions(precision="fp32", num_samples=0, device="cpu")
 CALL = {"num_inference_steps": 4, "true_cfg_scale": 1, "height": 16, "width": 16}
-
-
-def open_pipeline(folder: Path) -> Any:
-    pipe: Any = DiffusionPipeline.from_pretrained(folder)
-    assert isinstance(pipe, QwenImagePipeline)
-    return pipe
 
 
 @pytest.mark.parametrize("lora", [None, pytest.param(LoraShape(4, 2.0), marks=pytest.mark.long)])
 def test_the_pipeline_makes_our_pixels(tmp_path: Path, lora: LoraShape | None) -> None:
-    run = write_run(tmp_path, "qwen-image", FOUR, lora)
-    generator = load(run)
-    expected = generator.sample(PROMPTS, seed=5, output="tensor")
-    out = export_generator(run, tmp_path / "out", EXACT)
-    pipe = open_pipeline(out)
-    assert (render(pipe, generator, 5, **CALL) - expected).abs().max() < 1e-4
-    assert expected.std() > 0.02  # no empty pictures
+    out, pipe = pixels_of_the_export(tmp_path, "qwen-image", QwenImagePipeline, CALL, lora=lora)
     for number in (2, 8):
         with pytest.raises(ValueError, match="should have the same length"):
             pipe(prompt="cat", **{**CALL, "num_inference_steps": number})
-    (tmp_path / "teacher").rename(tmp_path / "gone")
-    assert (load(out).sample(PROMPTS, seed=5, output="tensor") - expected).abs().max() < 1e-4
     scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
     assert scheduler["use_dynamic_shifting"] is False
     card = (out / "README.md").read_text()
@@ -65,18 +56,13 @@ def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, kind: 
     expected = generator.sample(PROMPTS, seed=3, output="tensor")
     out = export_generator(run, tmp_path / "out", ExportOptions(kind=kind, precision="fp32", num_samples=0))
     (file,) = out.glob("*.safetensors")
-    pipe = open_pipeline(tmp_path / "teacher")
+    pipe = open_pipeline(tmp_path / "teacher", QwenImagePipeline)
     pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
     without = render(pipe, generator, 3, **CALL)
     pipe.load_lora_weights(out, weight_name=file.name)
     assert (render(pipe, generator, 3, **CALL) - expected).abs().max() < 1e-4
     assert (without - expected).abs().max() > 5e-3
-    base: Any = load_teacher(tmp_path / "teacher", device="cpu").denoiser
-    lora = read_lora(file, [name for name, _ in base.named_modules()])
-    role = SharedBase(base, LoraShape(lora.rank, lora.alpha, lora.targets)).add_role("generator")
-    role.load_adapter_state(lora.state)
-    generator.denoiser = role.eval()
-    assert (generator.sample(PROMPTS, seed=3, output="tensor") - expected).abs().max() < 1e-4
+    assert (pixels_of_the_lora(file, tmp_path / "teacher", generator, 3) - expected).abs().max() < 1e-4
     card = (out / "README.md").read_text()
     assert ("**For diffusers and ComfyUI**" if kind == "lora" else "for it, export `--as lora`") in card
 

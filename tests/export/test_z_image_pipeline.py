@@ -2,43 +2,35 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, ZImagePipeline
+from diffusers import FlowMatchLCMScheduler, ZImagePipeline
 from safetensors.torch import load_file
 
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
-from fewstep.formats.kohya_lora import read_lora
-from fewstep.models.load import load_teacher
-from fewstep.networks.adapters import LoraShape, SharedBase
-from tests.export.text_generators import FOUR, PROMPTS, load, render, write_run
-
-EXACT = ExportOptions(precision="fp32", num_samples=0, device="cpu")
-
-
-def open_pipeline(folder: Path) -> Any:
-    pipe: Any = DiffusionPipeline.from_pretrained(folder)
-    assert isinstance(pipe, ZImagePipeline)
-    return pipe
+from fewstep.networks.adapters import LoraShape
+from tests.export.text_generators import (
+    EXACT,
+    FOUR,
+    PROMPTS,
+    load,
+    open_pipeline,
+    pixels_of_the_export,
+    pixels_of_the_lora,
+    render,
+    write_run,
+)
 
 
 @pytest.mark.parametrize(
     ("steps", "lora"), [(FOUR, None), (FOUR, LoraShape(4, 2.0)), pytest.param((999,), None, marks=pytest.mark.long)]
 )
 def test_the_pipeline_makes_our_pixels(tmp_path: Path, steps: tuple[int, ...], lora: LoraShape | None) -> None:
-    run = write_run(tmp_path, "z-image", steps, lora)
-    generator = load(run)
-    expected = generator.sample(PROMPTS, seed=5, output="tensor")
-    out = export_generator(run, tmp_path / "out", EXACT)
-    options = {"num_inference_steps": len(steps), "guidance_scale": 0.0, "height": 16, "width": 16}
-    assert (render(open_pipeline(out), generator, 5, **options) - expected).abs().max() < 1e-4
-    assert expected.std() > 0.02  # no empty pictures
-    (tmp_path / "teacher").rename(tmp_path / "gone")
-    assert (load(out).sample(PROMPTS, seed=5, output="tensor") - expected).abs().max() < 1e-4
+    call = {"num_inference_steps": len(steps), "guidance_scale": 0.0, "height": 16, "width": 16}
+    pixels_of_the_export(tmp_path, "z-image", ZImagePipeline, call, steps, lora)
 
 
 def test_load_pipeline_needs_a_prompt_only(tmp_path: Path) -> None:
@@ -62,19 +54,14 @@ def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, kind: 
     expected = generator.sample(PROMPTS, seed=3, output="tensor")
     out = export_generator(run, tmp_path / "out", ExportOptions(kind=kind, precision="fp32", num_samples=0))
     (file,) = out.glob("*.safetensors")
-    pipe = open_pipeline(tmp_path / "teacher")
+    pipe = open_pipeline(tmp_path / "teacher", ZImagePipeline)
     without = render(pipe, generator, 3, num_inference_steps=4, **generator.family.pipeline_options(generator.size))
     pipe.load_lora_weights(out, weight_name=file.name)
     pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
     made = render(pipe, generator, 3, num_inference_steps=4, **generator.family.pipeline_options(generator.size))
     assert (made - expected).abs().max() < 1e-3
     assert (without - expected).abs().max() > 0.05
-    base: Any = load_teacher(tmp_path / "teacher", device="cpu").denoiser
-    lora = read_lora(file, [name for name, _ in base.named_modules()])
-    role = SharedBase(base, LoraShape(lora.rank, lora.alpha, lora.targets)).add_role("generator")
-    role.load_adapter_state(lora.state)
-    generator.denoiser = role.eval()
-    assert (generator.sample(PROMPTS, seed=3, output="tensor") - expected).abs().max() < 1e-4
+    assert (pixels_of_the_lora(file, tmp_path / "teacher", generator, 3) - expected).abs().max() < 1e-4
     card = (out / "README.md").read_text()
     assert "num_inference_steps=4, guidance_scale=0, height=16, width=16).images" in card
     assert '("cuda", torch.bfloat16)' in card
@@ -92,7 +79,7 @@ def test_a_single_file_is_refused(tmp_path: Path) -> None:
 
 def test_another_number_of_steps_is_the_schedulers_own_error(tmp_path: Path) -> None:
     """Of one step nothing can be said: FlowMatchLCMScheduler has no factors to count."""
-    pipe = open_pipeline(export_generator(write_run(tmp_path, "z-image"), tmp_path / "out", EXACT))
+    pipe = open_pipeline(export_generator(write_run(tmp_path, "z-image"), tmp_path / "out", EXACT), ZImagePipeline)
     pipe.set_progress_bar_config(disable=True)
     for number in (2, 8):
         with pytest.raises(ValueError, match="should have the same length"):

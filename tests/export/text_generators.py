@@ -7,10 +7,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_noise
+from fewstep.export.export import ExportOptions, export_generator
+from fewstep.formats.kohya_lora import read_lora
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.models.model import Model
@@ -34,6 +37,7 @@ PROMPTS = ["red cat", "a dog"]
 # how a pipeline takes noise (B, C, H, W) at the start, and how its scheduler sees it
 PACKED = {"flux2-klein": (klein_latents, klein_tokens), "qwen-image": (klein_tokens, klein_tokens)}
 FOUR = (999, 749, 499, 249)
+EXACT = ExportOptions(precision="fp32", num_samples=0, device="cpu")
 
 
 def moved(network: Denoiser, scale: float) -> Denoiser:
@@ -75,3 +79,41 @@ def render(pipe: Any, generator: Model, seed: int, **options: Any) -> Tensor:
     with mock.patch(f"diffusers.schedulers.{module}.randn_tensor", side_effect=[later(noise) for noise in noises[1:]]):
         images = pipe(prompt=list(PROMPTS), latents=first(noises[0]), output_type="pt", **options).images
     return images * 2 - 1
+
+
+def open_pipeline(folder: Path, kind: type[DiffusionPipeline]) -> Any:
+    """The folder's own pipeline, which must be of this kind."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipe, kind)
+    return pipe
+
+
+def pixels_of_the_export(
+    tmp_path: Path, family: str, kind: type[DiffusionPipeline], call: dict[str, Any],
+    steps: tuple[int, ...] = FOUR, lora: LoraShape | None = None,
+) -> tuple[Path, Any]:  # fmt: skip
+    """Export a generator and hold its pipeline, and the export without the teacher, to its pictures; (export, pipeline).
+
+    Args:
+        call: how the family's pipeline is told of a generator.
+    """
+    run = write_run(tmp_path, family, steps, lora)
+    generator = load(run)
+    expected = generator.sample(PROMPTS, seed=5, output="tensor")
+    out = export_generator(run, tmp_path / "out", EXACT)
+    pipe = open_pipeline(out, kind)
+    assert (render(pipe, generator, 5, **call) - expected).abs().max() < 1e-4
+    assert expected.std() > 0.02  # no empty pictures
+    (tmp_path / "teacher").rename(tmp_path / "gone")
+    assert (load(out).sample(PROMPTS, seed=5, output="tensor") - expected).abs().max() < 1e-4
+    return out, pipe
+
+
+def pixels_of_the_lora(file: Path, teacher: Path, generator: Model, seed: int) -> Tensor:
+    """Pictures of a generator whose LoRA is read from a file, on its teacher."""
+    base: Any = load_teacher(teacher, device="cpu").denoiser
+    lora = read_lora(file, [name for name, _ in base.named_modules()])
+    role = SharedBase(base, LoraShape(lora.rank, lora.alpha, lora.targets)).add_role("generator")
+    role.load_adapter_state(lora.state)
+    generator.denoiser = role.eval()
+    return generator.sample(PROMPTS, seed=seed, output="tensor")
