@@ -270,19 +270,8 @@ def by_the_first(work: Callable[[], T], group: Any = None) -> T | None:
     Raises:
         UserError: the first process's, on all; also for a disk that is full or not writable.
     """
-    result, fault = None, None
-    if is_first():
-        try:
-            result = work()
-        except UserError as error:
-            fault = error
-        except OSError as error:
-            fault = disk_error(error)
-            if fault is None:
-                raise
-    told = agreed(str(fault) if fault is not None else None, group)
-    if told is not None:
-        raise fault or UserError(told)
+    result, fault = _tried(work) if is_first() else (None, None)
+    _raise_any(fault, [agreed(_words(fault), group)])
     return result
 
 
@@ -292,20 +281,65 @@ def by_all(work: Callable[[], T]) -> list[T]:
     Raises:
         UserError: of any process; also for a disk that is full or not writable.
     """
-    result, fault = None, None
+    result, fault = _tried(work)
+    found = gathered((result, _words(fault)))
+    _raise_any(fault, [words for _, words in found])
+    return [cast(T, own) for own, _ in found]
+
+
+def shared_out(
+    work: Callable[[int], T], count: int, processes: int, begins: Callable[[int], None] = lambda number: None
+) -> list[T]:
+    """What `work` makes of the numbers 0 to count - 1, in their order, on the first process; nothing on the others.
+
+    In each round every process does the next number, so that none waits longer than one takes, and what goes wrong in one
+    is told by all after that round.
+
+    Args:
+        processes: all of them, or 1: this one does everything, whatever there are.
+        begins: told the first number of each round.
+
+    Raises:
+        UserError: as `by_all`.
+    """
+    found: list[T] = []
+    for first in range(0, count, processes):
+        begins(first)
+        found += [work(first)] if processes == 1 else _round(work, range(first, min(first + processes, count)))
+    return found
+
+
+def _round(work: Callable[[int], T], numbers: range) -> list[T]:
+    """The results of the processes that have a number, on the first process."""
+    result, fault = _tried(lambda: work(numbers[rank()]) if rank() < len(numbers) else None)
+    _raise_any(fault, gathered(_words(fault)))
+    found: list[Any] | None = [None] * world_size() if is_first() else None
+    dist.gather_object(result, found, dst=0)
+    return [] if found is None else found[: len(numbers)]
+
+
+def _words(fault: UserError | None) -> str | None:
+    return None if fault is None else str(fault)
+
+
+def _raise_any(fault: UserError | None, words: Iterable[str | None]) -> None:
+    """Raise this process's fault, or what another said of its own."""
+    told = next((one for one in words if one is not None), None)
+    if told is not None:
+        raise fault or UserError(told)
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """What work gives, or what is told to users of its failure, a full disk's included."""
     try:
-        result = work()
+        return work(), None
     except UserError as error:
-        fault = error
+        return None, error
     except OSError as error:
         fault = disk_error(error)
         if fault is None:
             raise
-    found = gathered((result, None if fault is None else str(fault)))
-    told = next((words for _, words in found if words is not None), None)
-    if told is not None:
-        raise fault or UserError(told)
-    return [cast(T, own) for own, _ in found]
+        return None, fault
 
 
 def refuse_differences(facts: str, what: str) -> None:

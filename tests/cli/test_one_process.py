@@ -15,6 +15,7 @@ from fewstep.errors import UserError
         (["prepare", "statistics", "x", "s.npz", "--features", "f"], "prepare statistics"),
         (["pretrain", "recipes/my_pictures.toml"], "pretrain"),
         (["quickstart"], "quickstart"),
+        (["evaluate", "runs/x", "--features", "f", "--watch"], "evaluate --watch"),
     ],
 )
 def test_commands_of_one_process(words: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import fewstep
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
+from tests.distributed.evaluating import WAYS, measure_both, write_parts
 from tests.distributed.preparing import files_of, prepare, write_sources
 from tests.distributed.processes import run_processes
 from tests.distributed.test_equality import CI, equal_to_one
@@ -76,6 +77,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     runs = Runs(tmp_path, teacher_folder, pictures)
     train(runs.of("classes", "classes 1", 4))
     write_sources(tmp_path)
+    write_parts(tmp_path)
     two = [
         (runs.of("classes", "classes 2", 4), ""),
         (runs.of("classes", "classes 2-2", 4), "classes 2"),
@@ -89,6 +91,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_overflow_of_one_is_all_processes(tmp_path)
     pairs_are_those_of_one(tmp_path, teacher_folder)
+    figures_are_those_of_one(tmp_path, teacher_folder)
     the_doctor_sees_both(tmp_path)
     prepare(tmp_path, tmp_path / "one")
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
@@ -152,6 +155,21 @@ def pairs_are_those_of_one(work: Path, teacher: Path) -> None:
     assert said[0] == said[1]
     assert "No space left on device" in said[0]
     assert json.loads((work / "no room/manifest.json").read_text(encoding="utf-8"))["shards"] == []
+
+
+def figures_are_those_of_one(work: Path, teacher: Path) -> None:
+    """To the last digit; nobody measures where options differ, and what one meets all say."""
+    measure_both(work, str(teacher), work / "figures of 1")
+    for way in WAYS:
+        one, two = (json.loads((work / f"figures of {n}/{way}.json").read_text(encoding="utf-8")) for n in (1, 2))
+        assert {"frechet_distance", "kid", "coverage", *({"brightness"} if way == "texts" else {})} <= one.keys()
+        assert one.pop("images_per_second") > 0
+        assert two.pop("images_per_second") > 0
+        assert one == two, way
+    words = "process 1 has other options than process 0; start the same command with the same files everywhere"
+    for name, expected in (("options", words), ("fault", "a picture that does not decode")):
+        assert [(work / f"{name}-{n}.txt").read_text(encoding="utf-8") for n in range(2)] == [expected] * 2
+    assert not (work / "refused.json").exists()
 
 
 def the_doctor_sees_both(work: Path) -> None:

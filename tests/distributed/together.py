@@ -4,7 +4,8 @@
 
 `WORK/questions.json` has `equality` (cases of tests.distributed.equality), `runs` (pairs of settings, and of the run that it goes
 on with from the last checkpoint but one, or ""), `refused` (settings that no process may train) and whether checkpoints of odd tensors are asked for (`saving`);
-`pairs` is the teacher of noise-image pairs, beside which latents and embeddings are made of the sources of tests.distributed.preparing.
+`pairs` is the teacher of noise-image pairs, beside which latents and embeddings are made of the sources of tests.distributed.preparing,
+and what is measured as tests.distributed.evaluating has it.
 """
 
 import json
@@ -37,7 +38,7 @@ from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
 from fewstep.training.saving import Saver
 from fewstep.training.update import build_update
-from tests.distributed import equality, preparing
+from tests.distributed import equality, evaluating, preparing
 
 
 def odd_tensors() -> dict[str, Tensor]:
@@ -188,6 +189,8 @@ def main(work: Path) -> None:
             make_pairs(work, questions["pairs"])
             preparing.prepare_twice(work, work / "many")
             lines: list[str] = []
+            evaluating.measure_both(work, questions["pairs"], work / "figures of 2")
+            evaluating.refuse(work, questions["pairs"], work)
             examine_together(lines.append)
             (work / f"doctor-{rank()}.txt").write_text("\n".join(lines), encoding="utf-8")
         for settings, earlier in questions.get("runs", []):

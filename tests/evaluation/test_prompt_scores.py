@@ -14,10 +14,10 @@ from transformers import CLIPModel
 from fewstep.errors import UserError
 from fewstep.evaluation.clip_score import ClipScore
 from fewstep.evaluation.measure import Clocked, measure_model, measure_sampler
-from fewstep.evaluation.measurement import Measurement, mean_of
+from fewstep.evaluation.measurement import Measurement, Value, mean_of
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores
-from fewstep.evaluation.protocols import PROTOCOLS, measure_coco
+from fewstep.evaluation.protocols import PROTOCOLS, coco_figure, coco_look
 from fewstep.models.load import load_generator
 from fewstep.networks.clip import load_clip
 from tests.cli.test_main import fewstep
@@ -87,9 +87,10 @@ def test_clip_score_equals_a_recomputation(folder: Path) -> None:
 def test_the_score_of_a_coco_protocol_is_of_truncated_pictures(folder: Path) -> None:
     metric = ClipScore(load_clip(folder), "tiny", "A photo depicts ")
     scores = TextScores([metric], PROMPTS)
-    found = measure_coco(
-        PROTOCOLS["coco30k-256"], "g", Clocked(sample, 5, 2), {"frechet_distance": torch.rand(9, 3)}, Means(), evaluations_per_image=4, seed=0,
-        scores=scores,
+    rows = Clocked(sample, 5, 2).seen(coco_look(PROTOCOLS["coco30k-256"], Means(), scores))
+    found = coco_figure(
+        PROTOCOLS["coco30k-256"], "g", rows, {"frechet_distance": torch.rand(9, 3)}, Means(), Value(1, 5),
+        evaluations_per_image=4, seed=0, scores=scores,
     )  # fmt: skip
     pixels = np.floor((sample(0, 5).clamp(-1, 1).numpy() + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     expected = cosines(folder, pixels.transpose(0, 2, 3, 1), "A photo depicts ")

@@ -23,7 +23,8 @@ from fewstep.evaluation.protocols import (
     central,
     cleanly_resized,
     coco_features,
-    measure_coco,
+    coco_figure,
+    coco_look,
     protocol_named,
     reduced,
     truncated,
@@ -99,8 +100,11 @@ def by_hand(pictures: list[Image.Image], side: int, patch: bool) -> tuple[np.nda
 @pytest.mark.parametrize("name", ["coco30k-256", pytest.param("coco10k-512", marks=pytest.mark.long)])
 def test_coco_protocol_equals_a_pipeline_by_hand(coco: Path, name: str) -> None:
     real, protocol = load_coco(coco / "captions_val2014.json", coco / "val2014"), PROTOCOLS[name]
-    found = measure_coco(
-        protocol, "g", Clocked(made, 20, 8), coco_features(protocol, real, Pooled()), Pooled(), evaluations_per_image=4, seed=0
+    clocked = Clocked(made, 20, 8)
+    rows = clocked.seen(coco_look(protocol, Pooled()))
+    found = coco_figure(
+        protocol, "g", rows, coco_features(protocol, real, Pooled()), Pooled(), clocked.images_per_second,
+        evaluations_per_image=4, seed=0,
     )  # fmt: skip
     pixels = np.floor((made(0, 20).clamp(-1, 1).numpy() + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     generated = [Image.fromarray(one.transpose(1, 2, 0)) for one in pixels]
@@ -131,7 +135,7 @@ def test_pictures_go_through_the_network_32_at_a_time(coco: Path) -> None:
     found = coco_features(PROTOCOLS["coco30k-256"], twice, Counting(), report=lambda *at: told.append(at))
     assert sizes == [32, 8]
     torch.testing.assert_close(found["frechet_distance"][:20], found["frechet_distance"][20:])  # in their order
-    assert told == [(number, 40) for number in range(41)]
+    assert told == [(0, 40), (32, 40), (40, 40)]
 
 
 def test_captions_are_those_of_the_lowest_id(coco: Path) -> None:

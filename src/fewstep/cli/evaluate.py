@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import Device, Precision, read_prompts, starting
+from fewstep.cli.options import Device, Precision, read_prompts, refuse_many, starting
 
 
 def evaluate(
@@ -34,6 +34,8 @@ def evaluate(
     precision: Precision = "auto",
 ) -> None:  # fmt: skip
     """Frechet distance between generated and real pictures in a named feature network; with --images KID, precision, recall, density, coverage, too; with --clip the CLIP score."""
+    if watch:
+        refuse_many("evaluate --watch")
     with starting():
         from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
     options = EvaluateOptions(

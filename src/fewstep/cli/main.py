@@ -133,7 +133,7 @@ def _root(
     ] = False,
 ) -> None:
     """Distil a diffusion model into a generator that needs one to four steps."""
-    if ctx.invoked_subcommand not in ("train", "prepare", "doctor"):
+    if ctx.invoked_subcommand not in ("train", "evaluate", "prepare", "doctor"):
         refuse_many(ctx.invoked_subcommand)
 
 

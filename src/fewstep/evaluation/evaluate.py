@@ -1,30 +1,32 @@
 """`fewstep evaluate` from its options on: one figure with everything beside it."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fewstep import __version__
 from fewstep.devices import precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
+from fewstep.evaluation.feature_cache import network_digest, tensors_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, measure_model
+from fewstep.evaluation.measure import Clocked, Rows, figure_of, look
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import model_sampler
-from fewstep.evaluation.protocols import Protocol, measure_coco, protocol_named
+from fewstep.evaluation.protocols import Protocol, coco_figure, coco_look, protocol_named
 from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import file_digest
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
+from fewstep.parallel import agreed, by_all, by_the_first, joined, rank, refuse_differences, world_size
 from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
 
@@ -64,19 +66,39 @@ class EvaluateOptions:
 def evaluate_model(source: str, options: EvaluateOptions) -> None:
     """Measure a model, print the figure as a sentence, write it as JSON where that was asked for.
 
+    As many processes as torchrun started share out the pictures batch by batch; the first computes the figure and speaks.
+
     Raises:
         UserError: options, model, features and real pictures that are not there or do not go together.
     """
+    with joined(options.device):
+        _evaluate(source, options)
+
+
+def _evaluate(source: str, options: EvaluateOptions) -> None:
+    """`evaluate_model` in one of its processes."""
     judge = Judge(options)
-    precision = precision_of(options.precision, options.device, partial(say, console))
+    refuse_differences(f"{__version__} {source} {judge.options}", "options")
+    precision = agreed(precision_of(options.precision, options.device, partial(say, console)))
     with busy(console, f"Loading {source}"):
         model = load_model(source, device=options.device, precision=precision)
     figure = judge.figure(source, model)
+    by_the_first(partial(_tell, figure, options.json_out))
+
+
+def _refuse_absent_folder(json_out: Path | None) -> None:
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise UserError(f"--json {json_out}: the folder {json_out.parent} does not exist; make it first")
+
+
+def _tell(figure: Measurement | None, json_out: Path | None) -> None:
+    """The sentence with its cautions, and the JSON."""
+    assert figure is not None
     print(figure.sentence())
     for line in figure.cautions():
         say(console, line)
-    if options.json_out is not None:
-        with replaced_file(options.json_out) as aside:
+    if json_out is not None:
+        with replaced_file(json_out) as aside:
             aside.write_text(json.dumps(figure.to_dict(), indent=1), encoding="utf-8")
 
 
@@ -86,12 +108,12 @@ class _Side:
 
     Attributes:
         real: features (N, F) of real pictures, by the value that is computed from them; empty where there is a reference alone.
-        reference: of what is no COCO protocol.
+        reference: of what is no COCO protocol; only the first process has it.
     """
 
     network: FeatureNetwork
     clip: "ClipScore | None"
-    real: Mapping[str, Tensor]
+    real: Rows
     reference: FeatureStatistics | None
 
     @property
@@ -109,12 +131,13 @@ class Judge:
 
     def __init__(self, options: EvaluateOptions) -> None:
         self.protocol = protocol_named(options.protocol)
-        self.coco = _checked_options(options, self.protocol)
+        by_the_first(partial(_refuse_absent_folder, options.json_out))
+        self.coco = by_all(partial(_checked_options, options, self.protocol))[rank()]
         self.options = options if self.coco is None else replace(options, prompts=tuple(self.coco.captions))
         self._side: _Side | None = None
 
-    def figure(self, source: str, model: Model) -> Measurement:
-        """What is found of a model, under the name that its user calls it by.
+    def figure(self, source: str, model: Model) -> Measurement | None:
+        """What is found of a model, under the name that its user calls it by; None on other processes than the first.
 
         Raises:
             UserError: model, features and real pictures do not go together.
@@ -124,11 +147,9 @@ class Judge:
         if self._side is None:
             self._side = self._made_for(model)
         num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
-        if protocol is not None and self.coco is not None:
-            figure = _measure_coco(source, model, self._side, options, protocol, num_images)
-        else:
-            figure = _measure(source, model, self._side, options, num_images)
-        if protocol is None:
+        coco = protocol if self.coco is not None else None
+        figure = _measure(source, model, self._side, options, coco, num_images)
+        if protocol is None or figure is None:
             return figure
         clip = self._side.clip
         other = "" if clip is None else clip.difference(protocol.clip_prefix)
@@ -140,15 +161,17 @@ class Judge:
         with busy(console, f"Loading {options.features}"):
             network = load_features(options.features, device)
         clip = _load_clip(options, protocol, device)
+        if world_size() > 1:
+            weights = tensors_digest(model.denoiser.state_dict()), network_digest(network), model.fingerprint
+            refuse_differences(repr(weights), "weights")
         for line in model.conditioner.warnings(options.prompts) + (
             [] if clip is None else clip.warnings(options.prompts)
         ):
             say(console, line)
         if protocol is not None and self.coco is not None:
-            return _Side(
-                network, clip, features_of_coco(protocol, self.coco, network, device, console, options.cache), None
-            )
-        real: dict[str, Tensor] = {}
+            real = features_of_coco(protocol, self.coco, network, device, console, options.cache)
+            return _Side(network, clip, real, None)
+        real = {}
         if options.images:
             place = {
                 "images": options.images,
@@ -158,15 +181,12 @@ class Judge:
             }
             pictures = parse_settings(DataSettings, place, "command line")
             real[DISTANCE] = features_of_images(pictures, model.picture_shape, network, device, console, options.cache)
-        return _Side(network, clip, real, _reference(model, network, options, real.get(DISTANCE)))
+        reference = by_the_first(partial(_reference, model, network, options, real.get(DISTANCE)))
+        return _Side(network, clip, real, reference)
 
 
 def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> CaptionedPictures | None:
     """Refuse options that do not go together; COCO's pictures where the protocol is of them."""
-    if options.json_out is not None and not options.json_out.absolute().parent.is_dir():
-        raise UserError(
-            f"--json {options.json_out}: the folder {options.json_out.parent} does not exist; make it first"
-        )
     if options.clip_prefix is not None and not options.clip:
         raise UserError(f"--clip-prefix {options.clip_prefix!r} belongs to --clip MODEL; name one")
     if protocol is not None and protocol.side:
@@ -204,31 +224,34 @@ def _sha256(features: str) -> str:
     return file_digest(path) if path.is_file() else ""
 
 
-def _measure_coco(
-    source: str, model: Model, side: _Side, options: EvaluateOptions, protocol: Protocol, num_images: int
-) -> Measurement:
+def _measure(
+    source: str, model: Model, side: _Side, options: EvaluateOptions, coco: Protocol | None, num_images: int
+) -> Measurement | None:
+    """What the first process finds of pictures that all make; `coco`: the protocol, where it is one of COCO's."""
     sample, evaluations = model_sampler(
         model, options.seed, prompts=options.prompts, num_steps=options.teacher_steps,
         guidance_scale=options.guidance_scale,
     )  # fmt: skip
+    scores = TextScores(side.metrics, options.prompts) if side.metrics else None
     size = options.batch_size or model.family.default_batch_size
     with working(console, f"Measuring {num_images:,} pictures") as report:
-        return measure_coco(
-            protocol, source, Clocked(sample, num_images, size, report), side.real, side.network,
-            evaluations_per_image=evaluations, seed=options.seed, device=model.device,
-            scores=TextScores(side.metrics, options.prompts) if side.metrics else None,
-        )  # fmt: skip
+        pictures = Clocked(sample, num_images, size, report, world_size())
+        if coco is not None:
+            rows = pictures.seen(coco_look(coco, side.network, scores, model.device))
+        else:
+            rows = pictures.seen(look(side.network, scores, model.device))
 
+    def figure() -> Measurement:
+        facts: dict[str, Any] = {"evaluations_per_image": evaluations, "seed": options.seed, "scores": scores}
+        speed = pictures.images_per_second
+        if coco is not None:
+            return coco_figure(coco, source, rows, side.real, side.network, speed, **facts)
+        assert side.reference is not None
+        real = side.real.get(DISTANCE)
+        return figure_of(source, rows, side.network, side.reference, speed, real_features=real, resamples=20, **facts)
 
-def _measure(source: str, model: Model, side: _Side, options: EvaluateOptions, num_images: int) -> Measurement:
-    assert side.reference is not None
-    with working(console, f"Measuring {num_images:,} pictures") as report:
-        return measure_model(
-            model, source, side.network, side.reference, num_images=num_images, seed=options.seed,
-            prompts=list(options.prompts), num_steps=options.teacher_steps, guidance_scale=options.guidance_scale,
-            real_features=side.real.get(DISTANCE),
-            batch_size=options.batch_size or model.family.default_batch_size, report=report, text_metrics=side.metrics,
-        )  # fmt: skip
+    with busy(console, "Computing the figures"):
+        return by_the_first(figure)
 
 
 def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOptions) -> None:

@@ -54,14 +54,27 @@ def content_digest(path: Path, names: Sequence[str] | None = None, report: Repor
     return digest.hexdigest()
 
 
+def sizes_digest(path: Path, names: Sequence[str] | None = None) -> str:
+    """SHA-256 over names and sizes of files, as `content_digest` takes them; "" where nothing lies there."""
+    if path.is_dir() and names is None:
+        names = sorted(walk_files(path))
+    places = [path / name for name in (names or [""])]
+    return hashlib.sha256(repr([(one.name, one.stat().st_size) for one in places if one.exists()]).encode()).hexdigest()
+
+
 def network_digest(network: FeatureNetwork) -> str:
     """SHA-256 of a feature network's kind, name and weights; "" for one that has no weights to compare."""
     if not isinstance(network, nn.Module):
         return ""
     digest = hashlib.sha256(f"{type(network).__qualname__} {network.name} {network.extra_repr()}".encode())
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    _add_tensors(digest, network.state_dict())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors with their names, kinds and shapes, in the order of the names."""
+    digest = hashlib.sha256()
+    _add_tensors(digest, tensors)
     return digest.hexdigest()
 
 
@@ -91,7 +104,7 @@ def kept_features(key: str, tell: Tell = lambda line: None) -> dict[str, Tensor]
         return None
     try:
         tensors, header = read_safetensors(path)
-        if header.get("key") != key or header.get("sha256") != _digest(tensors) or not tensors:
+        if header.get("key") != key or header.get("sha256") != tensors_digest(tensors) or not tensors:
             raise ValueError("its content is not what was written")
     except (UserError, ValueError) as error:
         tell(f"{path} is damaged and made again ({str(error).splitlines()[0]})")
@@ -109,7 +122,7 @@ def keep_features(key: str, features: Mapping[str, Tensor], tell: Tell = lambda 
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as aside:
             tensors = {name: value.contiguous() for name, value in features.items()}
-            write_tensor_file(aside, tensors, {"key": key, "sha256": _digest(tensors)})
+            write_tensor_file(aside, tensors, {"key": key, "sha256": tensors_digest(tensors)})
     except (OSError, SafetensorError, UserError) as error:
         tell(f"features are not kept in {path.parent} ({str(error).splitlines()[0]})")
 
@@ -118,9 +131,7 @@ def _place(key: str) -> Path:
     return cache_folder() / f"{key[:32]}.safetensors"
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -105,14 +105,16 @@ def load_features(source: str, device: torch.device | str = "cpu") -> FeatureNet
     return load_inception(path).to(device)
 
 
-@torch.no_grad()
 def extract_features(network: FeatureNetwork, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
     """Features (N, F), float32 on the CPU, of batches of images (B, C, H, W) in [-1, 1].
 
     Images are rounded to 8 bit first, as files on disk would be.
     """
-    parts = []
-    for images in batches:
-        rounded = ((images.to(device).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        parts.append(network(rounded).float().cpu())
-    return torch.cat(parts)
+    return torch.cat([features_of(network, images, device) for images in batches])
+
+
+@torch.no_grad()
+def features_of(network: FeatureNetwork, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """`extract_features` of one batch."""
+    rounded = ((images.to(device).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return network(rounded).float().cpu()

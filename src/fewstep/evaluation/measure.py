@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep.data.images import ImageDataset
 from fewstep.errors import UserError
-from fewstep.evaluation.features import FeatureNetwork, extract_features
+from fewstep.evaluation.features import FeatureNetwork, features_of
 from fewstep.evaluation.measurement import Measurement, Value, known_to, mean_of
 from fewstep.evaluation.metrics import (
     FeatureStatistics,
@@ -24,7 +23,12 @@ from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import Sampler, model_sampler
 from fewstep.formats.pixels import to_pictures
 from fewstep.models.model import Model
+from fewstep.parallel import shared_out
 from fewstep.progress import Report
+
+FEATURES = "frechet_distance"  # features are kept under the value that is computed from them
+Rows = dict[str, Tensor]  # what is kept of pictures, by name: a row for each, in their order
+Look = Callable[[int, Tensor], Rows]  # (number of the first picture, pictures (B, C, H, W) in [-1, 1])
 
 
 @dataclass
@@ -32,30 +36,69 @@ class Clocked:
     """Batches of pictures from a sampler, with the seconds that sampling alone took.
 
     Attributes:
-        report: told after every batch, and once before the first.
+        report: told before every batch, and once after the last.
+        processes: that share the batches out, as `shared_out` has it.
+        seconds: of all batches; of many processes the first one knows them when all were made.
     """
 
     sample: Sampler
     num_images: int
     batch_size: int
     report: Report | None = None
+    processes: int = 1
     seconds: float = field(default=0.0, init=False)
 
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
     def __iter__(self) -> Iterator[Tensor]:
-        for first in range(0, self.num_images, self.batch_size):
-            if self.report is not None:
-                self.report(first, self.num_images)
-            started = time.perf_counter()
-            images = self.sample(first, min(self.batch_size, self.num_images - first))
-            self.seconds += time.perf_counter() - started
+        for number in range(len(self)):
+            self.tell(number)
+            images, seconds = self.batch(number)
+            self.seconds += seconds
             yield images
+        self.tell(len(self))
+
+    def batch(self, number: int) -> tuple[Tensor, float]:
+        """Pictures of one batch, and the seconds they took."""
+        first, started = number * self.batch_size, time.perf_counter()
+        images = self.sample(first, min(self.batch_size, self.num_images - first))
+        return images, time.perf_counter() - started
+
+    def tell(self, number: int) -> None:
+        """Report that so many batches are made."""
         if self.report is not None:
-            self.report(self.num_images, self.num_images)
+            self.report(min(number * self.batch_size, self.num_images), self.num_images)
+
+    def seen(self, look: Look) -> Rows:
+        """What a look keeps of every picture; on other processes than the first nothing.
+
+        A batch is made and looked at by one process, whole and alone: kernels for other numbers of pictures round otherwise, and
+        where a pixel crosses the border between two of 256 levels a distance moves in its third digit.
+        """
+
+        def made(number: int) -> tuple[Rows, float]:
+            images, seconds = self.batch(number)
+            return look(number * self.batch_size, images), seconds
+
+        found = shared_out(made, len(self), self.processes, self.tell)
+        self.tell(len(self))
+        self.seconds = sum(seconds for _, seconds in found)
+        return joined_rows(rows for rows, _ in found)
 
     @property
     def images_per_second(self) -> Value:
-        """Pictures per second of sampling, once all were made."""
-        return Value(self.num_images / max(self.seconds, 1e-9), self.num_images)
+        """Pictures per second of sampling by all processes together, once all were made."""
+        return Value(self.num_images * self.processes / max(self.seconds, 1e-9), self.num_images)
+
+
+def joined_rows(parts: Iterable[Rows]) -> Rows:
+    """Rows of batches, in their order, as one."""
+    found: dict[str, list[Tensor]] = {}
+    for rows in parts:
+        for name, part in rows.items():
+            found.setdefault(name, []).append(part)
+    return {name: torch.cat(pieces) for name, pieces in found.items()}
 
 
 def measure_sampler(
@@ -67,45 +110,57 @@ def measure_sampler(
     """Sample `num_images` pictures batch by batch and measure them; only features are kept in memory.
 
     Args:
+        report: told how far it is.
+        real_features, resamples: as `figure_of` has them.
+        scores: of every picture and its prompt.
+    """
+    pictures = Clocked(sample, num_images, batch_size, report)
+    rows = pictures.seen(look(network, scores, device))
+    return figure_of(
+        name, rows, network, reference, pictures.images_per_second, evaluations_per_image=evaluations_per_image, seed=seed,
+        real_features=real_features, resamples=resamples, scores=scores,
+    )  # fmt: skip
+
+
+def look(network: FeatureNetwork, scores: TextScores | None = None, device: torch.device | str = "cpu") -> Look:
+    """Keeps the features (B, F) of pictures, and the scores (B,) of them as 8-bit pictures."""
+
+    def of(first: int, images: Tensor) -> Rows:
+        found = {} if scores is None else scores.of(first, to_pictures(images))
+        return {FEATURES: features_of(network, images, device), **found}
+
+    return of
+
+
+def figure_of(
+    name: str, rows: Rows, network: FeatureNetwork, reference: FeatureStatistics, images_per_second: Value, *,
+    evaluations_per_image: int, seed: int, real_features: Tensor | None = None, resamples: int = 0,
+    scores: TextScores | None = None,
+) -> Measurement:  # fmt: skip
+    """The figures of what was kept of pictures under `look`.
+
+    Args:
         real_features: of real pictures, for KID, precision, recall, density and coverage, which take as many of them as there are
             generated ones, evenly spaced: the first ones of a folder may all be of one class.
-        report: told how far it is.
         resamples: behind the interval of the Frechet distance (see `distance_of`); 0 for none.
-        scores: sees every picture beside its prompt.
     """
-    batches = Clocked(sample, num_images, batch_size, report)
-    features = extract_features(network, scored(batches, scores, to_pictures), device)
-    values = {"frechet_distance": distance_of(features, reference, resamples)}
+    features = rows[FEATURES]
+    num_images, width = features.shape
+    values = {FEATURES: distance_of(features, reference, resamples)}
     if real_features is not None:
         real = evenly(real_features, num_images)
         values["kid"] = known_to(*kernel_distance(real, features), num_images)
         shares = neighbour_shares(real, features)
         values |= {name: replace(mean_of(each), num_images=num_images) for name, each in shares.items()}
-    values |= values_of(scores)
-    values["images_per_second"] = batches.images_per_second
-    return Measurement(
-        name, values, num_images, network.name, features.shape[1], reference.num_images, evaluations_per_image, seed
-    )
+    values |= values_of(rows, scores)
+    values["images_per_second"] = images_per_second
+    return Measurement(name, values, num_images, network.name, width, reference.num_images, evaluations_per_image, seed)
 
 
-def scored(
-    batches: Iterable[Tensor], scores: TextScores | None, pictures: Callable[[Tensor], list[Image.Image]]
-) -> Iterator[Tensor]:
-    """Batches (B, C, H, W) in [-1, 1] as they are, each shown on its way to `scores` as the 8-bit pictures it is."""
-    first = 0
-    for images in batches:
-        if scores is not None:
-            scores.see(first, pictures(images))
-        first += len(images)
-        yield images
-
-
-def values_of(scores: TextScores | None) -> dict[str, Value]:
-    """The mean over all pictures that text metrics saw, by the metrics' names."""
-    if scores is None:
-        return {}
-    by = {metric.name: metric.by for metric in scores.metrics}
-    return {name: replace(mean_of(each), by=by[name]) for name, each in scores.found().items()}
+def values_of(rows: Rows, scores: TextScores | None) -> dict[str, Value]:
+    """The mean over all pictures of each text metric, by the metrics' names."""
+    metrics = () if scores is None else scores.metrics
+    return {metric.name: replace(mean_of(rows[metric.name]), by=metric.by) for metric in metrics}
 
 
 def evenly(rows: Tensor, count: int) -> Tensor:
@@ -147,16 +202,21 @@ def measure_model(
 
 def dataset_features(
     network: FeatureNetwork, dataset: ImageDataset, num_images: int = 0, batch_size: int = 250,
-    device: torch.device | str = "cpu", report: Report = lambda done, total: None,
+    device: torch.device | str = "cpu", report: Report = lambda done, total: None, processes: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Features (N, F) of a data set's first `num_images` pictures (0: all); `report` is told before every batch."""
+    """Features (N, F) of a data set's first `num_images` pictures (0: all).
+
+    Args:
+        report: told before every batch.
+        processes: that share the batches out, as `shared_out` has it; others than the first get no features.
+    """
     count = min(num_images or len(dataset), len(dataset))
     if count < 2:
         raise UserError("a reference needs at least 2 real images")
+    batches = torch.arange(count).split(batch_size)
 
-    def batches() -> Iterator[Tensor]:
-        for rows in torch.arange(count).split(batch_size):
-            report(int(rows[0]), count)
-            yield dataset.pixels(rows).float() / 127.5 - 1
+    def work(number: int) -> Tensor:
+        return features_of(network, dataset.pixels(batches[number]).float() / 127.5 - 1, device)
 
-    return extract_features(network, batches(), device)
+    found = shared_out(work, len(batches), processes, lambda number: report(number * batch_size, count))
+    return torch.cat(found) if found else torch.empty(0, 0)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -27,18 +26,12 @@ class TextMetric(Protocol):
 
 
 class TextScores:
-    """What text metrics find as pictures come by, picture i with prompt i of those that take turns."""
+    """What text metrics find, picture i with prompt i of those that take turns."""
 
     def __init__(self, metrics: Sequence[TextMetric], prompts: Sequence[str]) -> None:
         self.metrics, self.prompts = metrics, prompts
-        self._found: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
 
-    def see(self, first: int, pictures: list[Image.Image]) -> None:
-        """Score pictures number `first` and following."""
+    def of(self, first: int, pictures: list[Image.Image]) -> dict[str, Tensor]:
+        """The scores (B,) of pictures number `first` and following, float32, by the metrics' names."""
         prompts = [self.prompts[number % len(self.prompts)] for number in range(first, first + len(pictures))]
-        for metric in self.metrics:
-            self._found[metric.name].append(metric(pictures, prompts).float())
-
-    def found(self) -> dict[str, Tensor]:
-        """The scores (N,) of all pictures seen, by the metrics' names."""
-        return {name: torch.cat(parts) for name, parts in self._found.items()}
+        return {metric.name: metric(pictures, prompts).float() for metric in self.metrics}

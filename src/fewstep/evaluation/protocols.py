@@ -1,7 +1,6 @@
 """Published ways of measuring by name: what each pins, and what makes a figure only a proxy of it."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,10 +11,11 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures
 from fewstep.evaluation.features import FeatureNetwork
-from fewstep.evaluation.measure import Clocked, distance_of, scored, values_of
+from fewstep.evaluation.measure import FEATURES, Look, Rows, distance_of, joined_rows, values_of
 from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextScores
+from fewstep.parallel import shared_out
 from fewstep.progress import Report
 
 INCEPTION, INCEPTION_SHA256 = (
@@ -137,47 +137,54 @@ def cleanly_resized(pixels: np.ndarray) -> np.ndarray:
 
 def coco_features(
     protocol: Protocol, real: CaptionedPictures, network: FeatureNetwork, device: torch.device | str = "cpu",
-    report: Report = lambda done, total: None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Features (N, F) of real pictures, float32 on the CPU, by the value that is computed from them."""
-
-    def pictures() -> Iterator[np.ndarray]:
-        for number in range(len(real)):
-            report(number, len(real))
-            yield real.pixels(number)
-        report(len(real), len(real))
-
-    return _seen(pictures(), network, protocol.views(), device)
-
-
-def measure_coco(
-    protocol: Protocol, name: str, pictures: Clocked, real: Mapping[str, Tensor], network: FeatureNetwork, *,
-    evaluations_per_image: int, seed: int, device: torch.device | str = "cpu", scores: TextScores | None = None,
-) -> Measurement:  # fmt: skip
-    """Distances of made pictures to real ones under a COCO protocol; only features are kept in memory.
+    report: Report = lambda done, total: None, processes: int = 1,
+) -> Rows:  # fmt: skip
+    """Features (N, F) of real pictures, float32 on the CPU, by the value that is computed from them.
 
     Args:
-        pictures: made for the captions in turn.
-        real: of `coco_features`.
-        scores: sees every made picture, not reduced, beside its caption.
+        processes: that share them out, as `shared_out` has it; others than the first get none.
     """
-    batches = scored(pictures, scores, lambda images: [Image.fromarray(one) for one in truncated(images)])
-    made = _seen((pixels for batch in batches for pixels in truncated(batch)), network, protocol.views(), device)
-    values = {key: distance_of(part, FeatureStatistics.of(real[key]), 20) for key, part in made.items()}
-    values |= values_of(scores)
-    values["images_per_second"] = Value(pictures.images_per_second.value, pictures.num_images)
-    count, width = len(real["frechet_distance"]), made["frechet_distance"].shape[1]
-    return Measurement(name, values, pictures.num_images, network.name, width, count, evaluations_per_image, seed)
+
+    def work(number: int) -> Rows:
+        rows = range(number * _BATCH, min((number + 1) * _BATCH, len(real)))
+        return _seen([real.pixels(row) for row in rows], network, protocol.views(), device)
+
+    found = shared_out(work, -(-len(real) // _BATCH), processes, lambda number: report(number * _BATCH, len(real)))
+    report(len(real), len(real))
+    return joined_rows(found)
+
+
+def coco_look(
+    protocol: Protocol, network: FeatureNetwork, scores: TextScores | None = None, device: torch.device | str = "cpu"
+) -> Look:
+    """Keeps the features (B, F) of every view of made pictures, and the scores (B,) of them as they are, not reduced."""
+
+    def of(first: int, images: Tensor) -> Rows:
+        pictures = list(truncated(images))
+        found = {} if scores is None else scores.of(first, [Image.fromarray(one) for one in pictures])
+        parts = (pictures[start : start + _BATCH] for start in range(0, len(pictures), _BATCH))
+        return joined_rows(_seen(part, network, protocol.views(), device) for part in parts) | found
+
+    return of
+
+
+def coco_figure(
+    protocol: Protocol, name: str, rows: Rows, real: Rows, network: FeatureNetwork, images_per_second: Value, *,
+    evaluations_per_image: int, seed: int, scores: TextScores | None = None,
+) -> Measurement:  # fmt: skip
+    """Distances of made pictures to real ones under a COCO protocol, from what `coco_look` and `coco_features` kept."""
+    values = {key: distance_of(rows[key], FeatureStatistics.of(real[key]), 20) for key in protocol.views()}
+    values |= values_of(rows, scores)
+    values["images_per_second"] = images_per_second
+    num_images, width = rows[FEATURES].shape
+    return Measurement(name, values, num_images, network.name, width, len(real[FEATURES]), evaluations_per_image, seed)
 
 
 @torch.no_grad()
-def _seen(
-    pictures: Iterator[np.ndarray], network: FeatureNetwork, views: Views, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Features (N, F), float32 on the CPU, of every view of pictures (H, W, 3) uint8."""
-    found: dict[str, list[Tensor]] = {key: [] for key in views}
-    while batch := list(itertools.islice(pictures, _BATCH)):
-        for key, view in views.items():
-            levels = torch.from_numpy(np.stack([view(pixels) for pixels in batch])).permute(0, 3, 1, 2).to(device)
-            found[key].append(network(levels.float() / 127.5 - 1).float().cpu())
-    return {key: torch.cat(parts) for key, parts in found.items()}
+def _seen(pictures: list[np.ndarray], network: FeatureNetwork, views: Views, device: torch.device | str) -> Rows:
+    """Features (N, F), float32 on the CPU, of every view of pictures (H, W, 3) uint8 that the network sees at once."""
+    found = {}
+    for key, view in views.items():
+        levels = torch.from_numpy(np.stack([view(pixels) for pixels in pictures])).permute(0, 3, 1, 2).to(device)
+        found[key] = network(levels.float() / 127.5 - 1).float().cpu()
+    return found

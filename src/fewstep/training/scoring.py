@@ -155,6 +155,7 @@ class Scoring:
     def note(self, progress: Progress, weights: str, model: Model) -> None:
         """Measure one model."""
         found = self.judge.figure(f"{self.run}, step {progress.step}, {weights} weights", model)
+        assert found is not None
         print(found.sentence(), flush=True)
         for line in found.cautions() if not self.figures.scores else []:
             say(console, line)
