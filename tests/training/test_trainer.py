@@ -55,6 +55,7 @@ class Counting:
 
     phase = "distill"
     first_step_shows = True
+    class_names = ()
 
     def __init__(
         self, seconds: float = 0.0, picture_seconds: float = 0.0, values: dict[int, float] | None = None

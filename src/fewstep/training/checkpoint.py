@@ -118,11 +118,12 @@ def _prove(path: Path, files: Any, shared: bool) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run was: its phase, finished steps, and seconds of training."""
+    """How far a run was: its phase, finished steps, and seconds of training; and the names of its data's classes, where it noted them."""
 
     phase: str
     step: int
     seconds: float
+    class_names: tuple[str, ...] = ()
 
 
 def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
@@ -132,9 +133,12 @@ def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
         UserError: it has another shape.
     """
     phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
+    names = state.get("class_names", [])  # which earlier versions did not note
     if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
         raise damaged(path, "state.json has another shape")
-    return Progress(phase, step, float(elapsed))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged(path, "the class names of state.json are none")
+    return Progress(phase, step, float(elapsed), tuple(names))
 
 
 def damaged(path: Path, why: str) -> UserError:

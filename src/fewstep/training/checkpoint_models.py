@@ -52,18 +52,18 @@ class CheckpointModels:
         """
         tensors, state = read_checkpoint(checkpoint, only=(f"{self.role}.", f"{AVERAGE}."))
         progress = read_progress(checkpoint, state)
-        return progress, self._models(tensors, progress.step)
+        return progress, self._models(tensors, progress)
 
-    def _models(self, tensors: dict[str, Tensor], step: int) -> Iterator[tuple[str, Model]]:
+    def _models(self, tensors: dict[str, Tensor], progress: Progress) -> Iterator[tuple[str, Model]]:
         for weights, name in ((RAW, self.role), (AVERAGE, AVERAGE)):
             if any(key.startswith(f"{name}.") for key in tensors):
                 restore_module(name, self.network, tensors)
-                yield weights, self._model(step)
+                yield weights, self._model(progress)
 
 
 _Made = tuple[
-    str, Denoiser, Callable[[int], Model]
-]  # role, network to be filled, the model around it after so many steps
+    str, Denoiser, Callable[[Progress], Model]
+]  # role, network to be filled, the model around it at that progress
 
 
 def _distillation(values: dict[str, Any], run: Path, device: str, precision: str) -> _Made:
@@ -74,7 +74,7 @@ def _distillation(values: dict[str, Any], run: Path, device: str, precision: str
     teacher = open_teacher(settings)
     steps = build_step_schedule(settings, teacher.denoiser)
     network = _build_generator(settings, teacher.denoiser.eval()).requires_grad_(False)
-    return "generator", network, lambda step: teacher.student(network, generator_card(settings, teacher, steps, step))
+    return "generator", network, lambda at: teacher.student(network, generator_card(settings, teacher, steps, at.step))
 
 
 def _build_generator(settings: TrainSettings, teacher: Denoiser) -> Denoiser:
@@ -95,4 +95,4 @@ def _pretraining(values: dict[str, Any], run: Path, device: str, precision: str)
         raise UserError(f"{run / 'settings.json'}: {error}") from None
     prepare_denoiser(network, device, precision)
     network.eval().requires_grad_(False)
-    return "teacher", network, lambda step: build_model(network, teacher_card(settings, (), step))
+    return "teacher", network, lambda at: build_model(network, teacher_card(settings, at.class_names, at.step))

@@ -1,6 +1,6 @@
 """What every training of a generator has in common: its average, pictures, checkpoints and result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class GeneratorJob:
 
     phase: str
     first_step_shows = True
+    class_names: Sequence[str] = ()
 
     def __init__(
         self, settings: TrainSettings, teacher: Model, steps: StepSchedule, conditions: ConditionTable,

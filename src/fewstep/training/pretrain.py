@@ -57,7 +57,7 @@ class Pretraining:
         dataset = load_images(
             settings.data, resolution=net.img_resolution, channels=net.img_channels, num_classes=net.label_dim
         )
-        self.class_names = dataset.class_names or []
+        self.class_names: Sequence[str] = dataset.class_names or []
         self.batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
         with busy(Stderr(), "Building the network"):
             self._build(description)

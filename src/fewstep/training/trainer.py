@@ -55,6 +55,8 @@ class Job(Protocol):
     phase: str
     first_step_shows: bool
     """Whether there is something to see after the first step; an untrained teacher shows noise."""
+    class_names: Sequence[str]
+    """Of the data that are trained on; a checkpoint says them. Empty where the teacher knows better."""
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """Make training step `step` (from 0) at `progress` in 0..1; returns scalar metrics on the device."""
@@ -222,7 +224,7 @@ class Loop:
         state = {
             "phase": self.job.phase, "elapsed_seconds": self.clock.seconds(),
             "data_position": self.step * training.batch_size,
-            "draws": {"generator": "philox4x32-10", "seed": training.seed},
+            "draws": {"generator": "philox4x32-10", "seed": training.seed}, "class_names": list(self.job.class_names),
         }  # fmt: skip
         self.saver.start(self.step, {**self.job.tensors(), **random_state()}, state)
         self.saved_step, self.saved_seconds = self.step, self.clock.seconds()
