@@ -16,7 +16,7 @@ from fewstep.evaluation.clip_score import ClipScore
 from fewstep.evaluation.measure import Clocked, measure_model, measure_sampler
 from fewstep.evaluation.measurement import Measurement, Value, mean_of
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.evaluation.prompt_scores import TextMetric, TextScores
+from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
 from fewstep.evaluation.protocols import PROTOCOLS, coco_figure, coco_look
 from fewstep.models.load import load_generator
 from fewstep.networks.clip import load_clip
@@ -141,6 +141,13 @@ def test_a_models_pictures_meet_their_own_prompts(tmp_path: Path) -> None:
     sums = [int(np.asarray(one).astype(int).sum()) for one in expected]
     assert [prompt for _, prompt in seen] == ["red cat", "a dog", "red cat"]
     assert [total for total, _ in seen] == pytest.approx(sums, abs=30)
+
+
+def test_prompts_that_stand_more_than_once_are_counted_and_named() -> None:
+    assert repeated_prompts(PROMPTS) == []
+    assert repeated_prompts(["cat", "a dog", "cat", "red", "a dog", "cat"]) == [
+        "warning: 2 of 3 prompts stand more than once ('cat' 3 times, 'a dog' 2 times); each counts as often as it stands"
+    ]
 
 
 def test_prompts_beyond_the_limit_are_told(folder: Path) -> None:

@@ -244,9 +244,23 @@ def spoil_few(whole: dict[str, Any]) -> None:
     whole["images"] = whole["images"][:1]
 
 
+def spoil_caption(whole: dict[str, Any]) -> None:
+    whole["annotations"][0]["caption"] = None
+
+
+def spoil_id(whole: dict[str, Any]) -> None:
+    whole["images"][0]["id"] = float("inf")
+
+
+def spoil_place(whole: dict[str, Any]) -> None:
+    whole["images"][3]["file_name"] = "../other.jpg"
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (spoil_caption, "caption is 'None'; give captions_val2014.json"), (spoil_id, "id is 'inf'; give captions_val2014.json"),
+        (spoil_place, r"names '\.\./other\.jpg', which is not below a folder"),
         (spoil_layout, "is no captions file of COCO's layout"), (spoil_twice, "lists a picture twice"),
         (spoil_silent, "1 pictures have no caption, COCO_val2014_000000000042.jpg first"),
         (spoil_missing, "lacks 1 of 30 pictures of"), (spoil_few, "lists 1 pictures; a distance takes at least 2"),

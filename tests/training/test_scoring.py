@@ -118,7 +118,8 @@ def test_teacher_in_pretraining_is_scored(pictures: Path, tmp_path: Path, option
     run = pretrain(tiny_pretrain_settings(pictures, tmp_path / "run")).folder
     watch_run(run, options)
     assert rows(run / "evaluation.json") == [(step, weights) for step in (2, 4) for weights in ("raw", "average")]
-    assert load_teacher(run / "evaluation_best", device="cpu").card.role == "teacher"
+    card = load_teacher(run / "evaluation_best", device="cpu").card
+    assert (card.role, card.class_names) == ("teacher", ("class0", "class1", "class2", "class3"))
 
 
 @pytest.mark.slow
@@ -193,3 +194,8 @@ def test_lock_tells_whether_somebody_trains(tmp_path: Path) -> None:
     assert not is_held(tmp_path)  # trying takes nothing
     hold(tmp_path)
     release(tmp_path)
+
+
+def test_a_url_is_not_watched(options: EvaluateOptions) -> None:
+    with pytest.raises(UserError, match="evaluate s3://bucket/run --watch: a run is watched in a folder on a disk"):
+        watch_run("s3://bucket/run", options)

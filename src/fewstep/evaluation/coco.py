@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -9,6 +10,8 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.formats.json_files import parse_json
 from fewstep.progress import Report
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,20 @@ def load_coco(captions: Path, folder: Path) -> CaptionedPictures:
     """
     try:
         whole = parse_json(captions.read_text(encoding="utf-8"))
-        listed = [(int(row["id"]), str(row["file_name"])) for row in whole["images"]]
-        rows = [(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in whole["annotations"]]
+        listed = [(_of(row, "id", int), _of(row, "file_name", str)) for row in whole["images"]]
+        rows = [
+            (_of(row, "id", int), _of(row, "image_id", int), _of(row, "caption", str).strip())
+            for row in whole["annotations"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--captions {captions} is no captions file of COCO's layout (images with id and file_name, annotations with id, "
             f"image_id and caption): {type(error).__name__} {error}; give captions_val2014.json"
         ) from None
     names = dict(listed)
+    outside = [name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(f"--captions {captions} names {outside[0]!r}, which is not below a folder of pictures")
     if len(names) != len(listed) or len(set(names.values())) != len(listed):
         raise UserError(f"--captions {captions} lists a picture twice; each may stand in `images` once")
     first = {image: caption for _, image, caption in sorted(rows, reverse=True)}
@@ -78,3 +87,11 @@ def load_coco(captions: Path, folder: Path) -> CaptionedPictures:
         raise UserError(f"--captions {captions} lists {len(names)} pictures; a distance takes at least 2")
     order = sorted(names)
     return CaptionedPictures(folder, [folder / names[key] for key in order], [first[key] for key in order])
+
+
+def _of(row: Any, name: str, kind: type[T]) -> T:
+    """An entry of a row; raises TypeError where it is of another kind."""
+    value = row[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return value

@@ -13,12 +13,13 @@ from fewstep import __version__
 from fewstep.devices import precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
+from fewstep.evaluation.diversity import DiversityJudge
 from fewstep.evaluation.feature_cache import network_digest, tensors_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import Clocked, Rows, figure_of, look
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.evaluation.prompt_scores import TextMetric, TextScores
+from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.protocols import Protocol, coco_figure, coco_look, protocol_named
 from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
@@ -53,6 +54,9 @@ class EvaluateOptions:
     prompts: tuple[str, ...] = ()
     clip: str = ""
     clip_prefix: str | None = None
+    lpips: tuple[Path, Path] | None = None
+    diversity_prompts: int = 100
+    teacher: str = ""
     num_images: int | None = None
     seed: int = 0
     batch_size: int | None = None
@@ -135,6 +139,7 @@ class Judge:
         self.coco = by_all(partial(_checked_options, options, self.protocol))[rank()]
         self.options = options if self.coco is None else replace(options, prompts=tuple(self.coco.captions))
         self._side: _Side | None = None
+        self._diversity = _diversity_judge(self.options)
 
     def figure(self, source: str, model: Model) -> Measurement | None:
         """What is found of a model, under the name that its user calls it by; None on other processes than the first.
@@ -149,6 +154,9 @@ class Judge:
         num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
         coco = protocol if self.coco is not None else None
         figure = _measure(source, model, self._side, options, coco, num_images)
+        if self._diversity is not None:
+            values = self._diversity.values(model)
+            figure = None if figure is None else figure.having(**values)
         if protocol is None or figure is None:
             return figure
         clip = self._side.clip
@@ -164,9 +172,8 @@ class Judge:
         if world_size() > 1:
             weights = tensors_digest(model.denoiser.state_dict()), network_digest(network), model.fingerprint
             refuse_differences(repr(weights), "weights")
-        for line in model.conditioner.warnings(options.prompts) + (
-            [] if clip is None else clip.warnings(options.prompts)
-        ):
+        warnings = repeated_prompts(options.prompts) + model.conditioner.warnings(options.prompts)
+        for line in warnings + ([] if clip is None else clip.warnings(options.prompts)):
             say(console, line)
         if protocol is not None and self.coco is not None:
             real = features_of_coco(protocol, self.coco, network, device, console, options.cache)
@@ -185,10 +192,22 @@ class Judge:
         return _Side(network, clip, real, reference)
 
 
+def _diversity_judge(options: EvaluateOptions) -> DiversityJudge | None:
+    if options.lpips is None:
+        return None
+    return DiversityJudge(
+        options.lpips, options.teacher, options.batch_size, console, num_prompts=options.diversity_prompts,
+        seed=options.seed, prompts=options.prompts, num_steps=options.teacher_steps,
+        guidance_scale=options.guidance_scale,
+    )  # fmt: skip
+
+
 def _checked_options(options: EvaluateOptions, protocol: Protocol | None) -> CaptionedPictures | None:
     """Refuse options that do not go together; COCO's pictures where the protocol is of them."""
     if options.clip_prefix is not None and not options.clip:
         raise UserError(f"--clip-prefix {options.clip_prefix!r} belongs to --clip MODEL; name one")
+    if options.teacher and options.lpips is None:
+        raise UserError(f"--teacher {options.teacher} belongs to --lpips VGG16 HEADS; give both files")
     if protocol is not None and protocol.side:
         if options.captions is None or not options.images or options.reference is not None or options.prompts:
             raise UserError(
@@ -261,7 +280,7 @@ def _refuse_what_does_not_fit(source: str, model: Model, options: EvaluateOption
         raise UserError(
             f"--clip {options.clip}: {source} has no prompts that a CLIP could compare pictures with; leave it out"
         )
-    if options.guidance_scale is not None and model.is_generator:
+    if options.guidance_scale is not None and model.is_generator and options.lpips is None:
         raise UserError(
             f"--guidance-scale {options.guidance_scale}: a generator has its guidance built in; leave it out"
         )

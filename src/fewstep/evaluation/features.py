@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import BUNDLED, bundled_path
+from fewstep.formats.json_files import read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.inception import load_inception
 
@@ -92,7 +93,7 @@ class SmallClassifier(nn.Module):
 
 
 def load_features(source: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """A feature network from "bundled:NAME", a folder of `fewstep prepare features`, or an Inception file.
+    """A feature network from "bundled:NAME", a folder of `fewstep prepare features` or of a DINOv2, or an Inception file.
 
     Raises:
         UserError: nothing there or another kind of file.
@@ -100,6 +101,10 @@ def load_features(source: str, device: torch.device | str = "cpu") -> FeatureNet
     if source.startswith(BUNDLED):
         return SmallClassifier.load(bundled_path(source.removeprefix(BUNDLED)) / "features").to(device)
     path = Path(source).expanduser()
+    if path.is_dir() and has_model_type(path):
+        from fewstep.networks.dinov2 import load_dinov2  # imports transformers: only where it is asked for
+
+        return load_dinov2(path).to(device)
     if path.is_dir():
         return SmallClassifier.load(path).to(device)
     return load_inception(path).to(device)
@@ -111,6 +116,12 @@ def extract_features(network: FeatureNetwork, batches: Iterable[Tensor], device:
     Images are rounded to 8 bit first, as files on disk would be.
     """
     return torch.cat([features_of(network, images, device) for images in batches])
+
+
+def has_model_type(folder: Path) -> bool:
+    """Whether a folder's config.json is one of transformers, of whatever kind."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in read_json_object(path)
 
 
 @torch.no_grad()

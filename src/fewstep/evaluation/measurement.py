@@ -9,6 +9,7 @@ from torch import Tensor
 NAMES = {  # every value a measurement may have, with what people call it; one that says by what it was found needs no entry
     "frechet_distance": "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
     "density": "density", "coverage": "coverage", "clip_score": "CLIP score",
+    "lpips_diversity": "LPIPS diversity", "teacher_lpips_diversity": "its teacher's LPIPS diversity", "lpips_diversity_ratio": "ratio of both",
     "held_out_distance": "Frechet distance on held-out texts", "agreement": "right category",
     "balanced": "right category, each counting the same", "shuffled": "right category with shuffled prompts",
     "retrieval": "own picture among the nearest 10", "images_per_second": "images/s",

@@ -1,5 +1,6 @@
 """How well pictures show their prompts: one number a picture, by anything that looks at both."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -23,6 +24,17 @@ class TextMetric(Protocol):
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """What is to be said of these prompts before anything is measured, one line each."""
+
+
+def repeated_prompts(prompts: Sequence[str]) -> list[str]:
+    """A line where prompts stand more than once: how many, and the most frequent."""
+    frequent = [(prompt, times) for prompt, times in Counter(prompts).most_common() if times > 1]
+    if not frequent:
+        return []
+    shown = ", ".join(f"{prompt[:60]!r} {times} times" for prompt, times in frequent[:3])
+    return [
+        f"warning: {len(frequent):,} of {len(set(prompts)):,} prompts stand more than once ({shown}); each counts as often as it stands"
+    ]
 
 
 class TextScores:

@@ -17,6 +17,7 @@ from fewstep.evaluation.scores import CONDITIONS, SCORES, Score, parse_scores
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.json_files import entry, read_json_object
 from fewstep.formats.model_folder import CARD
+from fewstep.formats.remote import is_url
 from fewstep.models.model import Model
 from fewstep.progress import Stderr, busy, say
 from fewstep.training.checkpoint import Progress, list_checkpoints
@@ -28,7 +29,7 @@ POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 2.0, 30.0, 120.0
 console = Stderr()
 
 
-def watch_run(run: Path, options: EvaluateOptions) -> None:
+def watch_run(source: str | Path, options: EvaluateOptions) -> None:
     """Score every checkpoint of a run once, its raw weights and their average, until the run ends.
 
     Writes the figures into `evaluation.json` of the run, or the file of `options.json_out`, and keeps the model with the lowest
@@ -38,6 +39,12 @@ def watch_run(run: Path, options: EvaluateOptions) -> None:
         UserError: not a run folder; options that do not go together; figures of other conditions in the file; the run has died.
         RunInterrupted: Ctrl-C or SIGTERM.
     """
+    if is_url(source):
+        raise UserError(
+            f"evaluate {source} --watch: a run is watched in a folder on a disk, not at a URL; give the folder that it works in, "
+            "as `fewstep train` says when it begins"
+        )
+    run = Path(source).expanduser()
     if not (run / "settings.json").is_file():
         raise UserError(f"{run} is not a run folder: settings.json is not there; start the run first, then watch it")
     judge = Judge(options)
