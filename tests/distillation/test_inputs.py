@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fewstep.distillation.inputs import (
     PairedInputs,
     RealBatch,
     simulated_input,
+    simulated_input_per_sample,
     uniform_condition,
 )
 from fewstep.families.edm.denoiser import EDMDenoiser
@@ -118,6 +120,36 @@ def test_denoising_the_last_simulated_input_is_sampling(generator: EDMDenoiser) 
     sampled = sample_few_steps(generator, fresh[0], condition, FOUR, lambda number: fresh[number])
     with torch.no_grad():
         torch.testing.assert_close(generator.denoise(noisy, level, condition), sampled, rtol=1e-4, atol=1e-5)
+
+
+def test_every_sample_at_a_step_of_its_own(generator: EDMDenoiser) -> None:
+    """All steps in equal shares, each sample where its own path of that many steps leads, in whatever batch it is drawn."""
+    draws, condition = Draws.of_batch(0, 5, 8), labels(8)
+    noisy, level = simulated_input_per_sample(generator, FOUR, condition, draws)
+    sigmas, fresh = generator.noise_schedule.grid[list(FOUR.indices)], noises(draws)
+    assert [int((level == sigma).sum()) for sigma in sigmas] == [2, 2, 2, 2]
+    expected, path = torch.empty_like(noisy), sigmas[0] * fresh[0]
+    with torch.no_grad():
+        for number, sigma in enumerate(sigmas):
+            expected[level == sigma] = path[level == sigma]
+            if number < 3:
+                x0 = generator.denoise(path, sigma.repeat(8), condition)
+                path = x0 + sigmas[number + 1] * fresh[number + 1]
+    torch.testing.assert_close(noisy, expected, rtol=1e-5, atol=1e-5)
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        part, own = simulated_input_per_sample(generator, FOUR, condition[rows], draws.part(rows))
+        torch.testing.assert_close(part, noisy[rows], rtol=1e-5, atol=1e-5)
+        assert torch.equal(own, level[rows])
+    later = simulated_input_per_sample(generator, FOUR, condition, Draws.of_batch(0, 6, 8))[1]
+    assert torch.equal(later[:-1], level[1:])
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 4)])
+def test_any_part_of_a_batch_takes_as_many_forwards(generator: EDMDenoiser, rows: slice) -> None:
+    """Sharded processes gather weights at each: one with a sample at its first step runs what one at its last step runs."""
+    with mock.patch.object(generator, "denoise", wraps=generator.denoise) as denoise:
+        simulated_input_per_sample(generator, FOUR, labels(8)[rows], Draws.of_batch(0, 0, 8).part(rows))
+    assert denoise.call_count == 3
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -56,7 +56,7 @@ def build(
 ) -> tuple[Distillation, RealBatch]:
     """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there.
 
-    `kind` is a family and its memory mode, or edm and a divergence.
+    `kind` is a family and its memory mode, or edm and a divergence; with a divergence each sample is at a step of its own.
     """
     family, _, mode = kind.partition(" ")
     lora = LoraShape(rank=2, alpha=2.0)
@@ -85,7 +85,9 @@ def build(
         assert roles.discriminator is not None
         matching.divergence = Divergence(roles.discriminator, DivergenceWeights(mode, 1000))
     run = Distillation(
-        roles=roles, inputs=FreshInputs(StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table)),
+        roles=roles, inputs=FreshInputs(
+            StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table), matching.divergence is not None,
+        ),
         generator_terms=[
             matching,
             GeneratorAdversarial(roles.fake_score, roles.discriminator, 0.3),  # type: ignore[arg-type]

@@ -61,10 +61,12 @@ class Condition:
     def __getitem__(self, key: str) -> Tensor: ...
 
     @overload
-    def __getitem__(self, key: slice) -> "Condition": ...
+    def __getitem__(self, key: slice | Tensor) -> "Condition": ...
 
-    def __getitem__(self, key: str | slice) -> "Tensor | Condition":
-        """A part by its name (KeyError says which there are), or some of the rows."""
+    def __getitem__(self, key: str | slice | Tensor) -> "Tensor | Condition":
+        """A part by its name (KeyError says which there are), or some of the rows, by slice or by their numbers."""
+        if isinstance(key, Tensor):
+            return replace(self, batch_size=len(key), parts={name: part[key] for name, part in self.parts.items()})
         if isinstance(key, slice):
             size = len(range(*key.indices(self.batch_size)))
             return replace(self, batch_size=size, parts={name: part[key] for name, part in self.parts.items()})

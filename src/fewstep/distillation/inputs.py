@@ -49,14 +49,20 @@ class GeneratorInputs(Protocol):
 
 @dataclass(frozen=True)
 class FreshInputs:
-    """Uniformly drawn conditions and backward-simulated inputs (for one step: pure noise)."""
+    """Uniformly drawn conditions and backward-simulated inputs (for one step: pure noise).
+
+    Attributes:
+        per_sample: each sample has a step of its own, instead of one for the whole batch.
+    """
 
     steps: StepSchedule
     conditions: ConditionTable
+    per_sample: bool = False
 
     def __call__(self, generator: Denoiser, draws: Draws, real: RealBatch) -> GeneratorInput:
         condition = uniform_condition(self.conditions, draws)
-        noisy, level = simulated_input(generator, self.steps, condition, draws)
+        simulate = simulated_input_per_sample if self.per_sample else simulated_input
+        noisy, level = simulate(generator, self.steps, condition, draws)
         return GeneratorInput(noisy, level, condition, num_fresh=len(condition))
 
 
@@ -163,3 +169,33 @@ def simulated_input(
         noise = draws.normal("simulation_noise", generator.image_shape, number + 1)
         noisy = generator.add_noise(x0, noise, level(number + 1))
     return noisy, level(chosen)
+
+
+@torch.no_grad()
+def simulated_input_per_sample(
+    generator: Denoiser, steps: StepSchedule, condition: Condition, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """As `simulated_input`, but each batch holds all steps in equal shares: sample i of step s is at step (i + s) mod n.
+
+    Differs from DMD2 (arXiv:2405.14867), section 4.5, where a batch is at one step: the fake score, which is not told the step,
+    then sees the mixture that it has to model in every batch, instead of each part of it in turn. The forwards are as many on
+    average. docs/quality.md has what it is worth.
+    """
+    schedule, device = generator.noise_schedule, draws.positions.device
+    levels, chosen = steps.levels(schedule, device), steps_in_turn(draws, len(steps))
+    noisy = schedule.initial(draws.normal("generator_noise", generator.image_shape), levels[0].expand(len(condition)))
+    for number in range(1, len(steps)):
+        later = [row for row, step in enumerate(chosen) if step >= number]
+        rows = torch.tensor(later or [0], device=device)  # sharded processes run equally many forwards
+        before, after = (levels[index].expand(len(rows)) for index in (number - 1, number))
+        x0 = generator.denoise(noisy[rows], before, condition[rows])
+        if later:
+            noise = draws.normal("simulation_noise", generator.image_shape, number)[rows]
+            noisy = noisy.index_copy(0, rows, generator.add_noise(x0, noise, after))
+    return noisy, levels[torch.tensor(chosen, device=device)]
+
+
+def steps_in_turn(draws: Draws, count: int) -> list[int]:
+    """Sample i of training step s is at step (i + s) mod `count`, whatever batch it is in. A rehearsal on shapes counts from 0."""
+    host = draws.on_host().positions
+    return [(position + draws.step) % count for position in (range(len(host)) if host.is_meta else host.tolist())]

@@ -46,9 +46,10 @@ class GeneratorSettings(Tree):
     step_indices: tuple[int, ...] = Field(
         (999,), description="grid indices the generator runs at, noisiest first; they travel with its weights"
     )
-    training_inputs: Literal["simulated", "noised_data"] = Field(
+    training_inputs: Literal["simulated", "simulated_per_sample", "noised_data"] = Field(
         "simulated",
-        description="what later steps are trained on: the generator's own path, or noised real data (ablation)",
+        description="what later steps are trained on: the generator's own path, one step a batch (published) or all steps in "
+        "each batch, or noised real data (ablation)",
     )
     start_from: str = Field(
         "",

@@ -93,9 +93,10 @@ def build_inputs(
     """
     if settings.generator.training_inputs == "noised_data":
         return NoisedDataInputs(steps)
+    fresh = FreshInputs(steps, conditions, settings.generator.training_inputs == "simulated_per_sample")
     if not settings.losses.regression_weight:
-        return FreshInputs(steps, conditions)
-    return FreshAndPairedInputs(FreshInputs(steps, conditions), build_paired_inputs(settings, steps, teacher))
+        return fresh
+    return FreshAndPairedInputs(fresh, build_paired_inputs(settings, steps, teacher))
 
 
 def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
