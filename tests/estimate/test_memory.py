@@ -226,6 +226,12 @@ def test_a_gpu_normalises_in_float32() -> None:
     assert predicted("full", "one level", precision="bf16").step < gpu.step
 
 
+def test_a_gpu_takes_root_mean_squares_in_float32_too() -> None:
+    """As its autocast does; bf16 with float32 weights made torch warn in dry runs of FLUX.2 klein."""
+    with meta_machine(gpu=True), torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.RMSNorm(8)(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
     with meta_machine(gpu=False) as meter:
         first = torch.zeros(100)

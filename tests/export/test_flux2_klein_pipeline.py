@@ -45,11 +45,12 @@ def test_load_pipeline_needs_a_prompt_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "kohya-lora"])
+def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path, kind: str) -> None:
     run = write_run(tmp_path, "flux2-klein", lora=LoraShape(4, 1.0))  # a wrong scale would be a factor of 4
     generator = load(run)
     expected = generator.sample(PROMPTS, seed=3, output="tensor")
-    out = export_generator(run, tmp_path / "out", ExportOptions(kind="lora", precision="fp32", num_samples=0))
+    out = export_generator(run, tmp_path / "out", ExportOptions(kind=kind, precision="fp32", num_samples=0))
     (file,) = out.glob("*.safetensors")
     pipe = open_pipeline(tmp_path / "teacher", Flux2KleinPipeline)
     pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
@@ -58,10 +59,13 @@ def test_loras_make_our_pixels_in_diffusers_and_come_back(tmp_path: Path) -> Non
     assert (render(pipe, generator, 3, **CALL) - expected).abs().max() < 1e-4
     assert (without - expected).abs().max() > 5e-3
     assert (pixels_of_the_lora(file, tmp_path / "teacher", generator, 3) - expected).abs().max() < 1e-4
+    card = (out / "README.md").read_text()
+    assert ("For ComfyUI, kohya's tools" in card) == (kind == "kohya-lora")
+    assert not (out / "comfyui_workflow.json").exists()  # none can say its levels
 
 
-@pytest.mark.parametrize("kind", ["kohya-lora", "single-file"])
-def test_names_that_nobody_reads_are_refused(tmp_path: Path, kind: str) -> None:
+def test_files_that_nobody_reads_are_refused(tmp_path: Path) -> None:
+    kind = "single-file"
     run = write_run(tmp_path, "flux2-klein", lora=LoraShape(4, 1.0))
     with pytest.raises(UserError, match="export"):
         export_generator(run, tmp_path / "out", ExportOptions(kind=kind, num_samples=0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.export.export import ExportOptions, export_generator
+from fewstep.families.registry import recognise
 from fewstep.formats.kohya_lora import read_lora
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.load import load_generator, load_teacher
@@ -112,7 +113,8 @@ def pixels_of_the_export(
 def pixels_of_the_lora(file: Path, teacher: Path, generator: Model, seed: int) -> Tensor:
     """Pictures of a generator whose LoRA is read from a file, on its teacher."""
     base: Any = load_teacher(teacher, device="cpu").denoiser
-    lora = read_lora(file, [name for name, _ in base.named_modules()])
+    family, description = recognise(teacher), base.describe()
+    lora = read_lora(file, [name for name, _ in base.named_modules()], partial(family.layer_aliases, description))
     role = SharedBase(base, LoraShape(lora.rank, lora.alpha, lora.targets)).add_role("generator")
     role.load_adapter_state(lora.state)
     generator.denoiser = role.eval()

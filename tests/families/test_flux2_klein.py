@@ -16,9 +16,10 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.errors import UserError
+from fewstep.families.flux2_klein.original_names import original_names
 from fewstep.families.flux2_klein.shapes import empirical_mu
 from fewstep.families.registry import build_released, recognise, single_file_layouts, unread_files
-from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_peft_lora
+from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora, write_peft_lora
 from fewstep.formats.single_file import read_single_file
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
@@ -219,14 +220,136 @@ def test_lora_names_of_the_released_shape(tmp_path: Path) -> None:
         assert set(read_lora(tmp_path / f"{name}.safetensors", modules).targets) == set(layers)
 
 
-def test_queries_keys_and_values_in_one_layer_are_refused(tmp_path: Path) -> None:
-    """As the original code names them."""
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    parts = {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(24, 1)}
-    save_file(parts, tmp_path / "a.safetensors")
-    modules = [name for name, _ in build_released("flux2-klein-4b").named_modules()]
-    with pytest.raises(UserError, match=r"2 of its 2 keys name layers that this network does not have"):
-        read_lora(tmp_path / "a.safetensors", modules)
+def linears(name: str) -> list[str]:
+    """Everything of a released network that a LoRA can sit on, in diffusers' names."""
+    network: Any = build_released(name).base_network.network
+    return [path for path, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
+
+
+def random_lora(layers: list[str], rank: int = 2) -> LoraWeights:
+    """alpha 3, widths 4 and 6."""
+    torch.manual_seed(0)
+    shapes = {"A": (rank, 4), "B": (6, rank)}
+    return LoraWeights(rank, 3.0, {f"{n}.lora_{p}.weight": torch.randn(shapes[p]) for n in layers for p in "AB"})
+
+
+def update(state: dict[str, Tensor], name: str, scale: float = 1.0) -> Tensor:
+    return scale * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+
+
+@pytest.mark.parametrize(("release", "double", "single"), [("flux2-klein-4b", 5, 20), ("flux2-klein-9b", 8, 24)])
+def test_original_names_cover_every_layer(release: str, double: int, single: int) -> None:
+    """10 layers of a double block, four of which are one for three or are named alone; norm_out's halves change places."""
+    modules = linears(release)
+    names = original_names(modules)
+    found = [part for means in names.values() for part in ((means,) if isinstance(means, str) else means)]
+    assert sorted(found) == sorted(set(modules) - {"norm_out.linear"})
+    blocks = [name for name in names if "_blocks." in name]
+    assert len(blocks) == double * 8 + single * 2
+    known = {
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.4.txt_mlp.2",
+        "single_blocks.19.linear1",
+        "final_layer.linear",
+    }
+    assert known <= set(names)
+
+
+def read(path: Path, modules: list[str]) -> LoraWeights:
+    return read_lora(path, modules, original_names)
+
+
+def test_kohyas_file_is_read_by_diffusers_and_here(tmp_path: Path) -> None:
+    """Of all the layers that train unless told otherwise: 50 in the original code's words, 60 updates again in ours."""
+    denoiser: Any = build_released("flux2-klein-4b")
+    targets = choose_targets(denoiser, LoraShape(4, 4.0))
+    modules = [name for name, _ in denoiser.base_network.network.named_modules()]
+    layers = [name for name in modules if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+    lora, path = random_lora(layers), tmp_path / "kohya.safetensors"
+    write_kohya_lora(path, lora, {}, original=original_names(modules))
+    written = load_file(path)
+    assert len(written) == 3 * (5 * 2 + 20 * 2)
+    fused = written["lora_unet_double_blocks_4_img_attn_qkv.lora_up.weight"]
+    assert fused.shape == (18, 6)  # ComfyUI multiplies up, down and alpha / rank of the fused layer
+    whole = (
+        written["lora_unet_double_blocks_4_img_attn_qkv.alpha"]
+        / 6
+        * (fused @ written["lora_unet_double_blocks_4_img_attn_qkv.lora_down.weight"])
+    )
+    expected = [update(lora.state, f"transformer_blocks.4.attn.to_{part}", 1.5) for part in "qkv"]
+    torch.testing.assert_close(whole, torch.cat(expected))
+    theirs = Flux2KleinPipeline.lora_state_dict(tmp_path, weight_name=path.name)
+    assert len(theirs) == 2 * 60
+    for name in layers:
+        torch.testing.assert_close(update(theirs, f"transformer.{name}"), update(lora.state, name, 1.5))
+    found = read(path, modules)
+    assert (found.rank, found.alpha) == (2, 3.0)
+    assert found.state.keys() == lora.state.keys()
+    assert all(torch.equal(found.state[key], lora.state[key]) for key in lora.state)
+
+
+@pytest.mark.parametrize("spelling", ["diffusion_model", "kohya"])
+def test_files_of_the_original_code_are_read_as_diffusers_does(tmp_path: Path, spelling: str) -> None:
+    """One update for queries, keys and values together, and layers around the blocks, which trainers adapt too."""
+    torch.manual_seed(0)
+    modules = [name for name, _ in build_released("flux2-klein-4b").base_network.network.named_modules()]
+    tensors: dict[str, Tensor] = {}
+    for words, means in original_names(modules).items():
+        if spelling == "kohya" and "modulation" in words:
+            continue  # which diffusers' converter leaves out with a warning
+        down, up = torch.randn(2, 4), torch.randn(6 if isinstance(means, str) else 18, 2)
+        if spelling == "kohya":
+            name = "lora_unet_" + words.replace(".", "_")
+            tensors |= {
+                f"{name}.lora_down.weight": down,
+                f"{name}.lora_up.weight": up,
+                f"{name}.alpha": torch.tensor(1.0),
+            }
+        else:
+            tensors |= {f"diffusion_model.{words}.lora_A.weight": down, f"diffusion_model.{words}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    theirs = Flux2KleinPipeline.lora_state_dict(tmp_path, weight_name="a.safetensors")
+    ours = read(tmp_path / "a.safetensors", modules)
+    assert len(ours.targets) == len(theirs) // 2
+    for name in ours.targets:
+        mine = update(ours.state, name, ours.alpha / ours.rank)
+        torch.testing.assert_close(mine, update(theirs, f"transformer.{name}"))
+
+
+def test_one_trained_projection_of_three_comes_back_alone(tmp_path: Path) -> None:
+    modules = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    lora = random_lora(modules[1:2])
+    write_kohya_lora(tmp_path / "a.safetensors", lora, {}, original=original_names(modules))
+    found = read(tmp_path / "a.safetensors", modules)
+    assert found.state.keys() == lora.state.keys()
+    torch.testing.assert_close(found.state, lora.state)
+
+
+def test_rows_that_are_not_three_layers_are_refused(tmp_path: Path) -> None:
+    name, modules = "lora_unet_double_blocks_0_img_attn_qkv", [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(25, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(UserError, match=r"is damaged: its layer of .*to_q, .* has 25 rows for 3 layers"):
+        read(tmp_path / "a.safetensors", modules)
+    both = {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(24, 1)}
+    plain = "lora_unet_transformer_blocks_0_attn_to_q"
+    both |= {f"{plain}.lora_down.weight": torch.ones(1, 8), f"{plain}.lora_up.weight": torch.ones(8, 1)}
+    save_file(both, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"two keys for one matrix, of transformer_blocks\.0\.attn\.to_q"):
+        read(tmp_path / "b.safetensors", modules)
+
+
+def test_the_last_modulation_is_refused_in_the_original_words(tmp_path: Path) -> None:
+    """Its rows stand in another order in diffusers: read as they are they would be wrong without a word."""
+    name = "diffusion_model.final_layer.adaLN_modulation.1"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(8, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(UserError, match="name layers that this network does not have"):
+        read(tmp_path / "a.safetensors", linears("flux2-klein-4b"))
 
 
 def test_a_single_file_is_known_by_its_keys(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ _HALF = {
     F.scaled_dot_product_attention,
 }  # fmt: skip
 _FLOAT = {
-    F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.norm, Tensor.norm, torch.pow, Tensor.pow,
-    torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sum, Tensor.sum, F.mse_loss, F.softplus, torch.rsqrt,
+    F.group_norm, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, Tensor.softmax, torch.norm, Tensor.norm, torch.pow,
+    Tensor.pow, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sum, Tensor.sum, F.mse_loss, F.softplus, torch.rsqrt,
     Tensor.rsqrt, torch.cumsum, Tensor.cumsum,
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ class CardFacts:
         component: "unet" or "transformer".
         network_class: what diffusers calls the network.
         comfyui_lora: as which kind of LoRA ComfyUI knows all layers of this model; empty: nothing is known.
+        original_names: whether kohya's keys of its layers are in the words of the original code.
         scheduler_class: the stock scheduler that carries few-step schedules.
         has_scheduler: whether `scheduler/` lies beside the weights.
         has_workflow: whether `comfyui_workflow.json` does.
@@ -50,6 +51,7 @@ class CardFacts:
     component: str = "unet"
     network_class: str = ""
     comfyui_lora: str = ""
+    original_names: bool = False
     scheduler_class: str = ""
     has_scheduler: bool = True
     has_workflow: bool = False

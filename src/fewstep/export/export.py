@@ -95,7 +95,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
             base=card.base, component=family.component, network_class=family.network_class,
-            comfyui_lora=family.comfyui_lora, pipeline_dtype=str(DTYPES[family.export_precision]).removeprefix("torch."), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
+            comfyui_lora=family.comfyui_lora, original_names=family.kohya_names == "original", pipeline_dtype=str(DTYPES[family.export_precision]).removeprefix("torch."), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
             num_samples=len(images), prompts=_prompts(options) if takes == "prompts" else (),
             call_options=family.pipeline_options(generator.size), absent=_absent(generator), figures=run_figures(_folder(source), card),
         )  # fmt: skip

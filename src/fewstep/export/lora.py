@@ -81,9 +81,14 @@ def export_kohya_lora(folder: Path, generator: Model, name: str, dtype: torch.dt
     Raises:
         UserError: kohya's layout has names of its own for the layers of this family.
     """
-    if not generator.family.has_kohya_names:
+    family, network = generator.family, base_denoiser(generator).network
+    if not family.kohya_names:
         raise UserError(
-            f"kohya keys are not written for {generator.family.title}, whose layers have other names there; export the LoRA "
+            f"kohya keys are not written for {family.title}, whose layers have other names there; export the LoRA "
             "with --as lora"
         )
-    write_kohya_lora(folder / f"{name}.safetensors", lora_weights(generator), header, dtype)
+    lora, original = lora_weights(generator), None
+    if family.kohya_names == "original":
+        modules = [module.replace(".base_layer", "") for module, _ in network.named_modules()]
+        original = family.layer_aliases(generator.denoiser.describe(), modules)
+    write_kohya_lora(folder / f"{name}.safetensors", lora, header, dtype, original)

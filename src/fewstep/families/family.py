@@ -59,7 +59,8 @@ class Family(ABC):
         default_guidance_scale: of the many-step sampler; 1 is off.
         default_batch_size: pictures made at once unless told otherwise.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
-        has_kohya_names: whether kohya's trainer names its LoRA layers as diffusers does, or by `layer_aliases`.
+        kohya_names: whose words kohya's keys of its LoRA layers are written in: "diffusers", "original" (`layer_aliases`); empty:
+            none that are read anywhere.
         comfyui_lora: as which of our LoRA exports ComfyUI knows all of its layers; empty: nothing is known.
         single_file: how its models lie in one file; None: such files are neither read nor written.
         unread_files: beginnings of keys by which files of its models in other layouts are known -> what people call them.
@@ -84,7 +85,7 @@ class Family(ABC):
     default_guidance_scale: float = 1.0
     default_batch_size: int
     lora_targets: tuple[str, ...] = ()
-    has_kohya_names: bool = False
+    kohya_names: Literal["", "diffusers", "original"] = ""
     comfyui_lora: str = ""
     single_file: SingleFileLayout | None = None
     unread_files: Mapping[str, str] = {}
@@ -248,8 +249,9 @@ class Family(ABC):
 
     # --- a generator on its way to and from other programs
 
-    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
-        """{another name that LoRA files have for a layer: its name among `modules`}, for a network so described."""
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str | tuple[str, ...]]:
+        """{another name that LoRA files have for a layer: its name among `modules`, or those it stands for, row after row}, for
+        a network so described."""
         return {}
 
     def write_original(self, path: Path, denoiser: Denoiser, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.casting import cast_weights
+from fewstep.formats.fused_loras import by_original_name, fused, parts_of
 from fewstep.formats.lora_scale import LoraScale, read_lora_scale
 from fewstep.formats.lora_spellings import (
     KOHYA,
@@ -50,20 +51,36 @@ class LoraWeights:
 
 
 def write_kohya_lora(
-    path: Path, lora: LoraWeights, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
-) -> None:
+    path: Path, lora: LoraWeights, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32,
+    original: Mapping[str, str | tuple[str, ...]] | None = None,
+) -> None:  # fmt: skip
     """Write `lora_unet_<layer with _>.lora_down.weight / .lora_up.weight / .alpha`; alpha stays float32.
+
+    Args:
+        original: {the original code's name of a layer: the modules it stands for, row after row}, where tools use those names;
+            several modules become one layer of as many times the rank.
 
     Raises:
         UserError: a value becomes infinite in `dtype`.
     """
-    weights = cast_weights(lora.state, dtype)
+    weights, known = cast_weights(lora.state, dtype), set(lora.targets)
     tensors: dict[str, Tensor] = {}
-    for target in lora.targets:
-        name = KOHYA + target.removeprefix(NETWORK).replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = weights[f"{target}.lora_A.weight"]
-        tensors[f"{name}.lora_up.weight"] = weights[f"{target}.lora_B.weight"]
-        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))
+
+    def parts(target: str) -> dict[str, Tensor] | None:
+        if target not in known:
+            return None
+        down, up = (weights[f"{target}.lora_{part}.weight"] for part in "AB")
+        return {"down": down, "up": up, "alpha": torch.tensor(float(lora.alpha))}
+
+    prefix = NETWORK if any(target.startswith(NETWORK) for target in known) else ""
+    names = by_original_name([target.removeprefix(prefix) for target in lora.targets], original or {})
+    for words, modules in names.items():
+        layers = [parts(prefix + module) for module in modules]
+        layer, name = layers[0] if len(layers) == 1 else fused(layers), KOHYA + words.replace(".", "_")
+        assert layer is not None
+        tensors[f"{name}.lora_down.weight"] = layer["down"]
+        tensors[f"{name}.lora_up.weight"] = layer["up"]
+        tensors[f"{name}.alpha"] = layer["alpha"]
     numbers = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.alpha)}
     write_tensor_file(path, tensors, {**metadata, "ss_network_module": "networks.lora", **numbers})
 
@@ -90,7 +107,8 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
     """Read a LoRA in kohya's, PEFT's or one of diffusers' older layouts for a network with these modules.
 
     kohya's trainer names the blocks of some models as their original code does (`lora_unet_input_blocks_4_1_...`) and
-    those of others as diffusers does (`lora_unet_down_blocks_...`); with `aliases`, both are read for every model.
+    those of others as diffusers does (`lora_unet_down_blocks_...`); with `aliases`, both are read for every model, also where
+    a layer of the original code stands for several.
 
     Layers of other rank or alpha than the most frequent ones are padded with zeros and rescaled, so that one rank and
     alpha hold for all while every layer's update stays the same.
@@ -113,7 +131,7 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
     kohya = is_kohya(tensors)
     table = layer_table(modules, aliases, "_" if kohya else ".")
     spelled = {key: [(key, value)] for key, value in tensors.items()} if kohya else modern_spelling(tensors)
-    layers: dict[str, dict[str, Tensor]] = {}
+    layers: dict[tuple[str, ...], dict[str, Tensor]] = {}
     strange, foreign, twice = [], [], []
     for name, ((key, value), *more) in spelled.items():
         found = kohya_part(name) if kohya else dotted_part(name)
@@ -137,13 +155,29 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
         )
     if twice:
         raise UserError(f"{path} has two keys for one matrix, e.g. {_shown(twice)}; it is damaged or two LoRAs in one")
-    _refuse_broken(layers, path)
+    single = _taken_apart(layers, path)
     refuse_infinities({key: value for key, value in tensors.items() if value.numel() > 1}, str(path))
     scale = read_lora_scale(path, header)
     try:
-        return _uniform(layers, scale)
+        return _uniform(single, scale)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _taken_apart(layers: Mapping[tuple[str, ...], dict[str, Tensor]], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Parts of each module, where a layer of the file may stand for several; raises UserError for what no LoRA has."""
+    _refuse_broken({" + ".join(names): parts for names, parts in layers.items()}, path)
+    single: dict[str, dict[str, Tensor]] = {}
+    for names, parts in layers.items():
+        try:
+            each = [parts] if len(names) == 1 else parts_of(parts, len(names))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: its layer of {', '.join(names)} has {error}") from None
+        given = {name: part for name, part in zip(names, each, strict=True) if part is not None}
+        if twice := sorted(set(given) & set(single)):
+            raise UserError(f"{path} has two keys for one matrix, of {twice[0]}; it is damaged or two LoRAs in one")
+        single.update(given)
+    return single
 
 
 def _refuse_broken(layers: Mapping[str, dict[str, Tensor]], path: Path) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 KOHYA = "lora_unet_"
 NETWORK = "network."  # where a Denoiser keeps its diffusers network
-# from the names of a network's modules to {another name of a layer: its name}
-LayerAliases = Callable[[Iterable[str]], Mapping[str, str]]
+# from the names of a network's modules to {another name of a layer: its name, or those it stands for, row after row}
+LayerAliases = Callable[[Iterable[str]], Mapping[str, str | tuple[str, ...]]]
 _PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
 }  # fmt: skip
@@ -27,7 +27,7 @@ _ADAPTER_NAME = re.compile(
 _LORA_KEY = re.compile(r"(^|[._])lora([._]|$)")
 
 
-def no_aliases(modules: Iterable[str]) -> Mapping[str, str]:
+def no_aliases(modules: Iterable[str]) -> Mapping[str, str | tuple[str, ...]]:
     """Of networks whose layers have one name each."""
     return {}
 
@@ -70,8 +70,8 @@ def kohya_part(key: str) -> tuple[str, str] | None:
     return (layer.removeprefix(KOHYA), _PARTS[f".{part}"]) if known else None
 
 
-def layer_table(modules: Iterable[str], aliases: LayerAliases, separator: str) -> dict[str, list[str]]:
-    """{a layer's name, in diffusers' and in its family's other words: the modules it can mean}.
+def layer_table(modules: Iterable[str], aliases: LayerAliases, separator: str) -> dict[str, list[tuple[str, ...]]]:
+    """{a layer's name, in diffusers' and in its family's other words: what it can mean, each one module or several in one}.
 
     Args:
         modules: names of the network's modules.
@@ -79,9 +79,10 @@ def layer_table(modules: Iterable[str], aliases: LayerAliases, separator: str) -
         separator: what stands between the words: "_" for kohya's keys, "." otherwise.
     """
     full = {name.removeprefix(NETWORK): name for name in modules}
-    table: dict[str, list[str]] = {}
-    for words, name in [*((name, name) for name in full), *aliases(full).items()]:
+    table: dict[str, list[tuple[str, ...]]] = {}
+    for words, names in [*((name, name) for name in full), *aliases(full).items()]:
         means = table.setdefault(words.replace(".", separator), [])
-        if full[name] not in means or separator == "_":
-            means.append(full[name])
+        found = tuple(full[name] for name in ((names,) if isinstance(names, str) else names))
+        if found not in means or separator == "_":
+            means.append(found)
     return table

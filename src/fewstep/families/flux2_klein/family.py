@@ -1,5 +1,6 @@
 """FLUX.2 klein: a transformer that predicts the flow of 2x2 patches beside a caption's tokens, with Qwen3 as text encoder."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.family import Description
 from fewstep.families.flow import FlowFamily
 from fewstep.families.flux2_klein.config_keys import NETWORK_KEYS, VAE_KEYS
+from fewstep.families.flux2_klein.original_names import original_names
 from fewstep.families.flux2_klein.shapes import (
     DISTILLED_RELEASES,
     IS_DISTILLED,
@@ -42,6 +45,8 @@ class Flux2Klein(FlowFamily):
     export_precision = "bf16"  # as its pipeline is used in diffusers' documentation
     distilled_releases = DISTILLED_RELEASES
     lora_targets = LORA_TARGETS
+    kohya_names = "original"
+    comfyui_lora = "kohya-lora"
     unread_files = UNREAD_FILES
     shapes = SHAPES
     autoencoder_config = VAE
@@ -64,6 +69,9 @@ class Flux2Klein(FlowFamily):
         from fewstep.families.flux2_klein.autoencoder import Flux2Autoencoder
 
         return {VAE_KEYS.classes[0]: Flux2Autoencoder}
+
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str | tuple[str, ...]]:
+        return original_names(modules)
 
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network

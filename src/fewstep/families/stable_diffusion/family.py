@@ -41,7 +41,7 @@ class StableDiffusion(DiffusersFamily):
     network_class = "UNet2DConditionModel"
     scheduler_class = "LCMScheduler"
     lora_targets = LORA_TARGETS
-    has_kohya_names = True
+    kohya_names = "diffusers"
     comfyui_lora = "kohya-lora"
     distilled_releases = DISTILLED_RELEASES
     single_file = LAYOUT

@@ -36,7 +36,7 @@ class ZImage(FlowFamily):
     guidance_off = GUIDANCE_OFF
     distilled_releases = DISTILLED_RELEASES
     lora_targets = LORA_TARGETS
-    has_kohya_names = True
+    kohya_names = "diffusers"
     comfyui_lora = "lora"
     unread_files = UNREAD_FILES
     shapes = SHAPES
