@@ -2,6 +2,7 @@
 
     python benchmarks/quantised_base.py            bundled emoji teachers and tiny networks of every family, a minute on one core
     python benchmarks/quantised_base.py FOLDER     a teacher of your own, float32, read twice
+    python benchmarks/quantised_base.py --text     the embeddings of the same teachers' text encoders instead, against float32's
 
 Each at four noise levels of its grid, two prompts, two noisy inputs a level, seed 0, computed in float32. The gradient is of
 x0 times a fixed random direction with respect to all factors of a LoRA of rank 4 with random weights.
@@ -77,6 +78,21 @@ def _answers(network: Denoiser, condition: Condition) -> Iterator[tuple[Tensor, 
         )
 
 
+def text_error(teacher: Model, base: Base) -> float:
+    """Relative error of both prompts' embeddings, by encoders whose linear layers are stored so."""
+    conditioner = teacher.conditioner
+    plain = conditioner.encoders.encode(PROMPTS).text
+    conditioner.release()
+    found = conditioner.encoders.store(base).encode(PROMPTS).text
+    conditioner.release()
+    return float((found - plain).norm() / plain.norm())
+
+
+def print_text_rows(name: str, teacher: Model) -> None:
+    """One row of the table of text encoders."""
+    print(f"| {name} | " + " | ".join(f"{text_error(teacher, base):.1%}" for base in BASES) + " |", flush=True)
+
+
 def print_rows(name: str, teacher: Model) -> None:
     """A row for each base."""
     for base in BASES:
@@ -89,16 +105,20 @@ def main() -> None:
     """Print the table of docs/memory.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teachers", nargs="*")
+    parser.add_argument("--text", action="store_true")
     arguments = parser.parse_args()
-    print(f"| teacher | `memory.base` | {' | '.join(f'x0 at {index}' for index in INDICES)} | least cosine |")
-    print("| --- | --- |" + " --- |" * (len(INDICES) + 1), flush=True)
+    columns = [f"text embeddings, {base}" for base in BASES]
+    if not arguments.text:
+        columns = ["`memory.base`", *(f"x0 at {index}" for index in INDICES), "least cosine"]
+    print(f"| teacher | {' | '.join(columns)} |\n| --- |" + " --- |" * len(columns), flush=True)
+    show = print_text_rows if arguments.text else print_rows
     for name in arguments.teachers or BUNDLED:
-        print_rows(Path(name).name.removeprefix("bundled:"), load_teacher(name, device="cpu"))
+        show(Path(name).name.removeprefix("bundled:"), load_teacher(name, device="cpu"))
     if arguments.teachers:
         return
     with tempfile.TemporaryDirectory() as place:
         for name, make in TINY.items():
-            print_rows(f"tiny {name}, random weights", load_teacher(make(Path(place) / name), device="cpu"))
+            show(f"tiny {name}, random weights", load_teacher(make(Path(place) / name), device="cpu"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from fewstep.errors import UserError
 from fewstep.models.load import load_teacher
 from fewstep.networks import frozen_layers
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
-from fewstep.networks.frozen_layers import Base, BaseStorage, FrozenConv2d, FrozenLayer, FrozenLinear, host_tensors
+from fewstep.networks.frozen_layers import (
+    Base,
+    BaseStorage,
+    FrozenConv2d,
+    FrozenLayer,
+    FrozenLinear,
+    host_tensors,
+    store_linears,
+)
 from fewstep.networks.quantised import quantise
 from tests.conftest import tiny_denoiser
 from tests.tiny_networks import some_levels, tiny_condition, tiny_text_denoiser
@@ -281,3 +289,28 @@ def test_a_block_is_on_the_device_only_around_its_use(family: str, base: Base) -
         }
     assert len(trained.counts) == len(host_tensors(network)) > 20
     assert not [name for name in network.state_dict() if name.endswith("codes")]
+
+
+def test_linears_of_a_text_encoder_are_stored_where_nothing_else_has_their_weight() -> None:
+    """A projection that is the embedding's own stays, as it would no longer be; and so does what is no linear layer."""
+    encoder = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(8, 64),
+            "norm": nn.LayerNorm(64),
+            "one": nn.Linear(64, 64),
+            "last": nn.Linear(64, 8, bias=False),
+        }
+    )
+    encoder["last"].weight = encoder["embed"].weight
+    expected = encoder["one"].weight.detach()
+    for _ in range(2):
+        store_linears(encoder, "int8")
+    assert [type(layer) for layer in encoder.values()] == [nn.Embedding, nn.LayerNorm, FrozenLinear, nn.Linear]
+    assert encoder["last"].weight is encoder["embed"].weight
+    assert (encoder["one"].weight.float() - expected).abs().max() < 0.01 * expected.abs().max()
+    bad = nn.ModuleDict({"one": nn.Linear(2, 2)})
+    nn.init.constant_(bad["one"].weight, float("nan"))
+    with pytest.raises(
+        UserError, match=r"^memory\.base='nf4': the text encoder's layer one contains NaN or infinite weights$"
+    ):
+        store_linears(bad, "nf4")

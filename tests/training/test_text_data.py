@@ -12,6 +12,7 @@ from fewstep.data.latents import StoredEmbeddings
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS, NoiseImagePairs
 from fewstep.diffusion.samplers import sample_euler
 from fewstep.errors import UserError
+from fewstep.networks.frozen_layers import FrozenLinear
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training import text_data
 from fewstep.training.build import open_teacher
@@ -19,6 +20,7 @@ from fewstep.training.distill import DistillationJob
 from fewstep.training.inputs import pairs_warning
 from fewstep.training.text_data import open_prompts
 from tests.cli.test_main import fewstep as run
+from tests.conftest import relative_error
 from tests.data.test_captioned_images import write_folder
 from tests.tiny_models import MAX_TOKENS, tiny_sdxl_folder
 
@@ -30,14 +32,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
 
 
-def settings(model: Path, folder: Path, prompts: list[str], **data: object) -> TrainSettings:
+def settings(
+    model: Path, folder: Path, prompts: list[str], memory: dict[str, object] | None = None, **data: object
+) -> TrainSettings:
     """One-step DMD2 without GAN."""
     folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     return parse_settings(
         TrainSettings,
         {
-            "teacher": {"path": str(model)}, "data": {"prompts": str(folder / "prompts.txt"), **data},
+            "teacher": {"path": str(model)}, "data": {"prompts": str(folder / "prompts.txt"), **data}, "memory": memory or {},
             "training": {"num_steps": 1, "batch_size": 2},
             "compute": {"device": "cpu", "precision": "fp32"},
             "run": {"folder": str(folder / "run"), "sample_images": 2},
@@ -63,6 +67,24 @@ def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_pat
     assert len(alive) == (len(parts) + len(weights) if kept else 0)
     assert ("encoders" in vars(job.teacher.conditioner)) == kept
     assert ("encoders" in vars(job.best_generator().conditioner)) == kept
+
+
+@pytest.mark.parametrize(("base", "most"), [("int8", 0.01), ("nf4", 0.15)])
+def test_text_encoders_that_stay_are_stored_as_the_base(model: Path, tmp_path: Path, base: str, most: float) -> None:
+    """Their linear layers in 8 or 4 bits, the embeddings near float32's; those that are freed encode in float32 before."""
+    prompts, index = ["red cat", "a dog"], torch.arange(2)
+    plain = fewstep.load_teacher(model, device="cpu").conditioner.encoders.encode(prompts)
+    memory: dict[str, object] = {"mode": "shared_base", "base": base}
+    chosen = settings(model, tmp_path, prompts, memory, text_embeddings="computed")
+    teacher = fewstep.load_teacher(model, device="cpu")
+    table = open_prompts(chosen, teacher, tmp_path / "computed")
+    layers = [layer for part in teacher.conditioner.encoders.modules for layer in part.modules()]
+    assert [layer for layer in layers if type(layer) is torch.nn.Linear] == []
+    assert {layer.base for layer in layers if isinstance(layer, FrozenLinear)} == {base}
+    assert 0 < relative_error(table.rows(index)["text"], plain.text) < most
+    stored = settings(model, tmp_path, prompts, memory)
+    table = open_prompts(stored, fewstep.load_teacher(model, device="cpu"), tmp_path / "stored")
+    assert torch.equal(table.rows(index)["text"], plain.text.half().float())  # as they lie on disk
 
 
 @pytest.mark.slow

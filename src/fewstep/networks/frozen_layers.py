@@ -7,6 +7,7 @@ Layers may lie in host memory. A forward copies what it needs to its input's dev
 holds the copy from a block's recomputation to the end of its backward pass, and nothing otherwise.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +74,33 @@ class BaseStorage:
                 frozen.keep_on_host()
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, frozen)
+
+
+def store_linears(module: nn.Module, base: Base) -> None:
+    """Keep the linear layers of a frozen module, such as a text encoder, in 8 or 4 bits; once more changes nothing.
+
+    The rest stays in its type, and so does what is computed: embeddings, norms and layers that give their weight to others.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    module.requires_grad_(False)
+    shared = _shared_weights(module)
+    for path, layer in list(module.named_modules()):
+        if type(layer) is not nn.Linear or id(layer.weight) in shared:
+            continue
+        try:
+            frozen = FrozenLinear(layer, base)
+        except ValueError as error:
+            raise UserError(f"memory.base={base!r}: the text encoder's layer {path} {error}") from None
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, frozen)
+
+
+def _shared_weights(module: nn.Module) -> set[int]:
+    """Weights that two layers have, such as an embedding's that is the last projection's too."""
+    seen = Counter(id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear | nn.Embedding))
+    return {weight for weight, times in seen.items() if times > 1}
 
 
 def _layers(network: Denoiser) -> dict[str, nn.Linear | nn.Conv2d]:

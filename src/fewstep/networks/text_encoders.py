@@ -14,6 +14,7 @@ from fewstep.diffusion.condition import join_rows
 from fewstep.errors import UserError
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
 from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
+from fewstep.networks.frozen_layers import Base, store_linears
 from fewstep.networks.text_layout import TextLayout
 
 _MOST_TOKENS = 100_000  # transformers' word for "no limit" is far above, any encoder's limit far below
@@ -102,6 +103,17 @@ class TextEncoders:
         """Move the encoders."""
         for module in self.modules:
             module.to(device)
+        return self
+
+    def store(self, base: Base) -> "TextEncoders":
+        """Keep their linear layers in 8 or 4 bits; fp32 and bf16 leave everything in float32.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        if base == "int8" or base == "nf4":
+            for module in self.modules:
+                store_linears(module, base)
         return self
 
     @property

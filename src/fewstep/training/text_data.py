@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint, vae_fingerprint
 from fewstep.formats.remote import data_path
 from fewstep.models.model import Model
+from fewstep.networks.text_encoders import TextEncoders
 from fewstep.parallel import local_batch
 from fewstep.preparation.embeddings import check_prompts, prepare_embeddings
 from fewstep.preparation.stored_prompts import EmbeddingsOnDisk, stored_prompts
@@ -73,7 +74,7 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
         return stored_prompts(teacher, path)
     prompts, truncate = load_prompts(path, settings.data.prompt_column), settings.data.truncate_prompts
     if settings.data.text_embeddings == "computed":
-        check_prompts(teacher.conditioner.encoders, prompts, truncate, CUT_WITH)
+        check_prompts(_encoders_that_stay(settings, teacher), prompts, truncate, CUT_WITH)
         return teacher.conditioner.table(prompts, teacher.size)
     console = Stderr()
     with busy(console, "Loading the text encoders"):
@@ -123,4 +124,10 @@ def _captions(settings: TrainSettings, teacher: Model, stored: StoredLatents) ->
             f"data.latents={settings.data.latents} holds its captions as text: set data.text_embeddings='computed', which "
             "encodes them at each step, or prepare the latents again with --captions embeddings"
         )
+    _encoders_that_stay(settings, teacher)
     return teacher.conditioner.table(stored.captions.prompts(), teacher.size)
+
+
+def _encoders_that_stay(settings: TrainSettings, teacher: Model) -> TextEncoders:
+    """The text encoders of a run that encodes at each step, stored as `memory.base` says."""
+    return teacher.conditioner.encoders.store(settings.memory.base)
