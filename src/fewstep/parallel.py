@@ -261,6 +261,16 @@ def gathered(value: T, group: Any = None) -> list[T]:
     return found
 
 
+def send_to_the_first(part: Tensor) -> None:
+    """Send a tensor in host memory, which the first process receives at the same time."""
+    dist.send(part, 0)
+
+
+def receive(part: Tensor, sender: int) -> None:
+    """Fill a tensor in host memory with what a process sends to the first one, which this is."""
+    dist.recv(part, sender)
+
+
 def by_the_first(work: Callable[[], T], group: Any = None) -> T | None:
     """Let the first process do something once, while the others wait; its result is None on them.
 

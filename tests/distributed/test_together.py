@@ -87,7 +87,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
     ask(tmp_path, 2, equality=CI, saving=True, runs=two, refused=refused, pairs=str(teacher_folder))
     equal_to_one(tmp_path / "equality.safetensors", CI)
     a_checkpoint_is_of_its_step_and_whole_for_one(tmp_path)
-    only_the_first_has_what_it_exports(tmp_path)
+    an_export_takes_one_tensor_beside_the_parts(tmp_path)
     a_full_disk_of_one_is_told_by_all(tmp_path)
     an_overflow_of_one_is_all_processes(tmp_path)
     pairs_are_those_of_one(tmp_path, teacher_folder)
@@ -103,6 +103,7 @@ def test_two_processes(tmp_path: Path, teacher_folder: Path, pictures: Path) -> 
         same(tmp_path / name, tmp_path / "classes 1", 1e-3)  # but for float32's rounding
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert len([line for line in lines if "grad_norm" in line]) == 4  # each step once
+    one_process_exports_the_same_bytes(tmp_path, runs.of("classes", "classes 2", 4))
 
 
 def an_odd_batch_is_refused_by_all(work: Path) -> None:
@@ -127,12 +128,25 @@ def a_checkpoint_is_of_its_step_and_whole_for_one(work: Path) -> None:
     assert sizes.keys() == {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
 
 
-def only_the_first_has_what_it_exports(work: Path) -> None:
-    """The others have one whole tensor at a time and none in the end."""
-    expected, found = load_file(work / "odd.safetensors"), load_file(work / "put-together.safetensors")
-    assert len(found) == 4
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    assert (work / "alive-1.txt").read_text(encoding="utf-8") == "1 0"
+def an_export_takes_one_tensor_beside_the_parts(work: Path) -> None:
+    """In the first process, and none in the others; the file is the one that is written of all tensors at once."""
+    largest = 4 * 256 * 256
+    first, second = (int((work / f"beside-{number}.txt").read_text(encoding="utf-8")) for number in range(2))
+    assert largest <= first < 1.1 * largest
+    assert second < 0.1 * largest
+    assert (work / "put-together.safetensors").read_bytes() == (work / "at-once.safetensors").read_bytes()
+    said = [(work / f"no-export-{number}.txt").read_text(encoding="utf-8") for number in range(2)]
+    assert said[0] == said[1]
+    assert "No space left on device" in said[0]
+
+
+def one_process_exports_the_same_bytes(work: Path, settings: dict[str, Any]) -> None:
+    """A run of two that has ended, asked for again."""
+    path = work / "classes 2/generator/unet/diffusion_pytorch_model.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(b"")
+    train(settings)
+    assert path.read_bytes() == before
 
 
 def a_full_disk_of_one_is_told_by_all(work: Path) -> None:

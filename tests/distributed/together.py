@@ -12,8 +12,8 @@ import json
 import shutil
 import sys
 import threading
-import weakref
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fewstep
 from fewstep.demos.doctor_many import examine_together
-from fewstep.distillation import sharding
 from fewstep.distillation.loss_scale import LossScale
-from fewstep.distillation.sharding import is_sharded, whole
+from fewstep.distillation.sharding import whole, written_by_the_first
 from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.family import EDMFamily
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
 from fewstep.preparation import pairs
 from fewstep.preparation.pairs import prepare_pairs
@@ -90,29 +91,36 @@ def save_while_training(work: Path) -> None:
             tensor.add_(1)
         changed.set()
         saver.finish()
-    put_together_one_by_one(work)
+    write_what_lies_in_parts(work)
     fail_in_one(work, saver, tensors)
 
 
-def put_together_one_by_one(work: Path) -> None:
-    """What an export writes; notes how many whole tensors a process had at most at one time."""
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
+def write_what_lies_in_parts(work: Path) -> None:
+    """As an export does; notes how many bytes each process had at most beside its parts. Then the first one's disk is full."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    def counted(tensor: Tensor) -> Tensor:
-        nonlocal most
-        found = whole(tensor)
-        alive.append(weakref.ref(found))
-        most = max(most, sum(one() is not None for one in alive))
-        return found
-
-    sharded = {name: tensor for name, tensor in odd_tensors().items() if is_sharded(tensor)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "whole", counted)
-        kept = sharding.whole_on_the_first(sharded)
-    (work / f"alive-{rank()}.txt").write_text(f"{most} {len(kept)}", encoding="utf-8")
+    mesh, rows = init_device_mesh("cpu", (world_size(),)), {f"layer {number}": 256 for number in range(8)}
+    sharded = odd_tensors()
+    for name, count in {**rows, "uneven layer": 255}.items():
+        sharded[name] = distribute_tensor(torch.full((count, 256), float(count)), mesh, [Shard(0)])
+    path = work / "put-together.safetensors"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        written_by_the_first(lambda ask: write_tensor_file(path, sharded, whole=ask), sharded.values())
+    live = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    (work / f"beside-{rank()}.txt").write_text(str(max(accumulate(live))), encoding="utf-8")
+    together = {name: whole(tensor).clone().contiguous() for name, tensor in sharded.items()}
     if is_first():
-        save_file(kept, work / "put-together.safetensors")
+        save_file(together, work / "at-once.safetensors")
+
+    def full(ask: Any) -> None:
+        ask(sharded["even"])
+        raise OSError(28, "No space left on device")
+
+    try:
+        written_by_the_first(full, sharded.values())
+    except UserError as error:
+        (work / f"no-export-{rank()}.txt").write_text(str(error), encoding="utf-8")
 
 
 def fail_in_one(work: Path, saver: Saver, tensors: dict[str, Tensor]) -> None:

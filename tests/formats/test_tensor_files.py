@@ -1,6 +1,7 @@
 """Safetensors files of ours: the same bytes each time, for whoever the umask allows, and shapes without weights."""
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,35 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         assert file.metadata() == HEADER
     assert tensor_shapes(path) == {"a": (2, 2), "b": (3,), "none": (0,)}
+
+
+def test_the_bytes_are_the_librarys(tmp_path: Path) -> None:
+    """Which wants all tensors at once; here each is made when its turn comes."""
+    odd = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {
+        "z": odd, "B": odd.double(), "é": odd.half(), "a.1": odd.bfloat16(), "a.0": torch.tensor(3.0), "n": odd.long(), "i": odd.int(),
+        "short": odd.short(), "byte": odd.byte(), "char": odd.char(), "yes": odd > 3, "c": odd.to(torch.complex64),
+        "f8": odd.to(torch.float8_e4m3fn), "f5": odd.to(torch.float8_e5m2), "none": torch.zeros(0, 3), '"\n\x01': odd + 1,
+        **{f"u{bits}": odd.to(kind) for bits, kind in ((16, torch.uint16), (32, torch.uint32), (64, torch.uint64))},
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        assert all(made() is None for made in alive)
+        alive.append(weakref.ref(made := tensor.clone()))
+        return made
+
+    strided = {name: value.mT.contiguous().mT if value.dim() > 1 else value for name, value in tensors.items()}
+    write_tensor_file(tmp_path / "ours.safetensors", strided, {"format": "pt"}, whole=one)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+    real = {name: value for name, value in tensors.items() if name != "c"}
+    write_tensor_file(tmp_path / "half.safetensors", real, dtype=torch.float16)
+    save_file(
+        {name: value.half() for name, value in real.items() if name != "z"} | {"z": odd.half().clone()},
+        tmp_path / "library.safetensors",
+    )
+    assert (tmp_path / "half.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
 def test_other_users_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:

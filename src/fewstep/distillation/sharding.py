@@ -4,16 +4,16 @@ Trained full networks are always sharded, with their discriminator. Adapters are
 them whole and their gradients are averaged once a step, so a sharded base under them exchanges no gradients.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
-from fewstep.parallel import is_first, world_size
+from fewstep.parallel import agreed, by_the_first, is_first, rank, receive, send_to_the_first, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -150,18 +150,62 @@ def whole(tensor: Any) -> Tensor:
     return found
 
 
-def whole_on_the_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors put together one after the other: the first process keeps them in host memory, the others none of them.
+def written_by_the_first(write: Callable[[Callable[[Any], Tensor]], None], tensors: Iterable[Any]) -> None:
+    """Let the first process write tensors that lie in parts: it asks for one at a time, and the others send their parts of it.
 
-    All must ask together.
+    In its host memory the first process has one whole tensor beside its parts, the others have none.
+
+    Args:
+        write: called by the first process with a function that gives a tensor (of `tensors`, or any that is whole) whole.
+        tensors: the same in every process.
+
+    Raises:
+        UserError: the first process's, on all; also for a disk that is full or not writable.
     """
-    kept = {}
-    for name, tensor in tensors.items():
-        found = whole(tensor.detach())
-        if is_first():
-            kept[name] = found.cpu()
-        del found  # before the next one is put together
-    return kept
+    parts, done = [tensor for tensor in tensors if is_sharded(tensor)], -1
+
+    def ask(tensor: Any) -> Tensor:
+        if not is_sharded(tensor):
+            return cast(Tensor, tensor)
+        agreed(next(number for number, part in enumerate(parts) if part is tensor))
+        return _received(tensor.detach())
+
+    def work() -> None:
+        try:
+            write(ask)
+        except (OSError, UserError):  # what `by_the_first` tells the others; anything else ends this process
+            agreed(done)
+            raise
+        agreed(done)
+
+    if not is_first():
+        while (number := agreed(done)) != done:
+            _send(parts[number].detach())
+    by_the_first(work)
+
+
+def _holders(tensor: Any) -> list[int]:
+    """The processes that have the parts of the first copy of a tensor, in the order of its rows."""
+    assert tensor.placements[-1].is_shard(0), "as `fully_shard` does it"
+    mesh = tensor.device_mesh
+    return cast(list[int], mesh.mesh.view(-1, mesh.size(-1))[0].tolist())
+
+
+def _send(tensor: Any) -> None:
+    own = tensor.to_local().cpu()
+    if own.numel() and rank() in _holders(tensor):
+        send_to_the_first(own.contiguous())
+
+
+def _received(tensor: Any) -> Tensor:
+    """Put together in host memory without the further copies that `full_tensor` makes."""
+    holders, found = _holders(tensor), torch.empty(tensor.shape, dtype=tensor.dtype)
+    for part, holder in zip(found.chunk(len(holders)), holders, strict=False):  # fewer where there are fewer rows
+        if holder == rank():
+            part.copy_(tensor.to_local())
+        elif part.numel():
+            receive(part, holder)
+    return found
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """A model on disk: a diffusers-style folder whose weights are safetensors and whose schedule travels with them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.json_files import entry, read_json_object
-from fewstep.formats.tensor_files import write_tensor_file
+from fewstep.formats.tensor_files import itself, write_tensor_file
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
@@ -57,7 +57,7 @@ class ModelCard:
 
 def write_model_folder(
     folder: Path, description: dict[str, Any], weights: dict[str, Tensor], card: ModelCard,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, whole: Callable[[Tensor], Tensor] = itself,
 ) -> None:  # fmt: skip
     """Write weights, network description and card; the folder appears whole or not at all.
 
@@ -65,12 +65,12 @@ def write_model_folder(
         folder: target; an earlier folder of this name is replaced.
         description: as `Denoiser.describe` gives it.
         weights: state dict; stored as `dtype`.
+        whole: as `write_tensor_file` has it.
     """
     with written_aside(folder) as aside:
         (aside / "unet").mkdir()
-        tensors = {name: value.detach().to(dtype).cpu().contiguous() for name, value in weights.items()}
         header = {"format": "pt", "role": card.role, "step_indices": json.dumps(list(card.step_indices))}
-        write_tensor_file(aside / WEIGHTS, tensors, header)
+        write_tensor_file(aside / WEIGHTS, weights, header, dtype=dtype, whole=whole)
         config = {"_class_name": "EDMUNetModel", "description": description}
         (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         if card.step_indices:

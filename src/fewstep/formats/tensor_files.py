@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -21,6 +20,13 @@ _EIGHT_BITS = {
     torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16, torch.float8_e4m3fnuz: torch.float16,
     torch.float8_e5m2fnuz: torch.float32,
 }  # fmt: skip
+# Their names in a header, in the order that the library writes tensors of different types in
+_STORED = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32", torch.uint32: "U32",
+    torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_ALIGNED = 8  # bytes; where the tensors begin
 # What a damaged .safetensors ends in: a header of the wrong kind, or an element type that torch does not have
 _UNREADABLE = (
     SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError,
@@ -68,28 +74,47 @@ def _computable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype not in _EIGHT_BITS else tensor.to(_EIGHT_BITS[tensor.dtype])
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.safetensors` file: the same bytes for the same content, and readable as the umask says.
+def itself(tensor: Tensor) -> Tensor:
+    """What is written of a tensor that is whole."""
+    return tensor
 
-    The library writes the header's entries in an order of its own for each run, and files that only their owner reads.
+
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *,
+    dtype: torch.dtype | None = None, whole: Callable[[Tensor], Tensor] = itself,
+) -> None:  # fmt: skip
+    """Write a `.safetensors` file, the header first and then one tensor after the other: the same bytes for the same content.
+
+    Bytes are those of `safetensors.torch.save_file`, which wants all tensors at once, writes the header's entries in an order of
+    its own for each run, and files that only their owner reads.
+
+    Args:
+        tensors: of any device and strides.
+        dtype: that all are stored in; None: each in its own.
+        whole: called with each tensor when its turn comes, gives it with all its numbers; the result is dropped before the next.
 
     Raises:
-        OSError, SafetensorError: the disk is full.
+        OSError: the disk is full.
+        ValueError: the format has no such type.
     """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    kinds, known = {name: dtype or tensor.dtype for name, tensor in tensors.items()}, list(_STORED)
+    names, place = sorted(tensors, key=lambda name: (known.index(kinds[name]), name.encode())), 0
+    for name in names:
+        end = place + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {
+            "dtype": _STORED[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [place, end],
+        }  # fmt: skip
+        place = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // _ALIGNED) * _ALIGNED)
     path.unlink(missing_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = path.stat().st_mode & 0o777
-    save_file(dict(tensors), path, metadata=dict(metadata or {}))
-    path.chmod(mode)
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the same header takes the same space"
-        file.seek(8)
-        file.write(text.ljust(length))
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            found = whole(tensors[name]).detach().to(device="cpu", dtype=kinds[name]).contiguous()
+            file.write(found.view(-1).view(torch.uint8).numpy().data)
+            del found  # before the next one is put together
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

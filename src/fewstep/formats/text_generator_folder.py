@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.json_files import entry, read_json_object
 from fewstep.formats.model_folder import CARD, ModelCard, card_from_json
-from fewstep.formats.tensor_files import write_tensor_file
+from fewstep.formats.tensor_files import itself, write_tensor_file
 
 ADAPTER = "adapter.safetensors"  # alpha / rank is not multiplied in: not for diffusers to load as it is
 LORA = "pytorch_lora_weights.safetensors"  # an exported LoRA, with alpha multiplied in
@@ -32,7 +32,7 @@ class NetworkPart(NamedTuple):
 
 def write_generator_folder(
     folder: Path, description: dict[str, Any], weights: dict[str, Tensor], card: ModelCard,
-    network: NetworkPart, dtype: torch.dtype = torch.float32,
+    network: NetworkPart, dtype: torch.dtype = torch.float32, whole: Callable[[Tensor], Tensor] = itself,
 ) -> None:  # fmt: skip
     """Write the network's own folder, or one LoRA file, and the card; the folder appears whole or not at all.
 
@@ -41,16 +41,17 @@ def write_generator_folder(
         weights: the network's own state dict, or `AdapterRole.adapter_state`.
         card: role, step schedule, base.
         network: what diffusers calls it.
+        whole: as `write_tensor_file` has it.
     """
     header = {"format": "pt", "role": card.role, "step_indices": json.dumps(list(card.step_indices)), "base": card.base}
-    tensors = {name: value.detach().to(dtype).cpu().contiguous() for name, value in weights.items()}
     with written_aside(folder) as aside:
         if "lora" in description:
-            named = {f"{network.component}.{name.removeprefix('network.')}": value for name, value in tensors.items()}
-            write_tensor_file(aside / ADAPTER, named, {**header, "lora": json.dumps(description["lora"])})
+            named = {f"{network.component}.{name.removeprefix('network.')}": value for name, value in weights.items()}
+            entries = {**header, "lora": json.dumps(description["lora"])}
+            write_tensor_file(aside / ADAPTER, named, entries, dtype=dtype, whole=whole)
         else:
             (aside / network.component).mkdir()
-            write_tensor_file(aside / network.component / NETWORK, tensors, header)
+            write_tensor_file(aside / network.component / NETWORK, weights, header, dtype=dtype, whole=whole)
             config = {"_class_name": network.class_name, **description["network"]}
             (aside / network.component / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         values = {**asdict(card), "description": description}

@@ -1,6 +1,6 @@
 """The public face of a model: one class for classes and text, teachers and generators."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
-from fewstep.distillation.sharding import whole_on_the_first
+from fewstep.distillation.sharding import written_by_the_first
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
@@ -33,7 +33,6 @@ from fewstep.models.conditioner import (
 )
 from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder
 from fewstep.models.progress import counted_evaluations
-from fewstep.parallel import by_the_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -328,15 +327,15 @@ class Model:
     def write(self, folder: Path) -> None:
         """Write the model's own weights with its card; of one with a base, the rest is read from there again."""
         description = self.denoiser.describe()
-        weights = whole_on_the_first(self.denoiser.own_weights())
+        weights = self.denoiser.own_weights()
 
-        def write() -> None:
+        def write(whole: Callable[[Tensor], Tensor]) -> None:
             if not self.base:
-                write_model_folder(folder, description, weights, self.card)
+                write_model_folder(folder, description, weights, self.card, whole=whole)
                 return
-            write_generator_folder(folder, description, weights, self.card, self.family.network_part)
+            write_generator_folder(folder, description, weights, self.card, self.family.network_part, whole=whole)
 
-        by_the_first(write)
+        written_by_the_first(write, weights.values())
 
     def __repr__(self) -> str:
         channels, height, width = self.picture_shape
