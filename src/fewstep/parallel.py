@@ -87,12 +87,11 @@ def joined(device: str) -> Iterator[None]:
                 quiet.enter_context(redirect_stdout(nowhere))
                 quiet.enter_context(redirect_stderr(nowhere))
             yield
+            dist.barrier()
     except RuntimeError as error:  # of gloo and NCCL
-        raise _named(UserError(_lost(error)), store) from error
+        raise _named(UserError(_lost(error, store)), store) from error
     except UserError as error:
         raise _named(error, store) from error
-    else:
-        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -185,13 +184,30 @@ def _named(error: UserError, store: Any) -> BaseException:
     return SystemExit(2) if same else UserError(f"process {rank()}: {error}")
 
 
-def _lost(error: RuntimeError) -> str:
+def _lost(error: RuntimeError, store: Any) -> str:
     """What a failed exchange means, in a sentence; other faults are raised as they are."""
-    words = re.sub(r"^\[[^]]*\] ", "", (str(error).splitlines() or [""])[0])[:300]  # without the line of gloo's source
+    words = re.sub(r"^\[[^]]*\] ", "", (str(error).splitlines() or [""])[0])  # without the line of gloo's source
+    words = words.partition(". This is typically")[0][:300]
     signs = ("peer", "timed out", "timeout", "monitoredbarrier", "nccl", "gloo", "socket", "connection")
     if not any(sign in words.lower() for sign in signs):
         raise error
+    silent = _silent(store)
+    if silent:
+        words = f"process {', '.join(map(str, silent))} does not answer: {words}"
     return f"the processes lost each other ({words}); repeat the command, or let torchrun --max-restarts do it"
+
+
+def _silent(store: Any) -> list[int]:
+    """The processes that do not say within seconds that they noticed a failed exchange, too: dead ones, and those waited for."""
+    until, silent = time.monotonic() + _FIRST_SPEAKS_SECONDS, list(range(world_size()))
+    try:
+        store.set(f"noticed {rank()}", "")
+        while silent and time.monotonic() < until:
+            silent = [number for number in silent if not store.check([f"noticed {number}"])]
+            time.sleep(0.02)
+    except RuntimeError:  # the store went with the process that had it
+        return []
+    return silent
 
 
 def wait_for_all(what: str) -> None:

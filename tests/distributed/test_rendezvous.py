@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from fewstep import parallel
 from fewstep.errors import UserError
 from fewstep.parallel import _attempt, _lost
 
@@ -42,8 +43,18 @@ def test_a_word_of_the_dead_is_no_answer() -> None:
         _attempt(store, 1, 2, timedelta(seconds=0.2))
 
 
-def test_a_lost_process_is_told_without_the_line_of_gloos_source() -> None:
-    error = RuntimeError("[/somewhere/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5\nmore")
-    assert _lost(error).startswith("the processes lost each other (Connection closed by peer [127.0.0.1]:5); repeat")
+def test_a_lost_process_is_told_in_one_line_and_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three the last one noticed, too."""
+    store, more = dist.HashStore(), ". This is typically caused by a remote worker crashing. GLHF!\nmore"
+    error = RuntimeError(f"[/somewhere/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5{more}")
+    assert _lost(error, store) == (
+        "the processes lost each other (Connection closed by peer [127.0.0.1]:5); repeat the command, or let torchrun "
+        "--max-restarts do it"
+    )
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    monkeypatch.setattr(parallel, "_FIRST_SPEAKS_SECONDS", 0.1)
+    store.set("noticed 2", "")
+    timed_out = RuntimeError("Timed out waiting 12000ms for send operation to complete")
+    assert "lost each other (process 1 does not answer: Timed out waiting 12000ms for" in _lost(timed_out, store)
     with pytest.raises(RuntimeError, match="shapes"):
-        _lost(RuntimeError("shapes do not fit"))
+        _lost(RuntimeError("shapes do not fit"), store)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -167,8 +168,10 @@ def test_other_settings_somewhere(recipe: Path, tmp_path: Path) -> None:
     refused(run_processes(2, *words), "process 1 has other settings than process 0")
 
 
-def test_a_shard_that_is_missing(recipe: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_and_a_shard_that_is_missing(recipe: Path, tmp_path: Path) -> None:
     assert [code for code, _ in train(recipe, tmp_path / "run", 2, "training.num_steps=2")] == [0, 0]
+    told = "run holds a run of other settings: training.seed was 3, is 4; set them back or choose another run.folder"
+    refused(train(recipe, tmp_path / "run", 2, "training.seed=4"), told)
     next(list_checkpoints(tmp_path / "run/checkpoints")[-1].glob("shard-00002-*")).unlink()
     words = "is damaged (shard-00002-model-00001-of-00001.safetensors is missing)"
     refused(train(recipe, tmp_path / "run", 2), words)
@@ -187,6 +190,41 @@ def test_a_process_that_does_not_come(recipe: Path, tmp_path: Path) -> None:
         ((code, said),) = run_processes(1, *words, each={0: {"WORLD_SIZE": "2", "FEWSTEP_WAIT_SECONDS": "10", **more}})
         assert code == 2
         assert told in said
+
+
+def in_step(recipe: Path, tmp_path: Path, does: str) -> tuple[int, str]:
+    """What the first process ends with where the second one does something instead of its third step."""
+    script = (
+        "import os, sys, time, fewstep.cli.main, fewstep.training.distill as distill\nstep = distill.DistillationJob.step\n"
+        f"def odd(job, number, progress):\n    if number == 2 and os.environ['RANK'] == '1': {does}\n    return step(job, number, progress)\n"
+        "distill.DistillationJob.step = odd\nfewstep.cli.main.main()"
+    )
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # torchrun's, which outlives processes
+    more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port), "FEWSTEP_WAIT_SECONDS": "60"}
+    words = ("-c", script, "train", str(recipe), f"run.folder={tmp_path / 'run'}")
+    return run_processes(2, *words, each={0: more, 1: more})[0]
+
+
+@pytest.mark.parametrize("does", ["os._exit(1)", "time.sleep(90)"])
+def test_a_process_that_is_waited_for_in_vain(does: str, recipe: Path, tmp_path: Path) -> None:
+    code, said = in_step(recipe, tmp_path, does)
+    assert code == 2, said
+    assert "fewstep: the processes lost each other (process 1 does not answer: " in said
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} <= {"step_00000002"}  # nothing half-written
+
+
+def test_other_data_and_other_folders_somewhere(recipe: Path, tmp_path: Path, pictures: Path) -> None:
+    """The same words in other folders."""
+    for number in range(2):
+        shutil.copytree(pictures, tmp_path / f"{number}/pictures")
+    next(path for path in (tmp_path / "1/pictures").rglob("*") if path.is_file()).unlink()
+    script = f"import os, fewstep.cli.main as m; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK']); m.main()"
+    words = ("-c", script, "train", str(recipe))
+    run = f"run.folder={tmp_path / 'run'}"
+    refused(run_processes(2, *words, run, "data.images=pictures"), "process 1 has other data than process 0")
+    refused(run_processes(2, *words, "run.folder=run"), "process 1 does not see what process 0 writes in run")
 
 
 def test_more_processes_than_gpus(recipe: Path, tmp_path: Path) -> None:

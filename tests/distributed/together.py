@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import fewstep
 from fewstep.demos.doctor_many import examine_together
 from fewstep.distillation.loss_scale import LossScale
-from fewstep.distillation.sharding import whole, written_by_the_first
+from fewstep.distillation.sharding import local, whole, written_by_the_first
 from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.family import EDMFamily
@@ -141,19 +141,25 @@ def fail_in_one(work: Path, saver: Saver, tensors: dict[str, Tensor]) -> None:
 
 
 def overflow_in_one(work: Path) -> None:
-    """The second process's gradients of a network that each has whole do not fit fp16; notes what each made of the step."""
-    layer = torch.nn.Linear(2, 1)
-    torch.nn.init.ones_(layer.weight)
-    parameters = {"weight": layer.weight}
-    update = build_update(parameters, 0.1, OptimizerSettings(), LossScale.of(torch.float16, "cpu"))
+    """Gradients of the second process do not fit fp16, of a network that each has whole and of its part of one; notes what each made of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     told = []
-    for number in (0, 1):
-        update.backward(layer.weight.sum())
-        if number == 0 and rank() == 1:
-            assert layer.weight.grad is not None
-            layer.weight.grad.fill_(float("inf"))
-        metrics = update.step()
-        told.append([float(layer.weight.sum()), float(metrics["grad_norm"]), float(update.scale.value("cpu"))])
+    for in_parts in (False, True):
+        layer = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        if in_parts:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (world_size(),)))
+        update = build_update({"weight": layer.weight}, 0.1, OptimizerSettings(), LossScale.of(torch.float16, "cpu"))
+        for number in (0, 1):
+            update.backward(layer(torch.ones(1, 2)).sum())
+            if number == 0 and rank() == 1:
+                assert layer.weight.grad is not None
+                local(layer.weight.grad).fill_(float("inf"))
+            metrics = update.step()
+            weight = float(whole(layer.weight.detach()).sum())
+            told.append([weight, float(metrics["grad_norm"]), float(update.scale.value("cpu"))])
     (work / f"overflow-{rank()}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
