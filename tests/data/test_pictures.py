@@ -242,3 +242,41 @@ def test_code_points_of_an_avif() -> None:
     bright = content[: place + 2] + struct.pack(">H", 16) + content[place + 4 :]
     with pytest.raises(UserError, match="high dynamic range"):
         shown(bright)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(depth: int) -> None:
+    """It is stored in the file's own numbers, not in those of the decoded pixels."""
+    most = 2**depth - 1
+    row = bytes([0, most << (8 - depth)])  # no filter; the brightest, then black
+    content = png_of(8 // depth, 1, depth, 0, row, (b"tRNS", struct.pack(">H", most)))
+    picture = decode_picture({"bytes": content}, "p", 8, 3, "pad", "#102030").transpose(1, 2, 0)
+    line = picture[(picture == [16, 32, 48]).all(2).any(1)][0]
+    pixels = line[line.any(1)]
+    np.testing.assert_array_equal(pixels, [[16, 32, 48]])
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
+    row = b"\0" + struct.pack(">3H", 0x1234, 0x1234, 0x1234)
+    content = png_of(1, 1, 16, 2, row, (b"tRNS", struct.pack(">3H", 0x1234, 0x1234, 0x1234)))
+    with pytest.raises(UserError, match=r"picture p has 16 bits a channel and one colour that is transparent"):
+        decode_picture({"bytes": content}, "p", 1, 3, "exact")
+
+
+def png_of(width: int, height: int, depth: int, colours: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these filtered rows."""
+    head = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+def test_grey_of_other_depths_than_sixteen() -> None:
+    """Microscopes write TIFFs of 12 bits, which Pillow leaves unscaled; what it scales itself is not scaled again."""
+    packed = np.frombuffer(bytes([0x80, 0x0F, 0xFF]), np.uint8)[None]
+    twelve = tiff(packed, {256: 2, 258: 12, 279: 3})
+    np.testing.assert_array_equal(decode_picture({"bytes": twelve}, "p", 2, 1, "pad")[0].max(0), [128, 255])
+    for most in (4095, 65535):
+        content = b"P5 2 1 %d\n" % most + struct.pack(">2H", (most + 1) // 2, most)
+        np.testing.assert_array_equal(decode_picture({"bytes": content}, "p", 2, 1, "pad")[0].max(0), [128, 255])

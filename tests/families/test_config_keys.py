@@ -89,6 +89,21 @@ def test_what_changes_the_arithmetic_is_refused_by_name(
         assert str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["LCMScheduler", "PNDMScheduler", "DPMSolverSDEScheduler"])
+def test_what_a_config_leaves_out_is_as_its_class_has_it(models: Path, tmp_path: Path, kind: str) -> None:
+    """Not as DDIM has it: other schedulers have other betas."""
+    folder = changed(shutil.copytree(models / "sd", tmp_path / "model"), "scheduler/scheduler_config.json")
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
+    changed(folder, "model_index.json", scheduler=["diffusers", kind])
+    if not hasattr(getattr(diffusers, kind), "_get_init_keys"):  # it needs a library that is not installed
+        with pytest.raises(UserError, match=f"its {kind} leaves out num_train_timesteps"):
+            recognise(folder).load(folder)
+        return
+    signal = recognise(folder).load(folder).noise_schedule.alpha(torch.tensor([500]))
+    expected = getattr(diffusers, kind)().alphas_cumprod[500].sqrt()
+    torch.testing.assert_close(signal.float(), expected[None].float())
+
+
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 @pytest.mark.parametrize(
     "values",

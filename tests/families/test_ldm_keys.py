@@ -235,3 +235,14 @@ def test_unets_without_a_single_file_layout_are_refused(change: dict[str, Any], 
     config = {**TINY_UNETS["two levels, one layer"], **change}
     with pytest.raises(UserError, match=message):
         check_unet_config(config)
+
+
+def test_the_keys_are_found_where_they_were() -> None:
+    """Scripts of others import them from there."""
+    from fewstep.formats.ldm_keys import to_ldm as to_there
+
+    state = {"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}
+    found = to_there("sdxl", "vae", state, {})
+    assert found.keys() == to_ldm("sdxl", "vae", state, {}).keys()
+    with pytest.raises(UserError, match="single files have no vae of wan"):
+        to_there("wan", "vae", state, {})

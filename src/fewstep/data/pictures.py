@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
@@ -17,7 +17,8 @@ from fewstep.errors import UserError
 from fewstep.progress import tell
 
 Fit = Literal["crop", "pad", "exact"]
-_PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 262, 274, 339  # tags of TIFF and EXIF
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF and EXIF
+_SIXTEEN_BITS = ("PNG", "PPM")  # Pillow opens their 16-bit grey with 32, scaled to 0..65535
 
 
 class FirstAnimation:
@@ -77,7 +78,23 @@ def open_picture(row: dict[str, Any]) -> Iterator[Image.Image]:
         picture = stack.enter_context(Image.open(content))
         if (points := read_code_points(content, picture.format)) is not None:
             picture.info["code_points"] = points
+        if picture.format == "PNG" and picture.mode in ("1", "L", "RGB") and "transparency" in picture.info:
+            picture.info["transparency"] = _transparent_colour(picture.info["transparency"], content)
         yield picture
+
+
+def _transparent_colour(stored: Any, content: IO[bytes]) -> Any:
+    """The transparent colour of a PNG, of as many bits as Pillow makes its pixels; None: it cannot be told by these.
+
+    Pillow keeps the file's number, which for grey of less than 8 bits and for RGB of 16 no decoded pixel has.
+    """
+    place = content.tell()
+    content.seek(24)  # the bits a channel, in the first chunk
+    depth = (content.read(1) or b"\x08")[0]
+    content.seek(place)
+    if depth >= 8 or not isinstance(stored, int):
+        return None if depth > 8 else stored
+    return min(255, stored * 255 // (2**depth - 1))  # of one bit, some versions of Pillow have done it
 
 
 def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], background: str = "white") -> Image.Image:
@@ -110,6 +127,11 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
 def _eight_bit(file: Image.Image, name: str) -> Image.Image:
     """The picture with at most 8 bits a channel; its orientation tag comes along."""
     tags = getattr(file, "tag_v2", {})
+    if "transparency" in file.info and file.info["transparency"] is None:
+        raise UserError(
+            f"picture {name} has 16 bits a channel and one colour that is transparent, which is not read; save it with 8 bits "
+            "or with an alpha channel"
+        )
     if file.mode == "L" and 2 in tags.get(_SAMPLE_FORMAT, ()):
         raise UserError(f"picture {name} has signed pixels, whose range is not known; save it with unsigned ones")
     if not (file.mode.startswith("I") or file.mode == "F"):
@@ -122,8 +144,9 @@ def _eight_bit(file: Image.Image, name: str) -> Image.Image:
                 "not known; save it with values between 0 and 1, or with 8 bits"
             )
         pixels = (values * 255).round()
-    elif file.mode.startswith("I;16") or (file.format == "PNG" and values.min() >= 0 and values.max() <= 65535):
-        pixels = values // 256
+    elif file.mode.startswith("I;16") or (file.format in _SIXTEEN_BITS and values.min() >= 0 and values.max() <= 65535):
+        lacking = max(0, 16 - min(tags.get(_BITS, (16,))))  # of a TIFF, whose pixels Pillow does not scale
+        pixels = (values.astype(np.int32) << lacking) // 256
     else:
         raise UserError(
             f"picture {name} has 32-bit integer pixels, whose range is not known; save it with 8 or 16 bits a channel"

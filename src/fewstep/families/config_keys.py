@@ -52,6 +52,26 @@ def refuse_other_keys(config: Mapping[str, Any], known: KnownKeys, what: str, ti
         raise ValueError(f"its {what} has {name}={value!r}, which this version does not understand for {title}")
 
 
+def with_defaults(config: Mapping[str, Any], kind: str, known: KnownKeys) -> dict[str, Any]:
+    """A config, and of the honoured keys that it leaves out those in which its class is unlike the first known one.
+
+    The families assume what the first known class has.
+
+    Args:
+        kind: the class, one of those known.
+
+    Raises:
+        ValueError: it leaves some out, and what its class has for them cannot be asked, for lack of a library.
+    """
+    own, assumed = _defaults(kind), _defaults(known.classes[0])
+    absent = [name for name in known.read if name in assumed and name not in config]
+    if absent and not own:
+        raise ValueError(
+            f"its {kind} leaves out {absent[0]}, and its class is not installed here; write it into the config"
+        )
+    return {**config, **{name: own[name] for name in absent if name in own and own[name] != assumed[name]}}
+
+
 def _defaults(kind: str) -> dict[str, Any]:
     """The defaults of a diffusers class's settings."""
     import diffusers

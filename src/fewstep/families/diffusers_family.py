@@ -13,7 +13,7 @@ from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_ddim, sample_euler
 from fewstep.errors import UserError
-from fewstep.families.config_keys import KnownKeys, refuse_other_keys
+from fewstep.families.config_keys import KnownKeys, refuse_other_keys, with_defaults
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.diffusers_folder import has_guidance_built_in, is_diffusers_folder, names_of
 from fewstep.families.family import Description, Family
@@ -243,9 +243,9 @@ class DiffusersFamily(Family):
             refuse_other_keys(config, self.scheduler_keys, "scheduler", self.title)
             if listed not in self.scheduler_keys.classes:
                 raise ValueError(f"{INDEX} names the scheduler class {listed}, which is not one of {self.title} here")
+            return plain_config(with_defaults(config, listed, self.scheduler_keys))
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-        return plain_config(config)
 
     def _refuse_other_networks(self, folder: Path, kind: Any) -> None:
         """Raise UserError for a network setting that is not understood here, or that the installed diffusers would leave out."""
