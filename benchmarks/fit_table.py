@@ -30,7 +30,7 @@ TABLED = tuple(
 RESOLUTIONS = (512, 1024)
 BASES = ("bf16", "int8", "nf4")
 CARDS_GIB = (12, 16, 24, 48, 80)
-GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
+GAN = {"gan_weights": [5e-3, 1e-2]}
 _GIB = 2**30
 
 
@@ -57,11 +57,12 @@ def peak(model: str, resolution: int, base: str, column: Column, calls: Calls | 
             "teacher": {"network": model, "guidance_scale": 4.0, "resolution": resolution},
             "generator": {"step_indices": [999, 749, 499, 249]},
             "memory": {
-                "mode": "shared_base", "base": base, "checkpoint_activations": True, "offload_blocks": column.offload,
+                "mode": "shared_base", "base": base, "checkpoint_activations": True,
+                "teacher": "offloaded_blocks" if column.offload else "sharded",
             },
             "losses": GAN if column.gan else {},
             "training": {"batch_size": 1},
-            "run": {"sample_images": 1},
+            "run": {"samples": [1000, 1]},
         },
         "table",
     )  # fmt: skip

@@ -128,12 +128,12 @@ def settings_of(case: Case) -> TrainSettings:
         TrainSettings,
         {
             "teacher": {"guidance_scale": case.guidance}, "generator": {"step_indices": list(case.steps)},
-            "losses": {"gan_generator_weight": 3e-3, "gan_discriminator_weight": 1e-2},
-            "optimizer": {"generator_lr": 1e-5, "fake_score_lr": 1e-5},
+            "losses": {"gan_weights": [3e-3, 1e-2]},
+            "optimizer": {"lr": 1e-5},
             "memory": {
                 "mode": case.mode, "checkpoint_activations": case.checkpoint,
                 "base": case.base or ("bf16" if lora and case.precision == "bf16" else "fp32"),
-                "offload_blocks": case.offload,
+                "teacher": "offloaded_blocks" if case.offload else "sharded",
             },
             "training": {"batch_size": case.batch, "generator_every": EVERY},
             "compute": {"precision": case.precision},

@@ -24,7 +24,7 @@ from fewstep.estimate.memory import (
 from fewstep.families.registry import build_released, family_of
 from fewstep.settings import TrainSettings, load_settings, parse_settings
 
-GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
+GAN = {"gan_weights": [5e-3, 1e-2]}
 MODELS = {  # title, settings of the published recipe that matter here
     "sd15": ("Stable Diffusion 1.5, 512x512", {"guidance_scale": 1.75}, [999]),
     "sdxl": ("SDXL, 1024x1024", {"guidance_scale": 8.0}, [999, 749, 499, 249]),
@@ -77,7 +77,7 @@ def print_recipe(recipe: Path) -> None:
     print(f"\n### {recipe.stem}\n")
     print("| | weights and states | " + " | ".join(PHASES) + " | whole run |")
     print("| --- | --- |" + " --- |" * (len(PHASES) + 1), flush=True)
-    no_gan = ["losses.gan_generator_weight=0", "losses.gan_discriminator_weight=0"]
+    no_gan = ["losses.gan_weights=[0, 0]"]
     for name, overrides in (("without GAN", no_gan), ("with GAN", [])):
         settings = load_settings(TrainSettings, recipe, overrides)
         denoiser = build_released(settings.teacher.network, settings.teacher.resolution)

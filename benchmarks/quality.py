@@ -1,7 +1,7 @@
 """Which recipe makes the better student: variants of one, several seeds each, after equal numbers of images through the networks.
 
     python benchmarks/quality.py fashion-mnist shipped more-gan --seeds 3 --images 100000
-    python benchmarks/quality.py fashion-mnist try --set losses.gan_generator_weight=0.1 --seeds 3
+    python benchmarks/quality.py fashion-mnist try --set losses.gan_weights=[0.1,0.03] --seeds 3
 
 An image that goes through a network once counts one, whichever network and whether a gradient follows; `images_per_step` adds
 them up. So rows of different machines compare, and a variant that asks for more networks gets fewer steps. Every run is a run folder

@@ -43,8 +43,8 @@ def settings(batch_size: int, compile_networks: bool) -> TrainSettings:
     return parse_settings(
         TrainSettings,
         {
-            "losses": {"gan_generator_weight": 3e-3, "gan_discriminator_weight": 1e-2},
-            "optimizer": {"generator_lr": 1e-5, "fake_score_lr": 1e-5},
+            "losses": {"gan_weights": [3e-3, 1e-2]},
+            "optimizer": {"lr": 1e-5},
             "training": {"batch_size": batch_size, "generator_every": EVERY},
             "compute": {"compile": compile_networks},
         },

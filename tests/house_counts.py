@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep.settings import PretrainSettings, TrainSettings, describe_settings
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # what a reader opens to follow one training step, beside the family's network
@@ -118,6 +120,8 @@ COUNTS = [
     Count("comparisons of a state with another network's outside compare.py", "9 files", 0,
           lambda: lines(r"set\((\w+\.)*state_dict|state_dict\(\)(\.keys\(\))? [-^!=]")),
     Count("default steps and guidance of samplers outside families", "14", 0, default_sampling),
+    Count("settings of `fewstep train`", "64", 55, lambda: [row[0] for row in describe_settings(TrainSettings)]),
+    Count("settings of `fewstep pretrain`", "not recorded", 33, lambda: [row[0] for row in describe_settings(PretrainSettings)]),
     Count("functions and classes that nothing uses", "not counted", 0, unused),
     Count("files above 400 lines", "not recorded", 0, lambda: [path for path, count in sizes().items() if count > 400]),
     Count("functions above 60 lines", "not recorded", 0, lambda: [name for name, count in functions() if count > 60]),

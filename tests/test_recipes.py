@@ -189,7 +189,7 @@ def test_prompts_and_captions_are_encoded_at_each_step(name: str) -> None:
     assert data.text_embeddings == "computed"
     assert data.truncate_prompts
     assert bool(data.prompts) == name.startswith("sd15")
-    assert bool(data.latents) == (name != "sd15_dmd2")
+    assert bool(data.images) == (name != "sd15_dmd2")
 
 
 @pytest.mark.parametrize("name", ["sd15_dmd2_gan", "sdxl_dmd2_4step"])
@@ -197,7 +197,7 @@ def test_latents_are_samples_with_their_captions_as_text(name: str) -> None:
     path = RECIPES / f"{name}.toml"
     settings = load_settings(TrainSettings, path)
     (command,) = [line for line in path.read_text().splitlines() if "fewstep prepare latents" in line]
-    assert f"fewstep prepare latents {settings.teacher.path} {settings.data.latents} --images" in command
+    assert f"fewstep prepare latents {settings.teacher.path} {settings.data.images} --images" in command
     assert command.endswith("--noise-seed 0 --captions text --truncate-prompts")
 
 

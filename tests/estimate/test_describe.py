@@ -63,7 +63,7 @@ def test_dry_run_of_the_published_recipes(empty_place: Path, name: str) -> None:
     assert first == "rehearsing a step and its sample pictures with memory.mode=full ..."
     assert all(line.endswith(" ...") for line in others)
     settings = load_settings(TrainSettings, RECIPES / name)
-    assert f"optimizer.generator_lr = {settings.optimizer.generator_lr!r}\n" in answer.out
+    assert f"optimizer.lr = {list(settings.optimizer.lr)!r}\n" in answer.out
     assert f"training.batch_size = {settings.training.batch_size}\n" in answer.out
     assert f"run.folder = 'runs/{Path(name).stem}'\n" in answer.out
     assert "network: 295.9 M parameters, 64x64x3, 1000 classes" in answer.out
@@ -161,12 +161,12 @@ def test_what_offloaded_blocks_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "estimate_run", lambda settings, *_, **__: asked.append(settings) or rehearsed)
     values = {
         "teacher": {"network": "sd15"}, "generator": {"step_indices": [999, 749, 499, 249]},
-        "memory": {"mode": "shared_base", "base": "nf4", "offload_blocks": True, "checkpoint_activations": True},
+        "memory": {"mode": "shared_base", "base": "nf4", "teacher": "offloaded_blocks", "checkpoint_activations": True},
         "training": {"batch_size": 4, "microbatch_size": 2},
     }  # fmt: skip
     lines = list(describe_distillation(parse_settings(TrainSettings, values, "test")))
     told = (
-        "memory.offload_blocks: 9.3 GiB of the base stay in host memory, and 74 GB a step on average go to the GPU, 3 s at 25 GB/s (PCIe "
+        "memory.teacher='offloaded_blocks': 9.3 GiB of the base stay in host memory, and 74 GB a step on average go to the GPU, 3 s at 25 GB/s (PCIe "
         "4.0 with 16 lanes, not measured), in which it does not compute"
     )
     assert told in lines
@@ -174,7 +174,7 @@ def test_what_offloaded_blocks_cost(monkeypatch: pytest.MonkeyPatch) -> None:
         lines[-3] == "with memory.mode=full: 8.0 GiB a step, three networks (memory.base=bf16)"
     )  # which LoRAs alone allow
     (full,) = [settings.memory for settings in asked if settings.memory.mode == "full"]
-    assert (full.base, full.offload_blocks) == ("bf16", False)
+    assert (full.base, full.teacher) == ("bf16", "sharded")
 
 
 def test_each_mode_is_told_as_it_is_finished(rehearsed: list[TrainSettings]) -> None:
@@ -318,7 +318,7 @@ def test_lines_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory for weights, averages and optimiser states: 9.0 GiB (frozen 3.0, trained 2.0, optimiser states 4.0)",
         "memory for gradients and activations at batch 8 (bf16, one process): 6.0 GiB in the generator's turn",
         "estimated peak: 15.0 GiB (a rehearsed step on shapes alone; workspace of the kernels comes on top)",
-        "sample pictures need more: 16.0 GiB with run.sample_images=64",
+        "sample pictures need more: 16.0 GiB with run.samples=[1000, 64]",
         "training.microbatch_size that fits: 8 (the whole batch) in 24 GiB, 8 (the whole batch) in 40 GiB, 8 (the whole batch) "
         "in 80 GiB (a tenth of the card left free)",
         "work: 2.64 TFLOP a step on average; 100,000 steps take 0.4 hours at 200 TFLOP/s (a fifth of what an H100 can do "

@@ -102,7 +102,9 @@ def test_predicted_peak_of_a_small_base(base: str, on_host: bool) -> None:
 def stored(base: str, on_host: bool) -> TrainSettings:
     """A run with a quantised base; settings refuse host memory on the CPU, so that it is put in by hand."""
     settings = case_settings("shared_base", 2, base=base, checkpoint_activations=True)
-    return settings.model_copy(update={"memory": settings.memory.model_copy(update={"offload_blocks": on_host})})
+    return settings.model_copy(
+        update={"memory": settings.memory.model_copy(update={"teacher": "offloaded_blocks" if on_host else "sharded"})}
+    )
 
 
 @pytest.mark.slow
@@ -165,7 +167,7 @@ def test_adapters_of_a_rehearsal_are_the_layers_own() -> None:
 def test_nothing_stays_behind_after_a_step() -> None:
     """Beside the pictures lie weights and states, and a batch; no gradients and no copies of anything."""
     settings = case_settings("shared_base", 1, precision="bf16", base="bf16", checkpoint_activations=True)
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": 1})})
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"samples": (1000, 1)})})
     found = estimate_run(settings, build_on_meta(description("small")), gpu=True)
     kinds, trained = found.kinds[PICTURES], found.kinds[PICTURES][TRAINED]
     assert kinds[GRADIENTS] == 0
@@ -180,7 +182,7 @@ def test_large_sample_pictures_are_decoded_one_by_one() -> None:
     peaks = []
     for count in (1, 8):
         settings = case_settings("shared_base", 1)
-        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": count})})
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"samples": (1000, count)})})
         peaks.append(
             estimate_run(settings, network, autoencoder=dict(family_named("sd").autoencoder_config)).peaks[PICTURES]
             / 2**30

@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"name no real pictures \(data\.images\); give --images"):
         memorisation_sections(read_run(run), features)
     (run / "settings.json").write_text(json.dumps({"data": {"images": str(tmp_path)}, "run": {"sample_images": 5}}))
-    with pytest.raises(UserError, match=r"is not a grid of run\.sample_images square pictures"):
+    with pytest.raises(UserError, match=r"is not a grid of square pictures, as many as run\.samples says"):
         memorisation_sections(read_run(run), features)
     (run / "samples/generator_00000005.png").unlink()
     with pytest.raises(UserError, match="has no sample pictures yet"):

@@ -17,6 +17,7 @@ from fewstep.settings import (
     load_settings,
     parse_settings,
 )
+from fewstep.settings.python import gather_settings
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 KINDS: list[type[Tree]] = [TrainSettings, PretrainSettings]
@@ -62,7 +63,9 @@ def test_published_defaults() -> None:
         (TrainSettings, {"optimiser": {"generator_lr": 1.0}}, "optimiser", "optimizer"),
         (TrainSettings, {"batch_size": 3}, "batch_size", "training.batch_size"),
         (TrainSettings, {"training": {"batchsize": 3}}, "training.batchsize", "training.batch_size"),
-        (TrainSettings, {"losses": {"gan_weights": 1.0}}, "losses.gan_weights", "losses.gan_generator_weight"),
+        (TrainSettings, {"losses": {"gan_weight": 1.0}}, "losses.gan_weight", "losses.gan_weights"),
+        (TrainSettings, {"losses": {"gan_generator_wieght": 1}}, "losses.gan_generator_wieght", "losses.gan_weights"),
+        (TrainSettings, {"memory": {"offload_block": True}}, "memory.offload_block", "memory.teacher"),
         (TrainSettings, {"optimizer": {"flip": True}}, "optimizer.flip", "data.flip"),
         (PretrainSettings, {"network": {"img_resolutions": 3}}, "network.img_resolutions", "network.img_resolution"),
         (PretrainSettings, {"ema_half_life": 3.0}, "ema_half_life", "ema_half_life_images"),
@@ -81,7 +84,7 @@ def test_a_key_like_no_other_gets_no_suggestion(values: dict[str, Any], key: str
 
 @pytest.mark.parametrize("values", [{"training": {"generator_lr": 1.0}}, {"generator_lr": 1.0}])
 def test_a_key_in_the_wrong_section_is_sent_to_its_own(values: dict[str, Any]) -> None:
-    assert "did you mean optimizer.generator_lr?" in refused(TrainSettings, values)
+    assert "did you mean optimizer.lr?" in refused(TrainSettings, values)
 
 
 def test_suggestions_are_settings_of_the_same_command() -> None:
@@ -114,17 +117,14 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "run.folder", 3, STRING),
         (TrainSettings, "compute.compile", "yes", BOOLEAN),
         (TrainSettings, "compute.compile", 1, BOOLEAN),
-        (TrainSettings, "run.sample_images", 2000, f"{AT_MOST} 1024"),
+        (PretrainSettings, "optimizer.lr", 0, f"{ABOVE} 0"),
         (TrainSettings, "data.fit", "squash", "Input should be 'crop', 'pad' or 'exact'"),
         (TrainSettings, "compute.precision", "fp8", "Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
-        (TrainSettings, "optimizer.generator_lr", 0, f"{ABOVE} 0"),
-        (TrainSettings, "optimizer.generator_lr", "2e-6", "Input should be a valid number"),
-        (TrainSettings, "memory.lora_rank", 0, "Input should be greater than 0"),
-        (TrainSettings, "memory.lora_alpha", 0, "Input should be greater than 0"),
+        (PretrainSettings, "optimizer.lr", "2e-6", "Input should be a valid number"),
         (TrainSettings, "generator.step_indices", 999, "Input should be a valid"),
         (TrainSettings, "losses.regression_weight", -1.0, f"{AT_LEAST} 0"),
-        (TrainSettings, "losses.gan_generator_weight", float("nan"), FINITE),
-        (TrainSettings, "losses.gan_generator_weight", float("inf"), FINITE),
+        (TrainSettings, "losses.regression_weight", float("nan"), FINITE),
+        (TrainSettings, "losses.regression_weight", float("inf"), FINITE),
         (TrainSettings, "teacher.guidance_scale", -1.0, f"{AT_LEAST} 0"),
         (PretrainSettings, "network.img_channels", 2, "Input should be 0, 1 or 3"),
         (PretrainSettings, "network.label_dim", -2, f"{AT_LEAST} -1"),
@@ -145,6 +145,13 @@ def test_a_wrong_value_is_named_with_its_key(kind: type[Tree], key: str, value: 
     [
         ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas.1=1.5: Input should be less than or equal to 1"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1"),
+        ({"optimizer": {"lr": 0}}, f"optimizer.lr.0=0: {ABOVE} 0; optimizer.lr.1=0: {ABOVE} 0"),
+        ({"optimizer": {"lr": [1e-5, "2e-6"]}}, "optimizer.lr.1='2e-6': Input should be a valid number"),
+        ({"optimizer": {"lr": [1e-5]}}, "optimizer.lr.1"),
+        ({"memory": {"lora": [0, 8]}}, f"memory.lora.0=0: {ABOVE} 0"),
+        ({"memory": {"lora": [64, 0]}}, f"memory.lora.1=0: {ABOVE} 0"),
+        ({"run": {"samples": [100, 2000]}}, f"run.samples.1=2000: {AT_MOST} 1024"),
+        ({"losses": {"gan_weights": [-1, 0]}}, f"losses.gan_weights.0=-1: {AT_LEAST} 0"),
         ({"losses": {"level_indices": [20]}}, "losses.level_indices.1"),
         (
             {"losses": {"level_indices": [-1, 20]}},
@@ -176,13 +183,13 @@ def test_a_section_is_not_a_value(value: Any) -> None:
     [
         (
             {"losses": {"distribution_matching_weight": 0.0}},
-            "losses.distribution_matching_weight, losses.gan_generator_weight and losses.regression_weight are all 0: "
+            "losses.distribution_matching_weight, losses.regression_weight and the first of losses.gan_weights are all 0: "
             "the generator has nothing to learn from",
         ),
         (
-            {"losses": {"gan_generator_weight": 3e-3}},
-            "losses.gan_generator_weight is set but losses.gan_discriminator_weight is 0: an untrained discriminator "
-            "teaches nothing; set both (published: 3e-3 and 1e-2)",
+            {"losses": {"gan_weights": [3e-3, 0]}},
+            "losses.gan_weights=[0.003, 0.0]: the generator's is set but the discriminator's is 0, and an untrained "
+            "discriminator teaches nothing; set both (published: [3e-3, 1e-2])",
         ),
         (
             {"losses": {"level_indices": [500, 499]}},
@@ -222,8 +229,8 @@ def test_impossible_combinations_say_why(values: dict[str, Any], message: str) -
     "losses",
     [
         {"distribution_matching_weight": 0.0, "regression_weight": 1.0},
-        {"distribution_matching_weight": 0.0, "gan_generator_weight": 1e-3, "gan_discriminator_weight": 1e-2},
-        {"gan_discriminator_weight": 1e-2},
+        {"distribution_matching_weight": 0.0, "gan_weights": [1e-3, 1e-2]},
+        {"gan_weights": [0.0, 1e-2]},
         {"level_indices": [500, 500]},
         {"level_indices": [20, 1500]},
         {"regression_weight": 0.25, "lpips_files": ["a", "b"]},
@@ -254,8 +261,11 @@ def test_a_recipe_and_its_overrides(tmp_path: Path) -> None:
         ("training.batch_size=64", "training.batch_size", 64),
         ("training.num_steps=20_000", "training.num_steps", 20000),
         (" training.batch_size = 64", "training.batch_size", 64),
-        ("optimizer.generator_lr=2e-6", "optimizer.generator_lr", 2e-6),
-        ("optimizer.generator_lr=1", "optimizer.generator_lr", 1.0),
+        ("optimizer.lr=2e-6", "optimizer.lr", [2e-6, 2e-6]),
+        ("optimizer.lr=1", "optimizer.lr", [1.0, 1.0]),
+        ("optimizer.lr=[1e-5, 4e-5]", "optimizer.lr", [1e-5, 4e-5]),
+        ("memory.lora=[32, 16]", "memory.lora", [32, 16.0]),
+        ("losses.gan_weights=[0, 0.01]", "losses.gan_weights", [0.0, 0.01]),
         ("optimizer.betas=[0, 0.99]", "optimizer.betas", [0.0, 0.99]),
         ("generator.step_indices=[999, 749, 499, 249]", "generator.step_indices", [999, 749, 499, 249]),
         ("compute.compile=false", "compute.compile", False),
@@ -416,13 +426,13 @@ def test_every_setting_has_a_meaning_and_its_real_default(kind: type[Tree]) -> N
 
 def test_a_section_default_of_the_command_is_described_not_that_of_the_section() -> None:
     defaults = {row[0]: row[2] for row in describe_settings(PretrainSettings)}
-    assert defaults["optimizer.generator_lr"] == "0.001"
+    assert defaults["optimizer.lr"] == "0.001"
     assert defaults["training.batch_size"] == "128"
 
 
 def test_settings_stay_few() -> None:
-    assert len(describe_settings(TrainSettings)) <= 62
-    assert len(describe_settings(PretrainSettings)) <= 34
+    assert len(describe_settings(TrainSettings)) <= 55
+    assert len(describe_settings(PretrainSettings)) <= 33
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -438,10 +448,10 @@ def test_a_documented_default_survives_its_neighbours(kind: type[Tree]) -> None:
 def test_every_section_alone_keeps_the_defaults_of_its_command(tmp_path: Path) -> None:
     recipe = write(tmp_path, "r.toml", "[optimizer]\nwarmup_steps = 10\n[training]\nseed = 3\n")
     settings = load_settings(PretrainSettings, recipe)
-    assert (settings.optimizer.generator_lr, settings.optimizer.weight_decay) == (1e-3, 0)
+    assert (settings.optimizer.lr, settings.optimizer.weight_decay) == (1e-3, 0)
     assert settings.training.batch_size == 128
     shipped = load_settings(PretrainSettings, RECIPES[0].parent / "my_pictures.toml")
-    assert (shipped.optimizer.weight_decay, shipped.optimizer.generator_lr) == (0, 1e-3)
+    assert (shipped.optimizer.weight_decay, shipped.optimizer.lr) == (0, 1e-3)
 
 
 # what earlier versions wrote
@@ -480,7 +490,7 @@ def test_every_section_alone_keeps_the_defaults_of_its_command(tmp_path: Path) -
         ),
         (
             TrainSettings, {"optimizer": {"decay": "constant", "final_lr_fraction": 0.0}}, {},
-            "optimizer.decay: now left out",
+            "optimizer.decay: now optimizer.final_lr_fraction = 1.0",
         ),
         (
             TrainSettings, {"data": {"label_column": "label", "prompt_column": "words"}}, {"data": {"column": "words"}},
@@ -488,10 +498,62 @@ def test_every_section_alone_keeps_the_defaults_of_its_command(tmp_path: Path) -
         ),
         (
             TrainSettings, {"best": {"metric": "frechet_distance", "features": "f", "reference": "r"}},
-            {"best": {"features": "f", "reference": "r"}}, "best.metric: now left out",
+            {"best": {"files": ["f", "r"]}},
+            "best.metric, best.features, best.reference: now best.files = ['f', 'r']",
         ),
         (
             TrainSettings, {"best": {"metric": "", "features": "f"}}, {}, "best.metric, best.features: now left out",
+        ),
+        (
+            TrainSettings, {"best": {"features": "", "reference": "r"}}, {},  # nothing was measured
+            "best.features, best.reference: now left out",
+        ),
+        (
+            TrainSettings, {"optimizer": {"generator_lr": 1e-5, "fake_score_lr": 4e-5}}, {"optimizer": {"lr": [1e-5, 4e-5]}},
+            "optimizer.generator_lr, optimizer.fake_score_lr: now optimizer.lr = [1e-05, 4e-05]",
+        ),
+        (
+            TrainSettings, {"optimizer": {"fake_score_lr": 4e-5}}, {"optimizer": {"lr": [2e-6, 4e-5]}},
+            "optimizer.fake_score_lr: now optimizer.lr = [2e-06, 4e-05]",
+        ),
+        (
+            PretrainSettings, {"optimizer": {"generator_lr": 1e-5}}, {"optimizer": {"lr": 1e-5}},
+            "optimizer.generator_lr: now optimizer.lr = 1e-05",
+        ),
+        (
+            TrainSettings, {"losses": {"gan_generator_weight": 3e-3, "gan_discriminator_weight": 1e-2}},
+            {"losses": {"gan_weights": [3e-3, 1e-2]}},
+            "losses.gan_generator_weight, losses.gan_discriminator_weight: now losses.gan_weights = [0.003, 0.01]",
+        ),
+        (
+            TrainSettings, {"memory": {"lora_rank": 4, "lora_alpha": 16.0}}, {"memory": {"lora": [4, 16.0]}},
+            "memory.lora_rank, memory.lora_alpha: now memory.lora = [4, 16.0]",
+        ),
+        (
+            TrainSettings, {"memory": {"lora_rank": 4}}, {"memory": {"lora": [4, 8.0]}},
+            "memory.lora_rank: now memory.lora = [4, 8.0]",
+        ),
+        (
+            TrainSettings, {"memory": {"teacher": "replicated", "offload_blocks": True, "mode": "shared_base",
+             "checkpoint_activations": True}},
+            {"memory": {"teacher": "offloaded_blocks", "mode": "shared_base", "checkpoint_activations": True}},
+            "memory.offload_blocks: now memory.teacher = 'offloaded_blocks'",
+        ),
+        (
+            TrainSettings, {"memory": {"teacher": "replicated", "offload_blocks": False}},
+            {"memory": {"teacher": "replicated"}}, "memory.offload_blocks: now left out",
+        ),
+        (
+            TrainSettings, {"data": {"latents": "l", "images": ""}}, {"data": {"images": "l"}},
+            "data.latents: now data.images = 'l'",
+        ),
+        (
+            TrainSettings, {"data": {"latents": "", "images": "p"}}, {"data": {"images": "p"}},
+            "data.latents: now left out",
+        ),
+        (
+            PretrainSettings, {"run": {"sample_every": 7, "sample_images": 9}}, {"run": {"samples": [7, 9]}},
+            "run.sample_every, run.sample_images: now run.samples = [7, 9]",
         ),
         (TrainSettings, {"run": {"log_every": 7}}, {}, "run.log_every: now left out"),
         (PretrainSettings, {"training": {"generator_every": 5}}, {}, "training.generator_every: now left out"),
@@ -518,14 +580,35 @@ def test_keys_of_earlier_versions_are_read_and_said(
             "optimizer.decay='linear': set optimizer.final_lr_fraction",
         ),
         (TrainSettings, {"best": {"metric": "fid"}}, "best.metric='fid': the Frechet distance is the one there is"),
-        (TrainSettings, {"best": {"metric": "frechet_distance"}}, "best.metric='frechet_distance' needs best.features"),
+        (TrainSettings, {"best": {"metric": "frechet_distance"}}, "best.metric='frechet_distance' needs best.files"),
         (
             TrainSettings,
             {"data": {"label_column": "a", "prompt_column": "b"}},
             "data.column is one setting for what were",
         ),
         (TrainSettings, {"data": {"label_column": "a", "column": "b"}}, "data.column is one setting for what were"),
-        (TrainSettings, {"losses": {"min_level_index": 1, "level_indices": [1, 2]}}, "losses.level_indices is"),
+        (
+            TrainSettings,
+            {"losses": {"min_level_index": 1, "level_indices": [1, 2]}},
+            "losses.level_indices is one setting for what was ",
+        ),
+        (
+            TrainSettings,
+            {"optimizer": {"generator_lr": 1e-5, "lr": 1e-4}},
+            "optimizer.lr is one setting for what was optimizer.generator_lr and optimizer.fake_score_lr: set it alone",
+        ),
+        (
+            TrainSettings,
+            {"memory": {"frozen_precision": "bf16", "base": "int8"}},
+            "memory.base is one setting for what was ",
+        ),
+        (
+            TrainSettings,
+            {"data": {"latents": "l", "images": "p"}},
+            "data.images is one setting for what was data.latents",
+        ),
+        (TrainSettings, {"best": {"reference": "r"}}, "best.files=['', 'r'] must name two files"),
+        (TrainSettings, {"best": {"files": ["f"]}}, "best.files=['f'] must name two files"),
         (
             TrainSettings,
             {"losses": {"regression_distance": "l1"}},
@@ -557,6 +640,45 @@ def test_frozen_precision_is_called_base() -> None:
     found = parse_settings(TrainSettings, {"memory": {"frozen_precision": "bf16"}}, "recipe.toml", told.append)
     assert found.memory.base == "bf16"
     assert told == ["memory.frozen_precision: now memory.base = 'bf16'"]
+
+
+@pytest.mark.parametrize(
+    ("old", "key", "value"),
+    [
+        ("optimizer.fake_score_lr=1e-3", "optimizer.lr", [5e-7, 1e-3]),
+        ("losses.gan_generator_weight=0", "losses.gan_weights", [0.0, 1e-2]),
+        ("losses.max_level_index=500", "losses.level_indices", [10, 500]),
+        ("memory.lora_alpha=64", "memory.lora", [16, 64.0]),
+        ("memory.offload_blocks=false", "memory.teacher", "sharded"),
+        ("memory.frozen_precision=fp32", "memory.base", "fp32"),
+        ("data.latents=", "data.images", ""),
+        ("data.latents=other", "data.images", "other"),
+        ("run.sample_images=3", "run.samples", [50, 3]),
+        ("best.reference=other.npz", "best.files", ["f", "other.npz"]),
+        ("best.features=", "best.files", []),
+        ("best.metric=", "best.files", []),
+        ("best.metric=frechet_distance", "best.files", ["f", "r.npz"]),
+        ("optimizer.decay=constant", "optimizer.final_lr_fraction", 1.0),
+    ],
+)
+def test_an_earlier_key_changes_its_part_of_a_recipe(tmp_path: Path, old: str, key: str, value: Any) -> None:
+    """On the command line, in a recipe that extends another, and from Python: what lies under it stays where it says nothing."""
+    text = """
+    [optimizer]\nlr = 5e-7\nfinal_lr_fraction = 0.5\n[losses]\ngan_weights = [3e-3, 1e-2]\nlevel_indices = [10, 990]
+    [memory]\nlora = [16, 16.0]\nmode = "shared_base"\nteacher = "offloaded_blocks"\ncheckpoint_activations = true\nbase = "int8"
+    [data]\nimages = "some"\n[run]\nsamples = [50, 20]\n[best]\nfiles = ["f", "r.npz"]
+    """
+    recipe = write(tmp_path, "r.toml", text)
+    section, _, rest = old.partition(".")
+    name, _, word = rest.partition("=")
+    plain = word if re.fullmatch(r"[0-9.e-]+|false", word) else f'"{word}"'
+    child = write(tmp_path, "child.toml", f'extends = "r.toml"\n[{section}]\n{name} = {plain}\n')
+    before = flatten_settings(load_settings(TrainSettings, recipe))
+    assert before[key] != value or "decay" in old or word == "frechet_distance"
+    found = [load_settings(TrainSettings, recipe, [old]), load_settings(TrainSettings, child)]
+    found.append(gather_settings(TrainSettings, recipe, {f"{section}__{name}": json.loads(plain)}))
+    for settings in found:
+        assert flatten_settings(settings) == before | {key: value}
 
 
 @pytest.mark.parametrize("kind", KINDS)

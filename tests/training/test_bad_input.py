@@ -406,7 +406,7 @@ def test_run_folder_of_other_settings(train: Any) -> None:
         answer = train("training.num_steps=2", "training.seed=5", "losses.gan_generator_weight=1e-3")
         assert_refused(
             answer, "runs/student holds a run of other settings", "training.seed was 0, is 5",
-            "losses.gan_generator_weight was 0.003, is 0.001", "choose another run.folder",
+            "losses.gan_weights was [0.003, 0.01], is [0.001, 0.01]", "choose another run.folder",
         )  # fmt: skip
 
 
@@ -467,7 +467,10 @@ def test_recipe_that_is_no_toml() -> None:
         ("training.batch_size", "'training.batch_size' is not a setting: write section.key=value"),
         ("training=4", "training is a section, not a value"),
         ("compute.precision=fp8", "compute.precision='fp8'"),
-        ("losses.gan_discriminator_weight=0", "losses.gan_discriminator_weight is 0"),
+        (
+            "losses.gan_discriminator_weight=0",
+            "losses.gan_weights=[0.003, 0.0]: the generator's is set but the discriminator's is 0",
+        ),
         ("generator.step_indices=[1000]", "generator.step_indices [1000] lie outside 0..999"),
     ],
 )

@@ -514,7 +514,7 @@ def test_a_quantised_base_lies_whole_in_every_process() -> None:
         own_settings(sharded, 2)
 
 
-SHARED: dict[str, Any] = {"mode": "shared_base", "offload_blocks": True, "checkpoint_activations": True}
+SHARED: dict[str, Any] = {"mode": "shared_base", "teacher": "offloaded_blocks", "checkpoint_activations": True}
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ SHARED: dict[str, Any] = {"mode": "shared_base", "offload_blocks": True, "checkp
     ],
 )
 def test_offloaded_blocks_that_cannot_be(memory: dict[str, Any], device: str, told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"memory.offload_blocks=true {told}")):
+    with pytest.raises(UserError, match=re.escape(f"memory.teacher='offloaded_blocks' {told}")):
         settings_of(memory=memory, compute={"device": device})
 
 
@@ -538,14 +538,11 @@ def test_offloaded_blocks_need_a_gpu_that_is_there(teacher_folder: Path) -> None
     settings = settings_of(teacher={"path": str(teacher_folder)}, memory=SHARED)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match=r"memory\.offload_blocks=true moves blocks .* this run is on none"):
+    with pytest.raises(UserError, match=r"memory\.teacher='offloaded_blocks' moves blocks .* this run is on none"):
         open_teacher(settings)
 
 
 def test_offloaded_blocks_lie_whole_in_every_process() -> None:
-    settings = settings_of(memory=SHARED | {"base": "bf16"}, training={"batch_size": 4})
-    with pytest.raises(
-        UserError, match=r"memory\.offload_blocks=true keeps a whole base in host memory for each of 2 processes"
-    ):
-        own_settings(settings, 2)
+    settings = settings_of(memory=SHARED | {"base": "nf4"}, training={"batch_size": 4})
+    assert own_settings(settings, 2).memory.offload_blocks
     assert own_settings(settings, 1).memory.offload_blocks

@@ -227,7 +227,7 @@ def test_a_converted_lora_starts_a_run_of_its_rank_and_alpha(tmp_path: Path) -> 
         settings = parse_settings(TrainSettings, {"memory": memory}, "test")
         roles = build_chosen_roles(settings, load_teacher(base, device="cpu").denoiser)
         if alpha == 16.0:
-            refused(roles, tmp_path / "out", "its LoRA has alpha 8 and the run's 16; set memory.lora_alpha=8")
+            refused(roles, tmp_path / "out", "its LoRA has alpha 8 and the run's 16; set memory.lora=[4, 8]")
             continue
         start_roles(roles, tmp_path / "out")
         assert isinstance(roles.generator, AdapterRole)

@@ -180,7 +180,7 @@ def test_captions_as_text_need_encoders(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         DistillationJob(chosen, open_teacher(chosen))
     assert str(error.value).startswith(
-        f"data.latents={latents} holds its captions as text: set data.text_embeddings='computed', which "
+        f"data.images={latents} holds its captions as text: set data.text_embeddings='computed', which "
     )
 
 

@@ -284,8 +284,8 @@ def shared_base_run(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize(
     ("memory", "told"),
     [
-        ({"lora_alpha": 16.0}, "memory.lora_alpha was 8.0 in that run and is 16.0 here; set it back"),
-        ({"lora_rank": 8}, "memory.lora_rank was 4 in that run and is 8 here; set it back"),
+        ({"lora_alpha": 16.0}, "memory.lora was [4, 8.0] in that run and is [4, 16.0] here; set it back"),
+        ({"lora_rank": 8}, "memory.lora was [4, 8.0] in that run and is [8, 8.0] here; set it back"),
         ({"mode": "lora_generator"}, "memory.mode was 'shared_base' in that run and is 'lora_generator' here; set it back"),
         ({"mode": "full"}, "memory.mode was 'shared_base' in that run and is 'full' here; set it back"),
     ],
@@ -389,7 +389,7 @@ def test_a_gan_weight_is_suggested_for_a_text_model(work: Path, tmp_path: Path) 
     answer = fewstep_command("train", tmp_path / "recipe.toml", *typed(one), "--suggest-gan-weight")
     assert answer.code == 0, answer.err
     told = re.fullmatch(
-        r"losses\.gan_generator_weight=(\S+) makes the GAN's gradient at the generator's output as strong as distribution "
+        r"losses\.gan_weights=\[(\S+), 0\.01\] makes the GAN's gradient at the generator's output as strong as distribution "
         r"matching's \((\S+) against (\S+) at weight 1; mean of 20 generator updates\)\.\n", answer.out,
     )  # fmt: skip
     assert told
@@ -448,7 +448,7 @@ def test_a_few_step_model_is_not_guided(work: Path, tmp_path: Path) -> None:
             r"data\.prompts is not set",
         ),
         ({"data": {"prompts": "nothing.txt"}}, r"nothing\.txt"),
-        ({"data": {"latents": ""}}, r"data\.latents is not set"),
+        ({"data": {"latents": ""}}, r"data\.images is not set"),
         ({"data": {"latents": "LATENTS-sdxl"}}, "another VAE|another encoder"),
         ({"memory": {"mode": "shared_base", "lora_targets": ["to_quarry"]}}, r"memory\.lora_targets \['to_quarry'\] match no layer"),
         ({"teacher": {"path": "missing"}}, "missing does not exist"),

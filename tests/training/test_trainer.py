@@ -517,7 +517,7 @@ def test_where_the_base_lies_may_change_and_how_it_is_stored_may_not(tmp_path: P
         )
 
     claim_run_folder(storing(), tmp_path)
-    claim_run_folder(storing(offload_blocks=True), tmp_path)
+    claim_run_folder(storing(teacher="offloaded_blocks"), tmp_path)
     with pytest.raises(UserError, match=r"memory\.base was 'fp32', is 'nf4'"):
         claim_run_folder(storing(base="nf4"), tmp_path)
 

@@ -31,6 +31,11 @@ class ShardKind:
     command: str
 
 
+def is_shard_folder(folder: Path) -> bool:
+    """Whether a path is a folder of shards, finished or not."""
+    return (folder / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path, kind: ShardKind) -> dict[str, Any]:
     """The manifest (job, shards, complete) of a folder; raises UserError when there is none or it is damaged."""
     path, remedy = folder / MANIFEST, f"delete the folder and prepare the {kind.short} again"

@@ -173,7 +173,8 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
         teacher = open_teacher(settings)
     bench.classifier.to(teacher.device)
     counts = _fit_to_machine(facts, settings, teacher, bench, console)
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"sample_images": counts.sampled})})
+    samples = (settings.run.sample_every, counts.sampled)
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"samples": samples})})
     job = DistillationJob(settings, teacher)
     claim_run_folder(settings, folder)
     curve = watch_quality(

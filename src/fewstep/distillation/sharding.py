@@ -18,7 +18,7 @@ from fewstep.parallel import agreed, by_the_first, is_first, rank, receive, send
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Placement = Literal["sharded", "replicated", "offloaded"]
+Placement = Literal["sharded", "replicated", "offloaded", "offloaded_blocks"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Spread:
 
     Attributes:
         mesh: one row of processes that share one copy, or several rows with a copy each.
-        teacher: of the frozen weights: a part in every process, a copy in every process, or a part in host memory.
+        teacher: of the frozen weights: a part in every process, a copy in every process (its blocks in host memory or not), or a part in host memory.
     """
 
     mesh: "DeviceMesh"
@@ -60,7 +60,7 @@ def build_spread(device: torch.device, teacher: Placement, shard_over: int) -> S
 
 def spread_teacher(teacher: Denoiser, spread: Spread | None) -> None:
     """Shard the frozen network before anything is built from it, so that nothing after it is ever whole."""
-    if spread is not None and spread.teacher != "replicated" and mesh_of(teacher) is None:
+    if spread is not None and spread.teacher in ("sharded", "offloaded") and mesh_of(teacher) is None:
         shard_network(teacher, spread.mesh, offload=spread.teacher == "offloaded")
 
 

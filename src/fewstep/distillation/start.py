@@ -14,6 +14,7 @@ from fewstep.errors import UserError
 from fewstep.formats.dmd2_folder import fit_discriminator, read_dmd2
 from fewstep.formats.roles_folder import read_roles
 from fewstep.networks.fitting import fit_network
+from fewstep.settings import MemorySettings, renew_settings
 
 
 def start_from_dmd2(roles: Roles, source: Path) -> None:
@@ -43,7 +44,7 @@ def refuse_other_scale(earlier: Denoiser, generator: Denoiser) -> None:
     found, wanted = _lora(earlier), _lora(generator)
     if found is not None and wanted is not None and found.alpha != wanted.alpha:
         raise UserError(
-            f"its LoRA has alpha {found.alpha:g} and the run's {wanted.alpha:g}; set memory.lora_alpha={found.alpha:g}"
+            f"its LoRA has alpha {found.alpha:g} and the run's {wanted.alpha:g}; set memory.lora=[{found.rank}, {found.alpha:g}]"
         )
 
 
@@ -57,8 +58,9 @@ def refuse_other_memory(run: Path, roles: Roles) -> None:
     if wanted is None and not path.is_file():
         return  # full networks need no scale; another shape is found by its tensors
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8"))["memory"])
-        found = {name: before[name] for name in ("mode", "lora_rank", "lora_alpha")}
+        written = dict(json.loads(path.read_text(encoding="utf-8"))["memory"])
+        before = renew_settings(MemorySettings, written, str(path))
+        found = {"mode": before["mode"], "lora": list(before["lora"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"its settings.json, which says how its LoRA is scaled, cannot be read ({type(error).__name__}: {error}); "
@@ -67,7 +69,7 @@ def refuse_other_memory(run: Path, roles: Roles) -> None:
     now: dict[str, Any] = {"mode": "full"}
     if wanted is not None:
         mode = "lora_generator" if _lora(roles.fake_score) is None else "shared_base"
-        now = {"mode": mode, "lora_rank": wanted.rank, "lora_alpha": wanted.alpha}
+        now = {"mode": mode, "lora": [wanted.rank, wanted.alpha]}
     for name, value in now.items():
         if found[name] != value:
             raise UserError(f"memory.{name} was {found[name]!r} in that run and is {value!r} here; set it back")

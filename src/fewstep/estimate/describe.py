@@ -167,8 +167,8 @@ def _describe_memory(settings: TrainSettings, estimate: Estimate) -> list[str]:
     ]  # fmt: skip
     if estimate.peaks[PICTURES] > estimate.step:
         lines.append(
-            f"sample pictures need more: {estimate.peaks[PICTURES] / _GIB:.1f} GiB with run.sample_images="
-            f"{settings.run.sample_images}"
+            f"sample pictures need more: {estimate.peaks[PICTURES] / _GIB:.1f} GiB with run.samples="
+            f"{list(settings.run.samples)}"
         )
     return lines
 
@@ -216,7 +216,7 @@ def _describe_moves(settings: TrainSettings, estimate: Estimate) -> str:
     """What offloaded blocks cost."""
     moved = average_moves(settings, estimate)
     return (
-        f"memory.offload_blocks: {estimate.on_host / _GIB:.1f} GiB of the base stay in host memory, and {moved / 1e9:.3g} GB a step on average go "
+        f"memory.teacher='offloaded_blocks': {estimate.on_host / _GIB:.1f} GiB of the base stay in host memory, and {moved / 1e9:.3g} GB a step on average go "
         f"to the GPU, {moved / _PCIE:.2g} s at {_PCIE / 1e9:.0f} GB/s (PCIe 4.0 with 16 lanes, not measured), in which it does not compute"
     )
 
@@ -225,7 +225,9 @@ def _in_mode(settings: TrainSettings, mode: str) -> TrainSettings:
     """The settings in another memory mode; what only LoRAs allow is left out where whole networks are trained."""
     memory: dict[str, Any] = {"mode": mode}
     if mode == "full":
-        memory |= {"offload_blocks": False, "base": "fp32" if settings.memory.base == "fp32" else "bf16"}
+        if settings.memory.offload_blocks:
+            memory["teacher"] = "sharded"
+        memory |= {"base": "fp32" if settings.memory.base == "fp32" else "bf16"}
     return settings.model_copy(update={"memory": settings.memory.model_copy(update=memory)})
 
 

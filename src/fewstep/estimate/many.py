@@ -133,7 +133,7 @@ class Layout:
         """Whether a role ("teacher", "generator", "fake_score") lies in parts."""
         mode, place = self.settings.memory.mode, self.settings.memory.teacher
         if role == "teacher":
-            return place != "replicated"
+            return place in ("sharded", "offloaded")
         return mode == "full" or (mode == "lora_generator" and role == "fake_score")
 
     def memory(self) -> dict[str, float]:
@@ -145,7 +145,9 @@ class Layout:
         kinds, count = self.estimate.kinds[phase], self.estimate.parameters
         base = "fp32" if self.settings.memory.base == "fp32" else "bf16"  # quantised ones do not lie in parts
         teacher = count["teacher"] * DTYPES[base].itemsize
-        stays = {"sharded": self.share, "replicated": 1.0, "offloaded": 0.0}[self.settings.memory.teacher]
+        stays = {"sharded": self.share, "replicated": 1.0, "offloaded": 0.0, "offloaded_blocks": 1.0}[
+            self.settings.memory.teacher
+        ]
         trained = {role: count.get(role, 0) for role in ("generator", "fake_score")}
         own = {role: self.share if self.is_sharded(role) else 1.0 for role in trained}
         whole = sum(trained.values())

@@ -56,7 +56,7 @@ class Estimate:
         flops: by phase of a step, floating-point operations.
         forward_flops: of one sample's forward through the teacher, where pictures are rehearsed.
         parameters: of the teacher, of what each optimiser trains ("generator", "fake_score"), of the "discriminator".
-        moved: by phase of a step, bytes that are copied from host memory to the device (`memory.offload_blocks`).
+        moved: by phase of a step, bytes that are copied from host memory to the device (`memory.teacher = "offloaded_blocks"`).
         on_host: bytes of the base that lie in host memory.
     """
 

@@ -100,9 +100,8 @@ def run_figures(generator_folder: Path, card: ModelCard) -> list[tuple[str, str]
 def _best_figure(rows: Any, card: ModelCard) -> list[tuple[str, str]]:
     """The measurement made at the step this generator is from."""
     best = card.made_with.get("settings", {}).get("best", {})
-    of = (
-        f"{best.get('num_images', 'unrecorded number of')} images, features {Path(str(best.get('features', '?'))).name}"
-    )
+    features = (best.get("files") or [best.get("features", "?")])[0]  # a setting of its own in earlier versions
+    of = f"{best.get('num_images', 'unrecorded number of')} images, features {Path(str(features)).name}"
     step = card.made_with.get("num_steps")
     try:
         return [

@@ -55,7 +55,7 @@ class BaseStorage:
         found = _layers(network)
         whole = sum(part.numel() for block in network.blocks() for part in block.parameters())
         share = sum(layer.weight.numel() for layer in found.values()) / whole
-        setting = "memory.offload_blocks=true" if self.on_host else f"memory.base={self.base!r}"
+        setting = "memory.teacher='offloaded_blocks'" if self.on_host else f"memory.base={self.base!r}"
         if share < _SMALLEST_SHARE:
             raise UserError(
                 f"{setting} is for linear layers and 2-d convolutions of torch, which make {share:.0%} of this network's blocks: "

@@ -13,7 +13,15 @@ from fewstep.settings.train import (
     TrainSettings,
     refuse_unread,
 )
-from fewstep.settings.tree import Tree, describe_settings, flatten_settings, load_settings, parse_settings
+from fewstep.settings.tree import (
+    Tree,
+    describe_settings,
+    flatten_settings,
+    lay_over,
+    load_settings,
+    parse_settings,
+    renew_settings,
+)
 
 __all__ = [
     "BestSettings",
@@ -35,7 +43,9 @@ __all__ = [
     "Tree",
     "describe_settings",
     "flatten_settings",
+    "lay_over",
     "load_settings",
     "parse_settings",
     "refuse_unread",
+    "renew_settings",
 ]

@@ -1,17 +1,17 @@
 """Groups that `fewstep train` and `fewstep pretrain` share."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fewstep.errors import UserError
+from fewstep.settings.earlier import Earlier, entry
 from fewstep.settings.tree import Fraction, NonNegative, Positive, Tree
 
 
 class OptimizerSettings(Tree):
-    """AdamW; its learning rate belongs to each command."""
+    """AdamW; its learning rates belong to each command."""
 
-    generator_lr: float = Field(2e-6, gt=0, description="learning rate of the generator")
     warmup_steps: int = Field(500, ge=0, description="steps of linear warm-up, of all processes together")
     final_lr_fraction: Fraction = Field(
         1.0, description="the rate falls along a cosine to this share of itself at the end; 1: it stays"
@@ -26,7 +26,7 @@ class OptimizerSettings(Tree):
         return "constant" if self.final_lr_fraction == 1 else "cosine"
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """`decay` was a setting of its own: constant (which did not read the fraction), or cosine."""
         if "decay" not in values:
             return values
@@ -34,7 +34,7 @@ class OptimizerSettings(Tree):
         if values["decay"] == "constant":
             return {**kept, "final_lr_fraction": 1.0}
         if values["decay"] == "cosine":
-            return {"final_lr_fraction": 0.0, **kept}
+            return {"final_lr_fraction": under.get("final_lr_fraction", 0.0), **kept}
         raise UserError(
             f"optimizer.decay={values['decay']!r}: set optimizer.final_lr_fraction, 1 for a constant rate, 0 for a cosine to 0"
         )
@@ -70,7 +70,7 @@ class ComputeSettings(Tree):
     instead: ClassVar[dict[str, str]] = {"threads": "the environment's OMP_NUM_THREADS, or torch's choice without it"}
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """`threads` was a setting of its own."""
         return {key: value for key, value in values.items() if key != "threads"}
 
@@ -79,12 +79,27 @@ class RunSettings(Tree):
     """The run folder and what is written there, counted in steps."""
 
     folder: str = Field("", description="run folder, or a URL (s3://...) it is copied to; empty: runs/<recipe name>")
-    sample_every: Positive = Field(1000, description="steps between sample pictures")
+    samples: tuple[Positive, Annotated[Positive, Field(le=1024)]] = Field(
+        (1000, 64), description="steps between grids of sample pictures, and pictures in a grid"
+    )
     checkpoint_every: Positive = Field(
         1000, description="steps between checkpoints; a minute of training without one makes one, too"
     )
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
-    sample_images: Positive = Field(64, le=1024, description="pictures in a sample grid")
+
+    earlier: ClassVar[dict[str, Earlier]] = {
+        "sample_every": Earlier("samples", entry(0, 2)), "sample_images": Earlier("samples", entry(1, 2)),
+    }  # fmt: skip
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between grids of sample pictures."""
+        return self.samples[0]
+
+    @property
+    def sample_images(self) -> int:
+        """Pictures in a grid of samples."""
+        return self.samples[1]
 
     @property
     def log_every(self) -> int:
@@ -92,6 +107,6 @@ class RunSettings(Tree):
         return min(50, self.sample_every, self.checkpoint_every)
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """`log_every` and `tensorboard` were settings: the metrics of every step are written in any case, in both forms."""
         return {key: value for key, value in values.items() if key not in ("log_every", "tensorboard")}

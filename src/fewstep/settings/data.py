@@ -1,9 +1,10 @@
 """What is read: pictures, and for `fewstep train` prompts, latents and pairs too."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from fewstep.settings.earlier import Earlier
 from fewstep.settings.tree import Tree, renamed
 
 
@@ -30,7 +31,7 @@ class DataSettings(Tree):
         return self.column or "label"
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """`label_column` and `prompt_column` were two settings."""
         defaults = {"label_column": "label", "prompt_column": "text"}
         return renamed(values, defaults, "data.column")
@@ -39,6 +40,11 @@ class DataSettings(Tree):
 class TrainDataSettings(DataSettings):
     """What a distillation reads: pictures or latents for the GAN, prompts, noise-image pairs."""
 
+    images: str = Field(
+        "",
+        description="real data. Of classes: folder of pictures, parquet file, published LMDB (folder with data.mdb), URL of one (s3://...), or hub "
+        "data set id; of prompts: folder written by `fewstep prepare latents`",
+    )
     pairs: str = Field("", description="folder written by `fewstep prepare pairs`, for the regression loss")
     prompts: str = Field(
         "",
@@ -50,9 +56,8 @@ class TrainDataSettings(DataSettings):
     text_embeddings: Literal["stored", "computed"] = Field(
         "stored", description="stored: encode each prompt once, then free the text encoders; computed: at every step"
     )
-    latents: str = Field(
-        "", description="folder written by `fewstep prepare latents`: real data of a text-to-image GAN"
-    )
+
+    earlier: ClassVar[dict[str, Earlier]] = {"latents": Earlier("images", silent="")}
 
     @property
     def prompt_column(self) -> str:

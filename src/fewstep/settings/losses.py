@@ -1,10 +1,11 @@
 """The terms of a distillation: each with its weight and what belongs to it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fewstep.errors import UserError
+from fewstep.settings.earlier import Earlier, entry
 from fewstep.settings.tree import NonNegative, Tree
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys", "softened_reverse_kl"]
@@ -22,8 +23,10 @@ class LossSettings(Tree):
         "reverse_kl",
         description="what distribution matching makes smaller: reverse_kl is DMD; the others weigh each sample by the discriminator's ratio",
     )
-    gan_generator_weight: NonNegative = Field(0.0, description="weight of the generator's GAN loss")
-    gan_discriminator_weight: NonNegative = Field(0.0, description="weight of the discriminator's loss")
+    gan_weights: tuple[NonNegative, NonNegative] = Field(
+        (0.0, 0.0),
+        description="weights of the generator's GAN loss and of the discriminator's loss (published for ImageNet-64: 3e-3 and 1e-2)",
+    )
     gan_max_level_index: int = Field(
         999,
         ge=-1,
@@ -35,6 +38,23 @@ class LossSettings(Tree):
         description="the regression's distance is LPIPS with these: VGG16 state dict (vgg16-397923af.pth), LPIPS v0.1 heads "
         "(vgg.pth) and, for latents, a VAE that decodes them (e.g. a folder of TAESD) if not the teacher's; empty: pixels",
     )
+
+    earlier: ClassVar[dict[str, Earlier]] = {
+        "min_level_index": Earlier("level_indices", entry(0, 2)),
+        "max_level_index": Earlier("level_indices", entry(1, 2)),
+        "gan_generator_weight": Earlier("gan_weights", entry(0, 2)),
+        "gan_discriminator_weight": Earlier("gan_weights", entry(1, 2)),
+    }
+
+    @property
+    def gan_generator_weight(self) -> float:
+        """Of the generator's GAN loss."""
+        return self.gan_weights[0]
+
+    @property
+    def gan_discriminator_weight(self) -> float:
+        """Of the discriminator's loss."""
+        return self.gan_weights[1]
 
     @property
     def min_level_index(self) -> int:
@@ -67,21 +87,21 @@ class LossSettings(Tree):
         return self.lpips_files[2] if len(self.lpips_files) > 2 else ""
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`min_level_index` and `max_level_index` were two settings, LPIPS had four."""
-        return _renewed_lpips(_renewed_levels(values))
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+        """LPIPS had four settings."""
+        return _renewed_lpips(values, under)
 
     def impossible(self) -> str:
         """What does not go together, or nothing."""
         if not (self.distribution_matching_weight or self.gan_generator_weight or self.regression_weight):
             return (
-                "losses.distribution_matching_weight, losses.gan_generator_weight and losses.regression_weight "
+                "losses.distribution_matching_weight, losses.regression_weight and the first of losses.gan_weights "
                 "are all 0: the generator has nothing to learn from"
             )
         if self.gan_generator_weight and not self.gan_discriminator_weight:
             return (
-                "losses.gan_generator_weight is set but losses.gan_discriminator_weight is 0: "
-                "an untrained discriminator teaches nothing; set both (published: 3e-3 and 1e-2)"
+                f"losses.gan_weights={list(self.gan_weights)}: the generator's is set but the discriminator's is 0, and an "
+                "untrained discriminator teaches nothing; set both (published: [3e-3, 1e-2])"
             )
         if self.min_level_index > self.max_level_index:
             return f"losses.level_indices={list(self.level_indices)}: the lowest comes first"
@@ -91,7 +111,7 @@ class LossSettings(Tree):
             if not self.gan_discriminator_weight:
                 return (
                     f"losses.divergence={self.divergence!r} reads the discriminator's ratio and there is none: set "
-                    "losses.gan_generator_weight and losses.gan_discriminator_weight (published: 3e-3 and 1e-2)"
+                    "losses.gan_weights (published: [3e-3, 1e-2])"
                 )
             if self.gan_max_level_index < self.max_level_index:
                 return (
@@ -106,17 +126,7 @@ class LossSettings(Tree):
         return ""
 
 
-def _renewed_levels(values: dict[str, Any]) -> dict[str, Any]:
-    old = {"min_level_index": 20, "max_level_index": 980}
-    if not old.keys() & values.keys():
-        return values
-    if "level_indices" in values:
-        raise UserError("losses.level_indices is losses.min_level_index and losses.max_level_index: set it alone")
-    kept = {key: value for key, value in values.items() if key not in old}
-    return {**kept, "level_indices": [values.get(key, default) for key, default in old.items()]}
-
-
-def _renewed_lpips(values: dict[str, Any]) -> dict[str, Any]:
+def _renewed_lpips(values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
     files = ("vgg_weights", "lpips_weights", "regression_autoencoder")
     old = ("regression_distance", *files)
     if not set(old) & values.keys():
@@ -127,7 +137,7 @@ def _renewed_lpips(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"losses.regression_distance={distance!r}: set losses.lpips_files, or leave it empty for pixels"
         )
-    if distance == "pixel" or not (all(named[:2]) or values.get("regression_weight")):
+    if distance == "pixel" or not (all(named[:2]) or (under | values).get("regression_weight")):
         return kept
     if "lpips_files" in values:
         raise UserError("losses.lpips_files is all there is to set for LPIPS: leave out losses.regression_distance")

@@ -1,11 +1,12 @@
 """Everything `fewstep pretrain` reads."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
 from fewstep.settings.data import DataSettings
+from fewstep.settings.earlier import Earlier
 from fewstep.settings.tree import Fraction, NonNegative, Positive, Tree, note, without_unread
 
 
@@ -13,22 +14,24 @@ class PretrainDataSettings(DataSettings):
     """Pictures to train on."""
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """Earlier run folders hold settings of `fewstep train` that were never read."""
         unread = {"pairs": "", "prompts": "", "truncate_prompts": False, "text_embeddings": "stored", "latents": ""}
-        return super().renewed(without_unread(values, unread))
+        return super().renewed(without_unread(values, unread), under)
 
 
 class PretrainOptimizerSettings(OptimizerSettings):
     """AdamW of a teacher."""
 
-    generator_lr: float = Field(1e-3, gt=0, description="learning rate of the teacher")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
 
+    earlier: ClassVar[dict[str, Earlier]] = {"generator_lr": Earlier("lr")}
+
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """Earlier run folders hold the rate of a fake score."""
-        return super().renewed(without_unread(values, {"fake_score_lr": 2e-6}))
+        return super().renewed(without_unread(values, {"fake_score_lr": 2e-6}), under)
 
 
 class PretrainTrainingSettings(TrainingSettings):
@@ -37,9 +40,9 @@ class PretrainTrainingSettings(TrainingSettings):
     batch_size: Positive = Field(128, description="samples a step over all processes")
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         """Earlier run folders hold the generator's turns."""
-        return super().renewed(without_unread(values, {"generator_every": 5}))
+        return super().renewed(without_unread(values, {"generator_every": 5}), under)
 
 
 class PretrainNoiseSettings(Tree):

@@ -6,7 +6,7 @@ from os import PathLike, fspath
 from typing import Any, TypeVar
 
 from fewstep.errors import UserError
-from fewstep.settings import Tree, load_settings, parse_settings
+from fewstep.settings import Tree, lay_over, load_settings, parse_settings, renew_settings
 
 SettingsT = TypeVar("SettingsT", bound=Tree)
 
@@ -29,8 +29,9 @@ def gather_settings(
             return given
         values: dict[str, Any] = given.model_dump(mode="json", exclude_unset=True)
     elif isinstance(given, Mapping):
-        values = {}
-        changes = {**{key.replace("__", "."): _plain(value) for key, value in given.items()}, **changes}
+        values = renew_settings(
+            kind, _nested({key.replace("__", "."): _plain(value) for key, value in given.items()}), "settings"
+        )
     elif isinstance(given, str | PathLike):
         lines = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
         return load_settings(kind, fspath(given), lines)
@@ -39,9 +40,15 @@ def gather_settings(
             f"{type(given).__name__} is neither {kind.__name__} nor a dictionary nor the path of a recipe; see "
             "fewstep.load_settings"
         )
-    for key, value in changes.items():
+    return parse_settings(kind, lay_over(kind, values, _nested(changes), "settings"), "settings")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
         _set(values, key, value)
-    return parse_settings(kind, values, "settings")
+    return values
 
 
 def _plain(value: Any) -> Any:

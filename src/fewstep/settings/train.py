@@ -1,20 +1,47 @@
 """Everything `fewstep train` reads."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.errors import UserError
 from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
 from fewstep.settings.data import TrainDataSettings
+from fewstep.settings.earlier import Earlier, entry
 from fewstep.settings.losses import LossSettings
-from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note, renamed
+from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note
+
+Above0 = Annotated[float, Field(gt=0)]
+
+
+def _one_for_both(value: Any) -> Any:
+    """A single learning rate as that of every network."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, tuple) else (value, value)
 
 
 class TrainOptimizerSettings(OptimizerSettings):
     """AdamW, one for the generator and one for fake score and discriminator."""
 
-    fake_score_lr: float = Field(2e-6, gt=0, description="learning rate of fake score and discriminator")
+    lr: Annotated[tuple[Above0, Above0], BeforeValidator(_one_for_both)] = Field(
+        (2e-6, 2e-6),
+        description="learning rates of the generator, and of fake score and discriminator; one number is both",
+    )
+
+    earlier: ClassVar[dict[str, Earlier]] = {
+        "generator_lr": Earlier("lr", entry(0, 2)), "fake_score_lr": Earlier("lr", entry(1, 2)),
+    }  # fmt: skip
+
+    @property
+    def generator_lr(self) -> float:
+        """Of the generator."""
+        return self.lr[0]
+
+    @property
+    def fake_score_lr(self) -> float:
+        """Of fake score and discriminator."""
+        return self.lr[1]
 
 
 class TrainTrainingSettings(TrainingSettings):
@@ -60,6 +87,12 @@ class GeneratorSettings(Tree):
     )
 
 
+def _offloaded(teacher: Any, blocks: Any) -> Any:
+    """`offload_blocks` was a setting of its own."""
+    kept = "sharded" if teacher == "offloaded_blocks" else teacher
+    return kept if blocks is False else "offloaded_blocks"
+
+
 class MemorySettings(Tree):
     """How the three roles share memory."""
 
@@ -67,8 +100,9 @@ class MemorySettings(Tree):
         "full", description="full: three networks; lora_generator: generator is a LoRA on the frozen teacher; "
         "shared_base: generator and fake score are two LoRAs on one frozen teacher"
     )  # fmt: skip
-    lora_rank: Positive = Field(64, description="rank of each LoRA")
-    lora_alpha: float = Field(8.0, gt=0, description="its update is scaled by alpha / rank")
+    lora: tuple[Positive, Above0] = Field(
+        (64, 8.0), description="rank and alpha of each LoRA, whose update is scaled by alpha / rank"
+    )
     lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of each LoRA's inputs that a training step leaves out"
@@ -78,10 +112,11 @@ class MemorySettings(Tree):
         description="storage of weights that are never trained: the teacher's, which LoRAs sit on; int8 and nf4 with LoRAs alone, for its "
         "blocks' layers (nf4: linear ones); trained weights are fp32",
     )
-    teacher: Literal["sharded", "replicated", "offloaded"] = Field(
+    teacher: Literal["sharded", "replicated", "offloaded", "offloaded_blocks"] = Field(
         "sharded",
-        description="under torchrun: the teacher (which LoRAs sit on) in parts over the processes, whole in each, or in parts in "
-        "host memory; trained networks are always in parts",
+        description="where the teacher (which LoRAs sit on) lies: in parts over the processes of torchrun, whole in each, in parts in host memory, "
+        "or (under LoRAs, for one GPU too) its blocks in each process's host memory, from which each goes to the GPU where it is used; trained "
+        "networks are always in parts",
     )
     shard_over: int = Field(
         0,
@@ -89,28 +124,37 @@ class MemorySettings(Tree):
         description="under torchrun: processes (of one node) that share one copy of the networks; 0: all of them",
     )
     checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
-    offload_blocks: bool = Field(
-        False, description="keep the frozen base's blocks in host memory and copy each to the GPU where it is used"
-    )
 
-    @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`base` was called `frozen_precision`."""
-        return renamed(values, {"frozen_precision": "fp32"}, "memory.base")
+    earlier: ClassVar[dict[str, Earlier]] = {
+        "frozen_precision": Earlier("base"),
+        "lora_rank": Earlier("lora", entry(0, 2)),
+        "lora_alpha": Earlier("lora", entry(1, 2)),
+        "offload_blocks": Earlier("teacher", _offloaded, silent=False, together=True),
+    }
+
+    @property
+    def lora_rank(self) -> int:
+        """Of each LoRA."""
+        return self.lora[0]
+
+    @property
+    def lora_alpha(self) -> float:
+        """Of each LoRA, whose update is scaled by alpha / rank."""
+        return self.lora[1]
+
+    @property
+    def offload_blocks(self) -> bool:
+        """Whether the frozen base's blocks lie in host memory and go to the GPU one by one."""
+        return self.teacher == "offloaded_blocks"
 
     def refuse_parts(self, processes: int) -> None:
         """Raise UserError where a base would lie in parts over several processes that cannot."""
-        if processes == 1 or self.teacher == "replicated":
+        if processes == 1 or self.teacher in ("replicated", "offloaded_blocks"):
             return
         if self.is_quantised:
             raise UserError(
                 f"memory.base={self.base!r} lies whole in each of {processes} processes: set memory.teacher='replicated', or memory.base to "
                 "bf16 or fp32, which can lie in parts"
-            )
-        if self.offload_blocks:
-            raise UserError(
-                f"memory.offload_blocks=true keeps a whole base in host memory for each of {processes} processes: set memory.teacher="
-                "'replicated', or leave it out and set memory.teacher='offloaded', which keeps parts there"
             )
 
     @property
@@ -119,41 +163,70 @@ class MemorySettings(Tree):
         return self.base in ("int8", "nf4")
 
 
+_NONE = ["", ""]
+
+
+def _of_features(files: Any, features: Any) -> Any:
+    """`features` was a setting of its own, without which nothing was measured."""
+    return _NONE if features == "" else entry(0, 2)(files or _NONE, features)
+
+
+def _of_reference(files: Any, reference: Any) -> Any:
+    """`reference` was a setting of its own."""
+    return files if files == _NONE else entry(1, 2)(files or _NONE, reference)
+
+
 class BestSettings(Tree):
     """The best generator of a run by Frechet distance, kept beside the newest checkpoints; measured at every checkpoint."""
 
-    features: str = Field(
-        "",
-        description="feature network that decides: folder of `fewstep prepare features`, bundled:NAME or Inception; empty: "
-        "nothing is measured or kept",
+    files: tuple[str, ...] = Field(
+        (),
+        description="feature network that decides (folder of `fewstep prepare features`, bundled:NAME or Inception) and .npz of `fewstep "
+        "prepare statistics` made with it; empty: nothing is measured or kept",
     )
-    reference: str = Field("", description=".npz of `fewstep prepare statistics`")
     num_images: int = Field(1000, ge=50, description="generated pictures a measurement")
+
+    earlier: ClassVar[dict[str, Earlier]] = {
+        "features": Earlier("files", _of_features), "reference": Earlier("files", _of_reference),
+    }  # fmt: skip
+
+    def impossible(self) -> str:
+        """What does not go together, or nothing."""
+        if self.files and (len(self.files) != 2 or not all(self.files)):
+            return (
+                f"best.files={list(self.files)} must name two files, a feature network (folder of `fewstep prepare features`, bundled:NAME or "
+                "Inception) and the .npz of `fewstep prepare statistics`; empty measures nothing"
+            )
+        return ""
+
+    @property
+    def features(self) -> str:
+        """The feature network, or nothing."""
+        return self.files[0] if self.files else ""
+
+    @property
+    def reference(self) -> str:
+        """The .npz of the pictures to come near to, or nothing."""
+        return self.files[1] if self.files else ""
 
     @property
     def metric(self) -> str:
         """What decides: frechet_distance, or nothing."""
-        return "frechet_distance" if self.features else ""
+        return "frechet_distance" if self.files else ""
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`metric` was a setting of its own."""
-        if "metric" not in values:
-            return values
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+        """`metric` was a setting of its own; without features nothing was measured, whatever the reference."""
         kept = {key: value for key, value in values.items() if key != "metric"}
-        if values["metric"] == "":
-            return {key: value for key, value in kept.items() if key != "features"}
-        if values["metric"] != "frechet_distance":
+        if values.get("metric") == "" or kept.get("files") == _NONE:
+            kept = {**kept, "files": []} if under.get("files") else {k: v for k, v in kept.items() if k != "files"}
+        elif values.get("metric", "frechet_distance") != "frechet_distance":
             raise UserError(f"best.metric={values['metric']!r}: the Frechet distance is the one there is; leave it out")
-        if not (kept.get("features") and kept.get("reference")):
-            raise UserError(NEEDS)
+        elif "metric" in values and not (under | kept).get("files"):
+            raise UserError(
+                "best.metric='frechet_distance' needs best.files, a feature network and an .npz; it is itself no setting any more"
+            )
         return kept
-
-
-NEEDS = (
-    "best.metric='frechet_distance' needs best.features (a folder of `fewstep prepare features` or an Inception "
-    "file) and best.reference (an .npz of `fewstep prepare statistics`)"
-)
 
 
 NO_GPU = "moves blocks between host memory and a CUDA GPU, and this run is on none: leave it out"
@@ -178,7 +251,9 @@ class TrainSettings(Tree):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        reason = self.losses.impossible() or _impossible_memory(self) or _impossible_steps(self)
+        reason = (
+            self.losses.impossible() or _impossible_memory(self) or _impossible_steps(self) or self.best.impossible()
+        )
         if reason:
             raise ValueError(reason)
         return self
@@ -189,7 +264,7 @@ def _impossible_memory(settings: TrainSettings) -> str:
     if memory.base == "bf16" and compute.precision in ("fp32", "fp16"):
         return "memory.base='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
     if memory.offload_blocks and (reason := _impossible_offload(memory, compute)):
-        return f"memory.offload_blocks=true {reason}"
+        return f"memory.teacher='offloaded_blocks' {reason}"
     if memory.is_quantised and memory.mode == "full":
         return (
             f"memory.base={memory.base!r} is for a frozen base under LoRAs, and memory.mode='full' trains whole networks: set memory.mode to "
@@ -220,10 +295,7 @@ def _impossible_steps(settings: TrainSettings) -> str:
             "e.g. [999] or [999, 749, 499, 249]"
         )
     if generator.training_inputs == "noised_data" and not losses.gan_discriminator_weight:
-        return (
-            "generator.training_inputs='noised_data' reads the real batch of the GAN: set "
-            "losses.gan_discriminator_weight too"
-        )
+        return "generator.training_inputs='noised_data' reads the real batch of the GAN: set losses.gan_weights too"
     if (
         len(indices) != 1
         and losses.regression_weight
@@ -237,9 +309,9 @@ def _impossible_steps(settings: TrainSettings) -> str:
 
 
 _OF_PROMPTS = (
-    "teacher.resolution", "data.prompts", "data.truncate_prompts", "data.text_embeddings", "data.latents",
+    "teacher.resolution", "data.prompts", "data.truncate_prompts", "data.text_embeddings",
 )  # fmt: skip
-_OF_CLASSES = ("data.images", "data.split", "data.fit", "data.background", "data.flip")
+_OF_CLASSES = ("data.split", "data.fit", "data.background", "data.flip")
 
 
 def refuse_unread(settings: TrainSettings, takes_prompts: bool) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fewstep.errors import UserError
+from fewstep.settings.earlier import Earlier, renew_keys, today
 
 _MOST_PARTS = 100  # of a dotted key
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -28,15 +29,26 @@ class Tree(BaseModel):
     """The command whose settings these are, for the whole tree of one."""
     instead: ClassVar[dict[str, str]] = {}
     """What decides today where a key of earlier versions is gone."""
+    earlier: ClassVar[dict[str, Earlier]] = {}
+    """Keys of earlier versions that have another name today, or are an entry of a list."""
 
     @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """This group's values with the keys of earlier versions put where they belong now.
+    def renewed(cls, values: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+        """This group's values with what else earlier versions wrote put where it belongs now.
+
+        Args:
+            under: the group's values of a recipe that these are laid over.
 
         Raises:
             UserError: an earlier key has a value that cannot be carried over.
         """
         return values
+
+    @classmethod
+    def groups(cls) -> dict[str, type["Tree"]]:
+        """The groups of settings in this one, by name."""
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Tree)}
 
 
 def note(description: str) -> Any:
@@ -76,10 +88,7 @@ def parse_settings(
         UserError: an unknown key (with the nearest right one), a wrong type or an impossible combination; the
             message names `source` and the dotted key.
     """
-    try:
-        values = _renew(kind, values, "", tell)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    values = renew_settings(kind, values, source, tell)
     _refuse_unknown(kind, values, source)
     try:
         # JSON mode: lists become tuples and integers floats, which TOML and key=value cannot spell otherwise
@@ -99,10 +108,38 @@ def load_settings(
     Raises:
         UserError: the file is missing or not TOML, an override is not key=value, or validation fails.
     """
-    values = _read_recipe(Path(recipe), seen=())
+    values, changes = _read_recipe(kind, Path(recipe), (), tell), dict[str, Any]()
     for override in overrides or []:
-        _apply_override(values, override)
-    return parse_settings(kind, values, str(recipe), tell)
+        _apply_override(changes, override, values)
+    return parse_settings(kind, lay_over(kind, values, changes, str(recipe), tell), str(recipe))
+
+
+def renew_settings(
+    kind: type[Tree], values: dict[str, Any], source: str, tell: Tell | None = None, under: dict[str, Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A nested dict with the keys of earlier versions put where they belong now.
+
+    Args:
+        under: what it will be laid over, renewed; an earlier key then changes its part of that.
+
+    Raises:
+        UserError: an earlier key stands beside today's, or has a value that cannot be carried over; names `source`.
+    """
+    try:
+        return _renew(kind, values, "", tell, under)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def lay_over(
+    kind: type[Tree], values: dict[str, Any], changes: dict[str, Any], source: str, tell: Tell | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Renewed values with changes over them, in which earlier keys count as much as today's.
+
+    Raises:
+        UserError: as `renew_settings`.
+    """
+    return _merge(values, renew_settings(kind, changes, source, tell, under=values))
 
 
 def describe_settings(kind: type[Tree], prefix: str = "") -> list[tuple[str, str, str, str]]:
@@ -138,7 +175,7 @@ def flatten_settings(settings: Tree) -> dict[str, Any]:
     return flat
 
 
-def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_recipe(kind: type[Tree], path: Path, seen: tuple[Path, ...], tell: Tell | None) -> dict[str, Any]:
     if not path.is_file():
         wrong = "is no file" if path.exists() else "does not exist"
         raise UserError(f"recipe {path} {wrong}; the shipped ones lie in recipes/")
@@ -157,10 +194,11 @@ def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {path} cannot be read ({error.strerror or error})") from None
     parent = values.pop("extends", None)
     if parent is None:
-        return values
+        return renew_settings(kind, values, str(path), tell)
     if not isinstance(parent, str):
         raise UserError(f"recipe {path}: extends must name a recipe file")
-    return _merge(_read_recipe(path.parent / parent, (*seen, path.resolve())), values)
+    base = _read_recipe(kind, path.parent / parent, (*seen, path.resolve()), tell)
+    return lay_over(kind, base, values, str(path), tell)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +209,17 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str, recipe: dict[str, Any]) -> None:
+    """Put one `section.key=value` into the values that will be laid over a recipe's."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"{override!r} is not a setting: write section.key=value, e.g. training.batch_size=64")
     *sections, name = key.strip().split(".")
+    under: Any = recipe
     for section in sections:
         values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        under = under.get(section, {})
+        if not isinstance(values, dict) or not isinstance(under, dict):
             raise UserError(f"{override!r}: {section} is a value, not a section")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -187,18 +228,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = value if isinstance(value, str | int | float | list | dict) else text  # dates are text too
 
 
-def _renew(kind: type[Tree], values: dict[str, Any], prefix: str, tell: Tell | None) -> dict[str, Any]:
-    """The whole tree with keys of earlier versions put where they belong now."""
-    renewed = kind.renewed(values)
+def _renew(
+    kind: type[Tree], values: dict[str, Any], prefix: str, tell: Tell | None, under: dict[str, Any] | None
+) -> dict[str, Any]:  # fmt: skip
+    """A group and the groups in it with keys of earlier versions put where they belong now."""
+    renewed = kind.renewed(renew_keys(kind, values, under, prefix), under or {})
     gone = [f"{prefix}{key}" for key in values if key not in renewed]
-    new = [f"{prefix}{key} = {value!r}" for key, value in renewed.items() if key not in values]
+    new = [f"{prefix}{key} = {value!r}" for key, value in renewed.items() if key not in values or value != values[key]]
     if gone and tell is not None:
         new += [kind.instead[key] for key in values if key not in renewed and key in kind.instead]
         tell(f"{', '.join(gone)}: now {', '.join(new) or 'left out'}")
-    for key, value in renewed.items():
-        annotation: Any = kind.model_fields[key].annotation if key in kind.model_fields else None
-        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, Tree):
-            renewed = {**renewed, key: _renew(annotation, value, f"{prefix}{key}.", tell)}
+    for key, group in kind.groups().items():
+        value, below = renewed.get(key), None if under is None else under.get(key, {})
+        if isinstance(value, dict) and (below is None or isinstance(below, dict)):
+            renewed = {**renewed, key: _renew(group, value, f"{prefix}{key}.", tell, below)}
     return renewed
 
 
@@ -226,12 +269,14 @@ def _hint(kind: type["Tree"], group: type["Tree"], prefix: str, key: str, known:
         row[0].startswith(f"{key}.") for other in _other_commands(kind) for row in describe_settings(other)
     ):
         return _of_other_command(kind, key)
-    same_name = [dotted for dotted in sorted(known) if dotted.rsplit(".", 1)[-1] == key]
+    names = {dotted: dotted for dotted in sorted(known)} | today(kind)
+    same_name = [right for dotted, right in names.items() if dotted.rsplit(".", 1)[-1] == key]
     if same_name:
         return f"; did you mean {same_name[0]}?"
-    near = difflib.get_close_matches(key, list(group.model_fields), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*group.model_fields, *group.earlier], n=1, cutoff=0.6)
     if near:
-        return f"; did you mean {prefix}{near[0]}?"
+        right = group.earlier[near[0]].name if near[0] in group.earlier else near[0]
+        return f"; did you mean {prefix}{right}?"
     return _of_other_command(kind, f"{prefix}{key}")
 
 
@@ -253,5 +298,5 @@ def _explain(item: Any) -> str:
 
 
 def _sections_and_keys(kind: type[Tree]) -> set[str]:
-    keys = {row[0] for row in describe_settings(kind)}
+    keys = {row[0] for row in describe_settings(kind)} | today(kind).keys()
     return keys | {key.rsplit(".", 1)[0] for key in keys}

@@ -202,7 +202,7 @@ def open_teacher(settings: TrainSettings) -> Model:
         raise UserError("teacher.path is not set: name a model folder, an EDM .pkl or 'bundled:fashion-mnist'")
     named, place = settings.teacher, choose_device(settings.compute.device)
     if settings.memory.offload_blocks and place.type != "cuda":
-        raise UserError(f"memory.offload_blocks=true {NO_GPU}")
+        raise UserError(f"memory.teacher='offloaded_blocks' {NO_GPU}")
     teacher = load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
     if teacher.folder is not None:
         teacher.family.refuse_as_teacher(teacher.folder)

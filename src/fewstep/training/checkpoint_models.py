@@ -69,7 +69,7 @@ _Made = tuple[
 def _distillation(values: dict[str, Any], run: Path, device: str, precision: str) -> _Made:
     settings = parse_settings(TrainSettings, values, str(run / "settings.json"))
     compute = settings.compute.model_copy(update={"device": device, "precision": precision})
-    memory = settings.memory.model_copy(update={"base": "fp32", "offload_blocks": False})  # as an export is loaded
+    memory = settings.memory.model_copy(update={"base": "fp32", "teacher": "sharded"})  # as an export is loaded
     settings = settings.model_copy(update={"compute": compute, "memory": memory})
     teacher = open_teacher(settings)
     steps = build_step_schedule(settings, teacher.denoiser)

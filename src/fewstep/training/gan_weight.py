@@ -20,7 +20,7 @@ class GanWeight:
     """What was measured.
 
     Attributes:
-        equal_weight: losses.gan_generator_weight at which the GAN's gradient norm at the generator's output equals
+        equal_weight: first of losses.gan_weights, at which the GAN's gradient norm at the generator's output equals
             distribution matching's.
         distribution_matching_norm, gan_norm: mean norms behind it; the GAN's at weight 1.
         num_updates: generator updates they were averaged over.
@@ -47,10 +47,8 @@ def suggest_gan_weight(settings: TrainSettings, num_updates: int = 20, console: 
             "--suggest-gan-weight compares with distribution matching: set losses.distribution_matching_weight"
         )
     changed = losses.model_copy(
-        update={
-            "gan_generator_weight": _PROBE, "gan_discriminator_weight": losses.gan_discriminator_weight or 1e-2
-        }
-    )  # fmt: skip
+        update={"gan_weights": (_PROBE, losses.gan_discriminator_weight or 1e-2)},
+    )
     settings = settings.model_copy(update={"losses": changed})
     job = DistillationJob(settings, open_teacher(settings))
     every = settings.training.generator_every

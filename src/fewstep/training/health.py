@@ -11,7 +11,7 @@ LIMITS = {"saturation": (0.4, 1.6), "contrast": (0.5, 1.6), "diversity": (0.5, f
 _MEANING = {
     "saturation": "colours drift: lower teacher.guidance_scale or the learning rates",
     "contrast": "contrast drifts: lower teacher.guidance_scale or the learning rates",
-    "diversity": "the pictures become alike: raise training.generator_every, lower losses.gan_generator_weight or the rates",
+    "diversity": "the pictures become alike: raise training.generator_every, lower the first of losses.gan_weights or the rates",
 }
 
 

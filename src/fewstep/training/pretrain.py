@@ -73,7 +73,7 @@ class Pretraining:
             self.denoiser.compile_network()
         parameters, rates = dict(self.denoiser.named_parameters()), settings.optimizer
         scale = LossScale.of(self.denoiser.compute_dtype, self.device)
-        self.update = build_update(parameters, rates.generator_lr, rates, scale)
+        self.update = build_update(parameters, rates.lr, rates, scale)
 
     def step(self, step: int, progress: float) -> dict[str, Tensor]:
         """One update on one batch of real pictures."""

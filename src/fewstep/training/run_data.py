@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.listing import is_metadata, is_picture, walk_files
+from fewstep.data.shard_folder import is_shard_folder
 from fewstep.errors import UserError
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import resolve_path
@@ -19,7 +20,8 @@ from fewstep.formats.source import Source
 
 FILE = "data.json"
 # settings that name data
-SOURCES = ("teacher.path", "teacher.loras", "data.images", "data.prompts", "data.latents", "data.pairs")
+SOURCES = ("teacher.path", "teacher.loras", "data.images", "data.prompts", "data.pairs")
+_BEFORE = {"data.latents": "data.images"}  # as earlier versions noted them
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def read_contents(values: dict[str, Any]) -> dict[str, Content]:
 
 def _content(key: str, value: str | Sequence[str]) -> Content:
     """Of one source, or of a list of LoRAs with their strengths; of a teacher's run folder the teacher alone counts."""
-    if isinstance(value, str) and key == "data.images":
+    if isinstance(value, str) and key == "data.images" and not is_shard_folder(data_path(value)):
         return read_content(value, _is_of_pictures)
     if isinstance(value, str) and key == "teacher.path":
         folder = Source.parse(value).of_role("teacher")
@@ -150,7 +152,10 @@ def _read(path: Path) -> dict[str, Content]:
     if not path.is_file():
         return {}
     try:
-        noted = {key: Content(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        noted = {
+            _BEFORE.get(key, key): Content(**value)
+            for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+        }
         for key, content in noted.items():
             if not re.fullmatch("[0-9a-f]{32}", content.fingerprint) or type(content.num_files) is not int:
                 raise ValueError(f"{key} has no fingerprint")

@@ -22,7 +22,7 @@ LOCK = ".lock"
 # what may change between the sessions of one run
 _FREE = (
     "run.", "best.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes",
-    "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over", "memory.offload_blocks",
+    "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over",
 )  # fmt: skip
 _held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
 

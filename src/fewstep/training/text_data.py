@@ -9,6 +9,7 @@ from torch import Tensor
 from fewstep.data.images import data_order
 from fewstep.data.latents import StoredEmbeddings, StoredLatents, check_latents_fit
 from fewstep.data.prompts import load_prompts
+from fewstep.data.shard_folder import is_shard_folder
 from fewstep.data.waiting import WAITING
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
@@ -60,17 +61,17 @@ def open_prompts(settings: TrainSettings, teacher: Model, folder: Path) -> Condi
     Raises:
         UserError: no prompts, one that is too long, stored embeddings of another encoder, more than is stored unasked.
     """
-    if not settings.data.prompts and settings.data.latents:
+    if not settings.data.prompts and settings.data.images:
         stored = _open_stored_latents(settings, teacher)
-        tell(f"data.prompts is not set: the prompts are the {len(stored):,} captions of {settings.data.latents}")
+        tell(f"data.prompts is not set: the prompts are the {len(stored):,} captions of {settings.data.images}")
         return _captions(settings, teacher, stored)
     if not settings.data.prompts:
         raise UserError(
             "data.prompts is not set: a text-to-image run needs prompts (.txt, .parquet, .pkl or a captioned folder), or "
-            "data.latents, whose captions then serve"
+            "data.images, a folder of `fewstep prepare latents`, whose captions then serve"
         )
     path = data_path(settings.data.prompts)
-    if (path / "manifest.json").is_file():
+    if is_shard_folder(path):
         return stored_prompts(teacher, path)
     prompts, truncate = load_prompts(path, settings.data.prompt_column), settings.data.truncate_prompts
     if settings.data.text_embeddings == "computed":
@@ -94,17 +95,23 @@ def open_latents(settings: TrainSettings, teacher: Model) -> RealLatents:
     Raises:
         UserError: none given, or of another VAE, encoder or resolution than the teacher's.
     """
-    if not settings.data.latents:
+    if not settings.data.images:
         raise UserError(
-            "data.latents is not set: the GAN of a text-to-image run reads real latents; make them with "
-            "`fewstep prepare latents`, or set losses.gan_generator_weight=0 and losses.gan_discriminator_weight=0"
+            "data.images is not set: the GAN of a text-to-image run reads real latents; make them with "
+            "`fewstep prepare latents`, or set losses.gan_weights=[0, 0]"
         )
     stored, training = _open_stored_latents(settings, teacher), settings.training
     return RealLatents(stored, _captions(settings, teacher, stored), training.seed, training.batch_size)
 
 
 def _open_stored_latents(settings: TrainSettings, teacher: Model) -> StoredLatents:
-    stored = StoredLatents(data_path(settings.data.latents))
+    folder = data_path(settings.data.images)
+    if folder.exists() and not is_shard_folder(folder):
+        raise UserError(
+            f"data.images={settings.data.images} is no folder of latents, which a text-to-image run reads: make one of these pictures with "
+            f"`fewstep prepare latents {settings.teacher.path} FOLDER --images {settings.data.images}`, and name FOLDER"
+        )
+    stored = StoredLatents(folder)
     check_latents_fit(
         stored, vae_fingerprint=vae_fingerprint(teacher.components), text_fingerprint=text_fingerprint(teacher.components),
         latent_shape=teacher.denoiser.image_shape,
@@ -121,7 +128,7 @@ def _captions(settings: TrainSettings, teacher: Model, stored: StoredLatents) ->
         return teacher.conditioner.table(source, teacher.size, source.empty)
     if settings.data.text_embeddings != "computed":
         raise UserError(
-            f"data.latents={settings.data.latents} holds its captions as text: set data.text_embeddings='computed', which "
+            f"data.images={settings.data.images} holds its captions as text: set data.text_embeddings='computed', which "
             "encodes them at each step, or prepare the latents again with --captions embeddings"
         )
     _encoders_that_stay(settings, teacher)

@@ -188,14 +188,9 @@ def watch_for_best(job: GeneratorJob, settings: TrainSettings, folder: Path, con
     """Measures at every checkpoint by the settings of `best.*` and keeps the best generator in `best/`.
 
     Raises:
-        UserError: features or reference are missing, or do not belong together.
+        UserError: features or reference cannot be read, or do not belong together.
     """
     best = settings.best
-    if not best.features or not best.reference:
-        raise UserError(
-            "best.metric='frechet_distance' needs best.features (a folder of `fewstep prepare features` or an Inception "
-            "file) and best.reference (an .npz of `fewstep prepare statistics`)"
-        )
     network, reference = load_features(best.features, job.device), FeatureStatistics.load(best.reference)
     measure = figures_of_samples(job, network, reference, num_images=best.num_images)
     due = every_steps(settings.run.checkpoint_every)

@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.data.images import ImageDataset, load_images
+from fewstep.data.shard_folder import is_shard_folder
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.evaluation.features import extract_features, load_features
 from fewstep.evaluation.measure import evenly
 from fewstep.evaluation.neighbours import distances_between
 from fewstep.evaluation.real_pictures import features_of_images
-from fewstep.evaluation.report.run_files import Run, open_picture, single_pictures
+from fewstep.evaluation.report.run_files import Run, open_picture, sampled, single_pictures
 from fewstep.evaluation.report.sections import PromptCards, Section, Table
+from fewstep.formats.remote import data_path
 from fewstep.progress import Stderr, busy
 from fewstep.settings import DataSettings, parse_settings
 
@@ -75,7 +77,9 @@ def memorisation_sections(run: Run, features: str, images: str = "", device: str
     data = {name: data[name] for name in DataSettings.model_fields if name in data} | (
         {"images": images} if images else {}
     )
-    if not data.get("images"):
+    if not data.get("images") or (
+        not images and is_shard_folder(data_path(data["images"]))
+    ):  # latents, of a run with prompts
         raise UserError(f"{run.folder}: its settings name no real pictures (data.images); give --images")
     settings = parse_settings(DataSettings, data, "settings.json of the run")
     step, last = run.samples[-1]
@@ -126,8 +130,8 @@ def _row(name: str, found: Nearest) -> list[str]:
 def _stacked(run: Run, path: Path) -> Tensor:
     """The single pictures of a sample grid, (N, 3, H, W) in [-1, 1]."""
     singles = single_pictures(run, open_picture(path))
-    if singles[0].width != singles[0].height or len(singles) != run.settings.get("run.sample_images"):
-        raise UserError(f"{path} is not a grid of run.sample_images square pictures; leave --neighbours out")
+    if singles[0].width != singles[0].height or len(singles) != sampled(run):
+        raise UserError(f"{path} is not a grid of square pictures, as many as run.samples says; leave --neighbours out")
     return torch.stack([_tensor(one) for one in singles])
 
 

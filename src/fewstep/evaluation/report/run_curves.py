@@ -170,11 +170,9 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
         return []
     counts = sorted({int(row["num_images"]) for row in run.figures[name] if "num_images" in row})
     settings = run.settings
-    if name == "best.json" and settings.get("best.features"):
-        how = (
-            f"{settings.get('best.num_images')} images, features {settings['best.features']}, reference "
-            f"{settings.get('best.reference')}, seed 1"
-        )
+    if name == "best.json" and settings.get("best.files"):
+        features, reference = settings["best.files"]
+        how = f"{settings.get('best.num_images')} images, features {features}, reference {reference}, seed 1"
     else:
         how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, features and reference not recorded here"
     known = any(f"{DISTANCE}_low" in row for row in run.figures[name])

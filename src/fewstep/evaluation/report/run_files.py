@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.evaluation.scores import SCORES, Score, is_number, parse_scores
 from fewstep.formats.json_files import read_json_object
+from fewstep.settings import PretrainSettings, TrainSettings, renew_settings
 
 WATCHED = ("curve.json", "best.json")  # files of points that training itself measured
 
@@ -63,7 +65,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder.resolve().name, folder, metrics,
         {name: _points(folder / name) for name in WATCHED if (folder / name).is_file()},
-        generated or taught, _flat(_object(folder / "settings.json")),
+        generated or taught, _settings(_object(folder / "settings.json")),
         [f"step {row['step']}: {row.get('alarm')}" for row in _json_lines(folder / "alarms.jsonl")],
         _scores(folder / SCORES), _numbers(folder / "sample_statistics.jsonl"),
         {name: value for name, value in _object(folder / "teacher_statistics.json").items() if is_number(value)},
@@ -82,15 +84,16 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except Image.DecompressionBombError:
-        raise UserError(f"{path} has too many pixels for a page; move it away and lower run.sample_images") from None
+        raise UserError(
+            f"{path} has too many pixels for a page; move it away and lower the second of run.samples"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from error
 
 
 def single_pictures(run: Run, grid: Image.Image) -> list[Image.Image]:
     """The pictures of one of the run's sample grids; the whole grid where its columns are not those of the settings."""
-    noted = run.settings.get("run.sample_images")
-    count = noted if isinstance(noted, int) and noted > 0 else 1
+    count = sampled(run) or 1
     columns = min(10, count)
     rows = -(-count // columns)
     width, height = (grid.width + 1) // columns - 1, (grid.height + 1) // rows - 1
@@ -98,6 +101,21 @@ def single_pictures(run: Run, grid: Image.Image) -> list[Image.Image]:
         return [grid]
     corners = [(place % columns * (width + 1), place // columns * (height + 1)) for place in range(count)]
     return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
+
+
+def sampled(run: Run) -> int:
+    """Pictures in each of the run's sample grids, 0 where its settings do not say."""
+    noted = run.settings.get("run.samples")
+    count = noted[1] if isinstance(noted, list) and len(noted) == 2 else 0
+    return count if isinstance(count, int) and count > 0 else 0
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """By dotted name of today, whatever version wrote them."""
+    kind = PretrainSettings if "network" in values else TrainSettings
+    with suppress(UserError, TypeError, AttributeError):  # no report depends on them
+        values = renew_settings(kind, values, "settings.json")
+    return _flat(values)
 
 
 def _samples(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -56,7 +56,7 @@ def _samples(run: Run, of: str, most_bytes: int) -> list[Section]:
         return [film]
     step, last = run.samples[-1]
     pair = [shrunk(open_picture(path), SLIDER_SIDE) for path in (last, run.teacher_samples)]
-    if pair[0].size != pair[1].size:  # run.sample_images may change between the sessions of a run
+    if pair[0].size != pair[1].size:  # run.samples may change between the sessions of a run
         return [film]
     generator, teacher = (data_url(picture, most_bytes // 4) for picture in pair)
     return [
