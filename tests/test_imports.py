@@ -22,7 +22,8 @@ LAYERS = [  # top to bottom
     {"networks"},
     {"formats", "data"},
     {"diffusion", "losses", "devices"},
-    {"settings", "parallel", "progress"},
+    {"settings", "shared_work", "progress"},
+    {"parallel"},
     {"errors"},
 ]
 LEVEL = {room: -number for number, layer in enumerate(LAYERS) for room in layer}

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewstep.parallel import by_the_first, rank
+from fewstep.parallel import rank
 from fewstep.preparation import latents
 from fewstep.preparation.captioned_jobs import EmbeddingsOptions, LatentsOptions, make_embeddings, make_latents
+from fewstep.shared_work import by_the_first
 from tests.data.test_captioned_images import write_folder
 from tests.tiny_models import tiny_sd_folder
 

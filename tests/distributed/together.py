@@ -31,10 +31,11 @@ from fewstep.errors import UserError
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.edm.family import EDMFamily
 from fewstep.formats.tensor_files import write_tensor_file
-from fewstep.parallel import by_the_first, is_first, joined, rank, world_size
+from fewstep.parallel import is_first, joined, rank, world_size
 from fewstep.preparation import pairs
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.settings import OptimizerSettings
+from fewstep.shared_work import by_the_first
 from fewstep.training import saving
 from fewstep.training.checkpoint import list_checkpoints
 from fewstep.training.saving import Saver

@@ -15,7 +15,8 @@ import torch
 from fewstep import __version__
 from fewstep.devices import choose_device, choose_precision
 from fewstep.errors import UserError
-from fewstep.parallel import PATIENCE, exchange_seconds, gathered, joined, refuse_unshared, wait_for_all, world_size
+from fewstep.parallel import PATIENCE, exchange_seconds, gathered, joined, wait_for_all, world_size
+from fewstep.shared_work import refuse_unshared
 
 WAIT_SECONDS = 60  # unless the environment says more
 MEGABYTES, TIMES = 64, 3  # of one exchange, and how many are timed

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
-from fewstep.parallel import agreed, by_the_first, is_first, rank, receive, send_to_the_first, world_size
+from fewstep.parallel import agreed, is_first, rank, receive, send_to_the_first, world_size
+from fewstep.shared_work import by_the_first
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

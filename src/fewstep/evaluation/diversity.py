@@ -17,8 +17,9 @@ from fewstep.evaluation.speed import teacher_named_by
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.perceptual import LPIPS, load_lpips
-from fewstep.parallel import by_the_first, shared_out, world_size
+from fewstep.parallel import world_size
 from fewstep.progress import Report, busy, working
+from fewstep.shared_work import by_the_first, shared_out
 
 SEEDS = 4  # pictures of each prompt
 OWN, TEACHERS, RATIO = "lpips_diversity", "teacher_lpips_diversity", "lpips_diversity_ratio"

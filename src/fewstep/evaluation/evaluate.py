@@ -27,9 +27,10 @@ from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import file_digest
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
-from fewstep.parallel import agreed, by_all, by_the_first, joined, rank, refuse_differences, world_size
+from fewstep.parallel import agreed, joined, rank, world_size
 from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
+from fewstep.shared_work import by_all, by_the_first, refuse_differences
 
 if TYPE_CHECKING:
     from fewstep.evaluation.clip_score import ClipScore

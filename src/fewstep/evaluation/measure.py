@@ -23,8 +23,8 @@ from fewstep.evaluation.prompt_scores import TextMetric, TextScores
 from fewstep.evaluation.protocol import Sampler, model_sampler
 from fewstep.formats.pixels import to_pictures
 from fewstep.models.model import Model
-from fewstep.parallel import shared_out
 from fewstep.progress import Report
+from fewstep.shared_work import shared_out
 
 FEATURES = "frechet_distance"  # features are kept under the value that is computed from them
 Rows = dict[str, Tensor]  # what is kept of pictures, by name: a row for each, in their order

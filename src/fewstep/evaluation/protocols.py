@@ -15,8 +15,8 @@ from fewstep.evaluation.measure import FEATURES, Look, Rows, distance_of, joined
 from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextScores
-from fewstep.parallel import shared_out
 from fewstep.progress import Report
+from fewstep.shared_work import shared_out
 
 INCEPTION, INCEPTION_SHA256 = (
     "inception-2015-12-05",

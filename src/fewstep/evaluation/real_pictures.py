@@ -21,9 +21,10 @@ from fewstep.evaluation.features import FeatureNetwork
 from fewstep.evaluation.measure import Rows, dataset_features
 from fewstep.evaluation.protocols import Protocol, coco_features
 from fewstep.formats.remote import data_path
-from fewstep.parallel import agreed, by_the_first, refuse_differences, world_size
+from fewstep.parallel import agreed, world_size
 from fewstep.progress import Report, say, working
 from fewstep.settings import DataSettings
+from fewstep.shared_work import by_the_first, refuse_differences
 
 
 def features_of_images(

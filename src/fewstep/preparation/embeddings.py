@@ -16,9 +16,10 @@ from fewstep.data.shard_folder import write_tensors
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
-from fewstep.parallel import by_the_first, rank, world_size
+from fewstep.parallel import rank, world_size
 from fewstep.preparation.shards import begin, fill
 from fewstep.progress import tell
+from fewstep.shared_work import by_the_first
 
 _WORTH_SAYING = 0.1  # gigabytes
 

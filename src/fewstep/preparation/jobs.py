@@ -17,13 +17,14 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.remote import data_path
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
-from fewstep.parallel import agreed, joined, refuse_differences
+from fewstep.parallel import agreed, joined
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.features import accuracy, train_feature_network
 from fewstep.preparation.pairs import prepare_pairs
 from fewstep.preparation.stored_prompts import stored_prompts
 from fewstep.progress import Stderr, busy, say, working
 from fewstep.settings import DataSettings, parse_settings
+from fewstep.shared_work import refuse_differences
 
 console = Stderr()
 

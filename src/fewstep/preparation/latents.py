@@ -24,9 +24,10 @@ from fewstep.formats.lmdb import LATENTS as LMDB_LATENTS
 from fewstep.formats.lmdb import LmdbArrays
 from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.text_encoders import TextEncoders
-from fewstep.parallel import by_all, by_the_first, rank, world_size
+from fewstep.parallel import rank, world_size
 from fewstep.preparation.embeddings import PromptTable, announce_size, check_prompt
 from fewstep.preparation.shards import begin
+from fewstep.shared_work import by_all, by_the_first
 
 Report = Callable[[int, int | None], None]
 Captions = Literal["embeddings", "text"]

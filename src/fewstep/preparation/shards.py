@@ -8,7 +8,8 @@ from typing import Any
 
 from fewstep.data.shard_folder import MANIFEST, ShardKind, start_or_continue, write_manifest
 from fewstep.formats.remote import refuse_url
-from fewstep.parallel import agreed, by_all, by_the_first, rank, refuse_differences, refuse_unshared, world_size
+from fewstep.parallel import agreed, rank, world_size
+from fewstep.shared_work import by_all, by_the_first, refuse_differences, refuse_unshared
 
 
 def begin(

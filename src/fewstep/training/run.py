@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 
 from fewstep.errors import UserError
-from fewstep.parallel import agreed, by_the_first, joined, local_batch, refuse_differences, refuse_unshared, world_size
+from fewstep.parallel import agreed, joined, local_batch, world_size
 from fewstep.progress import Stderr, busy, say
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, refuse_unread
 from fewstep.settings.python import gather_settings
+from fewstep.shared_work import by_the_first, refuse_differences, refuse_unshared
 from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob

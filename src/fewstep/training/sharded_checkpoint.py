@@ -18,7 +18,8 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.fingerprints import file_digest
 from fewstep.formats.tensor_files import first_line
-from fewstep.parallel import agreed, by_the_first, gathered, rank
+from fewstep.parallel import agreed, gathered, rank
+from fewstep.shared_work import by_the_first
 
 
 def write_parts(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], group: Any) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from fewstep.data.waiting import WAITING
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
-from fewstep.parallel import agreed, by_the_first, gathered, is_first, wait_for_all, world_size
+from fewstep.parallel import agreed, gathered, is_first, wait_for_all, world_size
 from fewstep.progress import Stderr, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
+from fewstep.shared_work import by_the_first
 from fewstep.training.checkpoint import (
     list_checkpoints,
     random_state,

@@ -19,9 +19,10 @@ from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
-from fewstep.parallel import agreed, by_the_first
+from fewstep.parallel import agreed
 from fewstep.progress import Report, Stderr
 from fewstep.settings import TrainSettings
+from fewstep.shared_work import by_the_first
 from fewstep.training.generator_job import GeneratorJob
 
 BEST = "best"
