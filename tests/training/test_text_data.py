@@ -141,7 +141,7 @@ def latents_of(model: Path, folder: Path, kind: str) -> Path:
     return folder / "latents"
 
 
-GAN = {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2}
+GAN = {"gan_weights": [5e-3, 1e-2]}
 
 
 def without_list(model: Path, folder: Path, latents: Path, **data: object) -> TrainSettings:

@@ -487,9 +487,9 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "changes"),
     [
-        ("training", {"num_steps": 9}), ("training", {"time_limit_minutes": 2.0}), ("run", {"sample_every": 7}),
+        ("training", {"num_steps": 9}), ("training", {"time_limit_minutes": 2.0}), ("run", {"samples": (7, 64)}),
         ("run", {"keep_checkpoints": 5}), ("compute", {"device": "cpu"}),
-        ("compute", {"precision": "fp32"}), ("optimizer", {"generator_lr": 1e-7}),
+        ("compute", {"precision": "fp32"}), ("optimizer", {"lr": (1e-7, 2e-6)}),
     ],
 )  # fmt: skip
 def test_settings_that_may_change_between_sessions(tmp_path: Path, section: str, changes: dict[str, Any]) -> None:
