@@ -76,12 +76,12 @@ def test_the_curve_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     assert point_images(path, 400) == [300]
 
 
-def test_the_end_of_training_is_left_to_the_last_figures() -> None:
+def test_the_curve_has_the_end_of_training() -> None:
     due, points = while_training(60.0, 4), []
     for step, seconds in enumerate(range(2, 66, 2), start=1):
         if due(step, float(seconds), points[-1] if points else None):
             points.append(Point(step, float(seconds), {}))
-    assert [point.seconds for point in points] == [2.0, 16.0, 30.0, 46.0]
+    assert [point.seconds for point in points] == [2.0, 16.0, 30.0, 46.0, 60.0]
     assert while_training(60.0, 4)(1, 70.0, None)  # one slow step
 
 

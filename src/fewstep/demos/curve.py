@@ -1,5 +1,6 @@
 """Quality against training time: a `Watch` that says what it measures, and on how many pictures."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fewstep.training.watch import NUM_IMAGES, Due, Point, Watch, every_seconds,
 
 def watch_quality(
     job: GeneratorJob, bench: Bench, path: Path, due: Due, console: Console, *, num_images: int, earlier_images: int,
-    batch_size: int,
+    batch_size: int, keep: Callable[[int], object] | None = None,
 ) -> Watch:  # fmt: skip
     """Measures the generator in training on `num_images` pictures; an interrupted run goes on with as many as it had.
 
@@ -21,6 +22,7 @@ def watch_quality(
         path: of the points.
         earlier_images: behind the points of a file that does not say.
         batch_size: pictures made at once.
+        keep: called with the step where a point is the best so far; saves the generator.
     """
     counts = point_images(path, earlier_images) if path.is_file() else []
     num_images = counts[-1] if counts else num_images
@@ -28,15 +30,17 @@ def watch_quality(
         job, bench.classifier, bench.reference, num_images=num_images, batch_size=batch_size,
         report=partial(lines, console, f"measuring {num_images:,} pictures"),
     )  # fmt: skip
-    return Watch(measure, path, due, console=console)
+    return Watch(measure, path, due, keep=keep, console=console)
 
 
 def while_training(limit_seconds: float, num_points: int) -> Due:
-    """At the first step and evenly from there on, not at the end: there the last figures are measured."""
+    """At the first step, evenly from there on, and at the end, once."""
     evenly = every_seconds(max(3.0, limit_seconds / num_points))
 
     def due(step: int, seconds: float, last: Point | None) -> bool:
-        return last is None or (seconds < limit_seconds and evenly(step, seconds, last))
+        if last is None or seconds < limit_seconds:
+            return last is None or evenly(step, seconds, last)
+        return last.seconds < limit_seconds
 
     return due
 

@@ -94,8 +94,8 @@ FACTS = DemoFacts(
         "Real pictures: Noto Emoji, Google, Apache-2.0.",
     ],
     next_commands=[
-        ('fewstep sample {folder} --prompt "red apple, food & drink" --out apple', "make a picture of your own"),
-        ("fewstep export {folder} {folder}/lora --as lora", "the LoRA for diffusers, with a model card"),
+        ('fewstep sample {model} --prompt "red apple, food & drink" --out apple', "make a picture of your own"),
+        ("fewstep export {model} {folder}/lora --as lora", "the LoRA for diffusers, with a model card"),
         ("fewstep text-quickstart --minutes 30 --folder runs/text-quickstart-30", "the same with more patience"),
         ("fewstep train recipes/emoji_sdxl_dmd2_4step_lora.toml", "a larger teacher of the same pictures"),
         ("fewstep train recipes/sdxl_dmd2_4step_one_gpu.toml --dry-run", "what a teacher of 2.6 billion parameters would need"),

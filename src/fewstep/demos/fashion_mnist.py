@@ -1,4 +1,4 @@
-"""The quick start of classes: 28x28 pictures of clothes from a teacher of 35 evaluations, in one evaluation."""
+"""The quick start of classes: 28x28 pictures of clothes from a teacher of 35 evaluations, in two."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     verdict = "at or below" if generator.frechet_distance <= teacher.frechet_distance else "above"
     return [
         (f"{result.speedup:.0f}x", "the teacher's images per second"),
-        (f"{generator.evaluations_per_image}", f"evaluation per picture instead of {teacher.evaluations_per_image}"),
+        (f"{generator.evaluations_per_image}", f"evaluations per picture instead of {teacher.evaluations_per_image}"),
         (
             f"{generator.frechet_distance:.2f}",
             f"Frechet distance, {verdict} the teacher's {teacher.frechet_distance:.2f}",
@@ -62,7 +62,7 @@ def _save(folder: Path, result: Result) -> None:
     few = SHOWN_ROWS * columns
     made = {
         f"teacher, {result.teacher.evaluations_per_image} evaluations": shown.teacher[:few],
-        f"generator, {result.generator.evaluations_per_image} evaluation": shown.generator[:few],
+        f"generator, {result.generator.evaluations_per_image} evaluations": shown.generator[:few],
     }
     save_comparison(folder / "side_by_side.png", [Block(names, {"real": real} | made)])
 
@@ -81,7 +81,7 @@ def _real_pictures(count: int) -> tuple[Tensor, list[str]]:
 
 FACTS = DemoFacts(
     name="fashion-mnist",
-    title="One step instead of 35: Fashion-MNIST, distilled on this machine",
+    title="Two steps instead of 35: Fashion-MNIST, distilled on this machine",
     measured=5_000, curve_points=10, curve_images=2_000, shown=60, sampled=60, fewest=300, batch_size=250,
     columns={"images_per_second": "images/s", "frechet_distance": "Frechet distance"},
     tiles=_tiles,
@@ -93,7 +93,7 @@ FACTS = DemoFacts(
     ],
     facts=lambda result: ["Pictures: Fashion-MNIST, Zalando Research, MIT licence."],
     next_commands=[
-        ("fewstep sample {folder}/generator --num-images 100 --grid clothes.png", "make more pictures"),
+        ("fewstep sample {model} --num-images 100 --grid clothes.png", "make more pictures"),
         ("fewstep quickstart --minutes 30 --folder runs/quickstart-30", "the same with more patience"),
         ("fewstep pretrain recipes/my_pictures.toml data.images=MY_FOLDER", "train a teacher on your own pictures"),
         ("fewstep train recipes/my_pictures_dmd2.toml data.images=MY_FOLDER", "distil it"),

@@ -38,7 +38,7 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.run import prepare_run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import run_job
-from fewstep.training.watch import DISTANCE, NUM_IMAGES, Watch
+from fewstep.training.watch import BEST, DISTANCE, NUM_IMAGES, Watch
 
 MOST_TIMES, TIMING_SECONDS = 20, 1.0  # a generator's pictures take a moment: they are made again until a second is full
 
@@ -69,6 +69,7 @@ class Result:
     Attributes:
         teacher: quality as shipped, speed as measured here.
         teacher_on_curve: the teacher's distance from about as many pictures as a point of the curve has.
+        generator: of the lowest point of the curve, measured again from other noise.
         curve: the points, [minutes, distance, number of pictures].
     """
 
@@ -104,7 +105,7 @@ class DemoFacts:
         pictures: the page's pictures.
         curve_note: what else there is to say about the curve.
         facts: further lines, from the result.
-        next_commands: (command, what it does); {folder} is the run's.
+        next_commands: (command, what it does); {folder} is the run's, {model} the generator's.
         data: settings of [data] that the recipe cannot know.
     """
 
@@ -180,13 +181,14 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
     curve = watch_quality(
         job, bench, folder / "curve.json", while_training(minutes * 60, counts.curve_points), console,
         num_images=counts.curve_images, earlier_images=facts.curve_images, batch_size=facts.batch_size,
+        keep=lambda step: job.save_result(folder / BEST, step),
     )  # fmt: skip
     say(console, f"Distilling for {minutes:g} minutes; pictures appear in {folder / 'samples'}")
-    exported = run_job(job, settings, folder, watches=(curve,), console=console)
+    exported = best_generator(folder, curve, run_job(job, settings, folder, watches=(curve,), console=console), console)
     generator = load_generator(exported, device=settings.compute.device, precision=settings.compute.precision)
     result = _measure(facts, settings, bench, teacher, generator, counts, curve, console)
     facts.save_pictures(folder, result)
-    path = write_report(folder / "report.html", facts.title, _sections(facts, result, folder))
+    path = write_report(folder / "report.html", facts.title, _sections(facts, result, folder, exported))
     spent = (time.perf_counter() - started) / 60
     figures = {
         "teacher": result.teacher.to_dict(), "generator": result.generator.to_dict(), "real": result.real.to_dict(),
@@ -197,6 +199,16 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
     _print_table(console, facts, result)
     say(console, f"{spent:.1f} minutes in all. Open {path.resolve()}")
     return path
+
+
+def best_generator(folder: Path, curve: Watch, last: Path, console: Console) -> Path:
+    """Folder of the generator whose point of the curve is the lowest; `last`, the one at the end, where none was kept."""
+    kept = folder / BEST / last.name
+    if not (kept / "fewstep.json").is_file():
+        return last
+    lowest = min(curve.points, key=lambda point: point.figures[DISTANCE])
+    say(console, f"The generator after {lowest.minutes:.1f} minutes has the lowest distance of {len(curve.points)}: {kept}")
+    return kept
 
 
 def _fit_to_machine(
@@ -242,10 +254,9 @@ def _measure(
         [point.minutes, point.figures[DISTANCE], point.figures.get(NUM_IMAGES, facts.curve_images)]
         for point in curve.points
     ]
-    minutes = max([settings.training.time_limit_minutes, *(point[0] for point in points)])
     return Result(
         settings, shipped.having(images_per_second=shown.speeds[0]), on_curve, figure.having(images_per_second=shown.speeds[1]),
-        bench.real(), shown, [*points, [minutes, figure.frechet_distance, figure.num_images]], len(bench.prompts),
+        bench.real(), shown, points, len(bench.prompts),
     )  # fmt: skip
 
 
@@ -287,7 +298,7 @@ def _timed(
     return images, Value(times * count / max(seconds, 1e-9), times * count)
 
 
-def _sections(facts: DemoFacts, result: Result, folder: Path) -> list[Section]:
+def _sections(facts: DemoFacts, result: Result, folder: Path, model: Path) -> list[Section]:
     return [
         Tiles(facts.tiles(result)), *facts.pictures(result), quality_curve(result),
         Table(
@@ -301,7 +312,7 @@ def _sections(facts: DemoFacts, result: Result, folder: Path) -> list[Section]:
             warnings=[line for found in (result.teacher, result.generator) for line in found.cautions()],
         ),
         Facts([*_run_facts(result), *facts.facts(result)]),
-        Commands([(command.format(folder=folder), meaning) for command, meaning in facts.next_commands]),
+        Commands([(command.format(folder=folder, model=model), meaning) for command, meaning in facts.next_commands]),
     ]  # fmt: skip
 
 
@@ -314,15 +325,15 @@ NOTES = (
 def quality_curve(result: Result) -> Curve:
     """The generator's distance over training time, with what it is compared with."""
     points = [(minutes, distance) for minutes, distance, _ in result.curve]
-    counts = sorted({int(count) for _, _, count in result.curve[:-1]})
-    on_curve, last = result.teacher_on_curve, int(result.curve[-1][2])
+    counts = sorted({int(count) for _, _, count in result.curve})
+    on_curve = result.teacher_on_curve
     marks = [("teacher", on_curve.frechet_distance)]
     if "frechet_distance" in result.real.values:
         marks.append(("real pictures", result.real.frechet_distance))
     return Curve(
         "Quality against training time", [Series("generator", points)], "minutes of training", "Frechet distance", marks,
-        f"{' or '.join(f'{count:,}' for count in counts) or 'No'} pictures behind each point, {last:,} behind the last, "
-        f"{on_curve.num_images:,} behind the teacher's line.",
+        f"{' or '.join(f'{count:,}' for count in counts) or 'No'} pictures behind each point, {on_curve.num_images:,} behind the "
+        "teacher's line. The generator of the lowest point is kept; its figures on this page are from other noise.",
     )  # fmt: skip
 
 

@@ -119,9 +119,12 @@ def extract_features(network: FeatureNetwork, batches: Iterable[Tensor], device:
 
 
 def has_model_type(folder: Path) -> bool:
-    """Whether a folder's config.json is one of transformers, of whatever kind."""
+    """Whether a folder's config.json is one of transformers, of whatever kind; a damaged one is none."""
     path = folder / "config.json"
-    return path.is_file() and "model_type" in read_json_object(path)
+    try:
+        return path.is_file() and "model_type" in read_json_object(path)
+    except UserError:
+        return False
 
 
 @torch.no_grad()
