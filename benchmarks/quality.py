@@ -207,6 +207,7 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
     )
     for line in (COLUMNS, ["---"] * len(COLUMNS), *table(shown)):
         print("| " + " | ".join(line) + " |")
+    options.folder.mkdir(parents=True, exist_ok=True)
     write_page(options.folder / f"{options.contest}-{options.images}.html", contest, shown)
     return shown
 

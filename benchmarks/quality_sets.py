@@ -26,8 +26,18 @@ from fewstep.settings import TrainSettings, load_settings
 ROOT = Path(__file__).parents[1]
 PAIRS = "PAIRS"  # stands for the folder of the set's noise-image pairs, which are made when first asked for
 
+_ONE_STEP = {
+    "generator.training_inputs": "simulated",
+    "optimizer.lr": [4e-4, 1e-3],
+}  # the quick start's rates until it had two
 VARIANTS: dict[str, dict[str, Any]] = {
     "shipped": {},
+    "one-step-999": {"generator.step_indices": [999], **_ONE_STEP},
+    "one-step-500": {"generator.step_indices": [500], **_ONE_STEP},
+    "in-turn-1e-4-4e-4": {"generator.training_inputs": "simulated", "optimizer.lr": [1e-4, 4e-4]},
+    "lr-1e-4-4e-4": {"optimizer.lr": [1e-4, 4e-4]},
+    "lr-5e-5-4e-4": {"optimizer.lr": [5e-5, 4e-4]},
+    "lr-5e-5-1e-3": {"optimizer.lr": [5e-5, 1e-3]},
     "every-1": {"training.generator_every": 1},
     "every-5": {"training.generator_every": 5},
     "no-gan": {"losses.gan_weights": [0.0, 0.0]},
@@ -130,7 +140,7 @@ def _bundled_text(folder: Path, **changes: Any) -> Contest:
 def _one_step_text(folder: Path) -> Contest:
     contest = _bundled_text(folder)
     contest.name, contest.recipe = "emoji-one-step", ROOT / "recipes/emoji_dmd2_1step.toml"
-    contest.always = {"run.sample_every": 10**6}
+    contest.always = {"run.sample_every": 10**6, "training.time_limit_minutes": 0}
     return contest
 
 

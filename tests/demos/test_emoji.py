@@ -157,7 +157,7 @@ def test_a_bundled_teacher_is_a_text_teacher_everywhere(shipped: Path, tmp_path:
 
 
 RECIPES = {
-    "emoji_dmd2_4step_lora": (999, 749, 499, 249), "emoji_dmd2_4step": (999, 749, 499, 249), "emoji_dmd2_1step": (999,),
+    "emoji_dmd2_4step_lora": (999, 749, 499, 249), "emoji_dmd2_4step": (999, 749, 499, 249), "emoji_dmd2_1step": (599,),
     "emoji_sdxl_dmd2_4step_lora": (999, 749, 499, 249), "emoji_sdxl_dmd2_1step": (399,),
 }  # fmt: skip
 RECIPE_FOLDER = Path(__file__).parents[2] / "recipes"
