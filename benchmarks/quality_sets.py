@@ -49,7 +49,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constant-rate": {"optimizer.final_lr_fraction": 1.0},
     "long-average": {"generator.ema_half_life_images": 16_000},
     "all-levels": {"losses.level_indices": [20, 980]},
-    "regression": {"losses.regression_weight": 0.25, "data.pairs": PAIRS},
+    "one-step-500-regression": {
+        "generator.step_indices": [500],
+        **_ONE_STEP,
+        "losses.regression_weight": 0.25,
+        "data.pairs": PAIRS,
+    },
 }
 
 

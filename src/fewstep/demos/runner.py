@@ -207,7 +207,10 @@ def best_generator(folder: Path, curve: Watch, last: Path, console: Console) -> 
     if not (kept / "fewstep.json").is_file():
         return last
     lowest = min(curve.points, key=lambda point: point.figures[DISTANCE])
-    say(console, f"The generator after {lowest.minutes:.1f} minutes has the lowest distance of {len(curve.points)}: {kept}")
+    say(
+        console,
+        f"The generator after {lowest.minutes:.1f} minutes has the lowest distance of {len(curve.points)}: {kept}",
+    )
     return kept
 
 
