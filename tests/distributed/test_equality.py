@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.equality import changed, trained
 from tests.distributed.processes import run_processes
+from tests.distributed.traps import TRAPS
 
 CI = ["edm/2/replicated/0", "edm hellinger/2/sharded/0", "sd3 shared_base/1/sharded/0"]
 KINDS = [
@@ -53,3 +54,13 @@ def test_every_family_mode_and_split(processes: int, tmp_path: Path) -> None:
         4: ["1/sharded/0", "2/sharded/2"],
     }
     compare(processes, [f"{kind}/{split}" for kind in KINDS for split in splits[processes]], tmp_path)
+
+
+@pytest.mark.long
+def test_each_trap_is_seen(tmp_path: Path) -> None:
+    """With a fault put in, what two processes find is not what one does."""
+    ended = run_processes(2, "-m", "tests.distributed.traps", str(tmp_path), timeout=3000)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+    for name, (case, _) in TRAPS.items():
+        with pytest.raises(AssertionError):
+            equal_to_one(tmp_path / f"{name}.safetensors", [case])
