@@ -113,7 +113,9 @@ def test_an_interrupted_run_measures_the_same(teacher_folder: Path, pictures: Pa
 
 
 def test_best_needs_features_and_reference(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"best\.metric='frechet_distance' needs best\.features .* and best\.reference"):
+    with pytest.raises(
+        UserError, match=r"best\.metric='frechet_distance' needs best\.files, a feature network and an \.npz"
+    ):
         tiny_train_settings(teacher_folder, pictures, tmp_path / "run", best={"metric": "frechet_distance"})
     assert not (tmp_path / "run").exists()
 

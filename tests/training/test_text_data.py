@@ -69,7 +69,7 @@ def test_text_encoders_leave_memory_once_prompts_are_stored(model: Path, tmp_pat
     assert ("encoders" in vars(job.best_generator().conditioner)) == kept
 
 
-@pytest.mark.parametrize(("base", "most"), [("int8", 0.01), ("nf4", 0.15)])
+@pytest.mark.parametrize(("base", "most"), [("int8", 0.01), ("nf4", 0.25)])
 def test_text_encoders_that_stay_are_stored_as_the_base(model: Path, tmp_path: Path, base: str, most: float) -> None:
     """Their linear layers in 8 or 4 bits, the embeddings near float32's; those that are freed encode in float32 before."""
     prompts, index = ["red cat", "a dog"], torch.arange(2)

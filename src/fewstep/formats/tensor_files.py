@@ -112,8 +112,10 @@ def write_tensor_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            found = whole(tensors[name]).detach().to(device="cpu", dtype=kinds[name]).contiguous()
-            file.write(found.view(-1).view(torch.uint8).numpy().data)
+            found = whole(tensors[name]).detach().to(device="cpu", dtype=kinds[name]).contiguous().view(-1)
+            if found.stride(0) != 1:  # one value, or none, that an expanded tensor left: contiguous, yet no bytes
+                found = found.clone(memory_format=torch.contiguous_format)
+            file.write(found.view(torch.uint8).numpy().data)
             del found  # before the next one is put together
 
 

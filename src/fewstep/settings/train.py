@@ -224,7 +224,7 @@ class BestSettings(Tree):
             raise UserError(f"best.metric={values['metric']!r}: the Frechet distance is the one there is; leave it out")
         elif "metric" in values and not (under | kept).get("files"):
             raise UserError(
-                "best.metric='frechet_distance' needs best.files, a feature network and an .npz; it is itself no setting any more"
+                "best.metric='frechet_distance' needs best.files, a feature network and an .npz, and is then left out: best.files alone says it"
             )
         return kept
 
