@@ -282,13 +282,13 @@ def test_pad_centres_on_black(size: tuple[int, int], box: tuple[int, int, int, i
 @pytest.mark.parametrize(
     ("fit", "size", "message"),
     [
-        ("exact", (16, 17), "picture p has 16x17 pixels, the model 16x16; data.fit='crop' resizes larger pictures, "
+        ("exact", (16, 17), "picture p has 16x17 pixels, the model 16x16; data.fit='crop' (--fit crop) resizes larger pictures, "
          "data.fit='pad' pads smaller ones"),
         ("exact", (8, 8), "picture p has 8x8 pixels, the model 16x16; data.fit='crop'"),
         ("pad", (17, 8), "picture p has 17x8 pixels, the model 16x16: data.fit='pad' cannot shrink it; "
-         "use data.fit='crop'"),
+         "use data.fit='crop' (--fit crop)"),
         ("crop", (40, 15), "picture p has 40x15 pixels, the model 16x16: it would have to be enlarged; use larger "
-         "pictures, a model of lower resolution, or data.fit='pad'"),
+         "pictures, a model of lower resolution, or data.fit='pad' (--fit pad)"),
     ],
 )  # fmt: skip
 def test_pictures_that_do_not_fit_are_named(fit: Any, size: tuple[int, int], message: str) -> None:

@@ -209,16 +209,18 @@ def fit_picture(picture: Image.Image, resolution: int, fit: Fit, name: str) -> I
         return picture
     size = f"picture {name} has {width}x{height} pixels, the model {resolution}x{resolution}"
     if fit == "exact":
-        raise UserError(f"{size}; data.fit='crop' resizes larger pictures, data.fit='pad' pads smaller ones")
+        raise UserError(
+            f"{size}; data.fit='crop' (--fit crop) resizes larger pictures, data.fit='pad' pads smaller ones"
+        )
     if fit == "pad":
         if max(width, height) > resolution:
-            raise UserError(f"{size}: data.fit='pad' cannot shrink it; use data.fit='crop'")
+            raise UserError(f"{size}: data.fit='pad' cannot shrink it; use data.fit='crop' (--fit crop)")
         padded = Image.new(picture.mode, (resolution, resolution))
         padded.paste(picture, ((resolution - width) // 2, (resolution - height) // 2))
         return padded
     if min(width, height) < resolution:
         raise UserError(
-            f"{size}: it would have to be enlarged; use larger pictures, a model of lower resolution, or data.fit='pad'"
+            f"{size}: it would have to be enlarged; use larger pictures, a model of lower resolution, or data.fit='pad' (--fit pad)"
         )
     scale = resolution / min(width, height)
     new = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
