@@ -206,6 +206,20 @@ def test_tars_of_mixed_formats_in_a_folder_of_any_name(tmp_path: Path) -> None:
     )
 
 
+def test_tars_of_splits_are_not_one_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(["train-000.tar", "val-000.tar", "train-001.tar"]):
+        write_tar(tmp_path / name, [name], first=number)
+
+    def captions(split: str) -> list[str]:
+        return [row.caption for row in open_captioned_images(str(tmp_path), split=split).rows(0)]
+
+    assert captions("train") == ["train-000.tar", "train-001.tar"]
+    assert f"{tmp_path}: 2 tars (split train of train, val)" in capsys.readouterr().err
+    assert captions("validation") == ["val-000.tar"]
+    with pytest.raises(UserError, match="has the splits train, val and no split 'test'"):
+        captions("test")
+
+
 def test_a_tar_of_negative_size_is_refused_at_once(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", ["one"])
     content = bytearray(path.read_bytes())

@@ -74,6 +74,13 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     assert load_prompts(tmp_path) == ["first", "second", "third"]
 
 
+def test_tables_of_a_split_are_no_prompts_of_another(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write(tmp_path / f"data/{name}.parquet", [name])
+    assert load_prompts(tmp_path) == ["train-00000-of-00001"]
+
+
 @pytest.mark.parametrize(
     ("suffix", "empty"),
     [

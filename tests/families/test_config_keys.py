@@ -148,6 +148,21 @@ def test_a_samplers_own_settings_change_nothing(models: Path, tmp_path: Path) ->
 # --- Classes a folder names, code it brings, weights it stores otherwise
 
 
+def test_nothing_but_the_folders_weights_is_loaded(models: Path, tmp_path: Path) -> None:
+    """transformers adds an adapter that lies beside them, in some versions to the base that it names, and kernels of the hub."""
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    for name in ("_attn_implementation", "attn_implementation"):
+        text = json.loads((models / "sd/text_encoder/config.json").read_text())
+        (folder / "text_encoder/config.json").write_text(json.dumps({**text, name: "someone/kernels"}))
+        with pytest.raises(UserError, match=f"config.json has {name}='someone/kernels', code of the hub"):
+            recognise(folder).text_encoders(folder)
+    shutil.copyfile(models / "sd/text_encoder/config.json", folder / "text_encoder/config.json")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(models / "sdxl/text_encoder"), "r": 4}
+    (folder / "text_encoder/adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match=r"text_encoder has an adapter beside its weights \(adapter_config.json\)"):
+        recognise(folder).text_encoders(folder)
+
+
 def test_no_code_of_a_folder_is_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A .py beside every component, an auto_map in every config, and nobody is asked on standard input."""
     canary = tmp_path / "canary"

@@ -76,15 +76,17 @@ def test_peft_round_trip_has_alpha_multiplied_in(tmp_path: Path) -> None:
         torch.testing.assert_close(back.state[name], value)
 
 
-@pytest.mark.parametrize("source", ["ours", "diffusers", "peft", "keys"])
+@pytest.mark.parametrize("source", ["ours", "diffusers", "a network of diffusers", "peft", "keys"])
 def test_alpha_of_peft_files(tmp_path: Path, source: str) -> None:
     lora, header = some_lora(), {}
-    prefix = "base_model.model." if source == "peft" else "unet."
+    prefix = {"peft": "base_model.model.", "a network of diffusers": ""}.get(source, "unet.")
     tensors = {f"{prefix}{name.removeprefix('network.')}": value for name, value in lora.state.items()}
     if source == "ours":
         header = {"lora": json.dumps({"rank": 3, "alpha": 2.0, "targets": []})}
     elif source == "diffusers":
         header = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 2})}
+    elif source == "a network of diffusers":  # as its save_lora_adapter writes
+        header = {"lora_adapter_metadata": json.dumps({"r": 3, "lora_alpha": 2})}
     elif source == "peft":
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 2}))
     else:

@@ -242,7 +242,7 @@ def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
     [
         ("sdxl_lightning_4step_unet.safetensors", "lightning"), ("Hyper-SDXL-1step-Unet.safetensors", "hyper"),
         ("sdxl_turbo_1step.safetensors", "turbo"), ("lcm_4step_lora.safetensors", "lcm"), ("tcd-4steps.safetensors", "tcd"),
-        ("my_own_4step.safetensors", ""),
+        ("my_own_4step.safetensors", ""), ("sdxl_4step_unet.safetensors", ""),
     ],
 )  # fmt: skip
 def test_files_of_other_methods_ask_for_their_steps(
@@ -336,17 +336,17 @@ def test_refuses_a_lora_for_another_base(tmp_path: Path, bases: dict[str, Path])
     teacher = fewstep.load_teacher(bases["sdxl"], device="cpu")
     role = SharedBase(teacher.denoiser, LoraShape(rank=4, alpha=8.0)).add_role("generator")
     lora = lora_from_state(role.adapter_state(), 4, 8.0)
-    write_kohya_lora(tmp_path / "4step_lora.safetensors", lora, {})
-    refused(tmp_path / "4step_lora.safetensors", tmp_path / "out", "is a LoRA for another base", base=bases["sd"])
-    tensors = load_file(tmp_path / "4step_lora.safetensors")
+    write_kohya_lora(tmp_path / "dmd2_4step_lora.safetensors", lora, {})
+    refused(tmp_path / "dmd2_4step_lora.safetensors", tmp_path / "out", "is a LoRA for another base", base=bases["sd"])
+    tensors = load_file(tmp_path / "dmd2_4step_lora.safetensors")
     name = next(name for name in tensors if "to_q" in name and name.endswith("lora_down.weight"))
-    save_file({**tensors, name: torch.ones(4, 999)}, tmp_path / "4step_wide.safetensors")
+    save_file({**tensors, name: torch.ones(4, 999)}, tmp_path / "dmd2_4step_wide.safetensors")
     refused(
-        tmp_path / "4step_wide.safetensors", tmp_path / "out", "is a LoRA for another base: 1 of its", "to_q",
+        tmp_path / "dmd2_4step_wide.safetensors", tmp_path / "out", "is a LoRA for another base: 1 of its", "to_q",
         base=bases["sdxl"],
     )  # fmt: skip
-    save_file({**tensors, name: tensors[name] / 0}, tmp_path / "4step_inf.safetensors")
-    refused(tmp_path / "4step_inf.safetensors", tmp_path / "out", "infinite or NaN", "to_q", base=bases["sdxl"])
+    save_file({**tensors, name: tensors[name] / 0}, tmp_path / "dmd2_4step_inf.safetensors")
+    refused(tmp_path / "dmd2_4step_inf.safetensors", tmp_path / "out", "infinite or NaN", "to_q", base=bases["sdxl"])
 
 
 @pytest.mark.parametrize(

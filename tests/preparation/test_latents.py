@@ -19,7 +19,7 @@ from fewstep.networks.text_encoders import TextEncoders
 from fewstep.preparation import embeddings
 from fewstep.preparation import latents as module
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
-from tests.data.test_captioned_images import write_folder, write_tar
+from tests.data.test_captioned_images import png, write_folder, write_tar
 from tests.lmdb_files import write_lmdb
 from tests.tiny_models import MAX_TOKENS, tiny_sd_folder
 
@@ -326,3 +326,35 @@ def test_a_changed_deviation_is_noticed(job: dict[str, Any], tmp_path: Path) -> 
     folder = prepare_latents(folder=tmp_path / "spread", keep_spread=True, **job)
     with pytest.raises(UserError, match="spread was True, is None"):
         prepare_latents(folder=folder, **job)
+
+
+def test_the_same_pictures_elsewhere_go_on_and_others_are_noticed(job: dict[str, Any], tmp_path: Path) -> None:
+    """By what lies in the folder, not by how it is called; what is not yet stored may still be mended."""
+    source = write_folder(tmp_path / "here", CAPTIONS[:6])
+
+    def again(source: Path, folder: str = "out") -> Path:
+        return prepare_latents(folder=tmp_path / folder, **{**job, "source": open_captioned_images(str(source))})
+
+    (source / "005.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"005\.png .* does not decode"):
+        again(source)
+    source = source.rename(tmp_path / "there")
+    (source / "005.png").write_bytes(png(5, size=32))
+    again(source)
+    (source / "001.png").write_bytes(png(1, size=32))
+    with pytest.raises(
+        UserError, match=r"out: pictures or captions among those of rows 0 to 3 of .*there were changed after"
+    ):
+        again(source)
+    (source / "006.png").write_bytes(png(6))
+    with (source / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "006.png", "text": "new"}\n')
+    with pytest.raises(UserError, match=r"out holds other latents: images was .*'6 pictures, .*'7 pictures, "):
+        again(source)
+    tar = write_tar(tmp_path / "a.tar", ["a", "b"])
+    again(tar, "tars")
+    tar = tar.rename(tmp_path / "b.tar")
+    again(tar, "tars")
+    write_tar(tar, ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"tars holds other latents: images was .*'1 files, "):
+        again(tar, "tars")

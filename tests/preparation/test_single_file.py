@@ -13,6 +13,7 @@ from torch import Tensor
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.single_file import single_file_tensors
+from fewstep.families.registry import family_named
 from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
 from fewstep.preparation.convert import convert_weights
 from fewstep.preparation.single_file import read_model_file, single_file_to_folder
@@ -48,7 +49,7 @@ def test_a_config_folder_needs_no_weights(folders: dict[str, Path], tensors: Any
             copy.write_bytes(path.read_bytes())
     extras = {
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
-        "model_ema.decay": torch.tensor(0.5), "alphas_cumprod": torch.ones(3),
+        "model_ema.decay": torch.tensor(0.5), "betas": torch.ones(3), "scale_factor": torch.tensor(0.18215),
     }  # fmt: skip
     save_file({**{k: v.half() for k, v in tensors["sd"].items()}, **extras}, tmp_path / "m.safetensors")
     made = single_file_to_folder(tmp_path / "m.safetensors", tmp_path / "configs", tmp_path / "out")
@@ -113,9 +114,38 @@ def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensor
     own = discrete_alphas_cumprod(json.loads((folders["sd"] / "scheduler/scheduler_config.json").read_text()))
     save_file({**tensors["sd"], "alphas_cumprod": own.half()}, path)
     single_file_to_folder(path, folders["sd"], tmp_path / "same")
-    save_file({**tensors["sd"], "alphas_cumprod": own - own[-1]}, path)
-    with pytest.raises(UserError, match=r"its noise schedule .alphas_cumprod. is another than that of the base's"):
+    for other in (own - own[-1], own[::4].contiguous()):
+        save_file({**tensors["sd"], "alphas_cumprod": other}, path)
+        with pytest.raises(UserError, match=r"its noise schedule .alphas_cumprod. is another than that of the base's"):
+            single_file_to_folder(path, folders["sd"], tmp_path / "other")
+
+
+def test_latents_of_another_scale_are_refused(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """The LDM code keeps the scale in the file where it was measured rather than set."""
+    path = tmp_path / "m.safetensors"
+    save_file({**tensors["sd"], "scale_factor": torch.tensor(0.22)}, path)
+    with pytest.raises(UserError, match=r"its latents are multiplied by 0\.22 \(scale_factor\), those of .* 0\.18215"):
         single_file_to_folder(path, folders["sd"], tmp_path / "other")
+
+
+def test_clip_skip_of_the_header_is_honoured(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """As sd-scripts writes it: 2 is the layer before the last, with the last normalisation, as diffusers has clip_skip=1."""
+    path, notes = tmp_path / "m.safetensors", list[str]()
+    save_file(tensors["sd"], path, metadata={"modelspec.encoder_layer": "2"})
+    made = single_file_to_folder(path, folders["sd"], tmp_path / "out", notes.append)
+    assert notes == ["its text encoder without the last 1 of its layers, as m.safetensors says (clip skip)"]
+    whole, found = (family_named("sd").text_encoders(folder) for folder in (folders["sd"], made))
+    encoder: Any = whole.modules[0]
+    tokens = whole._pipeline.tokenizer(
+        ["a cat"], padding="max_length", max_length=whole.max_tokens, return_tensors="pt"
+    )
+    states = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
+    expected = getattr(encoder, "text_model", encoder).final_layer_norm(states[-2])
+    torch.testing.assert_close(found.encode(["a cat"]).text, expected)
+    assert not torch.equal(expected, whole.encode(["a cat"]).text)
+    save_file(tensors["sd"], path, metadata={"modelspec.encoder_layer": "penultimate"})
+    with pytest.raises(UserError, match=r"its header says modelspec\.encoder_layer='penultimate'"):
+        read_model_file(path)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import resource
@@ -20,10 +21,12 @@ from fewstep.formats import atomic
 from fewstep.formats.atomic import remove_leftovers
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import (
+    Progress,
     list_checkpoints,
     module_tensors,
     random_state,
     read_checkpoint,
+    read_progress,
     restore_module,
     restore_random_state,
     write_checkpoint,
@@ -356,6 +359,23 @@ def test_another_network_is_named(tmp_path: Path) -> None:
     tensors = module_tensors("generator", nn.Linear(2, 2))
     with pytest.raises(UserError, match="the checkpoint's generator is another network"):
         restore_module("generator", nn.Linear(3, 2), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"step": 3}, "state.json says that it is of step 3"), ({"step": True}, "another shape"),
+        ({"elapsed_seconds": math.nan}, "another shape"), ({"elapsed_seconds": -1.0}, "another shape"),
+    ],
+)  # fmt: skip
+def test_how_far_a_run_was_is_believed_only_where_it_can_be(
+    tmp_path: Path, change: dict[str, float], told: str
+) -> None:
+    state = {"phase": "training", "elapsed_seconds": 1.5, "step": 2}
+    path = write_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, state, keep=2)
+    assert read_progress(path, read_checkpoint(path)[1]) == Progress("training", 2, 1.5)
+    with pytest.raises(UserError, match=told):
+        read_progress(path, {**state, **change})
 
 
 def test_random_state_round_trip(tmp_path: Path) -> None:

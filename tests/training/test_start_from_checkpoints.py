@@ -220,8 +220,8 @@ def test_a_converted_lora_starts_a_run_of_its_rank_and_alpha(tmp_path: Path) -> 
     with torch.no_grad():
         for parameter in role.parameters():
             parameter.normal_()
-    write_kohya_lora(tmp_path / "4step.safetensors", lora_from_state(role.adapter_state(), 4, 8.0), {})
-    convert_lora(tmp_path / "4step.safetensors", tmp_path / "out", base=str(base))
+    write_kohya_lora(tmp_path / "dmd2_4step.safetensors", lora_from_state(role.adapter_state(), 4, 8.0), {})
+    convert_lora(tmp_path / "dmd2_4step.safetensors", tmp_path / "out", base=str(base))
     for alpha in (8.0, 16.0):
         memory = {"mode": "lora_generator", "lora_rank": 4, "lora_alpha": alpha}
         settings = parse_settings(TrainSettings, {"memory": memory}, "test")

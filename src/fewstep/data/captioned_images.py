@@ -1,5 +1,6 @@
 """Pictures with captions in a fixed order: folders, WebDataset tars, and (through `datasets`) parquet files and hub sets."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from fewstep.data.prompts import check_column
 from fewstep.data.tables import (
     image_column,
     load_parquet,
+    note_of_split,
+    of_split,
     on_hub,
     picture_tables,
     refuse_other_files,
@@ -38,14 +41,16 @@ class CaptionedImages:
     Attributes:
         source: as it was given.
         num_rows: None where only reading to the end tells.
-        facts: what says that two sources are the same.
+        facts: what says that two sources are the same, wherever they lie: names of pictures, names and sizes of other files.
     """
 
     def __init__(
-        self, source: str, split: str, rows: Any, image_column: str, caption_column: str, num_rows: int | None
-    ) -> None:
+        self, source: str, split: str, rows: Any, image_column: str, caption_column: str, num_rows: int | None,
+        content: str = "",
+    ) -> None:  # fmt: skip
         self.source, self.num_rows = source, num_rows
-        self.facts = {"source": source, "split": split, "caption_column": caption_column, "num_rows": num_rows}
+        what = {"content": content} if content else {"source": source}
+        self.facts = {**what, "split": split, "caption_column": caption_column, "num_rows": num_rows}
         self._rows, self._image, self._caption = rows, image_column, caption_column
 
     def rows(self, first: int) -> Iterator[CaptionedImage]:
@@ -65,6 +70,10 @@ class CaptionedImages:
             raise
         except Exception as error:  # tarfile, pyarrow, the hub: each becomes one sentence with its own words
             raise unreadable(self.source, error) from error
+
+    def digest_of(self, first: int, count: int) -> str:
+        """Of the sizes and captions of some rows; empty for sources whose rows cannot be looked at without reading them."""
+        return self._rows.digest_of(first, count) if isinstance(self._rows, FolderOfCaptions) else ""
 
     def _raw(self, first: int) -> Iterator[dict[str, Any]]:
         if self.num_rows is None:
@@ -92,6 +101,15 @@ class FolderOfCaptions:
             path = str(self._listing.paths[number])
             yield {"image": {"path": path, "bytes": None}, "text": self._captions[number]}
 
+    def digest_of(self, first: int, count: int) -> str:
+        """Of the pictures' sizes and the captions of some rows."""
+        digest = hashlib.sha256()
+        for number in range(first, min(first + count, len(self))):
+            path, caption = self._listing.paths[number], self._captions[number] or ""
+            size = path.stat().st_size if path.exists() else -1
+            digest.update(f"{size}\0{caption}\0".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:32]
+
     def skip(self, first: int) -> Iterator[dict[str, Any]]:
         """Rows from one on."""
         return self.select(range(first, len(self)))
@@ -112,7 +130,7 @@ def open_captioned_images(
         streaming: read a hub set while it is downloaded, keeping nothing on disk. Local tars are always read so.
 
     Raises:
-        UserError: nothing there, no pictures, no captions, a tar that is cut short.
+        UserError: nothing there, no such split, no pictures, no captions, a tar that is cut short.
     """
     path = data_path(source)
     tars = [path] if path.suffix.lower() == ".tar" else []
@@ -126,10 +144,14 @@ def open_captioned_images(
                 "set; name the file or folder that is"
             )
     if tars:
+        if path.is_dir():
+            found, tars = tars, of_split(tars, path, split, source)
+            if note := note_of_split(found, path, split):
+                tell(f"{source}: {len(tars):,} tar{'s' * (len(tars) != 1)}{note}")
         for tar in tars:
             check_tar(tar)
         column = caption_column or "txt"
-        return CaptionedImages(source, split, TarRows(tars, column), "image", column, None)
+        return CaptionedImages(source, split, TarRows(tars, column), "image", column, None, _content(path, tars))
     if path.is_dir() and not picture_tables(path, source):
         return _open_folder(source, path, split, caption_column, streaming)
     return _open_table(source, path, split, caption_column, streaming)
@@ -152,8 +174,9 @@ def _open_folder(source: str, path: Path, split: str, caption_column: str, strea
         listing = listing.without(without, "without a text file beside it").beside(texts)
         captions = [_read_caption(beside[name]) for name in listing.names]
     tell(f"{source}: {listing.sentence()}")
-    rows = FolderOfCaptions(listing, captions)
-    return CaptionedImages(source, split, rows, "image", "text", None if streaming else len(rows))
+    rows, names = FolderOfCaptions(listing, captions), "\0".join(listing.names).encode("utf-8", "surrogateescape")
+    content = f"{len(rows):,} pictures, {hashlib.sha256(names).hexdigest()[:32]}"  # what is in them: `digest_of`
+    return CaptionedImages(source, split, rows, "image", "text", None if streaming else len(rows), content)
 
 
 def captions_beside(listing: Listing) -> dict[str, Path]:
@@ -191,7 +214,16 @@ def _open_table(source: str, path: Path, split: str, caption_column: str, stream
         raise unreadable(f"column {pictures!r} of {source}", error) from error
     if not streaming:
         tell(f"{source}: {len(rows):,} picture{'s' * (len(rows) != 1)}{split_note(path, split, source)}")
-    return CaptionedImages(source, split, rows, pictures, column, None if streaming else len(rows))
+    files = [path] if path.is_file() else split_files(path, split, source) if path.is_dir() else []
+    number = None if streaming else len(rows)
+    return CaptionedImages(source, split, rows, pictures, column, number, _content(path, files))
+
+
+def _content(path: Path, files: list[Path]) -> str:
+    """How many files, and a digest of their names below `path` and their sizes; empty for a set of the hub."""
+    lines = [f"{file.relative_to(path).as_posix() if file != path else ''}\0{file.stat().st_size}\n" for file in files]
+    digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape"))
+    return f"{len(files):,} files, {digest.hexdigest()[:32]}" if files else ""
 
 
 def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.csv_rows import csv_columns, csv_rows
+from fewstep.data.listing import walk_files
 from fewstep.data.metadata import METADATA
 from fewstep.errors import UserError
 from fewstep.formats.inert_pickle import read_pickled_strings
@@ -23,7 +24,7 @@ def load_prompts(path: str | Path, column: str = "text") -> list[str]:
     Args:
         path: .txt (UTF-8, one prompt a line), .parquet, .jsonl or .csv (their column), .pkl (a pickled list[str], read
             without executing anything); or a folder of pictures with metadata.jsonl, .csv or .parquet, or of parquet
-            files; or one that ships, as "bundled:emoji/prompts_train.txt".
+            files, of whose splits "train" is read; or one that ships, as "bundled:emoji/prompts_train.txt".
         column: of the tables.
 
     Blank lines of a list (.txt, .pkl) are skipped; a row of a table without its text counts as the empty prompt, as a picture
@@ -56,8 +57,10 @@ def _tables(folder: Path) -> list[Path]:
         for name in METADATA:
             if (place / name).is_file():
                 return [place / name]
-    if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == ".parquet"):
-        return files
+    if files := sorted(folder / name for name in walk_files(folder) if name.lower().endswith(".parquet")):
+        from fewstep.data.tables import of_split
+
+        return of_split(files, folder, "train", str(folder))
     raise UserError(f"{folder} holds no prompts: neither {', '.join(METADATA)} nor parquet files; name the file itself")
 
 

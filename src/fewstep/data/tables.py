@@ -101,12 +101,16 @@ def split_files(folder: Path, split: str, where: str) -> list[Path]:
     Raises:
         UserError: there is no such split.
     """
-    files = picture_tables(folder, where)
+    return of_split(picture_tables(folder, where), folder, split, where)
+
+
+def of_split(files: Sequence[Path], folder: Path, split: str, where: str) -> list[Path]:
+    """Those files of a folder that are of one split: all, unless each is named like a split; raises as `split_files`."""
     named = {path: _split_of(path, folder) for path in files}
     if not all(named.values()):
         if split != "train":
             raise UserError(f"{where} is not divided into splits: it has no split {split!r}; name the files themselves")
-        return files
+        return list(files)
     wanted = same_split(split)
     chosen = [path for path, name in named.items() if same_split(name) == wanted]
     if not chosen:
@@ -172,7 +176,12 @@ def on_hub(path: Path) -> str:
 
 def split_note(folder: Path, split: str, where: str) -> str:
     """Which split of a folder of tables is read, as a part of a sentence; empty where there is nothing to say."""
-    names = sorted({_split_of(path, folder) for path in picture_tables(folder, where)}) if folder.is_dir() else []
+    return note_of_split(picture_tables(folder, where), folder, split) if folder.is_dir() else ""
+
+
+def note_of_split(files: Sequence[Path], folder: Path, split: str) -> str:
+    """As `split_note`, of these files."""
+    names = sorted({_split_of(path, folder) for path in files})
     return f" (split {split} of {', '.join(names)})" if all(names) and len(names) > 1 else ""
 
 

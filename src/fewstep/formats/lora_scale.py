@@ -19,6 +19,7 @@ from fewstep.formats.tensor_files import first_line
 
 CONFIG = "adapter_config.json"
 _REMEDY = "save the LoRA again with PEFT"
+_COMPONENTS = ("unet.", "transformer.")
 # Entries of PEFT's config that are honoured here, or change nothing about what a finished LoRA computes
 _UNDERSTOOD = frozenset(
     {
@@ -83,13 +84,15 @@ def read_lora_scale(path: Path, header: Mapping[str, str]) -> LoraScale:
     if "lora" in header:
         return _scale({"lora_alpha": _object(path, header["lora"]).get("alpha")}, path)
     if "lora_adapter_metadata" in header:
-        values = _object(path, header["lora_adapter_metadata"])
-        own = {
-            name.split(".", 1)[1]: value for name, value in values.items() if name.startswith(("unet.", "transformer."))
-        }
-        return _scale(own, path)
+        return _scale(_of_network(_object(path, header["lora_adapter_metadata"])), path)
     config = path.parent / CONFIG
     return _scale(read_json_object(config, _REMEDY), config) if config.is_file() else LoraScale()
+
+
+def _of_network(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What diffusers' header says of the network: with its name before each entry from a pipeline, without from a network."""
+    named = {name.split(".", 1)[1]: value for name, value in values.items() if name.startswith(_COMPONENTS)}
+    return named or {name: value for name, value in values.items() if "." not in name}
 
 
 def _object(path: Path, text: str) -> dict[str, Any]:

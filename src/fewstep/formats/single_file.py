@@ -30,7 +30,8 @@ _OTHERS = {
 # Empty tensors by which ComfyUI, stable-diffusion.cpp and others know how a model predicts
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 _EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.")
-_ALPHAS = "alphas_cumprod"
+_ALPHAS, _SCALE = "alphas_cumprod", "scale_factor"
+_ENCODER_LAYER = "modelspec.encoder_layer"  # of the text encoder, from its end; a way to say clip skip
 # What training leaves in a file beside the model: schedules, averages and losses, which no component has
 _LEFT_BEHIND = re.compile(
     r"model_ema\..*|loss\..*|denoiser\..*|conditioner\.embedders\.\d+\.logit_scale|cond_stage_model\.logit_scale|"
@@ -58,6 +59,7 @@ class SingleFileLayout:
         marks: beginnings of keys that only this layout has; empty: its network's prefix is its only sign.
         foreign_marks: beginnings of keys that files with `marks` have where they are another model all the same.
         refuse_text_encoder: config of the first text encoder -> why it has no place in such a file; "": it has one.
+        may_skip_layers: whether files may say that their text encoder is read before its last layer (clip skip).
     """
 
     family: str
@@ -71,6 +73,7 @@ class SingleFileLayout:
     marks: tuple[str, ...] = ()
     foreign_marks: tuple[str, ...] = ()
     refuse_text_encoder: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    may_skip_layers: bool = False
 
     @property
     def network_prefix(self) -> str:
@@ -89,6 +92,8 @@ class SingleFile:
         prediction_type: "epsilon" or "v_prediction" where a marker tensor or the header says so, else "".
         zero_snr: whether a marker says that the noise schedule ends without signal.
         alphas_cumprod: the noise schedule, where the file has it.
+        scale_factor: what latents were multiplied by in training, where the file has it.
+        skipped_layers: last layers of the text encoder that the header says are not used.
         metadata: the file's header entries.
     """
 
@@ -98,6 +103,8 @@ class SingleFile:
     prediction_type: str = ""
     zero_snr: bool = False
     alphas_cumprod: Tensor | None = None
+    scale_factor: float | None = None
+    skipped_layers: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -156,8 +163,28 @@ def read_single_file(
     _refuse_unknown(path, others, _titles(layouts, "and"))
     return SingleFile(
         path, layout, {component: part for component, part in parts.items() if part}, _prediction(path, others, metadata),
-        ZERO_SNR_MARKER in others, others.get(_ALPHAS), metadata,
+        ZERO_SNR_MARKER in others, others.get(_ALPHAS), _one_number(path, others, _SCALE),
+        _skipped_layers(path, metadata) if layout.may_skip_layers else 0, metadata,
     )  # fmt: skip
+
+
+def _skipped_layers(path: Path, metadata: Mapping[str, str]) -> int:
+    """Layers at the end of the text encoder that a header says are left out: 1 (or -1) is the last one."""
+    stated = metadata.get(_ENCODER_LAYER, "1")
+    if not re.fullmatch(r"-?[1-9]", stated):
+        raise UserError(
+            f"{path}: its header says {_ENCODER_LAYER}={stated[:40]!r}; a layer counted from the end is known here"
+        )
+    return abs(int(stated)) - 1
+
+
+def _one_number(path: Path, others: Mapping[str, Tensor], name: str) -> float | None:
+    """A tensor of one number; None where there is none of the name."""
+    if name not in others:
+        return None
+    if others[name].numel() != 1:
+        raise UserError(f"{path}: its tensor {name} has {others[name].numel()} numbers, not one; it is damaged")
+    return float(others[name])
 
 
 def _refuse_unknown(path: Path, others: Mapping[str, Tensor], titles: str) -> None:

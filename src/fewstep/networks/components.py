@@ -22,7 +22,7 @@ from fewstep.formats.tensor_files import refuse_no_weights, tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
 
 _SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
-_CLIP, _WEIGHTS = "text_model.", "model.safetensors"
+_CLIP, _WEIGHTS, _ADAPTER = "text_model.", "model.safetensors", "adapter_config.json"
 _VARIANT = re.compile(r"(diffusion_pytorch_)?model(\.(?P<variant>[a-z]+\w*))?(-\d+-of-\d+)?\.safetensors")
 
 
@@ -198,6 +198,7 @@ def _readable_config(kind: Any, folder: Path) -> Iterator[dict[str, Any]]:
             f"{folder} is quantised (quantization_config in its config.json), which is not read; give the model in float16, "
             "bfloat16 or float32"
         )
+    _refuse_code_from_elsewhere(kind, folder, config)
     for name, default in _defaults(kind).items():
         if name in config and (wanted := other_kind(config[name], default)):
             raise UserError(
@@ -209,6 +210,23 @@ def _readable_config(kind: Any, folder: Path) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"{folder / 'config.json'} describes no network ({_reason(error)}); download it again"
         ) from error
+
+
+def _refuse_code_from_elsewhere(kind: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Raise UserError for what makes transformers load more than the folder's weights: an adapter, or kernels of the hub."""
+    if not kind.__module__.startswith("transformers"):
+        return
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{folder} has an adapter beside its weights ({_ADAPTER}), which may name another base; merge it into the weights "
+            "with PEFT, or remove it"
+        )
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for name, value in ((name, value) for part in parts for name, value in part.items()):
+        if "attn_implementation" in name and isinstance(value, str) and "/" in value:
+            raise UserError(
+                f"{folder / 'config.json'} has {name[:60]}={value[:60]!r}, code of the hub, which is not run here; remove the entry"
+            )
 
 
 @lru_cache(maxsize=64)

@@ -278,9 +278,9 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
 
 
 def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
-    """The steps of DMD2's file of this name; none where any word of it is not one of theirs, for other methods count too."""
+    """The steps of DMD2's file of this name; none where it does not say DMD, or any word is not theirs: other methods count too."""
     words = set(re.findall("[a-z]{2,}", name))
-    if not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
+    if "dmd" not in words or not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
         return ()
     if re.search(r"(?<!\d)4.?step", name):
         return _FOUR_STEPS

@@ -42,6 +42,7 @@ class _Part(NamedTuple):
     captions: list[str]
     source_rows: int
     spread: Tensor | None = None  # standard deviations of the latents, likewise, where training draws from them
+    digest: str = ""  # of the rows' pictures and captions, where their source has one
 
 
 def prepare_latents(
@@ -93,7 +94,9 @@ def prepare_latents(
     def latent_bytes() -> int:
         return 2 * (1 + keep_spread) * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
 
-    return _write_parts(folder, job, table, reader.read_part, total, shard_size, report, latent_bytes)
+    return _write_parts(
+        folder, job, table, reader.read_part, total, shard_size, report, latent_bytes, source.source, source.digest_of
+    )
 
 
 @dataclass
@@ -140,7 +143,8 @@ class _Reader:
             taken += len(batch)
             self._next += len(batch)
             self.report(first + taken * world_size())  # others make as many
-        return _Part(torch.cat(latents), captions, taken, torch.cat(spreads) if self.keep_spread else None)
+        spread = torch.cat(spreads) if self.keep_spread else None
+        return _Part(torch.cat(latents), captions, taken, spread, self.source.digest_of(first, taken))
 
     def _rows_from(self, first: int) -> Iterator[CaptionedImage]:
         """The source from a row on; what lies between is passed, where only reading to it leads there."""
@@ -215,13 +219,14 @@ def import_lmdb_latents(
 
         table = PromptTable(encoders, batch_size)
         return _write_parts(
-            folder, job, table, read_part, num_prompts, shard_size, report, lambda: 2 * math.prod(shape[1:])
+            folder, job, table, read_part, num_prompts, shard_size, report, lambda: 2 * math.prod(shape[1:]), str(path)
         )
 
 
 def _write_parts(
     folder: Path, job: dict[str, Any], table: PromptTable, read_part: Callable[[int, int], _Part], total: int | None,
-    shard_size: int, report: Report, latent_bytes: Callable[[], int],
+    shard_size: int, report: Report, latent_bytes: Callable[[], int], source: str,
+    digest_of: Callable[[int, int], str] = lambda first, count: "",
 ) -> Path:  # fmt: skip
     """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took.
 
@@ -231,9 +236,16 @@ def _write_parts(
     as_text = job.get("captions") == "text"
     row_bytes = partial(int) if as_text else table.row_bytes
     manifest = begin(folder, job, LATENTS, lambda: _announce(folder, total, latent_bytes(), row_bytes()))
+    taken = 0
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
-    taken = sum(entry.get("source_rows", entry["rows"]) for entry in manifest["shards"])
+        count = entry.get("source_rows", entry["rows"])
+        if entry.get("source_digest", digest_of(taken, count)) != digest_of(taken, count):
+            raise UserError(
+                f"{folder}: pictures or captions among those of rows {taken:,} to {taken + count - 1:,} of {source} were changed "
+                f"after their latents were stored ({entry['file']}); put them back, or choose another folder"
+            )
+        taken += count
     own = _OwnShard(folder, table, read_part, as_text)
     while not manifest["complete"]:
         sizes = [shard_size if total is None else max(0, min(shard_size, total - taken - shard_size * number))
@@ -245,7 +257,6 @@ def _write_parts(
         taken += sum(rows)
         manifest["complete"] = rows != sizes or taken == total
         if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
-            source = job.get("lmdb") or job["images"]["source"]
             raise UserError(f"{source} has no usable picture with a caption; look at it, or at --skip-bad")
         by_the_first(partial(write_manifest, folder, manifest))
         report(taken, total)
@@ -280,7 +291,8 @@ class _OwnShard:
             if part.spread is not None:
                 tensors["latent_std"] = _half(part.spread)
             written = write_tensors(self.folder, number, tensors, len(part.captions), LATENTS)
-            entry = {**written, "source_rows": part.source_rows}
+            seen = {"source_digest": part.digest} if part.digest else {}
+            entry = {**written, "source_rows": part.source_rows, **seen}
         for behind in captions[rank() + 1 :]:
             self.table.add_known(behind)
         return entry

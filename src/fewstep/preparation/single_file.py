@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fewstep.networks.untrained import build_untrained
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # not in single files, not needed by a teacher
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler")
 _CONFIGS = ["*.json", "*.txt", "*.model"]
+_LATENT_SCALE, _SAME_SCALE = 0.18215, 2e-3  # what diffusers takes where a config has none; relative
 _SAME_SCHEDULE = 2e-3  # alphas_cumprod in a half-precision file against the scheduler's
 _WEIGHTS, _TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
@@ -62,6 +64,11 @@ def single_file_to_folder(
         title = family_named(single.layout.family).title
         raise UserError(f"{path} is {title}, but the configs of {config_folder} are {family.title}'s")
     configs = {name: read_json(base / name / "config.json", base, name) for name in single.parts}
+    if single.skipped_layers:
+        single = _without_last_layers(single, configs)
+        note(
+            f"its text encoder without the last {single.skipped_layers} of its layers, as {single.path.name} says (clip skip)"
+        )
     states = {}
     for name, config in configs.items():
         network = _network(single.layout.classes[name], config, base / name)
@@ -70,6 +77,7 @@ def single_file_to_folder(
         states[name] = single.diffusers_state(name, {} if _is_text_encoder(name) else dict(network.config), shapes)
     scheduler = _own_scheduler(single, read_json(base / "scheduler/scheduler_config.json", base, "scheduler"))
     _check_schedule(single, scheduler, base)
+    _check_scale(single, read_json(base / "vae/config.json", base, "vae"), base)
     borrowed = {name: _weights_file(base, name, single) for name in single.absent}
     index = read_json(base / "model_index.json", base, "model_index")
     with written_aside(out) as aside:
@@ -108,6 +116,21 @@ def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
     return found
 
 
+def _without_last_layers(single: SingleFile, configs: dict[str, dict[str, Any]]) -> SingleFile:
+    """The file without the text encoder's layers that it says are not used, of which its config then says nothing either."""
+    config = configs.get("text_encoder")
+    left = 0 if config is None else int(config.get("num_hidden_layers", 0)) - single.skipped_layers
+    if config is None or left < 1:
+        raise UserError(
+            f"{single.path} leaves out {single.skipped_layers} layers of a text encoder that it does not have; remove "
+            "modelspec.encoder_layer from its header"
+        )
+    config["num_hidden_layers"] = left
+    dropped = tuple(f"encoder.layers.{number}." for number in range(left, left + single.skipped_layers))
+    kept = {key: value for key, value in single.parts["text_encoder"].items() if not key.startswith(dropped)}
+    return replace(single, parts={**single.parts, "text_encoder": kept})
+
+
 def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -> None:
     """Refuse a file whose own noise schedule is another than its folder's scheduler will say."""
     try:
@@ -117,12 +140,24 @@ def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -
             f"{base / 'scheduler/scheduler_config.json'} describes no schedule: {first_line(error)}"
         ) from error
     found = single.alphas_cumprod
-    if found is None or found.shape != expected.shape:
+    if found is None:
         return
-    if not bool(((found.float() - expected.float()).abs() < _SAME_SCHEDULE).all()):
+    if found.shape != expected.shape or not bool(((found.float() - expected.float()).abs() < _SAME_SCHEDULE).all()):
         raise UserError(
             f"{single.path}: its noise schedule (alphas_cumprod) is another than that of the base's scheduler; give a "
             "--base whose scheduler has it (beta_start, beta_end, beta_schedule, rescale_betas_zero_snr)"
+        )
+
+
+def _check_scale(single: SingleFile, config: dict[str, Any], base: Path) -> None:
+    """Refuse a file whose latents are of another scale than its VAE's config will say."""
+    found, expected = single.scale_factor, config.get("scaling_factor", _LATENT_SCALE)
+    if found is not None and not (
+        isinstance(expected, int | float) and abs(found - expected) < _SAME_SCALE * abs(found)
+    ):
+        raise UserError(
+            f"{single.path}: its latents are multiplied by {found:.5g} (scale_factor), those of {base / 'vae/config.json'} by "
+            f"{str(expected)[:40]} (scaling_factor); give a --base whose VAE has it"
         )
 
 

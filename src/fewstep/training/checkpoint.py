@@ -5,6 +5,7 @@ a dotted name, flushed to disk and renamed; a reader never sees half of one.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,8 +135,10 @@ def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
     """
     phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
     names = state.get("class_names", [])  # which earlier versions did not note
-    if not (isinstance(phase, str) and isinstance(step, int) and isinstance(elapsed, int | float)):
+    if not (isinstance(phase, str) and type(step) is int and type(elapsed) in (int, float) and 0 <= elapsed < math.inf):
         raise damaged(path, "state.json has another shape")
+    if path.name != checkpoint_path(path.parent, step).name:
+        raise damaged(path, f"state.json says that it is of step {step}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged(path, "the class names of state.json are none")
     return Progress(phase, step, float(elapsed), tuple(names))

@@ -36,6 +36,7 @@ LAYOUT = SingleFileLayout(
     from_file=from_ldm,
     alphas_cumprod=discrete_alphas_cumprod,
     refuse_text_encoder=_no_text_encoder_of_2,
+    may_skip_layers=True,  # XL is read before the last layer always
 )
 XL_LAYOUT = SingleFileLayout(
     family="sdxl",
