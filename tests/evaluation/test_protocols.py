@@ -138,6 +138,15 @@ def test_pictures_go_through_the_network_32_at_a_time(coco: Path) -> None:
     assert told == [(0, 40), (32, 40), (40, 40)]
 
 
+def test_pictures_are_what_a_viewer_shows(tmp_path: Path) -> None:
+    """Turned upright and on white, as those of every other command."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (20, 10), (0, 255, 0, 0)).save(tmp_path / "a.png", exif=exif)
+    pixels = CaptionedPictures(tmp_path, [tmp_path / "a.png"], ["a"]).pixels(0)
+    np.testing.assert_array_equal(pixels, np.full((20, 10, 3), 255))
+
+
 def test_captions_are_those_of_the_lowest_id(coco: Path) -> None:
     real = load_coco(coco / "captions_val2014.json", coco / "val2014")
     assert real.captions == [f"Caption 0 of {number * 7 + 42}." for number in range(30)]

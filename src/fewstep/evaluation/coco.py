@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from fewstep.data.pictures import open_picture, shown_picture
 from fewstep.errors import UserError
 from fewstep.formats.json_files import parse_json
 from fewstep.progress import Report
@@ -26,9 +27,10 @@ class CaptionedPictures:
         return len(self.paths)
 
     def pixels(self, number: int) -> np.ndarray:
-        """One picture, (H, W, 3) uint8."""
-        with Image.open(self.paths[number]) as picture:
-            return np.asarray(picture.convert("RGB"))
+        """One picture as a viewer shows it, (H, W, 3) uint8."""
+        path = self.paths[number]
+        with open_picture({"path": str(path)}) as file:
+            return np.asarray(shown_picture(file, str(path), "RGB"))
 
     def check(self, report: Report = lambda done, total: None) -> None:
         """Decode every picture once.

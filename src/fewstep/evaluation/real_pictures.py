@@ -66,7 +66,7 @@ def features_of_coco(
     Raises:
         UserError: some pictures cannot be read; the message counts and names them.
     """
-    root, facts = pictures.root, {"side": protocol.side, "values": sorted(protocol.views())}
+    root, facts = pictures.root, {"side": protocol.side, "values": sorted(protocol.views()), "pixels": "shown"}
     names = [str(path.relative_to(root)) for path in pictures.paths]
 
     def make() -> Rows:
