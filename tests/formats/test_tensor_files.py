@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 from fewstep.errors import UserError
 from fewstep.formats.tensor_files import read_safetensors, tensor_names, tensor_shapes, write_tensor_file
 
-TENSORS = {"b": torch.ones(3), "a": torch.zeros(2, 2).half(), "none": torch.tensor([])}
+TENSORS = {
+    "b": torch.ones(3),
+    "a": torch.zeros(2, 2).half(),
+    "none": torch.zeros((), dtype=torch.int64).expand(0),
+}  # of any stride
 HEADER = {f"key{number}": f'{number} "é" \n \x01 \\' for number in range(20)}
 
 

@@ -25,6 +25,7 @@ from fewstep.formats.remote import data_path
 from fewstep.progress import tell
 
 _CHUNK = 64
+_ENDS_BYTES = 2**16  # of a tar or table: rows are added at its end, and tables say there what they have
 
 
 class CaptionedImage(NamedTuple):
@@ -41,7 +42,7 @@ class CaptionedImages:
     Attributes:
         source: as it was given.
         num_rows: None where only reading to the end tells.
-        facts: what says that two sources are the same, wherever they lie: names of pictures, names and sizes of other files.
+        facts: what says that two sources are the same, wherever they lie: names of pictures; of other files names, sizes and ends.
     """
 
     def __init__(
@@ -220,9 +221,16 @@ def _open_table(source: str, path: Path, split: str, caption_column: str, stream
 
 
 def _content(path: Path, files: list[Path]) -> str:
-    """How many files, and a digest of their names below `path` and their sizes; empty for a set of the hub."""
-    lines = [f"{file.relative_to(path).as_posix() if file != path else ''}\0{file.stat().st_size}\n" for file in files]
-    digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape"))
+    """How many files, and a digest of their names below `path`, sizes, beginnings and ends; empty for a set of the hub."""
+    digest = hashlib.sha256()
+    for place in files:
+        size = place.stat().st_size
+        name = "" if place == path else place.relative_to(path).as_posix()
+        digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        with place.open("rb") as file:
+            digest.update(file.read(_ENDS_BYTES))
+            file.seek(max(0, size - _ENDS_BYTES))
+            digest.update(file.read(_ENDS_BYTES))
     return f"{len(files):,} files, {digest.hexdigest()[:32]}" if files else ""
 
 

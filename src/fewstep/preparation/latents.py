@@ -143,8 +143,8 @@ class _Reader:
             taken += len(batch)
             self._next += len(batch)
             self.report(first + taken * world_size())  # others make as many
-        spread = torch.cat(spreads) if self.keep_spread else None
-        return _Part(torch.cat(latents), captions, taken, spread, self.source.digest_of(first, taken))
+        kept_spread = torch.cat(spreads) if self.keep_spread else None
+        return _Part(torch.cat(latents), captions, taken, kept_spread, self.source.digest_of(first, taken))
 
     def _rows_from(self, first: int) -> Iterator[CaptionedImage]:
         """The source from a row on; what lies between is passed, where only reading to it leads there."""

@@ -5,7 +5,6 @@ a dotted name, flushed to disk and renamed; a reader never sees half of one.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from fewstep.parallel import gathered, rank, world_size
 from fewstep.training.sharded_checkpoint import read_parts
 
 TENSORS = "tensors.safetensors"
-_PREFIX = "step_"
+_PREFIX, _MOST_SECONDS = "step_", 1e12
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -135,13 +134,14 @@ def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
     """
     phase, step, elapsed = state.get("phase"), state.get("step"), state.get("elapsed_seconds")
     names = state.get("class_names", [])  # which earlier versions did not note
-    if not (isinstance(phase, str) and type(step) is int and type(elapsed) in (int, float) and 0 <= elapsed < math.inf):
+    numbers = [value for value in (step, elapsed) if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not (isinstance(phase, str) and isinstance(step, int) and len(numbers) == 2 and 0 <= numbers[1] < _MOST_SECONDS):
         raise damaged(path, "state.json has another shape")
     if path.name != checkpoint_path(path.parent, step).name:
         raise damaged(path, f"state.json says that it is of step {step}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise damaged(path, "the class names of state.json are none")
-    return Progress(phase, step, float(elapsed), tuple(names))
+    return Progress(phase, step, float(numbers[1]), tuple(names))
 
 
 def damaged(path: Path, why: str) -> UserError:
