@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import transformers
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
@@ -69,12 +70,7 @@ def single_file_to_folder(
         note(
             f"its text encoder without the last {single.skipped_layers} of its layers, as {single.path.name} says (clip skip)"
         )
-    states = {}
-    for name, config in configs.items():
-        network = _network(single.layout.classes[name], config, base / name)
-        tensors = published_names(network.state_dict(), type(network).__name__)
-        shapes = {key: value.shape for key, value in tensors.items()}
-        states[name] = single.diffusers_state(name, {} if _is_text_encoder(name) else dict(network.config), shapes)
+    states = {name: _state(single, name, config, base) for name, config in configs.items()}
     scheduler = _own_scheduler(single, read_json(base / "scheduler/scheduler_config.json", base, "scheduler"))
     _check_schedule(single, scheduler, base)
     _check_scale(single, read_json(base / "vae/config.json", base, "vae"), base)
@@ -99,6 +95,14 @@ def single_file_to_folder(
     if borrowed:
         note(f"{' and '.join(borrowed)} of {config_folder}, because {single.path.name} has none")
     return out
+
+
+def _state(single: SingleFile, name: str, config: dict[str, Any], base: Path) -> dict[str, Tensor]:
+    """One component's state dict under the names that diffusers or transformers publishes."""
+    network = _network(single.layout.classes[name], config, base / name)
+    tensors = published_names(network.state_dict(), type(network).__name__)
+    shapes = {key: value.shape for key, value in tensors.items()}
+    return single.diffusers_state(name, {} if _is_text_encoder(name) else dict(network.config), shapes)
 
 
 def _weights_file(base: Path, name: str, single: SingleFile) -> Path:
