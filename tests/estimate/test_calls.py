@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.estimate.calls import Calls
 
@@ -25,6 +26,17 @@ class Watched(TorchDispatchMode):
             return func(*given, **named)
 
         return self.calls(Named(func, ask), args, kwargs or {})
+
+
+class Direct(TorchDispatchMode):
+    """Runs everything through the given calls."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.calls(func, args, kwargs or {})
 
 
 class Named:
@@ -97,6 +109,22 @@ def test_gradients_are_those_of_torch(watched: Watched) -> None:
     assert found[0] == found[1]
     assert weight.grad is not None
     assert asked[0] == asked[1] > 0
+
+
+@pytest.mark.parametrize("name", ["matrix", "convolution", "attention", "new"])
+def test_arithmetic_is_counted_once_for_each_shape(
+    watched: Watched, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch counts the first call; what is repeated adds as much."""
+    with FlopCounterMode(display=False) as counter:
+        OPERATIONS[name](torch.zeros(4, 6, 5))
+    direct = Calls()
+    with Direct(direct):
+        OPERATIONS[name](torch.zeros(4, 6, 5))
+        monkeypatch.setattr("fewstep.estimate.calls._FLOPS", {})
+        OPERATIONS[name](torch.zeros(4, 6, 5))
+    assert direct.flops == 2 * counter.get_total_flops()
+    assert (direct.flops > 0) == (name != "new")
 
 
 def test_views_share_and_new_tensors_do_not(watched: Watched) -> None:

@@ -16,7 +16,7 @@ import torch
 from fewstep.diffusion.schedules import FlowSchedule, StepSchedule
 from fewstep.distillation.roles import build_shared_base_roles
 from fewstep.errors import UserError
-from fewstep.estimate.machine import meta_machine
+from fewstep.estimate.machine import MetaMachine, meta_machine
 from fewstep.estimate.memory import (
     AVERAGE,
     FAKE_SCORE_TURN,
@@ -206,7 +206,7 @@ def test_a_step_grows_linearly_and_its_peak_not_less(mode: str) -> None:
 
 
 def test_micro_batches_take_less_and_their_gradients_wait() -> None:
-    """Many are rehearsed as two; the arithmetic is that of all."""
+    """Many are rehearsed as one that meets the others' gradients; the arithmetic is that of all."""
     whole = predicted("full", "one level", batch_size=8)
     settings = case_settings("full", 8)
     training = settings.training.model_copy(update={"microbatch_size": 1})
@@ -220,6 +220,23 @@ def test_micro_batches_take_less_and_their_gradients_wait() -> None:
     assert one.step < parts.step < whole.step
     assert parts.kinds[parts.phase][GRADIENTS] > 0
     assert parts.flops[FAKE_SCORE_TURN] == pytest.approx(whole.flops[FAKE_SCORE_TURN], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "mode", ["full", pytest.param("lora_generator", marks=LONG), pytest.param("shared_base", marks=LONG)]
+)
+def test_one_micro_batch_that_meets_gradients_is_the_second_of_two(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = case_settings(mode, 2, checkpoint_activations=True)
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"microbatch_size": 1})})
+    network = build_on_meta(description("one level"))
+    one = estimate_run(settings, network, gpu=False, pictures=False)
+    monkeypatch.setattr("fewstep.estimate.memory._num_rehearsed", lambda settings: 2)
+    two = estimate_run(settings, network, gpu=False, pictures=False)
+    for phase in (GENERATOR_TURN, FAKE_SCORE_TURN):
+        samples = two.peaks[phase] - one.peaks[phase]  # of the second one, in the first
+        assert 0 <= samples < 50_000
+        assert one.kinds[phase][GRADIENTS] == two.kinds[phase][GRADIENTS] > 0
+        assert one.flops[phase] == two.flops[phase]
 
 
 def test_a_gpu_normalises_in_float32() -> None:
@@ -253,6 +270,25 @@ def test_the_meter_counts_storages_once_and_until_they_are_freed() -> None:
         assert meter.total == 400
         del view
         assert meter.total == 0
+
+
+def test_the_meters_own_looks_at_tensors_are_nobodys_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python calls is met once, and what the meter asks of tensors, the backward pass's included, not at all."""
+    met, real = Counter[str](), MetaMachine.__torch_function__
+
+    def count(self: MetaMachine, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        met[func.__name__] += 1
+        return real(self, func, types, args, kwargs)
+
+    with meta_machine(gpu=True):
+        weight = torch.zeros(8, 8, requires_grad=True)
+        x = torch.zeros(2, 8)
+        monkeypatch.setattr(MetaMachine, "__torch_function__", count)
+        for _ in range(3):  # the first time torch works shapes out, in Python
+            met.clear()
+            torch.nn.functional.linear(x, weight).sum().backward()
+        monkeypatch.undo()
+    assert met == {"linear": 1, "sum": 1, "backward": 1}
 
 
 # --- The shapes of released text-to-image models

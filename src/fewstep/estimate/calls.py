@@ -4,12 +4,13 @@ torch works out shapes in Python, at 0.2 ms an operation; what an earlier call w
 gave is made again in a tenth of that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 META = torch.device("meta")
 
@@ -33,17 +34,27 @@ class Output:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All outputs of a call, as `Output` or the constant itself; `kind`: the sequence they come in, None for one alone."""
+    """All outputs of a call, as `Output` or the constant itself; `kind`: the sequence they come in, None for one alone.
+
+    Attributes:
+        flops: floating-point operations of the call.
+    """
 
     kind: type | None
     outputs: tuple[Any, ...]
+    flops: int
 
 
 class Calls:
-    """Runs operations on meta tensors; one with the shapes, types and numbers of an earlier one is repeated."""
+    """Runs operations on meta tensors; one with the shapes, types and numbers of an earlier one is repeated.
+
+    Attributes:
+        flops: floating-point operations of matrix products, convolutions and attention so far.
+    """
 
     def __init__(self) -> None:
         self._recipes: dict[Any, Recipe | None] = {}
+        self.flops = 0
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation returns. Real numbers (a noise schedule's table) may be among its arguments."""
@@ -54,19 +65,44 @@ class Calls:
             key = _key(func, args, kwargs, tensors)
             recipe = self._recipes.get(key)
         except TypeError:  # an argument cannot be hashed
-            return func(*args, **kwargs)
+            return self._ask(func, args, kwargs)
         if recipe is not None:
+            self.flops += recipe.flops
             return _repeat(recipe, tensors)
         real = [not tensor.is_meta for tensor in tensors]
         if any(real):
-            return func(*args, **kwargs) if all(real) else func(*_on_meta(args), **kwargs)
-        made = func(*args, **kwargs)
+            return self._ask(func, args if all(real) else _on_meta(args), kwargs)
+        before, made = self.flops, self._ask(func, args, kwargs)
         if key not in self._recipes:
-            self._recipes[key] = _learn(key, tensors, made, args, kwargs)
+            self._recipes[key] = _learn(key, tensors, made, args, kwargs, self.flops - before)
+        return made
+
+    def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """torch's own answer."""
+        made = func(*args, **kwargs)
+        count = _FLOPS.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=made)
         return made
 
 
 _aten = torch.ops.aten
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 # Views that one kernel of torch makes; what they view must be on the meta device.
 _VIEWS = {
     _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten._unsafe_view.default,
@@ -101,7 +137,9 @@ def _tokens(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _learn(key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[str, Any]) -> Recipe | None:
+def _learn(
+    key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[str, Any], flops: int
+) -> Recipe | None:  # fmt: skip
     """How each output came about; None where it cannot be made again from shapes alone."""
     if _key(key[0], args, kwargs, []) != key:  # an argument was resized
         return None
@@ -129,7 +167,7 @@ def _learn(key: Any, tensors: list[Tensor], made: Any, args: Any, kwargs: dict[s
             return None
         new.add(id(storage))
         outputs.append(output)
-    return Recipe(kind, tuple(outputs))
+    return Recipe(kind, tuple(outputs), flops)
 
 
 def _num_bytes(output: Output) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from fewstep.estimate.calls import META, Calls
 from fewstep.estimate.meter import Meter
@@ -37,6 +38,7 @@ _FLOAT = {
     Tensor.pow, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sum, Tensor.sum, F.mse_loss, F.softplus, torch.rsqrt,
     Tensor.rsqrt, torch.cumsum, Tensor.cumsum,
 }  # fmt: skip
+_MOVES = {Tensor.backward, torch.autograd.grad, Tensor.to, Tensor.cpu, Tensor.cuda}
 
 
 class MetaMachine(TorchFunctionMode):
@@ -50,6 +52,8 @@ class MetaMachine(TorchFunctionMode):
         super().__init__()
         self.gpu, self.meter = gpu, Meter(calls)
         self._optimizing = False
+        # with what makes tensors on a default device: a `torch.device` around everything would meet each call again
+        self._handled = _HALF | _FLOAT | _MOVES | _device_constructors()
 
     def optimizing(self, value: bool) -> Callable[..., None]:
         """A hook for the begin, or the end, of optimiser steps."""
@@ -63,20 +67,28 @@ class MetaMachine(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _DEVICE and self._optimizing:
+        if self._optimizing and func == _DEVICE:
             return _CPU  # fused optimisers refuse any other without their kernel
+        if func in self._handled:
+            return self._handle(func, args, kwargs)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = META
+        return func(*args, **kwargs)
+
+    def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is not simply run: the backward pass, what autocast knows, and what names a device or takes the default one."""
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._grad(*args, **kwargs)
         if func in _HALF or func in _FLOAT:
             return self._run(func, args, kwargs)
-        if "device" in kwargs and kwargs["device"] is not None:
-            kwargs["device"] = META
-        if func is Tensor.to or func in (Tensor.cpu, Tensor.cuda):
+        if func in (Tensor.cpu, Tensor.cuda):
+            return args[0]
+        if func is Tensor.to:
             args = (args[0], *(META if isinstance(value, torch.device | str) else value for value in args[1:]))
-            if func is not Tensor.to:
-                return args[0]
+        if func is not Tensor.to or kwargs.get("device") is not None:
+            kwargs["device"] = META
         return func(*args, **kwargs)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,7 +181,7 @@ def meta_machine(gpu: bool, calls: Calls | None = None) -> Iterator[Meter]:
         register_optimizer_step_post_hook(machine.optimizing(False)),
     ]
     try:
-        with torch.device("meta"), machine.meter, machine:
+        with machine.meter, machine:
             yield machine.meter
     finally:
         for hook in hooks:

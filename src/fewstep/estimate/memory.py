@@ -78,9 +78,12 @@ class Estimate:
         """Peak of a training step in bytes."""
         return self.peaks[self.phase]
 
-    def close(self, phase: str, meter: Meter) -> None:
-        """Note the peak since the last phase as this phase's."""
+    def close(self, phase: str, meter: Meter, waiting: "Waiting | None" = None) -> None:
+        """Note the peak since the last phase as this phase's; `waiting`: gradients that waited in it."""
         self.peaks[phase], self.kinds[phase], self.flops[phase] = meter.peak, meter.at_peak.copy(), meter.flops
+        if waiting is not None:
+            self.peaks[phase] -= waiting.unmet
+            self.kinds[phase][GRADIENTS] -= waiting.unmet
         self.moved[phase] = meter.moved
         meter.start_phase()
 
@@ -92,8 +95,8 @@ def estimate_run(
     """Rehearse one step of a run, generator's turn included, and its sample pictures.
 
     Kernel workspaces, the allocator's rounding and the CUDA context come on top. Neither the teacher's weights nor
-    data are read; `generator.start_from` and `compute.compile` are ignored. Of micro-batches two are rehearsed: the
-    samples and conditions of further ones, which wait beside them, are not counted.
+    data are read; `generator.start_from` and `compute.compile` are ignored. Of micro-batches one is rehearsed, which
+    meets the gradients of those before it: the samples and conditions of others, which wait beside it, are not counted.
 
     Args:
         denoiser: the teacher on the meta device, left as it is; None: the one that the settings name, VAE included.
@@ -111,9 +114,7 @@ def estimate_run(
             raise UserError("set teacher.path to a model folder, or teacher.network, to estimate what a run needs")
         denoiser, autoencoder = found
     whole = settings.training.batch_size
-    size = min(
-        whole, 2 * settings.training.microbatch_size or whole
-    )  # the second micro-batch meets the first's gradients
+    size = min(whole, (settings.training.microbatch_size or whole) * _num_rehearsed(settings))
     settings = settings.model_copy(
         update={
             "generator": settings.generator.model_copy(update={"start_from": ""}),
@@ -132,9 +133,9 @@ def estimate_run(
             meter.assign(FROZEN, vae.parameters())
         teacher = teacher_of(network, vae)
         if is_warmup(settings):
-            job = _rehearse_warmup(settings, teacher, meter, estimate)
+            job = _rehearse_warmup(settings, teacher, meter, estimate, size < whole)
         else:
-            job = _rehearse_distillation(settings, teacher, meter, estimate)
+            job = _rehearse_distillation(settings, teacher, meter, estimate, size < whole)
         if pictures:
             _rehearse_pictures(settings, teacher, gpu, meter, estimate)
             estimate.close(PICTURES, meter)
@@ -144,6 +145,11 @@ def estimate_run(
     return estimate
 
 
+def _num_rehearsed(settings: TrainSettings) -> int:
+    """Micro-batches of a step: one that meets the gradients of others; two where a divergence looks at all of them before."""
+    return 1 if settings.losses.divergence == "reverse_kl" else 2
+
+
 def settled_precision(compute: ComputeSettings, gpu: bool) -> str:
     """The precision a run would have: "auto" is bf16 on a GPU, on the CPU what is fast here."""
     if compute.precision == "auto" and gpu:
@@ -151,8 +157,35 @@ def settled_precision(compute: ComputeSettings, gpu: bool) -> str:
     return choose_precision(compute.precision, torch.device("cpu"))
 
 
+@dataclass
+class Waiting:
+    """Gradients of one role from earlier micro-batches, which wait while another one is rehearsed."""
+
+    parameters: list[nn.Parameter]
+    meter: Meter
+    left: set[nn.Parameter] = field(default_factory=set)
+
+    def begin(self, exist: bool) -> None:
+        """Watch which gradients are made; `exist`: all are there already."""
+        self.left = set(self.parameters) if exist else set()
+        for parameter in self.left:
+            parameter.grad = torch.zeros_like(parameter)
+            self.meter.assign(GRADIENTS, [parameter.grad])
+
+    def meet(self, parameter: nn.Parameter) -> None:
+        """A gradient was made, or added to the one that waited."""
+        self.left.discard(parameter)
+        if parameter.grad is not None:
+            self.meter.assign(GRADIENTS, [parameter.grad])
+
+    @property
+    def unmet(self) -> int:
+        """Bytes that waited for nothing: what nothing is made of, as the caption's stream behind a last block, gets no gradient."""
+        return sum(parameter.nbytes for parameter in self.left)
+
+
 def _rehearse_distillation(
-    settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate
+    settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate, is_part: bool
 ) -> SimpleNamespace:
     conditions = conditions_of(teacher.denoiser)
     losses = settings.losses
@@ -168,8 +201,14 @@ def _rehearse_distillation(
     head = roles.discriminator
     estimate.parameters["discriminator"] = _count(head.parameters()) if head is not None else 0
     optimizers = {"generator": run.generator_update.optimizer, "fake_score": run.fake_score_update.optimizer}
-    _prepare(teacher.denoiser, average, optimizers, meter, estimate)
-    run.fake_score_terms[0] = _Announced(run.fake_score_terms[0], lambda: estimate.close(GENERATOR_TURN, meter))
+    waiting = _prepare(teacher.denoiser, average, optimizers, meter, estimate)
+
+    def turn() -> None:
+        estimate.close(GENERATOR_TURN, meter, waiting["generator"])
+        waiting["fake_score"].begin(is_part)
+
+    waiting["generator"].begin(is_part)
+    run.fake_score_terms[0] = _Announced(run.fake_score_terms[0], turn)
     size, device = settings.training.batch_size, teacher.device
     count = size if losses.gan_discriminator_weight else 0
     rows = torch.zeros(count, dtype=torch.int64)
@@ -181,11 +220,13 @@ def _rehearse_distillation(
         _real_batch=lambda step: real,
     )  # fmt: skip
     DistillationJob.step(cast(Any, job), 0, 0.0)
-    estimate.close(FAKE_SCORE_TURN, meter)
+    estimate.close(FAKE_SCORE_TURN, meter, waiting["fake_score"])
     return job
 
 
-def _rehearse_warmup(settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate) -> SimpleNamespace:
+def _rehearse_warmup(
+    settings: TrainSettings, teacher: Model, meter: Meter, estimate: Estimate, is_part: bool
+) -> SimpleNamespace:
     steps, denoiser = build_step_schedule(settings, teacher.denoiser), teacher.denoiser
     denoiser.requires_grad_(False)
     generator = build_twin(denoiser, "generator").requires_grad_(True)
@@ -193,7 +234,8 @@ def _rehearse_warmup(settings: TrainSettings, teacher: Model, meter: Meter, esti
         generator.checkpoint_activations()
     average = _average(settings, generator)
     update = build_update(dict(generator.named_parameters()), 1e-5, settings.optimizer, prefix="generator_")
-    _prepare(denoiser, average, {"generator": update.optimizer}, meter, estimate)
+    waiting = _prepare(denoiser, average, {"generator": update.optimizer}, meter, estimate)["generator"]
+    waiting.begin(is_part)
     job = SimpleNamespace(
         settings=settings, device=teacher.device, generator=generator, average=average, update=update,
         inputs=PairedInputs(steps, conditions_of(denoiser), cast(Any, Pairs(denoiser.image_shape))),
@@ -201,7 +243,7 @@ def _rehearse_warmup(settings: TrainSettings, teacher: Model, meter: Meter, esti
         _no_data=RealBatch(torch.zeros(0, *denoiser.image_shape), Condition(0)),
     )  # fmt: skip
     WarmupJob.step(cast(Any, job), 0, 0.0)
-    estimate.close(GENERATOR_TURN, meter)
+    estimate.close(GENERATOR_TURN, meter, waiting)
     return job
 
 
@@ -224,8 +266,9 @@ def _rehearse_pictures(settings: TrainSettings, teacher: Model, gpu: bool, meter
 def _prepare(
     teacher: Denoiser, average: WeightAverage[Denoiser] | None, optimizers: Mapping[str, torch.optim.Optimizer],
     meter: Meter, estimate: Estimate,
-) -> None:  # fmt: skip
-    """Name the kinds of what lies in memory between steps, and let the optimisers make their states."""
+) -> dict[str, Waiting]:  # fmt: skip
+    """Name the kinds of what lies in memory between steps, and let the optimisers make their states; each one's gradients."""
+    waiting: dict[str, Waiting] = {}
     meter.assign(FROZEN, [parameter for parameter in teacher.parameters() if not parameter.requires_grad])
     meter.assign(FROZEN, teacher.buffers())  # codes and scales of a quantised base
     meter.leave_out(host_tensors(teacher))
@@ -235,6 +278,7 @@ def _prepare(
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
         estimate.parameters[name] = _count(parameters)
+        waiting[name] = Waiting(parameters, meter)
         meter.assign(TRAINED, parameters)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -242,11 +286,9 @@ def _prepare(
         optimizer.zero_grad(set_to_none=True)
         meter.assign(STATES, [value for state in optimizer.state.values() for value in state.values()])
         for parameter in parameters:
-            # what nothing is made of, as the caption's stream behind a last block, gets none
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: None if p.grad is None else meter.assign(GRADIENTS, [p.grad])
-            )
+            parameter.register_post_accumulate_grad_hook(waiting[name].meet)
     meter.start_phase()
+    return waiting
 
 
 @dataclass

@@ -7,27 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fewstep.estimate.calls import META, Calls
 
 ACTIVATIONS = "activations"
-_aten = torch.ops.aten
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
-
-
-def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
-
-
-_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
+_NUMBER, _COPY = torch.ops.aten._local_scalar_dense.default, torch.ops.aten._to_copy.default
 
 
 class Meter(TorchDispatchMode):
@@ -40,20 +26,20 @@ class Meter(TorchDispatchMode):
         live: bytes by kind; everything is an activation until `assign` says otherwise.
         total: bytes of all kinds.
         peak: the largest total since `start_phase`, in bytes.
-        flops: floating-point operations of matrix products, convolutions and attention.
         moved: bytes copied from what lies in host memory.
     """
 
     def __init__(self, calls: Calls | None = None) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
-        self.total = self.peak = self.flops = self.moved = 0
+        self.total = self.peak = self.moved = 0
         self._host: dict[int, torch.UntypedStorage] = {}
         self._at_peak: Counter[str] = Counter()
         self._rising = True  # the total is its peak, and `_at_peak` is yet to be taken
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._kinds: dict[int, str] = {}
         self._calls = Calls() if calls is None else calls
+        self._flops_before = self._calls.flops
         self.casts: dict[int, Tensor] = {}  # autocast's copies of weights, until it ends
 
     @classmethod
@@ -63,20 +49,28 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if not _len_torch_function_stack():
+            return self._run(func, args, kwargs or {})
+        machine = _pop_mode()  # else it would meet every look at a tensor in here
+        try:
+            return self._run(func, args, kwargs or {})
+        finally:
+            _push_mode(machine)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.casts and not torch.is_autocast_enabled("cpu"):
             self.casts.clear()
-        if func is _aten._local_scalar_dense.default and args[0].is_meta:
+        if func is _NUMBER and args[0].is_meta:
             return 0  # no tensor has a value: the step's one host number is which simulated step to train
-        if func is _aten._to_copy.default and id(args[0].untyped_storage()) in self._host:
+        if func is _COPY and self._host and id(args[0].untyped_storage()) in self._host:
             self.moved += args[0].nbytes
         made = self._calls(func, args, kwargs)
-        count = _FLOPS.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=made)
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+        if isinstance(made, Tensor):
+            self._note(made)
+        elif isinstance(made, tuple | list):
+            for part in made:
+                if isinstance(part, Tensor):
+                    self._note(part)
         return made
 
     def assign(self, kind: str, tensors: Iterable[Tensor]) -> None:
@@ -101,7 +95,13 @@ class Meter(TorchDispatchMode):
 
     def start_phase(self) -> None:
         """Forget the peak, the arithmetic and the moves so far."""
-        self.peak, self.flops, self.moved, self._rising = self.total, 0, 0, True
+        self.peak, self.moved, self._rising = self.total, 0, True
+        self._flops_before = self._calls.flops
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of matrix products, convolutions and attention since `start_phase`."""
+        return self._calls.flops - self._flops_before
 
     @property
     def at_peak(self) -> Counter[str]:
