@@ -95,8 +95,9 @@ def prepare_latents(
         return 2 * (1 + keep_spread) * autoencoder.latent_channels * (resolution // autoencoder.factor) ** 2
 
     return _write_parts(
-        folder, job, table, reader.read_part, total, shard_size, report, latent_bytes, source.source, source.digest_of
-    )
+        folder, job, table, reader.read_part, total, shard_size, report, latent_bytes=latent_bytes, source=source.source,
+        digest_of=source.digest_of,
+    )  # fmt: skip
 
 
 @dataclass
@@ -219,13 +220,14 @@ def import_lmdb_latents(
 
         table = PromptTable(encoders, batch_size)
         return _write_parts(
-            folder, job, table, read_part, num_prompts, shard_size, report, lambda: 2 * math.prod(shape[1:]), str(path)
-        )
+            folder, job, table, read_part, num_prompts, shard_size, report, source=str(path),
+            latent_bytes=lambda: 2 * math.prod(shape[1:]),
+        )  # fmt: skip
 
 
 def _write_parts(
     folder: Path, job: dict[str, Any], table: PromptTable, read_part: Callable[[int, int], _Part], total: int | None,
-    shard_size: int, report: Report, latent_bytes: Callable[[], int], source: str,
+    shard_size: int, report: Report, *, latent_bytes: Callable[[], int], source: str,
     digest_of: Callable[[int, int], str] = lambda first, count: "",
 ) -> Path:  # fmt: skip
     """Shard by shard from where the folder stands to the source's end; each shard keeps the source rows it took.
