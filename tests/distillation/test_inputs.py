@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from unittest import mock
 
@@ -8,9 +9,10 @@ from torch import Tensor
 from fewstep.data.noise_image_pairs import NoiseImagePairs, write_shard
 from fewstep.data.shard_folder import write_manifest
 from fewstep.diffusion.condition import ClassTable, Condition
-from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.draws import Draws, Purpose
 from fewstep.diffusion.samplers import sample_few_steps
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation import inputs
 from fewstep.distillation.inputs import (
     FreshAndPairedInputs,
     FreshInputs,
@@ -23,6 +25,7 @@ from fewstep.distillation.inputs import (
 )
 from fewstep.families.edm.denoiser import EDMDenoiser
 from tests.conftest import tiny_denoiser
+from tests.training.test_step import NoBlockingCopy
 
 FOUR = StepSchedule((999, 749, 499, 249))
 EIGHT = StepSchedule(tuple(range(999, 0, -125)))
@@ -145,11 +148,45 @@ def test_every_sample_at_a_step_of_its_own(generator: EDMDenoiser) -> None:
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 4)])
-def test_any_part_of_a_batch_takes_as_many_forwards(generator: EDMDenoiser, rows: slice) -> None:
+def test_any_part_of_a_batch_takes_as_many_forwards(
+    generator: EDMDenoiser, rows: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sharded processes gather weights at each: one with a sample at its first step runs what one at its last step runs."""
+    monkeypatch.setattr(inputs, "world_size", lambda: 2)
     with mock.patch.object(generator, "denoise", wraps=generator.denoise) as denoise:
         simulated_input_per_sample(generator, FOUR, labels(8)[rows], Draws.of_batch(0, 0, 8).part(rows))
     assert denoise.call_count == 3
+
+
+@pytest.mark.parametrize(("rows", "forwards"), [(slice(0, 1), 0), (slice(1, 3), 2), (slice(3, 4), 3)])
+def test_one_process_runs_no_forward_that_nobody_needs(generator: EDMDenoiser, rows: slice, forwards: int) -> None:
+    with mock.patch.object(generator, "denoise", wraps=generator.denoise) as denoise:
+        simulated_input_per_sample(generator, FOUR, labels(8)[rows], Draws.of_batch(0, 0, 8).part(rows))
+    assert denoise.call_count == forwards
+
+
+def test_noise_is_drawn_for_the_samples_that_go_on(generator: EDMDenoiser) -> None:
+    drawn = []
+    normal = Draws.normal
+
+    def counted(draws: Draws, purpose: Purpose, shape: tuple[int, ...], number: int = 0) -> Tensor:
+        made = normal(draws, purpose, shape, number)
+        drawn.append(len(made))
+        return made
+
+    with mock.patch.object(Draws, "normal", counted):
+        simulated_input_per_sample(generator, FOUR, labels(8), Draws.of_batch(0, 0, 8))
+    assert drawn == [8, 6, 4, 2]
+
+
+def test_nothing_waits_for_the_device_that_steps_of_samples_are_for(generator: EDMDenoiser) -> None:
+    """On shapes alone too: which sample is at which step is known to the host, and goes to the device in one copy."""
+    there, network = Draws.of_batch(0, 1, 8, "meta"), copy.deepcopy(generator).to("meta")
+    with mock.patch.object(inputs, "steps_in_turn", return_value=[0, 1, 2, 3] * 2):
+        simulated_input_per_sample(network, FOUR, labels(8).to("meta"), there)  # the grid of levels is copied once
+        with NoBlockingCopy() as seen:
+            simulated_input_per_sample(network, FOUR, labels(8).to("meta"), there)
+    assert not seen.copies
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -6,12 +6,16 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from fewstep.diffusion.condition import Condition
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.schedules import StepSchedule
+from fewstep.distillation.inputs import FreshInputs, NoisedDataInputs, RealBatch
 from fewstep.errors import UserError
 from fewstep.estimate import describe as estimate
 from fewstep.estimate.describe import describe_distillation, network_size
@@ -24,14 +28,18 @@ from fewstep.estimate.memory import (
     STATES,
     TRAINED,
     Estimate,
+    estimate_run,
 )
 from fewstep.estimate.meter import ACTIVATIONS
+from fewstep.estimate.stand_ins import conditions_of
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.shapes import build_network_config
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.families.registry import all_families, build_released
 from fewstep.settings import PretrainSettings, TrainSettings, load_settings, parse_settings
+from fewstep.training.step import micro_batches
 from tests.cli.test_main import PRETRAIN_RECIPE, fewstep
+from tests.conftest import tiny_denoiser
 from tests.tiny_models import tiny_sdxl_folder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -369,3 +377,53 @@ def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network_size(tiny_description())
     assert seen
     assert {device.type for device in seen} == {"meta"}
+
+
+@pytest.mark.parametrize("inputs", ["simulated", "simulated_per_sample", "noised_data"])
+@pytest.mark.parametrize("microbatch", [0, 3])
+def test_drawn_forwards_are_those_of_real_steps(inputs: str, microbatch: int) -> None:
+    """Over many steps: samples that go through the generator for its inputs, and how often all its weights are read for them."""
+    network, every = tiny_denoiser(), 2
+    settings = parse_settings(
+        TrainSettings,
+        {
+            "teacher": {"path": "teacher"},
+            "generator": {"step_indices": [900, 600, 300], "training_inputs": inputs},
+            "training": {"generator_every": every, "batch_size": 6},
+            "losses": {"gan_weights": [1e-2, 3e-2]},
+        },
+        "test",
+    )
+    conditions, steps = conditions_of(network), StepSchedule((900, 600, 300))
+    make = (
+        NoisedDataInputs(steps) if inputs == "noised_data" else FreshInputs(steps, conditions, "per_sample" in inputs)
+    )
+    real = RealBatch(torch.zeros(6, *network.image_shape), conditions.rows(torch.zeros(6, dtype=torch.int64)))
+    count = 60
+    with mock.patch.object(network, "denoise", side_effect=lambda noisy, *_: torch.zeros_like(noisy)) as denoise:
+        for step in range(count):
+            for part in micro_batches(Draws.of_batch(0, step, 6), real, microbatch):
+                make(network, part.draws, part.real)
+    forwards = denoise.call_count / (2 if microbatch else 1)
+    samples = sum(len(call.args[0]) for call in denoise.call_args_list) / 6
+    drawn = 1 - 1 / every  # samples without gradient on the other turns
+    assert estimate._drawn_forwards(settings, every, 0.5) == pytest.approx(drawn + samples / count, abs=0.25)
+    assert estimate._drawn_forwards(settings, every, 1.0) == pytest.approx(drawn + forwards / count, abs=0.25)
+
+
+@pytest.mark.parametrize("inputs", ["simulated", "simulated_per_sample"])
+def test_a_rehearsed_turn_has_no_earlier_steps(inputs: str) -> None:
+    """They are counted by `_drawn_forwards`; twice would make them dearer than they are."""
+    found = []
+    for steps in ([900], [900, 600, 300]):
+        settings = parse_settings(
+            TrainSettings,
+            {
+                "teacher": {"path": "teacher"},
+                "generator": {"step_indices": steps, "training_inputs": inputs},
+                "training": {"batch_size": 6},
+            },
+            "test",
+        )
+        found.append(estimate_run(settings, tiny_denoiser().to("meta"), gpu=False, pictures=False).flops)
+    assert found[0] == found[1]

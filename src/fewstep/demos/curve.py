@@ -38,9 +38,9 @@ def while_training(limit_seconds: float, num_points: int) -> Due:
     evenly = every_seconds(max(3.0, limit_seconds / num_points))
 
     def due(step: int, seconds: float, last: Point | None) -> bool:
-        if last is None or seconds < limit_seconds:
-            return last is None or evenly(step, seconds, last)
-        return last.seconds < limit_seconds
+        if last is not None and seconds >= limit_seconds:
+            return last.seconds < limit_seconds
+        return evenly(step, seconds, last)
 
     return due
 

@@ -28,6 +28,8 @@ from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
+from fewstep.formats.json_files import entry, read_json_object
+from fewstep.formats.model_folder import CARD
 from fewstep.models.load import load_generator
 from fewstep.models.model import Model
 from fewstep.progress import Report, Stderr, busy, say, working
@@ -103,7 +105,6 @@ class DemoFacts:
         notes: lines under the table, from the result.
         tiles: the page's first numbers.
         pictures: the page's pictures.
-        curve_note: what else there is to say about the curve.
         facts: further lines, from the result.
         next_commands: (command, what it does); {folder} is the run's, {model} the generator's.
         data: settings of [data] that the recipe cannot know.
@@ -202,11 +203,13 @@ def _run(facts: DemoFacts, folder: Path, minutes: float, seed: int, console: Con
 
 
 def best_generator(folder: Path, curve: Watch, last: Path, console: Console) -> Path:
-    """Folder of the generator whose point of the curve is the lowest; `last`, the one at the end, where none was kept."""
-    kept = folder / BEST / last.name
-    if not (kept / "fewstep.json").is_file():
+    """Folder of the generator whose point of the curve is the lowest; `last`, the one at the end, where that was not kept."""
+    kept, lowest = folder / BEST / last.name, min(curve.points, key=lambda point: point.figures[DISTANCE], default=None)
+    if lowest is None or not (kept / CARD).is_file():
         return last
-    lowest = min(curve.points, key=lambda point: point.figures[DISTANCE])
+    made_with = entry(read_json_object(kept / CARD), "made_with", dict, kept / CARD, f"remove {folder / BEST}")
+    if made_with.get("num_steps") != lowest.step:
+        return last
     say(
         console,
         f"The generator after {lowest.minutes:.1f} minutes has the lowest distance of {len(curve.points)}: {kept}",

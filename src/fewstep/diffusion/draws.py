@@ -55,9 +55,10 @@ class Draws:
             return cls(seed, step, host)
         return cls(seed, step, torch.arange(first, first + batch_size, dtype=torch.int64, device=device), host)
 
-    def part(self, rows: slice) -> "Draws":
-        """The draws of some of the samples."""
-        return replace(self, positions=self.positions[rows], host=None if self.host is None else self.host[rows])
+    def part(self, rows: slice | Tensor) -> "Draws":
+        """The draws of some of the samples: a range, or indices int64 (n,) in host memory."""
+        chosen = rows if isinstance(rows, slice) else rows.to(self.positions.device, non_blocking=True)
+        return replace(self, positions=self.positions[chosen], host=None if self.host is None else self.host[rows])
 
     def on_host(self) -> "Draws":
         """The same draws in host memory; nothing waits for the device where `of_batch` made these."""

@@ -12,6 +12,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.per_sample import per_sample
 from fewstep.diffusion.schedules import StepSchedule
+from fewstep.parallel import world_size
 
 
 class RealBatch(NamedTuple):
@@ -186,16 +187,22 @@ def simulated_input_per_sample(
     noisy = schedule.initial(draws.normal("generator_noise", generator.image_shape), levels[0].expand(len(condition)))
     for number in range(1, len(steps)):
         later = [row for row, step in enumerate(chosen) if step >= number]
-        rows = torch.tensor(later or [0], device=device)  # sharded processes run equally many forwards
+        if not later and world_size() == 1:
+            break
+        on_host = torch.tensor(later or [0])  # sharded processes run equally many forwards
+        rows = on_host.to(device, non_blocking=True)
         before, after = (levels[index].expand(len(rows)) for index in (number - 1, number))
         x0 = generator.denoise(noisy[rows], before, condition[rows])
         if later:
-            noise = draws.normal("simulation_noise", generator.image_shape, number)[rows]
+            noise = draws.part(on_host).normal("simulation_noise", generator.image_shape, number)
             noisy = noisy.index_copy(0, rows, generator.add_noise(x0, noise, after))
-    return noisy, levels[torch.tensor(chosen, device=device)]
+    return noisy, levels[torch.tensor(chosen).to(device, non_blocking=True)]
 
 
 def steps_in_turn(draws: Draws, count: int) -> list[int]:
-    """Sample i of training step s is at step (i + s) mod `count`, whatever batch it is in. A rehearsal on shapes counts from 0."""
-    host = draws.on_host().positions
-    return [(position + draws.step) % count for position in (range(len(host)) if host.is_meta else host.tolist())]
+    """Sample i of training step s is at step (i + s) mod `count`, whatever batch it is in.
+
+    In a rehearsal on shapes all are at the first, as they are where a batch is at one step: what comes before is counted apart.
+    """
+    positions = draws.on_host().positions
+    return [0] * len(positions) if positions.is_meta else [(index + draws.step) % count for index in positions.tolist()]

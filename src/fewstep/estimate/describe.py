@@ -181,13 +181,23 @@ def _at_once(settings: TrainSettings, number: int) -> TrainSettings:
 def average_flops(settings: TrainSettings, estimate: Estimate) -> float:
     """Floating-point operations of an average step.
 
-    Every step draws its samples: with gradients on the generator's turns; on average half of the earlier steps of a
-    few-step generator come before.
+    Every step draws its samples: with gradients on the generator's turns, which are rehearsed, without on the others.
     """
-    training, steps = settings.training, len(settings.generator.step_indices)
+    training = settings.training
     every = 1 if is_warmup(settings) else training.generator_every
-    drawn = training.batch_size * estimate.forward_flops * ((1 - 1 / every) + (steps - 1) / 2)
+    drawn = training.batch_size * estimate.forward_flops * _drawn_forwards(settings, every, 0.5)
     return estimate.flops[GENERATOR_TURN] / every + estimate.flops.get(FAKE_SCORE_TURN, 0) + drawn
+
+
+def _drawn_forwards(settings: TrainSettings, every: int, share: float) -> float:
+    """Forwards of the generator in an average step that no rehearsed turn has: samples without gradients, and steps before theirs.
+
+    A batch at one step has half of the earlier ones behind it on average. Where a batch holds all steps, each earlier one is a
+    forward of half the samples on average, which counts `share` of a whole one. Noised data and pairs have none.
+    """
+    one = {"simulated": 0.5, "simulated_per_sample": share, "noised_data": 0.0}[settings.generator.training_inputs]
+    earlier = 0 if is_warmup(settings) else len(settings.generator.step_indices) - 1
+    return (1 - 1 / every) + earlier * one
 
 
 def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
@@ -203,12 +213,12 @@ def _describe_work(settings: TrainSettings, estimate: Estimate) -> str:
 def average_moves(settings: TrainSettings, estimate: Estimate) -> float:
     """Bytes of the base that an average step copies to the device: each forward and each recomputation all that it runs.
 
-    Generator and fake score take turns, and samples are drawn, as in `average_flops`; each draw is one forward.
+    Generator and fake score take turns, and samples are drawn, as in `average_flops`; a forward of part of a batch moves as much.
     """
-    training, steps = settings.training, len(settings.generator.step_indices)
+    training = settings.training
     every, moved = training.generator_every, estimate.moved
     parts = -(-training.batch_size // (training.microbatch_size or training.batch_size))
-    drawn = parts * estimate.on_host * ((1 - 1 / every) + (steps - 1) / 2)
+    drawn = parts * estimate.on_host * _drawn_forwards(settings, every, 1.0)
     return moved[GENERATOR_TURN] / every + moved[FAKE_SCORE_TURN] + drawn
 
 

@@ -14,6 +14,7 @@ from fewstep.devices import pictures_at_once
 from fewstep.errors import UserError
 from fewstep.evaluation.measurement import Value, known_to, mean_of
 from fewstep.evaluation.speed import teacher_named_by
+from fewstep.formats.pixels import as_eight_bits
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
 from fewstep.networks.perceptual import LPIPS, load_lpips
@@ -41,13 +42,8 @@ class DiversityJudge:
     def __init__(
         self, files: tuple[Path, Path], teacher: str, batch_size: int | None, console: Console, **how: Any
     ) -> None:
-        self.lpips, self.teacher, self.batch_size, self.console, self.how = (
-            load_lpips(*files),
-            teacher,
-            batch_size,
-            console,
-            how,
-        )
+        self.lpips, self.teacher = load_lpips(*files), teacher
+        self.batch_size, self.console, self.how = batch_size, console, how
         self._teachers: Tensor | None = None
 
     def values(self, model: Model) -> dict[str, Value]:
@@ -118,7 +114,7 @@ def prompt_distances(
 @torch.no_grad()
 def mean_distances(lpips: LPIPS, images: Tensor) -> Tensor:
     """The mean distance over all pairs within each of P sets of K pictures (P, K, C, H, W) in [-1, 1], rounded to 8 bits; (P,)."""
-    rounded = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    rounded = as_eight_bits(images)
     pairs = list(itertools.combinations(range(images.shape[1]), 2))
     both = [rounded[:, [pair[side] for pair in pairs]].flatten(0, 1) for side in (0, 1)]
     at_once = pictures_at_once(*images.shape[-2:])

@@ -15,6 +15,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.json_files import read_json_object
+from fewstep.formats.pixels import as_eight_bits
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.inception import load_inception
 
@@ -101,7 +102,7 @@ def load_features(source: str, device: torch.device | str = "cpu") -> FeatureNet
     if source.startswith(BUNDLED):
         return SmallClassifier.load(bundled_path(source.removeprefix(BUNDLED)) / "features").to(device)
     path = Path(source).expanduser()
-    if path.is_dir() and has_model_type(path):
+    if path.is_dir() and _has_model_type(path):
         from fewstep.networks.dinov2 import load_dinov2  # imports transformers: only where it is asked for
 
         return load_dinov2(path).to(device)
@@ -118,7 +119,7 @@ def extract_features(network: FeatureNetwork, batches: Iterable[Tensor], device:
     return torch.cat([features_of(network, images, device) for images in batches])
 
 
-def has_model_type(folder: Path) -> bool:
+def _has_model_type(folder: Path) -> bool:
     """Whether a folder's config.json is one of transformers, of whatever kind; a damaged one is none."""
     path = folder / "config.json"
     try:
@@ -130,5 +131,4 @@ def has_model_type(folder: Path) -> bool:
 @torch.no_grad()
 def features_of(network: FeatureNetwork, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """`extract_features` of one batch."""
-    rounded = ((images.to(device).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    return network(rounded).float().cpu()
+    return network(as_eight_bits(images.to(device))).float().cpu()

@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.measurement import Value
+from fewstep.formats.pixels import as_eight_bits
 
 
 def text_following(predicted: Tensor, wanted: Tensor) -> dict[str, Value]:
@@ -70,8 +71,7 @@ def predict_groups(classifier: SmallClassifier, images: Tensor, batch_size: int 
     """The group of every picture (N, C, H, W) in [-1, 1], rounded to 8 bit first as files would be; (N,), int64."""
     parts = [torch.empty(0, dtype=torch.int64)]
     for part in images.split(batch_size):
-        rounded = ((part.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-        parts.append(classifier.logits(rounded).argmax(1).cpu())
+        parts.append(classifier.logits(as_eight_bits(part)).argmax(1).cpu())
     return torch.cat(parts)
 
 

@@ -22,6 +22,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
+def as_eight_bits(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] as a picture file of 8 bits would give them back; of their shape and device."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Images (N, C, H, W) in [-1, 1] as N pictures: grey ones of one channel, RGB of three."""
     pixels = to_uint8(images).numpy()
