@@ -320,7 +320,8 @@ def test_evaluate_against_statistics(
     assert (found["features"], found["evaluations_per_image"]) == ("four classes", 2)
     assert "precision" not in found  # needs real pictures
     assert re.search(r"Frechet distance \d\.\d+ ± \d\.\d+ \(10 images against 24 real ones", answer.out)
-    assert "features four classes, 2 evaluations per image, seed 5" in answer.out
+    assert "features four classes, 2 evaluations per image, seed 5, float32; " in answer.out
+    assert found["dtype"] == "float32"
     evaluate(
         generator_folder, "--features", features_folder, "--reference", reference, "--num-images", 10, "--seed", 6,
         "--json", figure,

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_figure_is_that_of_the_models_images(generator: Model, reference: Featur
     distance = frechet_distance(FeatureStatistics.of(features), reference)
     assert figures_of(found) == {
         "model": "mine", "frechet_distance": pytest.approx(distance, rel=1e-5), "num_images": 12,
-        "num_reference_images": 40, "features": "block means", "num_features": 4, "evaluations_per_image": 2, "seed": 5,
+        "num_reference_images": 40, "features": "block means", "num_features": 4, "evaluations_per_image": 2, "seed": 5, "dtype": "float32",
         "kid": pytest.approx(kernel_distance(real, features)[0], rel=1e-3, abs=1e-6), **shares,
         "num_images_of": {}, "intervals": found.to_dict()["intervals"],
     }  # fmt: skip
@@ -230,6 +231,7 @@ def test_sentence() -> None:
         frechet_distance=Value(12.3456, 5000, (12.1, 12.6)), kid=Value(0.0012, 5000, (0.0011, 0.0013)), precision=Value(0.5, 5000)
     )  # fmt: skip
     assert "Frechet distance 12.346 ± 0.250, KID 0.001200 ± 0.000100, precision 0.500 (5000 images" in more.sentence()
+    assert replace(figure(), dtype="bfloat16").sentence().endswith("seed 7, bfloat16; 81.2 images/s)")
     unknown = Measurement("mine", more.values, 5000, "x", 0, 0, 2, 7)
     assert "against an unrecorded number of real ones, features x, 2 evaluations per image" in unknown.sentence()
 
@@ -252,6 +254,8 @@ def test_what_is_written_is_read_again() -> None:
     assert written["frechet_distance"] == 12.3456
     assert written["num_images_of"] == {"held_out_distance": 153}
     assert Measurement.from_dict(written) == found
+    half = replace(found, dtype="bfloat16")
+    assert Measurement.from_dict(json.loads(json.dumps(half.to_dict()))) == half
     assert found.without("kid").get("kid") is None
 
 

@@ -11,13 +11,15 @@ import torch
 from fewstep.errors import UserError
 from fewstep.evaluation.evaluate import EvaluateOptions
 from fewstep.evaluation.features import SmallClassifier
+from fewstep.evaluation.measurement import Measurement, Value
+from fewstep.evaluation.scores import Score
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.training import scoring
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.run import pretrain, train
 from fewstep.training.run_folder import hold, is_held, release
-from fewstep.training.scoring import watch_run
+from fewstep.training.scoring import Figures, watch_run
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
 
@@ -199,3 +201,18 @@ def test_lock_tells_whether_somebody_trains(tmp_path: Path) -> None:
 def test_a_url_is_not_watched(options: EvaluateOptions) -> None:
     with pytest.raises(UserError, match="evaluate s3://bucket/run --watch: a run is watched in a folder on a disk"):
         watch_run("s3://bucket/run", options)
+
+
+def test_figures_of_two_precisions_are_not_mixed(tmp_path: Path) -> None:
+    """What an earlier version did not note is not held against what is noted now."""
+    values = {"frechet_distance": Value(2.0, 8), "images_per_second": Value(1.0, 8)}
+    old, full, half = (
+        Score(step, 0.0, "raw", Measurement("run", values, 8, dtype=dtype))
+        for step, dtype in enumerate(["", "float32", "bfloat16"])
+    )
+    scores = Figures(tmp_path / "evaluation.json")
+    scores.add(old)
+    scores.add(full)
+    with pytest.raises(UserError, match="figures with dtype 'float32', not 'bfloat16'"):
+        scores.add(half)
+    assert [score.found.dtype for score in Figures(tmp_path / "evaluation.json").scores] == ["", "float32"]

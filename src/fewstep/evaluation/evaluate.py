@@ -16,7 +16,7 @@ from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.diversity import DiversityJudge
 from fewstep.evaluation.feature_cache import network_digest, tensors_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, Rows, figure_of, look
+from fewstep.evaluation.measure import Clocked, Rows, dtype_of, figure_of, look
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
@@ -155,10 +155,11 @@ class Judge:
         num_images = options.num_images or (50_000 if protocol is None else protocol.num_images)
         coco = protocol if self.coco is not None else None
         figure = _measure(source, model, self._side, options, coco, num_images)
-        if self._diversity is not None:
-            values = self._diversity.values(model)
-            figure = None if figure is None else figure.having(**values)
-        if protocol is None or figure is None:
+        values = {} if self._diversity is None else self._diversity.values(model)
+        if figure is None:
+            return None
+        figure = replace(figure.having(**values), dtype=dtype_of(model))
+        if protocol is None:
             return figure
         clip = self._side.clip
         other = "" if clip is None else clip.difference(protocol.clip_prefix)

@@ -193,11 +193,17 @@ def measure_model(
     sample, evaluations = model_sampler(
         model, seed, prompts=prompts, num_steps=num_steps, guidance_scale=guidance_scale
     )
-    return measure_sampler(
+    found = measure_sampler(
         name, sample, network, reference, num_images=num_images, evaluations_per_image=evaluations, seed=seed,
         real_features=real_features, batch_size=batch_size, device=model.device, report=report, resamples=resamples,
         scores=TextScores(text_metrics, prompts) if text_metrics and prompts else None,
     )  # fmt: skip
+    return replace(found, dtype=dtype_of(model))
+
+
+def dtype_of(model: Model) -> str:
+    """What a model computes in, by torch's name: "float32", "bfloat16" or "float16"."""
+    return str(model.denoiser.compute_dtype).removeprefix("torch.")
 
 
 def dataset_features(

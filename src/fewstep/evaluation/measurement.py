@@ -51,6 +51,7 @@ class Measurement:
         evaluations_per_image: network evaluations (0: real pictures).
         protocol: name of the published way it was measured in; "" for none.
         proxy: why the figure is only a proxy of that protocol; "" where it is not.
+        dtype: what the model computed in, e.g. "bfloat16", which moves a figure; "" for not recorded, or real pictures.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Measurement:
     seed: int = 0
     protocol: str = ""
     proxy: str = ""
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         nameless = [name for name, value in self.values.items() if name not in NAMES and not value.by]
@@ -100,6 +102,8 @@ class Measurement:
         counts = {name: value.num_images for name, value in self.values.items() if value.num_images != self.num_images}
         numbers = {name: value.value for name, value in self.values.items()}
         ways: dict[str, Any] = {"protocol": self.protocol, "proxy": self.proxy} if self.protocol else {}
+        if self.dtype:
+            ways["dtype"] = self.dtype
         if by := {name: value.by for name, value in self.values.items() if value.by}:
             ways["by"] = by
         return {"model": self.model, **numbers, **facts, **ways, "intervals": intervals, "num_images_of": counts}
@@ -109,7 +113,7 @@ class Measurement:
         """Inverse of `to_dict`; also reads what versions before 0.2 wrote, of text-to-image models too."""
         if "held_out_distance" in values and "following" in values:
             return _from_text_form(values)
-        facts = {name: values[name] for name in (*_FACTS, "protocol", "proxy") if name in values}
+        facts = {name: values[name] for name in (*_FACTS, "protocol", "proxy", "dtype") if name in values}
         intervals, counts, by = (values.get(name, {}) for name in ("intervals", "num_images_of", "by"))
         numbers = {
             name: Value(
@@ -144,7 +148,7 @@ class Measurement:
         return (
             f"{way}{self.model}: {figures} ({self.num_images} images against "
             f"{self.num_reference_images or 'an unrecorded number of'} real ones, features {self.features}, "
-            f"{evaluations}, seed {self.seed}; {self.images_per_second:.1f} images/s)"
+            f"{evaluations}, seed {self.seed}{f', {self.dtype}' * bool(self.dtype)}; {self.images_per_second:.1f} images/s)"
         )
 
     def cautions(self) -> list[str]:

@@ -9,7 +9,7 @@ from fewstep.evaluation.measurement import Measurement
 
 SCORES = "evaluation.json"
 # of a measurement: what figures must share to be compared
-CONDITIONS = ("num_images", "features", "num_features", "num_reference_images", "protocol", "proxy")
+CONDITIONS = ("num_images", "features", "num_features", "num_reference_images", "protocol", "proxy", "dtype")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def _score(row: Mapping[str, Any]) -> Score:
     counts = [*facts, *(value.num_images for value in found.values.values())]
     if not all(isinstance(count, int) and count >= 0 for count in counts):
         raise ValueError("a number of pictures, features, evaluations or the seed is none")
-    for text in (found.model, found.features, found.protocol, found.proxy, *(one.by for one in found.values.values())):
+    facts_in_words = (found.model, found.features, found.protocol, found.proxy, found.dtype)
+    for text in (*facts_in_words, *(one.by for one in found.values.values())):
         if not isinstance(text, str):
             raise ValueError("a name is no text")
     for low, high in (value.interval for value in found.values.values() if value.interval is not None):

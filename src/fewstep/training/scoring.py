@@ -96,6 +96,7 @@ class Figures:
         """
         for name in (*CONDITIONS, "seed"):
             before = {getattr(earlier.found, name) for earlier in self.scores} - {getattr(score.found, name)}
+            before -= {""} if name == "dtype" else set()  # earlier versions did not note it
             if before:
                 raise UserError(
                     f"{self.path} has figures with {name.replace('_', ' ')} {before.pop()!r}, not {getattr(score.found, name)!r}; "
