@@ -23,6 +23,7 @@ from fewstep.formats.roles_folder import read_roles
 from fewstep.formats.source import Source
 from fewstep.models.model import build_model
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
+from fewstep.preparation.conversion import convert_lora
 from tests.cli.test_main import fewstep as fewstep_command
 from tests.conftest import tiny_denoiser
 from tests.dmd2_files import edm_arguments, edm_network, head_for, same, save_dmd2
@@ -242,7 +243,7 @@ def test_single_files(tmp_path: Path, bases: dict[str, Path]) -> None:
     [
         ("sdxl_lightning_4step_unet.safetensors", "lightning"), ("Hyper-SDXL-1step-Unet.safetensors", "hyper"),
         ("sdxl_turbo_1step.safetensors", "turbo"), ("lcm_4step_lora.safetensors", "lcm"), ("tcd-4steps.safetensors", "tcd"),
-        ("my_own_4step.safetensors", ""), ("sdxl_4step_unet.safetensors", ""),
+        ("my_own_4step.safetensors", ""), ("flash_sdxl_4step_unet.safetensors", "flash"),
     ],
 )  # fmt: skip
 def test_files_of_other_methods_ask_for_their_steps(
@@ -253,6 +254,22 @@ def test_files_of_other_methods_ask_for_their_steps(
     refused(tmp_path / name, tmp_path / "out", "give --step-indices", said, base=bases["sdxl"])
     convert(tmp_path / name, tmp_path / "out", bases["sdxl"], step_indices="999")
     assert json.loads((tmp_path / "out/fewstep.json").read_text())["step_indices"] == [999]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("a_4step", FOUR), ("peft_4step", FOUR), ("4step_lora", FOUR), ("dmd2_1step_lora", (999,))]
+)
+def test_neutral_names_of_loras_are_taken_at_their_word(
+    bases: dict[str, Path], tmp_path: Path, name: str, steps: tuple[int, ...]
+) -> None:
+    """No word of another method is in them; the answer says what was read off the name."""
+    teacher = fewstep.load_teacher(bases["sd"], device="cpu")
+    role = SharedBase(teacher.denoiser, LoraShape(rank=4, alpha=8.0)).add_role("generator")
+    path = tmp_path / f"{name}.safetensors"
+    write_kohya_lora(path, lora_from_state(role.adapter_state(), 4, 8.0), {})
+    said = convert_lora(path, tmp_path / "out", base=str(bases["sd"]))
+    assert said.endswith(f"steps {list(steps)} (by its name; --step-indices gives others)")
+    assert convert_lora(path, tmp_path / "other", base=str(bases["sd"]), step_indices=(999,)).endswith("steps [999]")
 
 
 def test_a_network_that_predicts_x0_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
     shape = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
     card = _generator_card(source, "LoRA", steps, base=name)
     write_generator_folder(out, {**description, "lora": shape}, lora.state, card, family_of(description).network_part)
-    return f"{out}: LoRA generator of rank {lora.rank} for {name}, steps {list(steps.indices)}"
+    return (
+        f"{out}: LoRA generator of rank {lora.rank} for {name}, steps {list(steps.indices)}{_by_its_name(step_indices)}"
+    )
 
 
 def _convert_edm(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str, indices: tuple[int, ...]) -> str:
@@ -189,7 +191,7 @@ def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str
     dtype = common_half_precision(checkpoint.generator)
     part = family_of(description).network_part
     write_with_roles(out, lambda folder: write_generator_folder(folder, description, weights, card, part, dtype), roles)
-    return f"{out}: generator of {name}, steps {list(steps.indices)}{_with(roles)}"
+    return f"{out}: generator of {name}, steps {list(steps.indices)}{_by_its_name(indices)}{_with(roles)}"
 
 
 def _text_base(source: Path, base: str) -> tuple[dict[str, Any], Denoiser, str]:
@@ -277,10 +279,15 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
         raise UserError(f"--step-indices {_listed(indices)}: {error}") from None
 
 
+def _by_its_name(given: tuple[int, ...]) -> str:
+    """Says where the steps are from, unless they were given."""
+    return "" if given else " (by its name; --step-indices gives others)"
+
+
 def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
-    """The steps of DMD2's file of this name; none where it does not say DMD, or any word is not theirs: other methods count too."""
+    """The steps of DMD2's file of this name; none where any word of it is not one of theirs, for other methods count too."""
     words = set(re.findall("[a-z]{2,}", name))
-    if "dmd" not in words or not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
+    if not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
         return ()
     if re.search(r"(?<!\d)4.?step", name):
         return _FOUR_STEPS
