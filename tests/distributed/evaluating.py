@@ -2,9 +2,11 @@
 
     python -m tests.distributed.evaluating WORK TEACHER
 
-`WORK` has a generator of prompts (`texts/run`), a CLIP, a feature network each for grey and coloured pictures, pictures and prompts.
+`WORK` has a generator of prompts (`texts/run`) and one of classes, a feature network each for grey and coloured pictures, a VGG16 with
+LPIPS heads, pictures, and pictures with captions in COCO's layout.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,28 +19,50 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation import evaluate, measure
+from fewstep.evaluation import evaluate, measure, protocols
 from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
 from fewstep.evaluation.features import SmallClassifier
+from fewstep.formats.model_folder import ModelCard
+from fewstep.models.model import build_model
 from fewstep.parallel import rank
-from tests.conftest import write_pictures
+from tests.conftest import tiny_denoiser, write_pictures
+from tests.evaluation.lpips_files import lpips_files, small_pictures_stay, write_lpips
 from tests.export.text_generators import write_run
 
 PROMPTS = ("red cat", "a dog", "blue bird")
-WAYS = ("classes", "texts")
+# each way of measuring, and figures that it gives
+WAYS = {
+    "classes": {"frechet_distance", "kid", "coverage"},
+    "texts": {"frechet_distance", "kid", "coverage", "brightness"},
+    "coco": {"frechet_distance", "patch_distance"},
+    "diversity": {"lpips_diversity", "teacher_lpips_diversity", "lpips_diversity_ratio"},
+}
 
 
 def write_parts(work: Path) -> None:
-    """What models are measured with."""
+    """What models are measured with, and models."""
     torch.manual_seed(0)
     for name, channels in (("grey", 1), ("coloured", 3)):
         SmallClassifier(channels, 4, 4, name=name).eval().save(work / name)
     write_run(work / "texts", "sd", (999,))
     write_pictures(work / "real", 11)
     write_pictures(work / "real in colour", 11, channels=3)
+    build_model(tiny_denoiser(seed=1), ModelCard("generator", step_indices=(999,))).write(work / "one step")
+    write_lpips(work)
+    write_captions(work / "captions.json", work / "real in colour")
 
 
-def options_of(work: Path, way: str, folder: Path) -> EvaluateOptions:
+def write_captions(path: Path, folder: Path) -> None:
+    """COCO's layout: the pictures below a folder, each with a caption of its own."""
+    names = sorted(str(picture.relative_to(folder)) for picture in folder.rglob("*.png"))
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    captions = [
+        {"id": number, "image_id": number, "caption": f"{PROMPTS[number % 3]} {number}"} for number in range(len(names))
+    ]
+    path.write_text(json.dumps({"images": images, "annotations": captions}), encoding="utf-8")
+
+
+def options_of(work: Path, way: str, teacher: str, folder: Path) -> EvaluateOptions:
     """Batches that do not divide by the processes, the last one smaller."""
     how: dict[str, Any] = {
         "device": "cpu",
@@ -51,7 +75,17 @@ def options_of(work: Path, way: str, folder: Path) -> EvaluateOptions:
         return EvaluateOptions(
             str(work / "grey"), images=str(work / "real"), num_images=22, batch_size=3, teacher_steps=2, **how
         )
+    if way == "diversity":
+        return EvaluateOptions(
+            str(work / "grey"), images=str(work / "real"), num_images=7, batch_size=4, teacher_steps=2,
+            lpips=lpips_files(work), diversity_prompts=5, teacher=teacher, **how,
+        )  # fmt: skip
     pictures = str(work / "real in colour")
+    if way == "coco":
+        return EvaluateOptions(
+            str(work / "coloured"), "coco10k-512", captions=work / "captions.json", images=pictures, num_images=7,
+            batch_size=2, **how,
+        )  # fmt: skip
     return EvaluateOptions(
         str(work / "coloured"), images=pictures, prompts=PROMPTS, num_images=7, batch_size=2, clip="stands in", **how
     )
@@ -71,13 +105,21 @@ class Brightness:
         return []
 
 
-def measure_both(work: Path, teacher: str, folder: Path) -> None:
-    """Figures of a class teacher and a text generator, as JSON in a folder."""
+def measure_all(work: Path, teacher: str, folder: Path) -> None:
+    """Figures of a class teacher, a text generator and a class generator, as JSON in a folder."""
     folder.mkdir(exist_ok=True)
-    evaluate_model(teacher, options_of(work, "classes", folder))
+    models = {
+        "classes": teacher,
+        "texts": work / "texts/run",
+        "coco": work / "texts/run",
+        "diversity": work / "one step",
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_load_clip", lambda *_: Brightness())
-        evaluate_model(str(work / "texts/run"), options_of(work, "texts", folder))
+        patch.setattr(evaluate, "_load_clip", lambda options, *_: Brightness() if options.clip else None)
+        patch.setattr(protocols, "_BATCH", 2)  # more batches of real pictures than processes
+        small_pictures_stay(patch)
+        for way, model in models.items():
+            evaluate_model(str(model), options_of(work, way, teacher, folder))
 
 
 def refuse(work: Path, teacher: str, folder: Path) -> None:

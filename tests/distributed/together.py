@@ -204,7 +204,7 @@ def main(work: Path) -> None:
             make_pairs(work, questions["pairs"])
             preparing.prepare_twice(work, work / "many")
             lines: list[str] = []
-            evaluating.measure_both(work, questions["pairs"], work / "figures of 2")
+            evaluating.measure_all(work, questions["pairs"], work / "figures of 2")
             evaluating.refuse(work, questions["pairs"], work)
             examine_together(lines.append)
             (work / f"doctor-{rank()}.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
@@ -15,9 +14,8 @@ from fewstep.evaluation.evaluate import EvaluateOptions, evaluate_model
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import build_model
-from fewstep.networks import perceptual
-from fewstep.networks.perceptual import LPIPS
 from tests.conftest import tiny_denoiser
+from tests.evaluation.lpips_files import small_pictures_stay, write_lpips
 
 
 class Squares(nn.Module):
@@ -87,17 +85,10 @@ def test_a_generator_is_measured_beside_its_teacher(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of weights in the published files' shapes, on small pictures that are not enlarged."""
-    lpips = LPIPS(None)
-    weights = lpips.state_dict()
-    save_file(
-        {key: value for key, value in weights.items() if key.startswith("features.")}, tmp_path / "vgg.safetensors"
-    )
-    save_file({f"lin{n}.model.1.weight": weights[f"heads.{n}"] for n in range(5)}, tmp_path / "heads.safetensors")
-    monkeypatch.setattr(perceptual.LPIPS.__init__, "__defaults__", (None,))
-    monkeypatch.setattr(perceptual.load_lpips, "__defaults__", (None,))
+    files = write_lpips(tmp_path)
+    small_pictures_stay(monkeypatch)
     SmallClassifier(1, 4, 4).eval().save(tmp_path / "features")
     build_model(tiny_denoiser(seed=1), ModelCard("generator", step_indices=(999,))).write(tmp_path / "generator")
-    files = tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors"
 
     def options(**more: object) -> EvaluateOptions:
         return EvaluateOptions(
