@@ -184,11 +184,16 @@ def test_how_the_best_generator_was_found_is_told(tmp_path: Path) -> None:
     assert isinstance(watched, Curves)
     assert watched.curves[0].series[0].intervals == [(7.0, 11.5)]
     assert watched.notes == [f"300 images, features and reference not recorded here; {BARS}"]
-    settings = {"best": {"features": "inception.pth", "reference": "real.npz", "num_images": 300}}
+    settings = {
+        "best": {"features": "inception.pth", "reference": "real.npz", "num_images": 300},
+        "compute": {"precision": "bf16"},
+    }
     (folder / "settings.json").write_text(json.dumps(settings))
     section = quality_sections([read_run(folder)])[1]
     assert isinstance(section, Curves)
-    assert section.notes == ["300 images, features inception.pth, reference real.npz, seed 1; without intervals."]
+    assert section.notes == [
+        "300 images, features inception.pth, reference real.npz, seed 1, precision bf16; without intervals."
+    ]
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """The README.md of an export: which tool reads which file, and how; the same bytes from run to run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard as HubCard
 
 from fewstep.errors import UserError
+from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.export.card_usage import CardFacts
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.export.model_card import render_card, run_figures
@@ -99,4 +102,32 @@ def test_a_link_in_a_component_is_not_published(tmp_path: Path) -> None:
 
 def test_what_is_nested_without_end_in_a_run_is_no_figure(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert run_figures(tmp_path / "generator", ModelCard("generator", (999,))) == []
+
+
+def test_figures_keep_what_makes_them_a_proxy_and_the_precision(tmp_path: Path) -> None:
+    value = Value(9.0, 30, (8.5, 9.5))
+    found = Measurement(
+        "runs/mine", {"frechet_distance": value}, 30, "coloured", 16, 40, 4, 3, "coco30k-256", "30 images, not 30,000", "bfloat16"
+    )  # fmt: skip
+    (tmp_path / "figure.json").write_text(json.dumps(found.to_dict()))
+    (tmp_path / "best.json").write_text(json.dumps([{"step": 7, "frechet_distance": 3.5}]))
+    made_with = {"settings": {"best": {"files": ["f", "r.npz"], "num_images": 500}, "compute": {"precision": "bf16"}}}
+    card = ModelCard("generator", (999,), made_with={**made_with, "num_steps": 7})
+    assert run_figures(tmp_path / "generator", card) == [
+        ("Frechet distance at step 7 (500 images, features f, precision bf16)", "3.500"),
+        (
+            "PROXY of coco30k-256 (30 images, not 30,000): Frechet distance of mine (30 images, features coloured, "
+            "4 evaluations an image, seed 3, bfloat16)",
+            "9.000 ± 0.500",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"intervals": 3}, {"features": None}, {"num_images": "many", "intervals": {"frechet_distance": [1]}}]
+)
+def test_damaged_figures_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = Measurement("mine", {"frechet_distance": Value(9.0, 30)}, 30, "coloured").to_dict() | changes
+    (tmp_path / "figure.json").write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
     assert run_figures(tmp_path / "generator", ModelCard("generator", (999,))) == []

@@ -68,7 +68,7 @@ def _notes(result: Result) -> list[str]:
     generator, count = result.generator, result.generator.values["agreement"].num_images
     return [
         f"Features and categories: {generator.features}, against one real picture for each of {generator.num_reference_images:,} "
-        f"training texts; seed {generator.seed}. So few held-out texts make any distance larger: compare that column within itself.",
+        f"training texts; seed {generator.seed}, {generator.dtype}. So few held-out texts make any distance larger: compare that column within itself.",
         "Right category: the classifier sees the category that the prompt asks for, on held-out texts; beside it the same after "
         f"the prompts changed places, on average. Own picture: the real picture of the same text is among the {NEIGHBOURS} nearest "
         f"of {count} real ones, which chance makes true for {NEIGHBOURS / count:.0%}.",

@@ -89,7 +89,7 @@ FACTS = DemoFacts(
     save_pictures=_save,
     notes=lambda result: [
         f"Features: {result.generator.features}, against {result.generator.num_reference_images:,} real training pictures; "
-        f"seed {result.generator.seed}. Real pictures: the test pictures against the same."
+        f"seed {result.generator.seed}, {result.generator.dtype}. Real pictures: the test pictures against the same."
     ],
     facts=lambda result: ["Pictures: Fashion-MNIST, Zalando Research, MIT licence."],
     next_commands=[

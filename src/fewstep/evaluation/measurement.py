@@ -87,6 +87,15 @@ class Measurement:
         """Of sampling alone, on the machine it was measured on."""
         return self["images_per_second"]
 
+    @property
+    def way(self) -> str:
+        """The protocol in which it was measured, or of which it is only a proxy; "" for none."""
+        return (
+            f"PROXY of {self.protocol} ({self.proxy})"
+            if self.proxy
+            else f"protocol {self.protocol}" * bool(self.protocol)
+        )
+
     def having(self, **values: Value) -> "Measurement":
         """The same with further, or other, values."""
         return replace(self, values={**self.values, **values})
@@ -142,11 +151,8 @@ class Measurement:
             for name, value in known.items()
         )
         evaluations = f"{self.evaluations_per_image} evaluation{'s' * (self.evaluations_per_image != 1)} per image"
-        way = ""
-        if self.protocol:
-            way = f"PROXY of {self.protocol} ({self.proxy}): " if self.proxy else f"protocol {self.protocol}: "
         return (
-            f"{way}{self.model}: {figures} ({self.num_images} images against "
+            f"{f'{self.way}: ' * bool(self.way)}{self.model}: {figures} ({self.num_images} images against "
             f"{self.num_reference_images or 'an unrecorded number of'} real ones, features {self.features}, "
             f"{evaluations}, seed {self.seed}{f', {self.dtype}' * bool(self.dtype)}; {self.images_per_second:.1f} images/s)"
         )

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fewstep import __version__
+from fewstep.evaluation.measurement import Measurement
 from fewstep.export.card_usage import CardFacts, hub_name
 from fewstep.formats.bundled import BUNDLED
 from fewstep.formats.json_files import parse_json
@@ -99,9 +100,12 @@ def run_figures(generator_folder: Path, card: ModelCard) -> list[tuple[str, str]
 
 def _best_figure(rows: Any, card: ModelCard) -> list[tuple[str, str]]:
     """The measurement made at the step this generator is from."""
-    best = card.made_with.get("settings", {}).get("best", {})
+    settings = card.made_with.get("settings", {})
+    best = settings.get("best", {})
     features = (best.get("files") or [best.get("features", "?")])[0]  # a setting of its own in earlier versions
     of = f"{best.get('num_images', 'unrecorded number of')} images, features {Path(str(features)).name}"
+    if precision := settings.get("compute", {}).get("precision"):
+        of += f", precision {precision}"
     step = card.made_with.get("num_steps")
     try:
         return [
@@ -120,12 +124,13 @@ def _measurements(values: Any) -> list[tuple[str, str]]:
     if "frechet_distance" not in values:
         return [row for value in values.values() for row in _measurements(value)]
     try:
-        of = f"{values['num_images']} images, features {values['features']}, {values['evaluations_per_image']} evaluations an image"
-        return [
-            (
-                f"Frechet distance of {Path(str(values['model'])).name} ({of})",
-                f"{float(values['frechet_distance']):.3f}",
-            )
-        ]
-    except (KeyError, TypeError, ValueError):
+        found = Measurement.from_dict(values)
+        distance = str(found.values["frechet_distance"])
+        of = [
+            f"{found.num_images} images", f"features {values['features']}", f"{found.evaluations_per_image} evaluations an image",
+            f"seed {found.seed}", *[found.dtype] * bool(found.dtype),
+        ]  # fmt: skip
+    except (LookupError, TypeError, ValueError, AttributeError):
         return []
+    way = f"{found.way}: " * bool(found.way)
+    return [(f"{way}Frechet distance of {Path(str(found.model)).name} ({', '.join(of)})", distance)]

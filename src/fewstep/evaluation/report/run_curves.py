@@ -175,6 +175,8 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
         how = f"{settings.get('best.num_images')} images, features {features}, reference {reference}, seed 1"
     else:
         how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, features and reference not recorded here"
+    if precision := settings.get("compute.precision"):
+        how += f", precision {precision}"
     known = any(f"{DISTANCE}_low" in row for row in run.figures[name])
     return [f"{f'{run.name}: ' * several}{how}; {BARS if known else 'without intervals.'}"]
 
