@@ -10,6 +10,7 @@ from fewstep.distillation.loss_scale import LossScale
 from fewstep.errors import UserError
 from fewstep.settings import PretrainSettings, TrainSettings, parse_settings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
+from fewstep.training.ema import WeightAverage
 from fewstep.training.run import pretrain, train
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
@@ -51,17 +52,33 @@ def test_a_distillation_is_near_fp32_and_continues_exactly(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def averages_told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each step that an average hears of was made."""
+    told: list[bool] = []
+    update = WeightAverage.update
+
+    def heard(average: Any, module: Any, seen: int, size: int, made: torch.Tensor | None = None) -> None:
+        assert made is not None
+        told.append(bool(made))
+        update(average, module, seen, size, made)
+
+    monkeypatch.setattr(WeightAverage, "update", heard)
+    return told
+
+
 @pytest.mark.slow
 def test_overflows_do_not_end_a_run(
     teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At first no gradient fits: neither role moves, nothing infinite is told; each begins once its own scale is low enough."""
     begin_at(monkeypatch, 2.0**30)
+    told = averages_told(monkeypatch)
     changes: dict[str, Any] = {
         "training": {"num_steps": 40, "generator_every": 2}, "compute": HALF, "run": {"checkpoint_every": 40},
     }  # fmt: skip
     run = train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", **changes))
     norms = {name: run.metrics.column(f"{name}_grad_norm") for name in ("generator", "fake_score")}
+    assert told == [value > 0 for value in norms["generator"]]
     for name, values in norms.items():
         assert values[0] == 0, name  # not made, and no infinity
         assert values[-1] > 0, name
@@ -79,8 +96,10 @@ def test_overflows_do_not_end_a_run(
 def test_a_teacher_is_trained_with_a_scale(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin_at(monkeypatch, 2.0**30)
     settings = tiny_pretrain_settings(pictures, tmp_path / "run", training={"num_steps": 24}, compute=HALF)
+    told = averages_told(monkeypatch)
     run = pretrain(settings)
     norms = run.metrics.column("grad_norm")
+    assert told == [value > 0 for value in norms]
     assert norms[0] == 0
     assert norms[-1] > 0
     assert "optimizer.loss_scale" in last(tmp_path / "run")

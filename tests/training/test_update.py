@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fewstep.distillation.loss_scale import NO_SCALE, SMALLEST_SCALE, LossScale
 from fewstep.errors import UserError
 from fewstep.settings import OptimizerSettings
+from fewstep.training.ema import WeightAverage
 from fewstep.training.update import Update, build_adamw, build_update
 
 START = 2.0**16  # torch's first scale
@@ -140,6 +141,25 @@ def test_the_scale_recovers() -> None:
             overflow(update)
         scales.append(float(update.step()["generator_loss_scale"]))
     assert scales == [START, START, START / 2, START / 2, START, START]
+
+
+def test_an_average_stays_where_a_step_was_not_made() -> None:
+    module, averages = network(), [WeightAverage(network(), 100.0) for _ in range(2)]
+    for average in averages:  # elsewhere than the weights that it would move to
+        average.module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
+    update = update_of(module, half_scale())
+    update.backward(loss_of(module, batch(7)))
+    overflow(update)
+    update.step()
+    averages[0].update(module, 1000, 8, update.made)
+    assert_equal(averages[0].module.state_dict(), averages[1].module.state_dict())
+    update.backward(loss_of(module, batch(0)))
+    update.step()
+    averages[0].update(module, 1000, 8, update.made)
+    averages[1].update(module, 1000, 8)
+    for name, value in averages[1].module.state_dict().items():
+        torch.testing.assert_close(averages[0].module.state_dict()[name], value)
+    assert update_of(module, NO_SCALE).made is None
 
 
 def test_overflows_without_end_are_seen() -> None:

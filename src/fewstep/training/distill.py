@@ -50,7 +50,7 @@ class DistillationJob(GeneratorJob):
         metrics = two_time_scale_step(self.run, step, self._real_batch(step), draws)
         if self.average is not None and step % settings.training.generator_every == 0:
             span = size * settings.training.generator_every
-            self.average.update(self.generator, step * size, span)
+            self.average.update(self.generator, step * size, span, self.run.generator_update.made)
         return metrics
 
     def _real_batch(self, step: int) -> RealBatch:

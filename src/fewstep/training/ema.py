@@ -3,7 +3,7 @@
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.distillation.sharding import local
 
@@ -32,11 +32,19 @@ class WeightAverage(Generic[ModuleT]):
         return 0.5 ** (batch_size / max(half_life, 1e-8))
 
     @torch.no_grad()
-    def update(self, module: ModuleT, images_seen: int, batch_size: int) -> None:
-        """Move the average toward the weights of `module`; buffers are copied."""
+    def update(self, module: ModuleT, images_seen: int, batch_size: int, made: Tensor | None = None) -> None:
+        """Move the average toward the weights of `module`; buffers are copied.
+
+        Args:
+            made: scalar 0 where the step before was not made, which leaves the average as it is too; None: it was.
+        """
         share = 1 - self.decay(images_seen, batch_size)
         averaged = [local(parameter.detach()) for parameter in self.module.parameters()]
         current = [local(parameter.detach()) for parameter in module.parameters()]
-        torch._foreach_lerp_(averaged, current, share)
+        if made is None:
+            torch._foreach_lerp_(averaged, current, share)
+        else:  # a share on the device, which nobody waits for
+            for mine, theirs in zip(averaged, current, strict=True):
+                mine.lerp_(theirs, (share * made).to(mine.dtype))
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

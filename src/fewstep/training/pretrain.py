@@ -90,7 +90,7 @@ class Pretraining:
             total += loss.detach()
         self.update.set_rate(learning_rate_factor(settings.optimizer, step, progress))
         metrics = self.update.step()
-        self.average.update(self.denoiser, step * size, size)
+        self.average.update(self.denoiser, step * size, size, self.update.made)
         return {"loss": total, **metrics}
 
     def _loss(self, part: MicroBatch) -> Tensor:

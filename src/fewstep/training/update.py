@@ -30,6 +30,9 @@ class Update:
         scale: loss scale; the terms that ask for gradients at the role's output share it.
         prefix: of the metrics' names.
         modules: that have the parameters, whose processes exchange gradients in a step's last backward pass only.
+
+    Attributes:
+        made: in fp16, whether the last step was made: a scalar on the device, 1 or 0; None where every step is.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Update:
     ) -> None:  # fmt: skip
         self.parameters, self.lr, self.optimizer, self.modules = dict(parameters), lr, optimizer, list(modules)
         self.max_grad_norm, self.scale, self.prefix = max_grad_norm, scale, prefix
+        self.made: Tensor | None = None
 
     def set_rate(self, factor: float) -> None:
         """Train with `factor` times the base rate from now on."""
@@ -72,6 +76,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scale.is_on:
             return {f"{self.prefix}grad_norm": norm}
+        self.made = norm.isfinite().float()
         scale, norm = self.scale.value(norm.device), self.scale.told(norm)
         scaler.update()
         return {f"{self.prefix}grad_norm": norm, f"{self.prefix}loss_scale": scale}

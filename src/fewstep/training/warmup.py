@@ -70,7 +70,7 @@ class WarmupJob(GeneratorJob):
             self.update.backward_at(x0, gradient, part.is_last)
         metrics = {**tally.metrics(), **self.update.step()}
         if self.average is not None:
-            self.average.update(self.generator, step * size, size)
+            self.average.update(self.generator, step * size, size, self.update.made)
         return metrics
 
 
