@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import dataset_features, distance_of, evenly, measure_model, measure_sampler
+from fewstep.evaluation.measure import dataset_features, distance_of, evenly, figure_of, measure_model, measure_sampler
 from fewstep.evaluation.measurement import Measurement, Value, mean_of
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_slope_error, kernel_distance
 from fewstep.evaluation.neighbours import neighbour_shares
@@ -138,6 +138,19 @@ def test_figure_is_that_of_the_models_images(generator: Model, reference: Featur
         "images_per_second",
     }  # KID of 12 has none
     assert found.images_per_second > 0
+
+
+@pytest.mark.parametrize(("real", "said"), [(7, "against 7 real pictures"), (12, ""), (30, ""), (40, "")])
+def test_values_of_fewer_real_pictures_say_so(reference: FeatureStatistics, real: int, said: str) -> None:
+    """30 are cut to the 12 made ones; the reference's 40 are named beside the figure."""
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
+    found = figure_of(
+        "mine", {"frechet_distance": features}, Pooled(), reference, Value(1.0, 12), evaluations_per_image=1, seed=0,
+        real_features=features.repeat(4, 1)[:real],
+    )  # fmt: skip
+    assert {value.by for name, value in found.values.items() if name in ("kid", "recall", "coverage")} == {said}
+    assert found.values["frechet_distance"].by == ""
+    assert Measurement.from_dict(found.to_dict()) == found
 
 
 def test_wide_features_have_an_interval_too(generator: Model) -> None:

@@ -350,7 +350,8 @@ def _run_facts(result: Result) -> list[str]:
         f"{training.generator_every} steps, precision {settings.compute.precision}, seed {training.seed}.",
         f"Machine: {platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} "
         f"cores, {torch.get_num_threads()} threads, torch {torch.__version__}.",
-        f"The teacher's quality was measured once on {result.teacher.num_images:,} pictures (seed {result.teacher.seed}) and ships "
+        f"The teacher's quality was measured once on {result.teacher.num_images:,} pictures (seed {result.teacher.seed}, "
+        f"{result.teacher.dtype or 'precision not recorded'}) and ships "
         "with the package; its speed and everything else was measured in this run, both speeds one after the other in batches of "
         "the same size.",
     ]  # fmt: skip

@@ -141,7 +141,8 @@ def figure_of(
 
     Args:
         real_features: of real pictures, for KID, precision, recall, density and coverage, which take as many of them as there are
-            generated ones, evenly spaced: the first ones of a folder may all be of one class.
+            generated ones, evenly spaced: the first ones of a folder may all be of one class. Each value
+            says how many where neither the generated ones nor the reference's are as many.
         resamples: behind the interval of the Frechet distance (see `distance_of`); 0 for none.
     """
     features = rows[FEATURES]
@@ -149,9 +150,10 @@ def figure_of(
     values = {FEATURES: distance_of(features, reference, resamples)}
     if real_features is not None:
         real = evenly(real_features, num_images)
-        values["kid"] = known_to(*kernel_distance(real, features), num_images)
-        shares = neighbour_shares(real, features)
-        values |= {name: replace(mean_of(each), num_images=num_images) for name, each in shares.items()}
+        others = f"against {len(real):,} real pictures" * (len(real) not in (num_images, reference.num_images))
+        found = {"kid": known_to(*kernel_distance(real, features), num_images)}
+        found |= {share: mean_of(each) for share, each in neighbour_shares(real, features).items()}
+        values |= {key: replace(value, num_images=num_images, by=others) for key, value in found.items()}
     values |= values_of(rows, scores)
     values["images_per_second"] = images_per_second
     return Measurement(name, values, num_images, network.name, width, reference.num_images, evaluations_per_image, seed)

@@ -23,7 +23,7 @@ class Value:
     Attributes:
         num_images: pictures behind it.
         interval: (low, high) that it is known to; None where nobody computed one.
-        by: what found it, where that is not the feature network.
+        by: what found it, where that is not the feature network; or against how many real pictures, where those are others.
     """
 
     value: float

@@ -242,7 +242,7 @@ def _write_parts(
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
         count = entry.get("source_rows", entry["rows"])
-        if entry.get("source_digest", digest_of(taken, count)) != digest_of(taken, count):
+        if "source_digest" in entry and entry["source_digest"] != digest_of(taken, count):
             raise UserError(
                 f"{folder}: pictures or captions among those of rows {taken:,} to {taken + count - 1:,} of {source} were changed "
                 f"after their latents were stored ({entry['file']}); put them back, or choose another folder"
