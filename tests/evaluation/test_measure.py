@@ -276,6 +276,7 @@ def test_measurements_of_earlier_versions_are_read() -> None:
     shipped = json.loads(bundled_path("fashion-mnist/teacher_measurement.json").read_text())
     found = Measurement.from_dict(shipped)
     assert (found.frechet_distance, found.num_images, found.seed) == (shipped["frechet_distance"], 5000, 0)
+    assert (found.dtype, Measurement.from_dict(shipped["on_curve"]).dtype) == ("", "bfloat16")
     assert "precision" not in found.values  # null in the file: not measured
     text = json.loads(bundled_path("emoji/teacher_measurement.json").read_text())["emoji-sd"]
     found = Measurement.from_dict(text)
