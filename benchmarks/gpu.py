@@ -121,9 +121,11 @@ PARTS: list[tuple[str, float, Callable[[Bench], None]]] = [
     ("correctness", 60, gpu_parts.correctness),
     ("edm", 80, gpu_parts.edm),
     ("sdxl", 240, gpu_parts.sdxl),
+    ("one_card", 240, gpu_parts.one_card),
     ("profile", 60, gpu_parts.profile_steps),
     ("sd15", 100, gpu_parts.sd15),
     ("training", 210, gpu_training.training),
+    ("precisions", 300, gpu_training.precisions),
     ("levers", 100, gpu_levers.levers),
     ("compiled", 150, gpu_levers.compiled),
 ]

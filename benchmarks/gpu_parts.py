@@ -147,12 +147,6 @@ def sdxl(bench: Any) -> None:
         bench.note(
             f"SDXL on a shared base, recomputed, batch 1: {peak:.1f} GiB, {'within' if peak < 24 else 'ABOVE'} 24 GiB"
         )
-    for stored in (
-        replace(recomputed, base="int8"),
-        replace(recomputed, base="nf4"),
-        replace(recomputed, offload=True),
-    ):
-        compare(bench, stored, plain=False, flops=counted, seconds=2)
     sgd = bench.facts.get("memory_gib", 0) * GIB < ROOM_FOR_ADAMW and not bench.tiny
     full = replace(case, mode="full", sgd=sgd)
     counted = compare(bench, full, seconds=4)
@@ -161,9 +155,41 @@ def sdxl(bench: Any) -> None:
     compare(bench, replace(case, mode="lora_generator", checkpoint=True), plain=False, seconds=3)
 
 
+def one_card(bench: Any) -> None:
+    """Three roles on one frozen base as the recipes for one card have them, at batch 1, by how the base is stored: time and memory.
+
+    Without GAN where the recipe has none. Pictures of 1024x1024; prompts as long as the family's longest.
+    """
+    sdxl = Case("sdxl", 1, "shared_base", guidance=8.0, steps=FOUR_STEPS, checkpoint=True)
+    cases = [replace(sdxl, base="int8"), replace(sdxl, base="nf4"), replace(sdxl, offload=True)]
+    cases += [replace(sdxl, network=name, base="nf4", guidance=4.0)
+              for name in ("z-image", "flux2-klein-4b", "qwen-image")]  # fmt: skip
+    for case in cases:
+        if bench.tiny and case.network not in ("sdxl", "z-image"):
+            continue
+        case = replace(case, tiny=bench.tiny)
+        started = time.perf_counter()
+        with freed():
+            try:
+                run = build_run(case, bench.device)
+                real = real_batch(run, case.batch, bench.device)
+                found = measure(our_step(run), real, case.batch, bench.device, seconds=0.0)
+                network, mode, batch = case.title.split(" | ")
+                bench.add(
+                    network=network, mode=mode, batch=int(batch), ms=found.milliseconds,
+                    **{"peak GiB": found.peak_gib, "seconds in all": time.perf_counter() - started},
+                )  # fmt: skip
+            except torch.OutOfMemoryError as error:
+                bench.note(f"{case.title.replace(' | ', ', ')}: out of memory ({str(error).splitlines()[0][:90]})")
+            finally:
+                run = real = None  # type: ignore[assignment]
+                gc.collect()
+
+
 def profile_steps(bench: Any) -> None:
     """Kernels, launches and waits of one generator's turn and one other step."""
-    for case in (Case("edm", 40), Case("sdxl", 1, "shared_base", guidance=8.0, steps=FOUR_STEPS)):
+    two_steps = Case("edm", 40, steps=(650, 400), inputs="simulated_per_sample")
+    for case in (Case("edm", 40), two_steps, Case("sdxl", 1, "shared_base", guidance=8.0, steps=FOUR_STEPS)):
         with freed():
             small = replace(case, tiny=True, batch=2) if bench.tiny else case
             _profile(bench, small, build_run(small, bench.device))
@@ -196,7 +222,7 @@ def _profile(bench: Any, case: Case, run: Distillation) -> None:
         spent = {key: value for key, value in times.items() if value > 0}  # without what only the host did
         total = sum(spent.values()) or 1.0
         bench.add(
-            network=case.network, turn=turn, ms=1e3 * wall, **{
+            network=case.network, inputs=case.inputs, turn=turn, ms=1e3 * wall, **{
                 "kernel ms": total / 1e3, "busy": total / 1e6 / wall, "launches": sum(counts[key] for key in spent),
                 "waits of the host": waits,
             },

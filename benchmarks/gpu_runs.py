@@ -34,11 +34,12 @@ class Case:
     """One distillation.
 
     Attributes:
-        network: "edm", "sd15" or "sdxl".
+        network: "edm" or a released text-to-image shape, e.g. "sdxl".
         tiny: the same kind of network small enough for a test.
         sgd: SGD in the place of AdamW, whose states would not fit.
         base: how a base under LoRAs is stored; empty: bf16 where the network computes in it.
         offload: its blocks lie in host memory.
+        inputs: `generator.training_inputs`.
     """
 
     network: str
@@ -52,6 +53,7 @@ class Case:
     sgd: bool = False
     base: str = ""
     offload: bool = False
+    inputs: str = "simulated"
 
     @property
     def title(self) -> str:
@@ -65,6 +67,14 @@ TINY_TEXT: dict[str, Any] = {
     "sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "cross_attention_dim": 16,
     "attention_head_dim": 4, "norm_num_groups": 8, "transformer_layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+TINY_Z_IMAGE: dict[str, Any] = {
+    "family": "z-image", "latent_size": 8, "scheduler": {"num_train_timesteps": 1000, "shift": 6.0},
+    "network": {
+        "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1,
+        "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 16, "rope_theta": 256.0,
+        "t_scale": 1000.0, "axes_dims": (4, 6, 6), "axes_lens": (1024, 32, 32),
+    },
 }  # fmt: skip
 TINY_ADDED = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24}
 
@@ -97,15 +107,22 @@ def describe_network(case: Case) -> dict[str, Any]:
     released = released_shapes()[case.network]
     if not case.tiny:
         return released
+    if case.network == "z-image":
+        return TINY_Z_IMAGE
     network = dict(released["network"]) | TINY_TEXT | (TINY_ADDED if case.network == "sdxl" else {})
     return released | {"network": network, "latent_size": 8}
 
 
 def build_network(case: Case, device: str) -> Denoiser:
-    """The network of a case with random weights, made on the device."""
+    """The network of a case with random weights, made on the device; what will be quantised, in bf16 from the start."""
     torch.manual_seed(0)
-    with torch.device(device):
-        return build_denoiser(describe_network(case)).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if case.base in ("int8", "nf4") else before)
+    try:
+        with torch.device(device):
+            return build_denoiser(describe_network(case)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_conditions(network: Denoiser, device: str) -> ConditionTable:
@@ -114,7 +131,10 @@ def build_conditions(network: Denoiser, device: str) -> ConditionTable:
     if family.takes == "labels":
         return ClassTable(network.num_classes)
     shaped, made = family.example_condition(network, 16).to(device), torch.Generator(device).manual_seed(1)
-    parts = {name: torch.randn(part.shape, generator=made, device=device) for name, part in shaped.parts.items()}
+    parts = {
+        name: torch.randn(part.shape, generator=made, device=device) if part.is_floating_point() else part  # lengths
+        for name, part in shaped.parts.items()
+    }
     if "time_ids" in parts:
         side = 8.0 * network.image_shape[-1]
         parts["time_ids"] = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=device).expand(16, 6)
@@ -127,7 +147,7 @@ def settings_of(case: Case) -> TrainSettings:
     return parse_settings(
         TrainSettings,
         {
-            "teacher": {"guidance_scale": case.guidance}, "generator": {"step_indices": list(case.steps)},
+            "teacher": {"guidance_scale": case.guidance}, "generator": {"step_indices": list(case.steps), "training_inputs": case.inputs},
             "losses": {"gan_weights": [3e-3, 1e-2]},
             "optimizer": {"lr": 1e-5},
             "memory": {

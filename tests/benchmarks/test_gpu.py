@@ -18,6 +18,7 @@ import gpu_correctness
 import gpu_levers
 import gpu_parts
 import gpu_runs
+import gpu_training
 import plain
 
 from fewstep.diffusion.draws import Draws
@@ -147,3 +148,24 @@ def test_levers_leave_the_run_as_it_was() -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     assert built.generator_update.optimizer.param_groups[0]["fused"]
     assert all(torch.equal(value, before[name]) for name, value in built.roles.teacher.state_dict().items())
+
+
+@pytest.mark.slow
+def test_runs_of_two_precisions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, each measured; one that fails is said and leaves the others."""
+    runs = [gpu_training.RUNS[0], ("broken", [gpu_training.ONE_STEP, "training.nonsense=1"], 2, "emoji")]
+    monkeypatch.setattr(gpu_training, "RUNS", runs)
+    bench = run(tmp_path, "precisions")
+    (row,) = bench.rows["precisions"]
+    assert (row["run"], row["steps"], row["updates"]) == ("classes, two steps, bf16", 2, 3)
+    assert row["Frechet distance"] > 0
+    assert any(note.startswith("broken: failed (2)") for note in bench.notes)
+    assert "training.nonsense" in (tmp_path / "precisions_1.log").read_text()
+
+
+def test_one_card_has_every_storage(tmp_path: Path) -> None:
+    rows = run(tmp_path, "one_card").rows["one_card"]
+    assert [(row["network"], row["mode"].rsplit(", ", 1)[1]) for row in rows] == [
+        ("sdxl", "int8"), ("sdxl", "nf4"), ("sdxl", "blocks offloaded"), ("z-image", "nf4"),
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 for row in rows)
