@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_time_limit(tmp_path: Path) -> None:
     again = Counting()
     run_job(again, settings, tmp_path)  # the time is used up, over all sessions
     assert again.steps == []
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_a_run_says_how_far_it_is_after_its_step_and_at_most_all(tmp_path: Path) -> None:
+    """A step that ends beyond the time limit is 100% of it; one that was made counts."""
+    settings = counting_settings(tmp_path, {"num_steps": 10_000, "time_limit_minutes": 0.5})
+    run_job(Counting(seconds=12.0), settings, tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert re.findall(r"distill: (.*)", log) == [
+        "begins (0%)", "step 1, the first one of this session (0%) ...", "step 1, sample pictures (40%) ...",
+        "last sample pictures (100%) ...", "step 3, done (100%)",
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("clockwork")

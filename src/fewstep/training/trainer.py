@@ -164,7 +164,7 @@ class Loop:
             self.saver.finish()
             if self.stop.signal:
                 raise RunInterrupted(self.farewell(), 128 + self.stop.signal)
-            bar.show(1.0, f"step {self.step}, done")
+            bar.done(f"step {self.step}, done")
         return self.step
 
     def one_step(self, bar: "Bar") -> None:
@@ -181,12 +181,13 @@ class Loop:
         share = min(1.0, (WAITING.seconds - waited) / max(seconds - began, 1e-9))
         log.add(self.step - 1, metrics, {"images_per_second": speed, "seconds": seconds, "data_wait_share": share})
         self.clock.pause()
-        bar.show(progress, f"step {self.step}, {speed:.0f} images/s")
+        done = self.progress()
+        bar.show(done, f"step {self.step}, {speed:.0f} images/s")
         if self.step % run.log_every == 0:
             log.add(self.step - 1, {}, {"peak_memory_gib": peak_memory_gib()})
             log.flush()
         if self.step % run.sample_every == 0 or (self.step == 1 and self.job.first_step_shows):
-            bar.say(progress, f"step {self.step}, sample pictures")
+            bar.say(done, f"step {self.step}, sample pictures")
             self.job.pictures(log, self.step)
         if late or self.step % run.checkpoint_every == 0:
             self.save()
@@ -216,7 +217,7 @@ class Loop:
         """Share of the run that is done, 0..1: by steps or by the clock, whichever is nearer its end."""
         training = self.settings.training
         limit = training.time_limit_minutes * 60
-        return max(self.step / training.num_steps, self.clock.seconds() / limit if limit else 0.0)
+        return min(1.0, max(self.step / training.num_steps, self.clock.seconds() / limit if limit else 0.0))
 
     def save(self) -> None:
         """Begin to write a checkpoint."""
@@ -261,8 +262,13 @@ class Bar:
         """`progress` in 0..1 and what is being done; a line where the last one is half a minute old."""
         self._bar.update(self._task, completed=progress, rate=what)
         self._state = f"{what} ({progress:.0%})"
-        if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS or progress >= 1:
+        if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS:
             self._tell(self._state)
+
+    def done(self, what: str) -> None:
+        """The end of the run: a line in any case."""
+        self._bar.update(self._task, completed=1.0, rate=what)
+        self._tell(f"{what} (100%)")
 
     def say(self, progress: float, what: str) -> None:
         """The same for what may take a while: a line in any case."""
