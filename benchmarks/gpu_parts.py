@@ -15,16 +15,20 @@ from gpu_runs import (
     Measured,
     build_run,
     count_flops,
+    describe_network,
     freed,
     measure,
     our_step,
     real_batch,
+    settings_of,
     synchronise,
     updates,
 )
 from plain import PlainStep
 
 from fewstep.diffusion.draws import Draws
+from fewstep.estimate.memory import estimate_run
+from fewstep.families.registry import build_on_meta
 from fewstep.training.step import Distillation
 
 GIB = 2**30
@@ -156,9 +160,9 @@ def sdxl(bench: Any) -> None:
 
 
 def one_card(bench: Any) -> None:
-    """Three roles on one frozen base as the recipes for one card have them, at batch 1, by how the base is stored: time and memory.
+    """Three roles on one frozen base with GAN at batch 1, by how the base is stored: time, and memory beside its estimate.
 
-    Without GAN where the recipe has none. Pictures of 1024x1024; prompts as long as the family's longest.
+    Latents of 1024x1024 pictures; prompts of the length that the family's example has.
     """
     sdxl = Case("sdxl", 1, "shared_base", guidance=8.0, steps=FOUR_STEPS, checkpoint=True)
     cases = [replace(sdxl, base="int8"), replace(sdxl, base="nf4"), replace(sdxl, offload=True)]
@@ -177,13 +181,19 @@ def one_card(bench: Any) -> None:
                 network, mode, batch = case.title.split(" | ")
                 bench.add(
                     network=network, mode=mode, batch=int(batch), ms=found.milliseconds,
-                    **{"peak GiB": found.peak_gib, "seconds in all": time.perf_counter() - started},
+                    **{"peak GiB": found.peak_gib, "estimated GiB": estimated_gib(case)},
+                    **{"seconds in all": time.perf_counter() - started},
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 bench.note(f"{case.title.replace(' | ', ', ')}: out of memory ({str(error).splitlines()[0][:90]})")
             finally:
                 run = real = None  # type: ignore[assignment]
                 gc.collect()
+
+
+def estimated_gib(case: Case) -> float:
+    """What a dry run says of a step of the case on a GPU, from shapes alone."""
+    return estimate_run(settings_of(case), build_on_meta(describe_network(case)), gpu=True, pictures=False).step / GIB
 
 
 def profile_steps(bench: Any) -> None:

@@ -178,7 +178,7 @@ SETS: dict[str, Callable[[Path], Contest]] = {
 def images_per_step(settings: TrainSettings) -> float:
     """Images that go through a network in an average step, each forward counting one whatever the network.
 
-    The generator makes the batch (several steps: after (n - 1) / 2 simulated ones on average); on its turn teacher (twice where
+    The generator makes the batch (several steps: after (n - 1) / 2 simulated ones on average, if any are); on its turn teacher (twice where
     guided) and fake score judge it, and the discriminator's encoder; the fake score denoises it, and its encoder tells it from as
     many real ones. Pairs are a second batch of the generator's turn.
     """
@@ -187,7 +187,8 @@ def images_per_step(settings: TrainSettings) -> float:
     turn = has_gan + (losses.regression_weight > 0)
     if losses.distribution_matching_weight:
         turn += 2 + (settings.teacher.guidance_scale != 1)
-    every_step = 1 + (steps - 1) / 2 + 1 + 2 * has_gan
+    simulated = 0 if settings.generator.training_inputs == "noised_data" else (steps - 1) / 2
+    every_step = 1 + simulated + 1 + 2 * has_gan
     return settings.training.batch_size * (every_step + turn / settings.training.generator_every)
 
 

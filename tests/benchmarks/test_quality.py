@@ -85,6 +85,7 @@ def test_variants_do_equal_work_and_rows_are_kept(
 @pytest.mark.parametrize("changes", [
     {}, {"losses.gan_generator_weight": 0, "losses.gan_discriminator_weight": 0}, {"training.generator_every": 1},
     {"losses.regression_weight": 0.25, "data.pairs": PAIRS}, {"generator.step_indices": [999, 749, 499]},
+    {"generator.step_indices": [999, 749, 499], "generator.training_inputs": "noised_data"},
 ])  # fmt: skip
 def test_images_through_the_networks_are_counted(
     tiny: Contest, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -133,3 +134,12 @@ def test_a_mean_of_what_is_known() -> None:
     assert quality.spread([1.0, 2.0]) == "1.500 ± 0.707"
     assert quality.spread([None, 1.0]) == "1.000"
     assert quality.spread([None]) == "-"
+
+
+@pytest.mark.parametrize(("name", "images"), [("fashion-mnist", 70_000), ("emoji", 34_000), ("emoji-one-step", 34_000)])
+def test_the_record_is_what_the_command_prints(name: str, images: int) -> None:
+    """Tables of docs/quality.md are those of the stored rows, whose recipes those of today are where they are called shipped."""
+    rows = [row for row in quality.read_rows(quality.RESULTS / f"quality_{name}.json") if row.images == images]
+    record = (Path(__file__).parents[2] / "docs/quality.md").read_text(encoding="utf-8")
+    assert quality.as_markdown(rows) in record
+    assert not any(row.changes for row in rows if row.variant == "shipped")
