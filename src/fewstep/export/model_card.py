@@ -128,7 +128,7 @@ def _measurements(values: Any) -> list[tuple[str, str]]:
         distance = str(found.values["frechet_distance"])
         of = [
             f"{found.num_images} images", f"features {values['features']}", f"{found.evaluations_per_image} evaluations an image",
-            f"seed {found.seed}", *[found.dtype] * bool(found.dtype),
+            *[f"seed {found.seed}"] * ("seed" in values), *[found.dtype] * bool(found.dtype),
         ]  # fmt: skip
     except (LookupError, TypeError, ValueError, AttributeError):
         return []
