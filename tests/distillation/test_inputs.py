@@ -184,9 +184,10 @@ def test_nothing_waits_for_the_device_that_steps_of_samples_are_for(generator: E
     there, network = Draws.of_batch(0, 1, 8, "meta"), copy.deepcopy(generator).to("meta")
     with mock.patch.object(inputs, "steps_in_turn", return_value=[0, 1, 2, 3] * 2):
         simulated_input_per_sample(network, FOUR, labels(8).to("meta"), there)  # the grid of levels is copied once
-        with NoBlockingCopy() as seen:
+        with NoBlockingCopy() as seen, mock.patch.object(torch, "tensor", wraps=torch.tensor) as made:
             simulated_input_per_sample(network, FOUR, labels(8).to("meta"), there)
     assert not seen.copies
+    assert not any("device" in call.kwargs for call in made.call_args_list)  # which waits, and no operation shows it
 
 
 @pytest.mark.parametrize("number", [0, 3])
