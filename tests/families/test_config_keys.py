@@ -204,6 +204,26 @@ def test_a_refiner_is_refused_in_one_sentence(models: Path, tmp_path: Path) -> N
         recognise(folder).text_encoders(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "said"),
+    [
+        ("sdxl", "RealVisXL_V4.0_Lightning", r"of few steps by its name \(lightning\)"),
+        ("sd", "models--me--dreamshaper-lcm/snapshots/0123", r"of few steps by its name \(lcm\)"),
+        ("sd3", "stable-diffusion-3.5-large-turbo", "distil stabilityai/stable-diffusion-3.5-large$"),
+    ],
+)
+def test_fine_tunes_of_few_steps_are_no_teachers(
+    models: Path, tmp_path: Path, name: str, place: str, said: str
+) -> None:
+    folder = shutil.copytree(models / name, tmp_path / place)
+    family = recognise(folder)
+    with pytest.raises(UserError, match=said):
+        family.refuse_as_teacher(folder)
+    assert not family.read_card(folder).can_be_guided
+    family.refuse_as_teacher(models / name)
+    assert family.read_card(models / name).can_be_guided
+
+
 @pytest.mark.slow
 def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
     """What `variant="fp16"` leaves on the disk: *.fp16.safetensors only."""

@@ -272,6 +272,30 @@ def test_neutral_names_of_loras_are_taken_at_their_word(
     assert convert_lora(path, tmp_path / "other", base=str(bases["sd"]), step_indices=(999,)).endswith("steps [999]")
 
 
+@pytest.mark.parametrize(("folder", "title"), [("lcm-lora-sdv1-5", ""), ("mine", "sdxl turbo lora")])
+def test_a_folder_or_a_header_of_another_method(
+    bases: dict[str, Path], tmp_path: Path, folder: str, title: str
+) -> None:
+    """A neutral file name does not make it ours."""
+    teacher = fewstep.load_teacher(bases["sd"], device="cpu")
+    role = SharedBase(teacher.denoiser, LoraShape(rank=4, alpha=8.0)).add_role("generator")
+    path = tmp_path / folder / "4step_lora.safetensors"
+    path.parent.mkdir()
+    write_kohya_lora(path, lora_from_state(role.adapter_state(), 4, 8.0), {"modelspec.title": title} if title else {})
+    said = f"by its name it is a {'turbo' if title else 'lcm'} file"
+    refused(path, tmp_path / "out", "give --step-indices", said, base=bases["sd"])
+
+
+def test_a_gguf_file_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "dmd2_4step.gguf").write_bytes(b"GGUF" + bytes(100))
+    refused(
+        tmp_path / "dmd2_4step.gguf",
+        tmp_path / "out",
+        "is a GGUF file, which holds quantised weights",
+        base=bases["sd"],
+    )
+
+
 def test_a_network_that_predicts_x0_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "sdxl_lightning_1step_unet_x0.safetensors"
     save_file(unet_of(bases["sdxl"], 1).network.state_dict(), path)

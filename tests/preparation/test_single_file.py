@@ -49,7 +49,7 @@ def test_a_config_folder_needs_no_weights(folders: dict[str, Path], tensors: Any
             copy.write_bytes(path.read_bytes())
     extras = {
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
-        "model_ema.decay": torch.tensor(0.5), "betas": torch.ones(3), "scale_factor": torch.tensor(0.18215),
+        "model_ema.decay": torch.tensor(0.5), "logvar": torch.ones(3), "scale_factor": torch.tensor(0.18215),
     }  # fmt: skip
     save_file({**{k: v.half() for k, v in tensors["sd"].items()}, **extras}, tmp_path / "m.safetensors")
     made = single_file_to_folder(tmp_path / "m.safetensors", tmp_path / "configs", tmp_path / "out")
@@ -77,6 +77,80 @@ def test_the_headers_prediction_goes_before_the_configs(folders: dict[str, Path]
     made = single_file_to_folder(tmp_path / "v.safetensors", folders["sd"], tmp_path / "out")
     config = json.loads((made / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
     assert config["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"modelspec.predict_key": "v"}, {"ss_v_parameterization": "True"}, {"modelspec.prediction_type": "V_PREDICTION"}],
+)
+def test_other_tools_words_for_the_prediction(
+    folders: dict[str, Path], tensors: Any, tmp_path: Path, header: dict[str, str]
+) -> None:
+    """ComfyUI writes predict_key, sd-scripts the other two."""
+    save_file(tensors["sd"], tmp_path / "v.safetensors", metadata=header)
+    assert read_model_file(tmp_path / "v.safetensors").prediction_type == "v_prediction"
+    save_file(
+        {**tensors["sd"], "v_pred": torch.empty(0)},
+        tmp_path / "v.safetensors",
+        metadata={"modelspec.predict_key": "epsilon"},
+    )
+    with pytest.raises(
+        UserError, match=r"its tensor v_pred says v-prediction, modelspec\.predict_key in its header says epsilon"
+    ):
+        read_model_file(tmp_path / "v.safetensors")
+
+
+def test_the_yaml_beside_a_file_is_read(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """By which the LDM code and programs after it know that a fine-tune predicts v."""
+    path, config = tmp_path / "furry.safetensors", tmp_path / "furry.yaml"
+    save_file(tensors["sd"], path)
+    text = 'model:\n  params:\n    parameterization: "v"\n    linear_start: 0.00085\n    linear_end: 0.0120\n    timesteps: 1000\n'
+    config.write_text(text)
+    made = single_file_to_folder(path, folders["sd"], tmp_path / "out")
+    said = json.loads((made / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))["prediction_type"]
+    assert said == "v_prediction"
+    refused = {
+        text.replace('"v"', "x0"): r"furry\.yaml says parameterization='x0'",
+        text.replace("0.0120", "0.02"): r"its noise schedule \(alphas_cumprod\) is another than that of the base's",
+        text.replace("0.0120", "0.02.0"): r"furry\.yaml has linear_end: 0\.02\.0, not a number",
+        text + "    scale_factor: 0.3\n": r"multiplied by 0\.3 \(scale_factor\)",
+    }
+    for other, message in refused.items():
+        config.write_text(other)
+        with pytest.raises(UserError, match=message):
+            single_file_to_folder(path, folders["sd"], tmp_path / "none")
+    save_file(tensors["sd"], path, metadata={"modelspec.prediction_type": "epsilon"})
+    config.write_text(text)
+    with pytest.raises(UserError, match=r"says epsilon, parameterization in furry\.yaml says v-prediction"):
+        read_model_file(path)
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"furry\.yaml, which says how furry\.safetensors was trained, cannot be read"):
+        read_model_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("sd_turbo.safetensors", {}, r"of few steps by its name \(turbo in"),
+        ("model.safetensors", {"modelspec.title": "RealVisXL V4.0 Lightning"}, r"\(lightning in 'RealVisXL"),
+        ("model.safetensors", {"ss_output_name": "mine_dmd2"}, r"\(dmd in 'mine_dmd2'"),
+        ("model.safetensors", {"fewstep.step_indices": "[999]"}, "a generator of few steps that fewstep exported"),
+    ],
+)
+def test_a_distilled_file_becomes_no_teacher(
+    folders: dict[str, Path], tensors: Any, tmp_path: Path, name: str, header: dict[str, str], said: str
+) -> None:
+    save_file(tensors["sd"], tmp_path / name, metadata=header)
+    with pytest.raises(UserError, match=said):
+        single_file_to_folder(tmp_path / name, folders["sd"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["m.sft", "m.ckpt", "m.bin"])
+def test_safetensors_by_another_name(folders: dict[str, Path], tensors: Any, tmp_path: Path, name: str) -> None:
+    save_file(tensors["sd"], tmp_path / name, metadata={"modelspec.prediction_type": "v"})
+    convert_weights(tmp_path / name, tmp_path / "out", base=str(folders["sd"]))
+    assert "v_prediction" in (tmp_path / "out/scheduler/scheduler_config.json").read_text()
 
 
 @pytest.mark.slow
@@ -114,6 +188,13 @@ def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensor
     own = discrete_alphas_cumprod(json.loads((folders["sd"] / "scheduler/scheduler_config.json").read_text()))
     save_file({**tensors["sd"], "alphas_cumprod": own.half()}, path)
     single_file_to_folder(path, folders["sd"], tmp_path / "same")
+    betas = 1 - torch.cat([own[:1], own[1:] / own[:-1]])
+    for name, same in {"betas": betas, "sqrt_alphas_cumprod": own.sqrt()}.items():  # where a file has these alone
+        save_file({**tensors["sd"], name: same}, path)
+        single_file_to_folder(path, folders["sd"], tmp_path / name)
+        save_file({**tensors["sd"], name: same / 2}, path)
+        with pytest.raises(UserError, match=r"its noise schedule .alphas_cumprod. is another than that of the base's"):
+            single_file_to_folder(path, folders["sd"], tmp_path / "other")
     for other in (own - own[-1], own[::4].contiguous()):
         save_file({**tensors["sd"], "alphas_cumprod": other}, path)
         with pytest.raises(UserError, match=r"its noise schedule .alphas_cumprod. is another than that of the base's"):

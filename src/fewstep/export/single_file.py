@@ -16,7 +16,8 @@ from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.families.registry import single_file_layouts
 from fewstep.formats.atomic import flush_to_disk, replaced_file
 from fewstep.formats.casting import DTYPES, cast_weights
-from fewstep.formats.single_file import V_MARKER, ZERO_SNR_MARKER, SingleFileLayout
+from fewstep.formats.single_file import SingleFileLayout
+from fewstep.formats.stated_facts import V_MARKER, ZERO_SNR_MARKER
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.models.model import Model
 

@@ -25,6 +25,7 @@ from fewstep.formats.diffusers_index import (
     read_vae_config,
     vae_factor,
 )
+from fewstep.formats.few_step_names import few_steps_named
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.tensor_files import first_line
 from fewstep.networks.text_layout import TextLayout
@@ -164,6 +165,11 @@ class DiffusersFamily(Family):
                 f"{folder} is {release}, a distilled release whose guidance is built in and whose scores are of few noise levels: "
                 f"it is no teacher; distil {self.distilled_releases[release]}"
             )
+        if method := self._few_steps_named(folder):
+            raise UserError(
+                f"{folder} is a model of few steps by its name ({method}), whose guidance is built in and whose scores are of few "
+                "noise levels: it is no teacher; distil the model it was made from, or rename the folder if it is none"
+            )
 
     def text_encoders(self, folder: Path) -> "TextEncoders":
         from fewstep.networks.text_encoders import TextEncoders
@@ -222,7 +228,11 @@ class DiffusersFamily(Family):
         return int(self._network_config(folder)["sample_size"]) * self.pixels_per_latent(folder)
 
     def _guidance_built_in(self, folder: Path) -> bool:
-        return has_guidance_built_in(folder) or bool(self._distilled_release(folder))
+        return has_guidance_built_in(folder) or bool(self._distilled_release(folder) or self._few_steps_named(folder))
+
+    def _few_steps_named(self, folder: Path) -> str:
+        """The word by which a folder's names say that a fine-tune is distilled, as those with Lightning merged in; empty: none."""
+        return next((word for name in names_of(folder, self.component) if (word := few_steps_named(name))), "")
 
     def _distilled_release(self, folder: Path) -> str:
         """Which of `distilled_releases` a folder's names say it is; empty: none."""

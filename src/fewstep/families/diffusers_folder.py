@@ -1,18 +1,17 @@
 """Teachers in diffusers' own format: find the folder, say which network it holds and whether it can be guided."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index, read_scheduler
+from fewstep.formats.few_step_names import hub_name
 from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.source import Source
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")  # of the hub's cache
 
 
 def resolve_model_folder(source: str | Path | Source) -> Path:
@@ -59,8 +58,7 @@ def names_of(folder: Path, component: str) -> Iterator[str]:
     """What a model is called: its folder, its name on the hub where it lies in the hub's cache, and what its index and the
     network's config say they were loaded from."""
     yield folder.name
-    if found := _SNAPSHOT.search(folder.as_posix()):
-        yield found[1]
+    yield hub_name(folder)
     for path in (folder / INDEX, folder / component / "config.json"):
         yield str(read_json_object(path).get("_name_or_path", "")) if path.is_file() else ""
 

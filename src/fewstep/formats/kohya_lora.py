@@ -24,7 +24,13 @@ from fewstep.formats.lora_spellings import (
     modern_spelling,
     no_aliases,
 )
-from fewstep.formats.tensor_files import read_safetensors, read_tensors, refuse_infinities, write_tensor_file
+from fewstep.formats.tensor_files import (
+    is_safetensors,
+    read_safetensors,
+    read_tensors,
+    refuse_infinities,
+    write_tensor_file,
+)
 
 _TEXT = "text_encoder"  # what keys with dots of its layers begin with
 _MAX_SHOWN = 200  # characters of a key in a message
@@ -127,7 +133,7 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
             keys for one matrix; shapes or an alpha that no LoRA has.
     """
     path = Path(path).expanduser()
-    tensors, header = read_safetensors(path) if path.suffix.lower() == ".safetensors" else (read_tensors(path), {})
+    tensors, header = read_safetensors(path) if is_safetensors(path) else (read_tensors(path), {})
     kohya = is_kohya(tensors)
     table = layer_table(modules, aliases, "_" if kohya else ".")
     spelled = {key: [(key, value)] for key, value in tensors.items()} if kohya else modern_spelling(tensors)

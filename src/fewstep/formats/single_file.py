@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.tensor_files import first_line, read_safetensors
+from fewstep.formats.stated_facts import (
+    V_MARKER,
+    ZERO_SNR_MARKER,
+    LdmConfig,
+    skipped_layers,
+    stated_alphas,
+    stated_prediction,
+    stated_scale,
+)
+from fewstep.formats.tensor_files import first_line, is_safetensors, read_safetensors
 from fewstep.formats.torch_archive import read_torch_archive
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -27,18 +36,13 @@ _OTHERS = {
 }
 
 
-# Empty tensors by which ComfyUI, stable-diffusion.cpp and others know how a model predicts
-V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 _EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.")
-_ALPHAS, _SCALE = "alphas_cumprod", "scale_factor"
-_ENCODER_LAYER = "modelspec.encoder_layer"  # of the text encoder, from its end; a way to say clip skip
 # What training leaves in a file beside the model: schedules, averages and losses, which no component has
 _LEFT_BEHIND = re.compile(
     r"model_ema\..*|loss\..*|denoiser\..*|conditioner\.embedders\.\d+\.logit_scale|cond_stage_model\.logit_scale|"
     r"betas|alphas_cumprod(_prev)?|(sqrt|log|sqrt_recip|sqrt_recipm1|sqrt_one_minus|log_one_minus)_\w*alphas_cumprod|"
     r"posterior_\w+|lvlb_weights|logvar|scale_factor|global_step"
 )
-_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class SingleFile:
         path: the file.
         layout: its family's.
         parts: component -> its tensors by their keys without the component's prefix; those it has, the network always.
-        prediction_type: "epsilon" or "v_prediction" where a marker tensor or the header says so, else "".
+        prediction_type: "epsilon" or "v_prediction" where a marker tensor, the header or the .yaml beside it says so, else "".
         zero_snr: whether a marker says that the noise schedule ends without signal.
         alphas_cumprod: the noise schedule, where the file has it.
         scale_factor: what latents were multiplied by in training, where the file has it.
@@ -148,7 +152,8 @@ def read_single_file(
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give a single-file checkpoint (.safetensors)")
-    tensors, metadata = _read_pickle(path) if path.suffix.lower() in _PICKLES else read_safetensors(path)
+    pickled = path.suffix.lower() in _PICKLES and not is_safetensors(path)
+    tensors, metadata = _read_pickle(path) if pickled else read_safetensors(path)
     layout = _layout(list(tensors), path, layouts, unread)
     prefixes = layout.prefixes
     parts: dict[str, dict[str, Tensor]] = {component: {} for component in prefixes}
@@ -161,30 +166,12 @@ def read_single_file(
     stems = tuple(prefix.removesuffix(_OPTIONAL_PREFIX) for prefix in prefixes.values())
     others = {key: value for key, value in tensors.items() if not key.startswith(stems)}
     _refuse_unknown(path, others, _titles(layouts, "and"))
+    config = LdmConfig.beside(path)
     return SingleFile(
-        path, layout, {component: part for component, part in parts.items() if part}, _prediction(path, others, metadata),
-        ZERO_SNR_MARKER in others, others.get(_ALPHAS), _one_number(path, others, _SCALE),
-        _skipped_layers(path, metadata) if layout.may_skip_layers else 0, metadata,
+        path, layout, {component: part for component, part in parts.items() if part},
+        stated_prediction(path, others, metadata, config), ZERO_SNR_MARKER in others, stated_alphas(path, others, config),
+        stated_scale(path, others, config), skipped_layers(path, metadata) if layout.may_skip_layers else 0, metadata,
     )  # fmt: skip
-
-
-def _skipped_layers(path: Path, metadata: Mapping[str, str]) -> int:
-    """Layers at the end of the text encoder that a header says are left out: 1 (or -1) is the last one."""
-    stated = metadata.get(_ENCODER_LAYER, "1")
-    if not re.fullmatch(r"-?[1-9]", stated):
-        raise UserError(
-            f"{path}: its header says {_ENCODER_LAYER}={stated[:40]!r}; a layer counted from the end is known here"
-        )
-    return abs(int(stated)) - 1
-
-
-def _one_number(path: Path, others: Mapping[str, Tensor], name: str) -> float | None:
-    """A tensor of one number; None where there is none of the name."""
-    if name not in others:
-        return None
-    if others[name].numel() != 1:
-        raise UserError(f"{path}: its tensor {name} has {others[name].numel()} numbers, not one; it is damaged")
-    return float(others[name])
 
 
 def _refuse_unknown(path: Path, others: Mapping[str, Tensor], titles: str) -> None:
@@ -200,24 +187,6 @@ def _refuse_unknown(path: Path, others: Mapping[str, Tensor], titles: str) -> No
             f"{path}: {len(unknown)} of its tensors belong to no part of such a model, e.g. {unknown[0][:100]!r}; what they "
             "change is not known here: save the model again without them"
         )
-
-
-def _prediction(path: Path, others: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What marker and header say of the prediction."""
-    stated = metadata.get("modelspec.prediction_type", "")
-    if stated and stated not in _PREDICTIONS:
-        raise UserError(
-            f"{path}: its header says modelspec.prediction_type={stated[:40]!r}; epsilon and v are known here"
-        )
-    found = _PREDICTIONS.get(stated, "")
-    if V_MARKER not in others:
-        return found
-    if found == "epsilon":
-        raise UserError(
-            f"{path} contradicts itself: its tensor {V_MARKER} says v-prediction, modelspec.prediction_type in its header "
-            "says epsilon; remove the wrong one"
-        )
-    return "v_prediction"
 
 
 def _layout(

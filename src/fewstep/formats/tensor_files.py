@@ -26,6 +26,7 @@ _STORED = {
     torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_GGUF = b"GGUF"
 _ALIGNED = 8  # bytes; where the tensors begin
 # What a damaged .safetensors ends in: a header of the wrong kind, or an element type that torch does not have
 _UNREADABLE = (
@@ -33,25 +34,46 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of this format, by its name or, under another one (.sft, or a .ckpt that is none), by how it begins.
+
+    Raises:
+        UserError: it is of a format that holds no plain weights (GGUF).
+    """
+    if path.suffix.lower() == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False  # whoever reads it says why
+    if start.startswith(_GGUF):
+        raise UserError(
+            f"{path} is a GGUF file, which holds quantised weights and is not read; give the model in float16, bfloat16 or "
+            "float32 (.safetensors)"
+        )
+    return len(start) == 9 and start[8:] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a `.safetensors` or torch.save file, without reading them.
+    """Names of the tensors in a safetensors or torch.save file, without reading them.
 
     Raises:
         UserError: the file cannot be read.
     """
-    if path.suffix.lower() != ".safetensors":
+    if not is_safetensors(path):
         return torch_archive_names(path)
     with _opened(path) as file:
         return list(file.keys())
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The (wanted) tensors of a `.safetensors` or torch.save file.
+    """The (wanted) tensors of a safetensors or torch.save file.
 
     Raises:
         UserError: the file cannot be read.
     """
-    if path.suffix.lower() != ".safetensors":
+    if not is_safetensors(path):
         return read_torch_archive(path, wanted)
     return read_safetensors(path, wanted)[0]
 
@@ -67,6 +89,18 @@ def read_safetensors(
     with _opened(path) as file:
         names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
         return {name: _computable(file.get_tensor(name)) for name in names}, dict(file.metadata() or {})
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The entries of a safetensors file's header; none of a file of another format.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not is_safetensors(path):
+        return {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _computable(tensor: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ from fewstep.errors import UserError
 from fewstep.families.registry import all_families, build_denoiser, build_on_meta, describe_weights, family_of
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
+from fewstep.formats.few_step_names import hub_name, method_named, titles
 from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.source import Source
-from fewstep.formats.tensor_files import common_half_precision, tensor_names
+from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import Discriminator
 from fewstep.networks.fitting import fit_network
@@ -40,43 +41,11 @@ _LORA_FILES = (
 )  # fmt: skip
 # Words of the names DMD2's files are published under, beside what they call their models, and of what tools add to them
 _OWN_WORDS = frozenset(
-    [
-        "dmd",
-        "step",
-        "steps",
-        "unet",
-        "lora",
-        "fp",
-        "bf",
-        "peft",
-        "model",
-        "generator",
-        "pytorch",
-        "weights",
-        "checkpoint",
-        "safetensors",
-        "bin",
-        "pt",
-        "pth",
-        "ckpt",
-    ]
-)
-_OTHER_METHODS = frozenset(
-    [
-        "lightning",
-        "hyper",
-        "turbo",
-        "lcm",
-        "tcd",
-        "pcm",
-        "flash",
-        "swiftbrush",
-        "instaflow",
-        "perflow",
-        "tdd",
-        "lightspeed",
-    ]
-)
+    {
+        "dmd", "step", "steps", "unet", "lora", "fp", "bf", "peft", "model", "generator", "pytorch", "weights", "checkpoint",
+        "safetensors", "bin", "pt", "pth", "ckpt",
+    }
+)  # fmt: skip
 _FOUR_STEPS = (999, 749, 499, 249)
 
 
@@ -265,9 +234,9 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
         )
     if not indices:
         one_step = family_of(denoiser.describe()).one_step_indices
-        indices = _published_steps(name, one_step)
+        other = _other_method(source)
+        indices = () if other else _published_steps(name, one_step)
         if not indices:
-            other = next((word for word in re.findall("[a-z]+", name) if word in _OTHER_METHODS), "")
             of = f"; by its name it is a {other} file, trained for steps and a sampler of its own" if other else ""
             raise UserError(
                 f"{source} does not say which steps it was trained for{of}: give --step-indices, {_listed(_FOUR_STEPS)} "
@@ -277,6 +246,14 @@ def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSc
         return StepSchedule.on(denoiser.noise_schedule, indices)
     except ValueError as error:
         raise UserError(f"--step-indices {_listed(indices)}: {error}") from None
+
+
+def _other_method(source: Path) -> str:
+    """The method that a source is of by its name, by its folder's or repository's, or by its header's; empty: not another's."""
+    place = source.resolve()
+    file = _lora_file(source)
+    names = [source.name, place.parent.name, hub_name(place), *(titles(header_of(file)) if file.is_file() else ())]
+    return next((method for name in names if (method := method_named(name))), "")
 
 
 def _by_its_name(given: tuple[int, ...]) -> str:

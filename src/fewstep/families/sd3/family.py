@@ -10,7 +10,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
 from fewstep.families.diffusers_family import DiffusersFamily
 from fewstep.families.sd3.config_keys import NETWORK_KEYS, SCHEDULER_KEYS, VAE_READ
-from fewstep.families.sd3.shapes import LORA_TARGETS, SHAPES, UNREAD_FILES, VAE
+from fewstep.families.sd3.shapes import DISTILLED_RELEASES, LORA_TARGETS, SHAPES, UNREAD_FILES, VAE
 from fewstep.networks.text_layout import TextLayout
 
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -26,6 +26,7 @@ class StableDiffusion3(DiffusersFamily):
     component = "transformer"
     network_class = "SD3Transformer2DModel"
     scheduler_class = "FlowMatchLCMScheduler"
+    distilled_releases = DISTILLED_RELEASES
     lora_targets = LORA_TARGETS
     unread_files = UNREAD_FILES
     shapes = SHAPES

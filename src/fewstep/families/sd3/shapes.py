@@ -30,3 +30,9 @@ VAE: dict[str, Any] = {
 }  # fmt: skip
 # beginnings of keys of single files
 UNREAD_FILES = {"model.diffusion_model.joint_blocks.": "Stable Diffusion 3", "joint_blocks.": "Stable Diffusion 3"}
+# name of a release with guidance built in: the model it was made from
+DISTILLED_RELEASES = {
+    "stable-diffusion-3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large",
+    "sd3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large",
+    "sd3.5-flash": "stabilityai/stable-diffusion-3.5-medium",
+}

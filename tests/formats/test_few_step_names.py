@@ -1,0 +1,25 @@
+"""Names of models distilled to few steps, as they are published, and of ordinary ones."""
+
+import pytest
+
+from fewstep.formats.few_step_names import few_steps_named, method_named
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sd_xl_turbo_1.0_fp16.safetensors", "turbo"), ("RealVisXL_V4.0_Lightning", "lightning"), ("dreamshaper_8LCM", "lcm"),
+        ("dreamshaperXL_lightningDPMSDE", "lightning"), ("realvisxlV40_v40LightningBakedvae", "lightning"), ("TurboVisionXL", "turbo"),
+        ("Hyper-SD15", "hyper"), ("sdxl-flash", "flash"), ("dmd2_sdxl_4step", "dmd"), ("my-sd15-8steps", "8steps"),
+        ("stable-diffusion-v1-5", ""), ("sdxl-base-1.0", ""), ("hyperRealism_v3", ""), ("hyper_realistic_v3", ""), ("flash_photography", ""),
+        ("epoch_8_step_400", ""), ("model_10000steps", ""), ("SDXL_v6_steps", ""), ("v1-5-pruned-emaonly", ""),
+    ],
+)  # fmt: skip
+def test_names_of_whole_models(name: str, said: str) -> None:
+    assert few_steps_named(name) == said
+
+
+def test_every_word_of_another_method_counts_where_steps_would_be_guessed() -> None:
+    assert [method_named(name) for name in ("Hyper-SDXL-4steps", "flash_sdxl", "dmd2_sdxl_4step", "4step_lora")] == [
+        "hyper", "flash", "", "",
+    ]  # fmt: skip
