@@ -19,7 +19,7 @@ from fewstep.families.config_keys import refuse_other_keys
 from fewstep.families.diffusers_family import _VAE_KEYS, DiffusersFamily
 from fewstep.families.registry import all_families, family_named, recognise
 from fewstep.formats.diffusers_index import refuse_foreign_code
-from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
+from tests.tiny_models import tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder, tiny_vae
 
 TEXT_FAMILIES = [family for family in all_families() if isinstance(family, DiffusersFamily)]
 SCHEDULERS = [name for name in dir(diffusers) if name.endswith("Scheduler") and name != "SchedulerMixin"]
@@ -73,6 +73,12 @@ def test_every_scheduler_of_diffusers_is_known_or_refused(family: DiffusersFamil
         ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ("sd3", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "its scheduler is a DDIMScheduler"),
         ("sdxl", "unet/config.json", {"addition_time_embed_dim": 64}, "six leave no room for a pooled text"),
+        ("sd", "scheduler/scheduler_config.json", {"trained_betas": [0.001, 0.002]},
+         "the scheduler has 2 trained_betas for num_train_timesteps=1000"),
+        ("sd", "unet/config.json", {"dual_cross_attention": True}, "its unet has dual_cross_attention=True"),
+        ("sd", "unet/config.json", {"sample_size": None}, "its unet does not say the side of its latents (sample_size"),
+        ("sd", "model_index.json", {"unet": ["diffusers", "UNetMotionModel"]},
+         "model_index.json names UNetMotionModel as its unet, the component's own config.json UNet2DConditionModel"),
         ("sd", "unet/config.json", {"of_tomorrow": 3}, "its unet has of_tomorrow=3, which this version of diffusers"),
         ("sd", "model_index.json", {"scheduler": ["payload", "X"]}, "names the scheduler class X"),
         ("sd", "model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "names controlnet (ControlNetModel), which"),
@@ -130,6 +136,62 @@ def test_a_vae_is_understood_or_refused(models: Path, tmp_path: Path, values: di
     folder = changed(shutil.copytree(models / "sd", tmp_path / "model"), "vae/config.json", **values)
     with pytest.raises(UserError, match=re.escape(said)):
         recognise(folder).autoencoder(folder)
+
+
+def _with_vae(models: Path, folder: Path, **options: Any) -> Path:
+    shutil.copytree(models / "sd", folder)
+    shutil.rmtree(folder / "vae")
+    config = {key: value for key, value in tiny_vae(0.2).config.items() if not key.startswith("_")}
+    diffusers.AutoencoderKL(**{**config, **options}).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"out_channels": 4}, "its vae has out_channels=4; pictures of 3 channels"),
+        ({"in_channels": 4}, "its vae has in_channels=4; pictures of 3 channels"),
+        ({"latent_channels": 8}, "its vae has latents of 8 channels, its unet of 4"),
+    ],
+)
+def test_a_vae_of_other_channels(models: Path, tmp_path: Path, options: dict[str, int], said: str) -> None:
+    folder = _with_vae(models, tmp_path / "model", **options)
+    with pytest.raises(UserError, match=said):
+        fewstep.load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
+
+
+def test_an_index_that_names_another_vae(models: Path, tmp_path: Path) -> None:
+    """Consistency decoders and tiny ones are other arithmetic; diffusers goes by the index."""
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    changed(folder, "model_index.json", vae=["diffusers", "ConsistencyDecoderVAE"])
+    with pytest.raises(
+        UserError, match=r"names ConsistencyDecoderVAE as its vae, the component's own config\.json Auto"
+    ):
+        recognise(folder).autoencoder(folder)
+
+
+def test_one_text_width_for_every_block(models: Path, tmp_path: Path) -> None:
+    folder = changed(
+        shutil.copytree(models / "sd", tmp_path / "model"), "unet/config.json", cross_attention_dim=[32, 32]
+    )
+    pictures = [
+        fewstep.load_teacher(path, device="cpu").sample(["cat"], num_inference_steps=1, output="tensor")
+        for path in (models / "sd", folder)
+    ]
+    assert torch.equal(*pictures)
+    changed(folder, "unet/config.json", cross_attention_dim=[32, 48])
+    with pytest.raises(UserError, match=r"U-Nets with cross_attention_dim=\[32, 48\] are not supported"):
+        recognise(folder).describe_folder(folder)
+
+
+def test_a_model_without_text_is_named(models: Path, tmp_path: Path) -> None:
+    """Image variations and the like."""
+    folder = shutil.copytree(models / "sd", tmp_path / "model")
+    changed(folder, "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(
+        UserError, match=r"makes no pictures from text alone: its model_index\.json names scheduler, unet"
+    ):
+        recognise(folder)
 
 
 @pytest.mark.slow
@@ -268,12 +330,19 @@ def test_the_shipped_configs_are_understood(bundled: str) -> None:
     [
         ("unet/config.json", {"addition_time_embed_dim": 4}, "its text encoders give pooled embeddings of width"),
         ("tokenizer_2/tokenizer_config.json", {"model_max_length": 5}, "its tokenizers say other numbers of tokens"),
+        (
+            "tokenizer*/tokenizer_config.json",
+            {"model_max_length": 40},
+            r"tokenizer cuts prompts at 40 tokens \(model_max_length\), its encoder has places for 16",
+        ),
     ],
 )
 def test_parts_that_do_not_belong_together(
     models: Path, tmp_path: Path, file: str, values: dict[str, Any], said: str
 ) -> None:
-    folder = changed(shutil.copytree(models / "sdxl", tmp_path / "model"), file, **values)
+    folder = shutil.copytree(models / "sdxl", tmp_path / "model")
+    for path in folder.glob(file):
+        changed(folder, str(path.relative_to(folder)), **values)
     with pytest.raises(UserError, match=said):
         fewstep.load_teacher(folder, device="cpu").sample("cat", num_inference_steps=1)
 

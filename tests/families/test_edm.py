@@ -1,10 +1,15 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import plain_checkpoint
+from fewstep.errors import UserError
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.folder import describe_edm_arguments
 from fewstep.families.edm.unet import EDMUNet, EDMUNetConfig, UNetBlock
 from tests.conftest import golden_denoiser, relative_error, tiny_denoiser
 
@@ -121,3 +126,16 @@ def test_every_block_is_recomputed_and_nothing_without_gradients() -> None:
 def test_lists_of_the_network_hold_numbers(name: str) -> None:
     with pytest.raises(ValueError, match=rf"network.{name}=.* must be numbers"):
         EDMUNetConfig.from_dict({"family": "song", "img_resolution": 16, "img_channels": 1, name: [1, {"a": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("adaptive_scale", False), ("decoder_type", "skip"), ("sigma_max", 10.0), ("sigma_min", 0.1), ("of_tomorrow", 3)],
+)
+def test_constructor_arguments_are_known_or_refused_by_name(name: str, value: Any) -> None:
+    """Of an EDM pickle: what is left out would be another network, or another range of noise levels."""
+    known: dict[str, Any] = {"img_resolution": 16, "img_channels": 3, "label_dim": 4}
+    plain = {"use_fp16": True, "label_dropout": 0.1, "decoder_type": "standard", "sigma_min": 0, "sigma_max": math.inf}
+    assert describe_edm_arguments({**known, **plain}) == describe_edm_arguments(known)
+    with pytest.raises(UserError, match=f"EDM network with {name}={value}, which this version does not understand"):
+        describe_edm_arguments({**known, name: value})

@@ -183,3 +183,18 @@ def test_pickles_alone_and_quantised_configs_are_told(model: Path, tmp_path: Pat
     config = tmp_path / "text_encoder/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"load_in_8bit": True}}))
     assert "is quantised (quantization_config" in refused(CLIPTextModel, tmp_path / "text_encoder")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_weights_are_the_files_whatever_dtype_a_config_names(model: Path, tmp_path: Path, key: str) -> None:
+    """transformers 5 rounds them to it on loading; fine-tunes are saved in float32 with a config that says float16."""
+    folder = shutil.copytree(model / "text_encoder", tmp_path / "text_encoder")
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps({**config, key: "bfloat16"}))
+    found = {
+        name.removeprefix("text_model."): value
+        for name, value in load_component(CLIPTextModel, folder).state_dict().items()
+    }
+    for name, value in load_file(model / "text_encoder/model.safetensors").items():
+        assert torch.equal(found[name.removeprefix("text_model.")], value)

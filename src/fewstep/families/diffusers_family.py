@@ -189,6 +189,7 @@ class DiffusersFamily(Family):
 
         vae = load_autoencoder(folder, self.autoencoder_classes())
         config = read_vae_config(folder)
+        self._refuse_other_class(folder, "vae", config)
         if config.get("_class_name") == self.vae_keys.classes[0]:
             try:
                 refuse_other_keys(config, self.vae_keys, "vae", self.title)
@@ -259,6 +260,7 @@ class DiffusersFamily(Family):
 
     def _refuse_other_networks(self, folder: Path, kind: Any) -> None:
         """Raise UserError for a network setting that is not understood here, or that the installed diffusers would leave out."""
+        self._refuse_other_class(folder, self.component, self._network_config(folder))
         known = inspect.signature(kind.__init__).parameters
         for name, value in self._network_config(folder).items():
             if name.startswith("_") or name in self.network_keys.elsewhere:
@@ -272,6 +274,15 @@ class DiffusersFamily(Family):
             refuse_other_keys(self._network_config(folder), self.network_keys, self.component, self.title)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
+
+    def _refuse_other_class(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        """Raise UserError for a component whose class in the index, by which diffusers builds it, is not its config's."""
+        listed, own = read_model_index(folder).get(name, ["", ""])[1], config.get("_class_name")
+        if listed and own != listed:
+            raise UserError(
+                f"{folder}: {INDEX} names {listed} as its {name}, the component's own config.json {str(own)[:60]}; one of the two is "
+                "another model's"
+            )
 
     def _network_config(self, folder: Path) -> dict[str, Any]:
         return read_json(folder / self.component / "config.json", folder, self.component)

@@ -74,7 +74,8 @@ def recognise(folder: Path) -> "Family":
 def _refuse_unknown(folder: Path) -> None:
     """Raise UserError that says why the model in a folder or file is of no family."""
     from fewstep.families.diffusers_folder import is_diffusers_folder, refuse_unknown_network
-    from fewstep.formats.model_folder import read_card
+    from fewstep.formats.diffusers_index import INDEX, read_model_index
+    from fewstep.formats.model_folder import CARD, read_card
 
     if folder.is_file():
         raise UserError(
@@ -83,6 +84,12 @@ def _refuse_unknown(folder: Path) -> None:
         )
     if is_diffusers_folder(folder):
         refuse_unknown_network(folder, all_families())
+    if (folder / INDEX).is_file() and not (folder / CARD).is_file():
+        parts = sorted(read_model_index(folder))
+        raise UserError(
+            f"{folder} is a diffusers model that makes no pictures from text alone: its {INDEX} names {', '.join(parts)[:200] or 'nothing'}, "
+            "and no text encoder"
+        )
     description, _ = read_card(folder)  # says which of our files is missing or damaged
     raise UserError(
         f"{folder}: model family {description.get('family')!r} is unknown; this version knows {sorted(FAMILIES)}"

@@ -352,9 +352,15 @@ class Model:
         )
 
 
-def _read_autoencoder(family: Family, folder: Path) -> "Autoencoder":
+def _read_autoencoder(family: Family, folder: Path, channels: int) -> "Autoencoder":
+    """The VAE of a folder whose network makes latents of so many channels; raises UserError for one of others."""
     autoencoder = family.autoencoder(folder)
     assert autoencoder is not None
+    if autoencoder.latent_channels != channels:
+        raise UserError(
+            f"{folder}: its vae has latents of {autoencoder.latent_channels} channels, its {family.component} of {channels}; one of the "
+            "two is another model's"
+        )
     return autoencoder
 
 
@@ -371,5 +377,7 @@ def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None,
     decoder: Decoder = PixelDecoder()
     if folder is not None:
         conditioner = PromptConditioner(family, folder, family.example_condition(denoiser.base_network, 1))
-        decoder = LatentDecoder(family.pixels_per_latent(folder), partial(_read_autoencoder, family, folder))
+        decoder = LatentDecoder(
+            family.pixels_per_latent(folder), partial(_read_autoencoder, family, folder, denoiser.image_shape[0])
+        )
     return Model(denoiser, card, family, conditioner.to(device), decoder.to(device), folder, base)

@@ -74,6 +74,7 @@ class Autoencoder(nn.Module):
         return (found.mean.float() - self.shift) * self.scale, found.std.float() * self.scale
 
 
+_COLOURS = 3
 PLAIN: Mapping[str, type[Autoencoder]] = {"AutoencoderKL": Autoencoder, "AutoencoderTiny": Autoencoder}
 
 
@@ -99,6 +100,11 @@ def load_autoencoder(folder: Path, classes: Mapping[str, type[Autoencoder]] = PL
         raise UserError(
             f"{path / 'config.json'} is damaged: scaling_factor is {str(scale)[:40]}, not a number above 0; download it again"
         )
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, _COLOURS) != _COLOURS:
+            raise UserError(
+                f"{folder}: its vae has {key}={str(config[key])[:40]}; pictures of {_COLOURS} channels are read and made here"
+            )
     vae = load_component(getattr(diffusers, name), path).float()
     try:
         return classes[name](vae)

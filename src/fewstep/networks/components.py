@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +25,7 @@ from fewstep.networks.untrained import build_untrained, num_values
 
 _SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
 _CLIP, _WEIGHTS, _ADAPTER = "text_model.", "model.safetensors", "adapter_config.json"
+_NAMES_DTYPE = int(transformers.__version__.partition(".")[0]) >= 5  # before, `torch_dtype`
 _VARIANT = re.compile(r"(diffusion_pytorch_)?model(\.(?P<variant>[a-z]+\w*))?(-\d+-of-\d+)?\.safetensors")
 
 
@@ -72,6 +75,8 @@ def load_component(kind: Any, folder: Path) -> Any:
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
         options["trust_remote_code"] = False
+        # each weight as the file has it: transformers 5 rounds it to the dtype that config.json names
+        options["dtype" if _NAMES_DTYPE else "torch_dtype"] = torch.float32
     if variant := _only_variant(folder):
         options["variant"] = variant
     try:

@@ -199,6 +199,15 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
                 f"{folder / name}: its tokenizer_config.json does not say how many tokens the encoder reads (model_max_length); "
                 "download it again"
             )
+    for name, limit in own.items():
+        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+        config = None if encoder is None else encoder.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and limit > positions:
+            raise UserError(
+                f"{folder / name} cuts prompts at {limit} tokens (model_max_length), its encoder has places for {positions}; one of the "
+                "two is another model's"
+            )
     for name, encoder in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:

@@ -1,6 +1,7 @@
 """EDM networks on disk: our own model folders, and EDM's pickles, of which nothing is executed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ _ARGUMENTS = {
     "img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_emb",
     "num_blocks", "attn_resolutions", "dropout", "augment_dim", "embedding_type", "encoder_type",
     "channel_mult_noise", "resample_filter",
+}  # fmt: skip
+# Arguments that change nothing about a trained network's own forward, with the values under which that is so; None: any
+_UNREAD: dict[str, tuple[object, ...] | None] = {
+    "model_type": None, "sigma_data": None, "use_fp16": None, "label_dropout": None, "decoder_type": ("standard",),
+    "sigma_min": (0,), "sigma_max": (math.inf,),
 }  # fmt: skip
 _FAMILIES = {"DhariwalUNet": "adm", "SongUNet": "song"}
 
@@ -63,8 +69,11 @@ def describe_edm_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Our description of an EDM preconditioning module from its constructor arguments.
 
     Raises:
-        UserError: a network family this library does not have.
+        UserError: a network family this library does not have, or an argument that it does not know; names it.
     """
+    for name, value in arguments.items():
+        if name not in _ARGUMENTS and (name not in _UNREAD or value not in (_UNREAD[name] or (value,))):
+            raise UserError(f"EDM network with {name[:60]}={str(value)[:60]}, which this version does not understand")
     model_type = arguments.get("model_type", "DhariwalUNet")
     if model_type not in _FAMILIES or arguments.get("encoder_type") == "skip":
         raise UserError(f"EDM network {model_type!r} with encoder {arguments.get('encoder_type')!r} is not supported")

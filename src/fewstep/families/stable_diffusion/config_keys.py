@@ -30,7 +30,7 @@ NETWORK_KEYS = KnownKeys(
         "up_block_types", "only_cross_attention", "block_out_channels", "layers_per_block", "downsample_padding",
         "mid_block_scale_factor", "dropout", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim",
         "transformer_layers_per_block", "reverse_transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
-        "dual_cross_attention", "use_linear_projection", "addition_time_embed_dim", "upcast_attention",
+        "use_linear_projection", "addition_time_embed_dim", "upcast_attention",
         "resnet_time_scale_shift", "resnet_skip_time_act", "resnet_out_scale_factor", "time_embedding_type",
         "time_embedding_dim", "timestep_post_act", "conv_in_kernel", "conv_out_kernel",
         "projection_class_embeddings_input_dim", "mid_block_only_cross_attention", "cross_attention_norm",

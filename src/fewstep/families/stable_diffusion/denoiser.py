@@ -33,6 +33,8 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
         config = unet.config
         _refuse_other_kinds(config)
         size = latent_size or config.sample_size
+        if not size:
+            raise ValueError("its unet does not say the side of its latents (sample_size in its config.json)")
         prediction = scheduler_config.get("prediction_type", "epsilon")
         if prediction not in get_args(Prediction) or prediction == "flow":
             raise ValueError(
@@ -118,6 +120,11 @@ def _refuse_other_kinds(config: Any) -> None:
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
         "out_channels": (config.in_channels,),
     }  # fmt: skip
+    width = config.cross_attention_dim
+    if isinstance(width, list | tuple) and len(set(width)) != 1:
+        raise ValueError(
+            f"U-Nets with cross_attention_dim={list(width)} are not supported: one text is read by every block"
+        )
     for name, allowed in expected.items():
         if config.get(name) not in allowed:
             raise ValueError(

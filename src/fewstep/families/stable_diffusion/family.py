@@ -69,7 +69,7 @@ class StableDiffusion(DiffusersFamily):
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network
         config = network.config
-        text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
+        text = torch.zeros(size, _TOKENS, _text_width(config))
         return Condition(size, {"text": text}, {"text": text[:1]})
 
     def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
@@ -79,6 +79,12 @@ class StableDiffusion(DiffusersFamily):
         from fewstep.families.stable_diffusion.few_step_scheduler import build_few_step_scheduler
 
         return build_few_step_scheduler(denoiser, steps)
+
+
+def _text_width(config: Any) -> int:
+    """Width of the text that every block reads, which a config may say for each."""
+    width = config.cross_attention_dim
+    return int(width[0] if isinstance(width, list | tuple) else width)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -123,7 +129,7 @@ class StableDiffusionXL(StableDiffusion):
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network
         config = network.config
-        text = torch.zeros(size, _TOKENS, config.cross_attention_dim)
+        text = torch.zeros(size, _TOKENS, _text_width(config))
         pooled = torch.zeros(size, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
         parts = {"text": text, "pooled": pooled, "time_ids": torch.zeros(size, 6)}
         return Condition(size, parts, {"text": text[:1], "pooled": pooled[:1], "time_ids": "same"})

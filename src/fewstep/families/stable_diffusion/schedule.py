@@ -31,6 +31,9 @@ def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
             cumprod: Tensor = scheduler.alphas_cumprod
     except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"the scheduler's betas give no noise schedule ({first_line(error)})") from error
+    levels = scheduler.config["num_train_timesteps"]
+    if len(cumprod) != levels:
+        raise ValueError(f"the scheduler has {len(cumprod)} trained_betas for num_train_timesteps={levels}")
     falls = cumprod.ndim == 1 and len(cumprod) > 0 and bool((cumprod.diff() <= 0).all())
     if not falls or not bool(((cumprod >= 0) & (cumprod < 1)).all()):
         shown = ", ".join(f"{name}={str(value)[:40]}" for name, value in values.items() if "beta" in name)
