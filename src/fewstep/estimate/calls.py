@@ -58,8 +58,9 @@ class Calls:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operation returns. Real numbers (a noise schedule's table) may be among its arguments."""
-        if func in _VIEWS and args[0].is_meta:  # torch's own way is as short
-            return func(*args, **kwargs)
+        view = _VIEWS.get(func)
+        if view is not None and args[0].is_meta:  # torch's own way is as short
+            return view(*args, **kwargs)
         tensors: list[Tensor] = []
         try:
             key = _key(func, args, kwargs, tensors)
@@ -103,11 +104,14 @@ _FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 
 
-# Views that one kernel of torch makes; what they view must be on the meta device.
+# Views that one kernel of torch makes, by what is asked for; what they view must be on the meta device.
 _VIEWS = {
-    _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten._unsafe_view.default,
-    _aten.permute.default, _aten.unsqueeze.default, _aten.expand.default, _aten.alias.default,
-}  # fmt: skip
+    view: view
+    for view in (
+        _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten.permute.default,
+        _aten.unsqueeze.default, _aten.expand.default, _aten.alias.default,
+    )  # fmt: skip
+} | {_aten._unsafe_view.default: _aten.view.default}  # the same, which torch takes a detour through Python for
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
