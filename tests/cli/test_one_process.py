@@ -1,10 +1,14 @@
 """Under torchrun only what knows of several processes runs: others would write the same files at once."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from fewstep.cli.main import app
+from fewstep.cli.options import tell
 from fewstep.errors import UserError
+from fewstep.settings import TrainSettings, load_settings
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,15 @@ def test_commands_of_one_process(words: list[str], name: str, monkeypatch: pytes
     answer = CliRunner().invoke(app, words)
     assert isinstance(answer.exception, UserError)
     assert str(answer.exception) == f"{name} runs in one process: start it without torchrun"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", ["now optimizer.lr = [0.001, 0.001]"]), ("1", [])])
+def test_earlier_names_are_told_by_the_first_process(
+    rank: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe is read before the processes meet, and by each of them."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[optimizer]\ngenerator_lr = 1e-3\nfake_score_lr = 1e-3\n", encoding="utf-8")
+    monkeypatch.setenv("RANK", rank)
+    load_settings(TrainSettings, recipe, None, tell)
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == said

@@ -36,9 +36,13 @@ def starting() -> Iterator[None]:
     """Around a command's heavy imports, which take seconds."""
     from fewstep.progress import Stderr, busy
 
-    first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks
-    with busy(Stderr(), "Loading torch") if first else nullcontext():
+    with busy(Stderr(), "Loading torch") if speaks() else nullcontext():
         yield
+
+
+def speaks() -> bool:
+    """Whether this process is the one of many that speaks; known before torch is loaded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_prompts(given: list[str], file: str) -> list[str]:
@@ -51,10 +55,11 @@ def read_prompts(given: list[str], file: str) -> list[str]:
 
 
 def tell(line: str) -> None:
-    """One line on standard error."""
+    """One line on standard error, of many processes by the first."""
     from fewstep import progress
 
-    progress.tell(line)
+    if speaks():
+        progress.tell(line)
 
 
 def how_to_continue() -> str:

@@ -104,14 +104,13 @@ _FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 
 
-# Views that one kernel of torch makes, by what is asked for; what they view must be on the meta device.
-_VIEWS = {
-    view: view
-    for view in (
-        _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten.permute.default,
-        _aten.unsqueeze.default, _aten.expand.default, _aten.alias.default,
-    )  # fmt: skip
-} | {_aten._unsafe_view.default: _aten.view.default}  # the same, which torch takes a detour through Python for
+# Views that one kernel of torch makes; what they view must be on the meta device.
+_PLAIN_VIEWS = {
+    _aten.view.default, _aten.detach.default, _aten.t.default, _aten.transpose.int, _aten.permute.default,
+    _aten.unsqueeze.default, _aten.expand.default, _aten.alias.default,
+}  # fmt: skip
+_VIEWS = {view: view for view in _PLAIN_VIEWS}
+_VIEWS[_aten._unsafe_view.default] = _aten.view.default  # the same, which torch takes a detour through Python for
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
