@@ -307,7 +307,7 @@ def test_evaluate_against_statistics(
         "prepare", "statistics", pictures, reference, "--features", features_folder, "--resolution", 16,
         "--channels", 1, "--device", "cpu",
     )  # fmt: skip
-    assert (answer.code, answer.out) == (0, f"{reference}: 24 images, features four classes\n")
+    assert (answer.code, answer.out) == (0, f"{reference}: 24 images of 16x16x1, features four classes\n")
     assert FeatureStatistics.load(reference).num_images == 24
 
     answer = evaluate(

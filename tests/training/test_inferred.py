@@ -43,6 +43,8 @@ def test_the_network_follows_from_the_pictures(
     (line,) = told
     assert f"network.img_resolution={found[0]}, network.img_channels={found[1]}, network.label_dim={found[2]}" in line
     assert ("by folders" in line) == (classes > 1)
+    keeps = f"pictures of {side} pixels are made smaller for it, network.img_resolution=32 with data.fit=pad keeps them"
+    assert (keeps in line) == (side in (28, 30))
 
 
 def test_what_is_set_stays(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ EXAMPLES = {
     "pairs": "fewstep prepare pairs bundled:fashion-mnist data/pairs --num-pairs 1000",
     "embeddings": "fewstep prepare embeddings bundled:emoji-sd prompts.txt data/prompts",
     "latents": "fewstep prepare latents bundled:emoji-sd data/latents --images MY_CAPTIONED_PICTURES",
-    "features": "fewstep prepare features MY_FOLDER runs/features --num-classes 10",
+    "features": "fewstep prepare features MY_FOLDER runs/features",
     "statistics": "fewstep prepare statistics MY_FOLDER real.npz --features runs/features",
 }
 

@@ -56,7 +56,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False, rich_markup_mode="rich", epilog="Example: fewstep quickstart",
     help="Distil a diffusion model into a generator that needs one to four steps.",
 )  # fmt: skip
 CONTINUED = {"pairs", "embeddings", "latents"}

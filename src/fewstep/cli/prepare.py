@@ -9,7 +9,8 @@ from fewstep.cli.options import Device, Precision, refuse_many, starting
 from fewstep.errors import UserError
 
 prepare = typer.Typer(
-    no_args_is_help=True, help="Make what training and evaluation read.", context_settings={"help_option_names": ["-h", "--help"]}
+    no_args_is_help=True, help="Make what training and evaluation read.", context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: fewstep prepare features MY_FOLDER runs/features",
 )  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def prepare_pairs(
     teacher: Annotated[str, typer.Argument(help="teacher: model folder, run folder, .pkl, bundled:NAME, diffusers folder or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the pairs go; an interrupted job in it is continued")],
     *,
-    num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  [default: 25000, of an LMDB all]")] = None,
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="noise-image pairs to make  \\[default: 25000, of an LMDB all]")] = None,
     prompts: Annotated[str, typer.Option(help="text-to-image teachers: file of prompts, drawn uniformly")] = "",
     truncate_prompts: Annotated[bool, typer.Option("--truncate-prompts", help="cut prompts that are too long instead of refusing them")] = False,
     from_lmdb: Annotated[Path | None, typer.Option(help="text-to-image teachers: published LMDB of ODE pairs, instead of sampling")] = None,
@@ -33,7 +34,7 @@ def prepare_pairs(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own many-step sampler; its usual number unless set (DMD's published pairs have 256)")] = None,
     guidance_scale: Annotated[float, typer.Option(help="uncond + w (cond - uncond); 1 is off")] = 1.0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  [default: 100, text-to-image 4]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  \\[default: 100, text-to-image 4]")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="text-to-image teachers: merge FILE:0.8 into it, as teacher.loras does; may be given several times")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -159,9 +160,9 @@ def prepare_features(
     images: Annotated[str, typer.Argument(help="labelled pictures: folder, parquet or hub id")],
     folder: Annotated[Path, typer.Argument(help="where the feature network goes")],
     *,
-    num_classes: Annotated[int, typer.Option(min=2)],
-    resolution: Annotated[int, typer.Option(min=8, help="side in pixels, as the model has it")] = 32,
-    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    num_classes: Annotated[int | None, typer.Option(min=2, help="as many as there are folders or labels, unless set")] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="side in pixels, as the model has it; that of `fewstep pretrain` unless set")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="1 grey, 3 colour; grey where all pictures are, unless set")] = None,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     num_passes: Annotated[int, typer.Option(min=1, help="passes over the training split")] = 6,
@@ -174,7 +175,7 @@ def prepare_features(
     with starting():
         from fewstep.preparation.jobs import FeaturesOptions, PicturesOptions, make_features
     options = FeaturesOptions(
-        PicturesOptions(images, resolution=resolution, channels=channels, fit=fit, background=background), num_classes=num_classes,
+        PicturesOptions(images, resolution=resolution or 0, channels=channels or 0, fit=fit, background=background), num_classes=num_classes or 0,
         num_passes=num_passes, flip=flip, seed=seed, name=name, device=device,
     )  # fmt: skip
     make_features(folder, options)
@@ -187,8 +188,8 @@ def prepare_statistics(
     *,
     features: Annotated[str, typer.Option(help="bundled:NAME, folder of `prepare features`, or an Inception file")],
     split: Annotated[str, typer.Option()] = "train",
-    resolution: Annotated[int, typer.Option(min=8)] = 32,
-    channels: Annotated[int, typer.Option(help="1 grey, 3 colour")] = 3,
+    resolution: Annotated[int | None, typer.Option(min=8, help="side in pixels; the features' own unless set, 32 where they look at any")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="1 grey, 3 colour; the features' own unless set, 3 where they look at any")] = None,
     fit: Annotated[str, typer.Option(help="crop, pad or exact, as in training")] = "crop",
     background: Annotated[str, typer.Option(help="colour under transparent pixels, as CSS names it")] = "white",
     device: Device = "auto",
@@ -197,6 +198,6 @@ def prepare_statistics(
     with starting():
         from fewstep.preparation.jobs import PicturesOptions, make_statistics
     pictures = PicturesOptions(
-        images, split=split, resolution=resolution, channels=channels, fit=fit, background=background
+        images, split=split, resolution=resolution or 0, channels=channels or 0, fit=fit, background=background
     )
     make_statistics(out, features, pictures, device)

@@ -39,17 +39,19 @@ class SmallClassifier(nn.Module):
         name: what reports call these features.
         num_stages: 3 suits 32x32 pictures, 4 suits 64x64.
         class_names: in the order of the classes, where they have names.
+        resolution: side of the pictures it was trained on, the only ones it looks at; 0 where an earlier version did not note it.
     """
 
     def __init__(
         self, channels: int, num_classes: int, width: int = 32, name: str = "classifier", num_stages: int = 3,
-        class_names: Sequence[str] = (),
+        class_names: Sequence[str] = (), resolution: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.class_names = name, tuple(class_names)
+        self.channels, self.resolution = channels, resolution
         self.arguments = {
             "channels": channels, "num_classes": num_classes, "width": width, "name": name, "num_stages": num_stages,
-            "class_names": list(class_names),
+            "class_names": list(class_names), "resolution": resolution,
         }  # fmt: skip
 
         def stage(cin: int, cout: int) -> list[nn.Module]:
@@ -62,7 +64,18 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> features (B, width of the last stage)."""
+        """(B, C, H, W) in [-1, 1] -> features (B, width of the last stage).
+
+        Raises:
+            UserError: pictures of another size or other channels, whose features would say nothing.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != self.channels or (self.resolution and {height, width} != {self.resolution}):
+            side = f"{self.resolution}x{self.resolution}x" if self.resolution else "pictures of channels "
+            raise UserError(
+                f"features {self.name} were trained on {side}{self.channels} and these pictures are {height}x{width}x{channels}: train a "
+                f"feature network of this size with `fewstep prepare features --resolution {height} --channels {channels}`"
+            )
         return self.body(images)
 
     def logits(self, images: Tensor) -> Tensor:

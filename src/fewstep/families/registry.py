@@ -27,6 +27,9 @@ FAMILIES = {
 }
 
 
+LARGEST = 32  # pixels of pictures whose size nobody chose: a network of larger ones wants a GPU and a choice
+
+
 @cache
 def family_named(name: str) -> "Family":
     """The family of this name.
@@ -121,6 +124,25 @@ def describe_new(name: str, pictures: "NewNetwork") -> dict[str, Any]:
             return family.describe_new(name, pictures)
         names += family.new_shapes
     raise ValueError(f"network.name={name!r} is unknown; choose one of {', '.join(sorted(names))}")
+
+
+def largest_side(name: str, shortest_side: int, channels: int, classes: int, sigma_data: float = 0.5) -> int:
+    """The largest side up to `LARGEST` that no picture is enlarged for and a new network of this name can have; 0 for none.
+
+    Raises:
+        ValueError: no network of this name makes such pictures at any size.
+    """
+    from fewstep.families.family import NewNetwork
+
+    for side in range(min(LARGEST, shortest_side), 7, -1):
+        try:
+            describe_new(name, NewNetwork(side, channels, classes, sigma_data))
+        except ValueError as error:
+            if "multiple" not in str(error):
+                raise
+            continue
+        return side
+    return 0
 
 
 def single_file_layouts() -> "list[SingleFileLayout]":

@@ -63,7 +63,8 @@ def train_feature_network(
     dtype = DTYPES[choose_precision(precision, place)]
     torch.manual_seed(seed)
     names = dataset.class_names or ()
-    model = SmallClassifier(dataset.channels, num_classes, width, name, num_stages, names).to(place).train()
+    side = dataset.pixels(torch.arange(1)).shape[-1]
+    model = SmallClassifier(dataset.channels, num_classes, width, name, num_stages, names, side).to(place).train()
     steps = max(1, num_passes * len(dataset) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)

@@ -1,10 +1,11 @@
 """`fewstep prepare pairs`, `features` and `statistics` from their options on: something to load, work with progress, a line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fewstep.data.images import ImageDataset, load_images
+from fewstep.data.look import look_at_pictures
 from fewstep.data.noise_image_pairs import PROMPT_EMBEDDINGS
 from fewstep.data.prompts import load_prompts
 from fewstep.data.tables import has_split
@@ -14,6 +15,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
+from fewstep.families.registry import LARGEST, largest_side
 from fewstep.formats.remote import data_path
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
@@ -27,6 +29,7 @@ from fewstep.settings import DataSettings, parse_settings
 from fewstep.shared_work import refuse_differences
 
 console = Stderr()
+NEW_NETWORK = "small"  # of own pictures' recipes, whose size features should have
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,24 @@ class PairsOptions:
 
 @dataclass(frozen=True)
 class PicturesOptions:
-    """Which pictures, and how they come to one size."""
+    """Which pictures, and how they come to one size; 0 of resolution and channels is what follows from the pictures."""
 
     images: str
     split: str = "train"
-    resolution: int = 32
-    channels: int = 3
+    resolution: int = 0
+    channels: int = 0
     fit: str = "crop"
     background: str = "white"
 
     def open(self, split: str = "", num_classes: int = 0) -> ImageDataset:
         """The pictures, of this split or another one."""
-        values = {"images": self.images, "split": split or self.split, "fit": self.fit, "background": self.background}
-        settings = parse_settings(DataSettings, values, "command line")
+        settings = self.settings(split)
         return load_images(settings, resolution=self.resolution, channels=self.channels, num_classes=num_classes)
+
+    def settings(self, split: str = "") -> DataSettings:
+        """Where they are and how they are fitted."""
+        values = {"images": self.images, "split": split or self.split, "fit": self.fit, "background": self.background}
+        return parse_settings(DataSettings, values, "command line")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class FeaturesOptions:
     """The options of `fewstep prepare features`, as its help says."""
 
     pictures: PicturesOptions
-    num_classes: int
+    num_classes: int = 0
     num_passes: int = 6
     flip: bool = False
     seed: int = 0
@@ -127,6 +134,7 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
     Raises:
         UserError: pictures that are not there, without labels, or of other classes.
     """
+    options = _settled(options)
     dataset = options.pictures.open("train", options.num_classes)
     precision = choose_precision("auto", choose_device(options.device), partial(say, console))
     with working(console, f"Training {options.num_passes} passes over {len(dataset):,} pictures") as report:
@@ -145,6 +153,31 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
     print(folder)
 
 
+def _settled(options: FeaturesOptions) -> FeaturesOptions:
+    """The options with the size, colour and classes that `pretrain` would find, where they are not set.
+
+    Raises:
+        UserError: no classes, or pictures that are too small.
+    """
+    pictures = options.pictures
+    if pictures.resolution and pictures.channels and options.num_classes:
+        return options
+    look = look_at_pictures(pictures.settings("train"))
+    classes, channels = options.num_classes or look.num_classes, pictures.channels or look.channels
+    if classes < 2:
+        raise UserError(
+            f"{pictures.images}: a feature network needs pictures of two classes or more, one folder a class"
+        )
+    side = pictures.resolution or largest_side(NEW_NETWORK, look.shortest_side, channels, classes)
+    if not side:
+        raise UserError(f"{pictures.images}: the smallest picture has {look.shortest_side} pixels: set --resolution")
+    say(
+        console,
+        f"{pictures.images}: {classes} classes, {side}x{side}x{channels}, as `fewstep pretrain` would read them",
+    )
+    return replace(options, num_classes=classes, pictures=replace(pictures, resolution=side, channels=channels))
+
+
 def make_statistics(out: Path, features: str, pictures: PicturesOptions, device: str) -> None:
     """Write the feature statistics of real pictures as .npz.
 
@@ -156,8 +189,13 @@ def make_statistics(out: Path, features: str, pictures: PicturesOptions, device:
     place = choose_device(device)
     with busy(console, f"Loading the features {features}"):
         network = load_features(features, place)
+    pictures = replace(
+        pictures, resolution=pictures.resolution or getattr(network, "resolution", 0) or LARGEST,
+        channels=pictures.channels or getattr(network, "channels", 3),
+    )  # fmt: skip
     dataset = pictures.open()
     with working(console, f"Features of {len(dataset):,} pictures") as report:
         statistics = FeatureStatistics.of(dataset_features(network, dataset, device=place, report=report))
     statistics.save(out)
-    print(f"{out}: {statistics.num_images} images, features {network.name}")
+    size = f"{pictures.resolution}x{pictures.resolution}x{pictures.channels}"
+    print(f"{out}: {statistics.num_images} images of {size}, features {network.name}")

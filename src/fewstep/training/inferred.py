@@ -7,13 +7,10 @@ from typing import Any
 
 from fewstep.data.look import Look, look_at_pictures
 from fewstep.errors import UserError
-from fewstep.families.family import NewNetwork
-from fewstep.families.registry import describe_new
+from fewstep.families.registry import LARGEST, largest_side
 from fewstep.formats.json_files import parse_json
 from fewstep.models.model import Model
 from fewstep.settings import NetworkSettings, PretrainSettings, TrainDataSettings, TrainSettings, parse_settings
-
-LARGEST = 32  # pixels, unless told: a network of larger pictures wants a GPU and a choice
 
 
 def settle_network(settings: PretrainSettings, folder: Path, tell: Callable[[str], None]) -> PretrainSettings:
@@ -44,7 +41,8 @@ def settle_network(settings: PretrainSettings, folder: Path, tell: Callable[[str
         }  # fmt: skip
         by = f" by {look.labelled_by}" * bool(look.labelled_by and "label_dim" in open_keys)
         told = ", ".join(f"network.{key}={found[key]}" for key in open_keys)
-        tell(f"{settings.data.images}: {told}, from the pictures{by}")
+        smaller = _of_smaller_pictures(found["img_resolution"], look.shortest_side) * (not net.img_resolution)
+        tell(f"{settings.data.images}: {told}, from the pictures{by}{smaller}")
     network = net.model_copy(update={key: found[key] for key in open_keys})
     return settings.model_copy(update={"network": network})
 
@@ -65,18 +63,26 @@ UNSET = {"img_resolution": 0, "img_channels": 0, "label_dim": -1}
 
 
 def _largest_size(net: NetworkSettings, look: Look, channels: int, classes: int) -> int:
-    """The largest side up to 32 that no picture is enlarged for and the network can have."""
-    for side in range(min(LARGEST, look.shortest_side), 7, -1):
-        try:
-            describe_new(net.name, NewNetwork(side, channels, classes, net.sigma_data))
-        except ValueError as error:
-            if "multiple" not in str(error):
-                raise UserError(str(error)) from None
-            continue
-        return side
-    raise UserError(
-        f"network.img_resolution is not set and the smallest picture has {look.shortest_side} pixels: set it, or leave out "
-        "such pictures"
+    """The side that pictures of nobody's choice get."""
+    try:
+        side = largest_side(net.name, look.shortest_side, channels, classes, net.sigma_data)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not side:
+        raise UserError(
+            f"network.img_resolution is not set and the smallest picture has {look.shortest_side} pixels: set it, or leave out "
+            "such pictures"
+        )
+    return side
+
+
+def _of_smaller_pictures(side: int, shortest_side: int) -> str:
+    """What to do where pictures are made smaller only because the network cannot have their size."""
+    if not side < shortest_side < LARGEST:
+        return ""
+    return (
+        f"; pictures of {shortest_side} pixels are made smaller for it, network.img_resolution={LARGEST} with data.fit=pad keeps them as "
+        "they are"
     )
 
 
