@@ -21,6 +21,7 @@ from fewstep.formats.kohya_lora import LoraWeights, read_lora, write_kohya_lora,
 from fewstep.formats.single_file import read_single_file
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
+from fewstep.networks.merged_loras import update_of
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training.build import open_teacher
 from tests.conftest import relative_error
@@ -236,18 +237,29 @@ def denoiser_aliases(denoiser: Any) -> Any:
     return partial(family_named("z-image").layer_aliases, denoiser.describe())
 
 
-def test_queries_keys_and_values_in_one_layer_are_refused(tmp_path: Path) -> None:
-    """As ComfyUI's own layout has them."""
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+def test_queries_keys_and_values_in_one_layer(tmp_path: Path, prefix: str) -> None:
+    """As kohya's trainer writes them for ComfyUI's own layout; taken apart as diffusers' converter does it."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_z_image_lora_to_diffusers
+
     denoiser: Any = build_released("z-image")
-    name = "lora_unet_layers_0_attention_qkv"
-    save_file(
-        {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(24, 1)},
-        tmp_path / "a.safetensors",
+    torch.manual_seed(0)
+    words = "layers.0.attention.qkv" if prefix.endswith(".") else "layers_0_attention_qkv"
+    name = f"{prefix}{words}"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(2, 8), f"{name}.lora_up.weight": torch.randn(24, 2), f"{name}.alpha": torch.tensor(1.0),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_lora(
+        tmp_path / "a.safetensors", [name for name, _ in denoiser.named_modules()], denoiser_aliases(denoiser)
     )
-    with pytest.raises(UserError, match=r"2 of its 2 keys name layers that this network does not have.*attention_qkv"):
-        read_lora(
-            tmp_path / "a.safetensors", [name for name, _ in denoiser.named_modules()], denoiser_aliases(denoiser)
-        )
+    kohya = {key.replace(name, "lora_unet_layers_0_attention_qkv"): value for key, value in tensors.items()}
+    theirs = _convert_non_diffusers_z_image_lora_to_diffusers(kohya)
+    assert len(found.targets) == len(theirs) // 2 == 3
+    for target in found.targets:
+        ours = update_of(found, target)
+        key = target.replace("network.", "transformer.")
+        torch.testing.assert_close(ours, theirs[f"{key}.lora_B.weight"] @ theirs[f"{key}.lora_A.weight"])
 
 
 def test_a_single_file_is_known_by_its_keys(tmp_path: Path) -> None:

@@ -286,6 +286,18 @@ def test_a_folder_or_a_header_of_another_method(
     refused(path, tmp_path / "out", "give --step-indices", said, base=bases["sd"])
 
 
+def test_a_lora_of_another_prediction(bases: dict[str, Path], tmp_path: Path) -> None:
+    """sd-scripts and our own exports say in the header what it was trained for."""
+    teacher = fewstep.load_teacher(bases["sd"], device="cpu")
+    role = SharedBase(teacher.denoiser, LoraShape(rank=4, alpha=8.0)).add_role("generator")
+    path, lora = tmp_path / "dmd2_4step.safetensors", lora_from_state(role.adapter_state(), 4, 8.0)
+    for header in ({"modelspec.prediction_type": "v"}, {"ss_v_parameterization": "True"}):
+        write_kohya_lora(path, lora, header)
+        refused(path, tmp_path / "out", "made for a model of v-prediction", "scheduler says epsilon", base=bases["sd"])
+    write_kohya_lora(path, lora, {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"})
+    convert(path, tmp_path / "out", bases["sd"])
+
+
 def test_a_gguf_file_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "dmd2_4step.gguf").write_bytes(b"GGUF" + bytes(100))
     refused(

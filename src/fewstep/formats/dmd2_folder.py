@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.formats.foreign_kinds import foreign_kind
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.tensor_files import read_tensors, refuse_infinities
 
@@ -147,8 +148,9 @@ def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
         return "edm"
     if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
         return "diffusers"
+    kind = foreign_kind(tensors)
     raise UserError(
-        f"{path} holds neither an EDM network (map_layer0.weight, enc.*, dec.*) nor a diffusers U-Net "
+        f"{path} {f'is {kind} by its keys: it ' if kind else ''}holds neither an EDM network (map_layer0.weight, enc.*, dec.*) nor a diffusers U-Net "
         f"(conv_in.weight, down_blocks.*): its keys are {list(tensors)[:3]} and {max(0, len(tensors) - 3)} more"
     )
 

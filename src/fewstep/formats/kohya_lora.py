@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.casting import cast_weights
+from fewstep.formats.foreign_kinds import foreign_kind
 from fewstep.formats.fused_loras import by_original_name, fused, parts_of
 from fewstep.formats.lora_scale import LoraScale, read_lora_scale
 from fewstep.formats.lora_spellings import (
@@ -150,9 +151,10 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
         else:
             layers[names[0]][found[1]] = value
     if strange:
+        kind = foreign_kind(strange) or "text encoder LoRA, LoHa, LoKr and DoRA"
         raise UserError(
             f"{path}: {len(strange)} of its {len(tensors)} keys belong to no plain LoRA of an image network, e.g. "
-            f"{_shown(strange)} (text encoder LoRA, LoHa, LoKr and DoRA are not supported)"
+            f"{_shown(strange)} ({kind}: not supported)"
         )
     if foreign:
         raise UserError(

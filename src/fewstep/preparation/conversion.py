@@ -26,6 +26,7 @@ from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.source import Source
+from fewstep.formats.stated_facts import stated_prediction
 from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import Discriminator
@@ -108,6 +109,7 @@ def convert_lora(source: Path, out: Path, base: str = "", step_indices: tuple[in
     description, denoiser, name = _text_base(source, base)
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     lora = read_lora(_lora_file(source), layers, partial(family_of(description).layer_aliases, description))
+    _refuse_other_prediction(_lora_file(source), denoiser)
     lora = replace(lora, state={name: _as_layer(name, value, layers) for name, value in lora.state.items()})
     _check_lora(lora, layers, source)
     steps = _steps(step_indices, source, denoiser)
@@ -217,6 +219,17 @@ def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Pa
         raise UserError(
             f"{source} is a LoRA for another base: {len(wrong)} of its {len(lora.targets)} layers have another size "
             f"there, e.g. {wrong[:2]}"
+        )
+
+
+def _refuse_other_prediction(file: Path, denoiser: Denoiser) -> None:
+    """Raise UserError for a LoRA whose header says that it was made for another prediction than the base's."""
+    stated = stated_prediction(file, {}, header_of(file), None)
+    own = getattr(denoiser, "prediction", "")
+    if stated and stated != own:
+        raise UserError(
+            f"{file} was made for a model of {stated.replace('_', '-')}, as its header says; the base's scheduler says {own.replace('_', '-')}: "
+            "give the model that it belongs to as --base"
         )
 
 

@@ -55,10 +55,15 @@ class ZImage(FlowFamily):
 
         return ZImageDenoiser(network, scheduler, latent_size, self.default_num_steps)
 
-    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str]:
-        """The last projection of an attention as the original code calls it, which has the other three in one layer."""
-        last = ".attention.to_out.0"
-        return {name.removesuffix(last) + ".attention.out": name for name in modules if name.endswith(last)}
+    def layer_aliases(self, description: Description, modules: Iterable[str]) -> Mapping[str, str | tuple[str, ...]]:
+        """An attention's projections as the original code calls them: the last one, and the other three in one layer."""
+        last, found = ".to_out.0", dict[str, str | tuple[str, ...]]()
+        for name in modules:
+            if name.endswith(f".attention{last}"):
+                attention = name.removesuffix(last)
+                found[f"{attention}.out"] = name
+                found[f"{attention}.qkv"] = tuple(f"{attention}.to_{part}" for part in "qkv")
+        return found
 
     def example_condition(self, denoiser: Denoiser, size: int) -> Condition:
         network: Any = denoiser.network
