@@ -1,8 +1,9 @@
 """One file for a whole generator: diffusers' own single-file loader renders the same pictures from it."""
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -14,9 +15,12 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.diffusion.samplers import sample_noise
 from fewstep.errors import UserError
+from fewstep.export import assumed_facts
+from fewstep.export.export import ExportOptions, export_generator
 from fewstep.export.lora import base_denoiser
 from fewstep.export.single_file import export_single_file, generator_sigmas, single_file_tensors
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.registry import build_on_meta, family_named, released_shapes
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import Model
 from fewstep.preparation.single_file import read_model_file, single_file_to_folder
@@ -194,3 +198,40 @@ def test_the_file_becomes_a_teacher_with_the_same_weights(folder: Path, tmp_path
     )
     pipeline = diffusers.DiffusionPipeline.from_pretrained(made, local_files_only=True)
     assert type(pipeline).__name__ == PIPELINES[generator.family.name]
+
+
+@pytest.mark.parametrize(("family", "name"), [("sd", "sd15"), ("sdxl", "sdxl")])
+def test_published_settings_are_what_programs_take(family: str, name: str) -> None:
+    layout: Any = family_named(family).single_file
+    network: Any = dict(cast(Any, build_on_meta(released_shapes()[name])).network.config)
+    for component, config in (("unet", network), ("scheduler", released_shapes()[name]["scheduler"])):
+        for key, value in layout.assumed(component, config).items():
+            found = config[key]
+            assert (list(found) if isinstance(found, tuple | list) else found) == value, key
+
+
+def test_facts_that_a_file_has_no_place_for(sd: Path, tmp_path: Path) -> None:
+    """Programs would take others: said on the way and in the card."""
+    told: list[str] = []
+    load_generator(sd, 999).write(tmp_path / "generator")
+    changes = {"vae": {"scaling_factor": 0.5}, "text_encoder": {"num_hidden_layers": 1}}
+    base = shutil.copytree(sd, tmp_path / "base")
+    for part, values in changes.items():
+        path = base / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    facts = _all_facts(load_generator(base, 999))
+    assert "vae scaling_factor=0.5 (0.18215 is taken)" in facts
+    assert "text_encoder num_hidden_layers=1 (12 is taken)" in facts
+    assert "the scheduler's betas" not in facts
+    path = base / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
+    assert "the scheduler's betas" in _all_facts(load_generator(base, 999))
+    options = ExportOptions("single-file", base=str(sd), num_samples=0, device="cpu", tell=told.append)
+    export_generator(tmp_path / "generator", tmp_path / "out", options)
+    assert told
+    assert told[0].startswith("warning: a single file has no place for unet norm_num_groups=8 (32 is taken)")
+    assert "no place for unet norm_num_groups=8" in (tmp_path / "out/README.md").read_text()
+
+
+def _all_facts(generator: Model) -> list[str]:
+    return list(assumed_facts._facts(generator))

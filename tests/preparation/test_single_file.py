@@ -142,7 +142,7 @@ def test_a_distilled_file_becomes_no_teacher(
 ) -> None:
     save_file(tensors["sd"], tmp_path / name, metadata=header)
     with pytest.raises(UserError, match=said):
-        single_file_to_folder(tmp_path / name, folders["sd"], tmp_path / "out")
+        convert_weights(tmp_path / name, tmp_path / "out", base=str(folders["sd"]))
     assert not (tmp_path / "out").exists()
 
 

@@ -26,11 +26,11 @@ def export(
     with starting():
         from fewstep.export.export import ExportOptions, export_generator
         from fewstep.export.hub import push_export
+    console = Stderr()
     options = ExportOptions(
         kind=kind, precision=dtype, base=base, prompts=tuple(prompt or ()), num_samples=num_samples, licence=licence,
-        repo=push, device=device,
+        repo=push, device=device, tell=console.print,
     )  # fmt: skip
-    console = Stderr()
     with busy(console, f"Exporting {generator}"):
         folder = export_generator(generator, out, options)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -38,6 +38,7 @@ class CardFacts:
         call_options: what the pipeline's call is told beside prompt and steps.
         pipeline_dtype: what torch calls the precision that its pipeline is opened in on a GPU.
         absent: components that the base has no weights for and diffusers wants to be told of.
+        unassumed: what a single file has no place for and its readers take otherwise, in words.
         figures: (what was measured, value), ready to print.
     """
 
@@ -60,6 +61,7 @@ class CardFacts:
     call_options: Mapping[str, Any] = field(default_factory=dict)
     pipeline_dtype: str = "float16"
     absent: tuple[str, ...] = ()
+    unassumed: str = ""
     figures: list[tuple[str, str]] = field(default_factory=list)
 
     @property

@@ -52,6 +52,7 @@ class ExportOptions:
         licence: of the weights, as the hub names it; empty: the generator's own card.
         repo: name on the hub, where the export goes there afterwards.
         device: makes the sample pictures.
+        tell: is told what a format has no place for, in words.
     """
 
     kind: str = "diffusers"
@@ -62,6 +63,7 @@ class ExportOptions:
     licence: str = ""
     repo: str = ""
     device: str = "auto"
+    tell: Callable[[str], None] = lambda line: None
 
 
 def export_generator(source: str | Path, out: str | Path, options: ExportOptions | None = None) -> Path:
@@ -89,6 +91,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         write(aside, generator, target.name, DTYPES[precision], file_header(card))
         has_scheduler = (aside / "scheduler").is_dir() or _write_scheduler(aside, generator, options.kind)
         has_workflow = _write_workflow(aside, generator, target.name, options.kind)
+        unassumed = _unassumed(generator, options)
         images = _samples(generator, options)
         if len(images):
             make_grid(images, columns=min(4, len(images))).save(aside / SAMPLES, format="PNG")
@@ -97,7 +100,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
             base=card.base, component=family.component, network_class=family.network_class,
             comfyui_lora=family.comfyui_lora, original_names=family.kohya_names == "original", pipeline_dtype=str(DTYPES[family.export_precision]).removeprefix("torch."), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
             num_samples=len(images), prompts=_prompts(options) if takes == "prompts" else (),
-            call_options=family.pipeline_options(generator.size), absent=_absent(generator), figures=run_figures(_folder(source), card),
+            call_options=family.pipeline_options(generator.size), absent=_absent(generator), unassumed=unassumed, figures=run_figures(_folder(source), card),
         )  # fmt: skip
         (aside / "README.md").write_text(render_card(facts), encoding="utf-8")
     return target
@@ -149,6 +152,19 @@ def _write_single_file(
     except ImportError as error:
         raise UserError("--as single-file is not in this version of fewstep; choose --as diffusers") from error
     export(generator, folder / f"{name}.safetensors", dtype)
+
+
+def _unassumed(generator: Model, options: ExportOptions) -> str:
+    """Facts of a single file's model that programs take otherwise, told to whoever exports it; "" for none, and for other kinds."""
+    if options.kind != "single-file":
+        return ""
+    facts: str = import_module("fewstep.export.assumed_facts").unassumed_facts(generator)
+    if facts:
+        options.tell(
+            f"warning: a single file has no place for {facts}: programs that read such files (ComfyUI, stable-diffusion.cpp) make other "
+            "pictures of it; --as diffusers keeps everything"
+        )
+    return facts
 
 
 def _write_workflow(folder: Path, generator: Model, name: str, kind: str) -> bool:

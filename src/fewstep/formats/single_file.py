@@ -63,6 +63,7 @@ class SingleFileLayout:
         marks: beginnings of keys that only this layout has; empty: its network's prefix is its only sign.
         foreign_marks: beginnings of keys that files with `marks` have where they are another model all the same.
         refuse_text_encoder: config of the first text encoder -> why it has no place in such a file; "": it has one.
+        assumed: (component or "scheduler", its config) -> what every reader of such files takes its settings to be.
         may_skip_layers: whether files may say that their text encoder is read before its last layer (clip skip).
     """
 
@@ -77,6 +78,7 @@ class SingleFileLayout:
     marks: tuple[str, ...] = ()
     foreign_marks: tuple[str, ...] = ()
     refuse_text_encoder: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    assumed: Callable[[str, Mapping[str, Any]], dict[str, Any]] = lambda component, config: {}
     may_skip_layers: bool = False
 
     @property

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import UserError
+from fewstep.formats.few_step_names import few_steps_named, hub_name, titles
 from fewstep.formats.source import Source
+from fewstep.formats.tensor_files import header_of
 from fewstep.preparation.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
 
 
@@ -41,6 +43,23 @@ def convert_weights(source: str | Path, out: str | Path, *, base: str = "", step
     return _convert_single_file(source, out, base)
 
 
+def _refuse_few_steps(source: Path) -> None:
+    """Raise UserError for a distilled model, by its header or its name: it makes pictures in few steps and is no teacher."""
+    header = header_of(source)
+    if steps := header.get("fewstep.step_indices"):
+        raise UserError(
+            f"{source} is a generator of few steps that fewstep exported (fewstep.step_indices={steps[:60]} in its header), no "
+            "teacher; use the run or generator it was exported from"
+        )
+    for name in (source.name, hub_name(source.resolve()), *titles(header)):
+        if method := few_steps_named(name):
+            raise UserError(
+                f"{source} is a model of few steps by its name ({method} in {name[:100]!r}), whose guidance is built in and whose "
+                "scores are of few noise levels: it is no teacher; convert the model it was distilled from, or rename it if it is "
+                "none"
+            )
+
+
 def _convert_single_file(source: Path, out: Path, base: str) -> str:
     from fewstep.preparation.single_file import single_file_to_folder
 
@@ -49,6 +68,7 @@ def _convert_single_file(source: Path, out: Path, base: str) -> str:
             f"{source} is a single-file checkpoint in the LDM layout: give a diffusers folder of the same model family "
             "as --base, which brings configs, tokenizers and scheduler"
         )
+    _refuse_few_steps(source)
     notes: list[str] = []
     single_file_to_folder(source, base, out, notes.append)
     return "; ".join([f"{out}: diffusers folder", *notes])

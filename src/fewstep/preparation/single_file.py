@@ -16,7 +16,6 @@ from fewstep.errors import UserError
 from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
-from fewstep.formats.few_step_names import few_steps_named, hub_name, titles
 from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
@@ -62,7 +61,6 @@ def single_file_to_folder(
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
     single = read_model_file(Path(path))
-    _refuse_few_steps(single)
     base = _config_folder(config_folder, single.absent)
     if (family := recognise(base)).name != single.layout.family:
         title = family_named(single.layout.family).title
@@ -98,22 +96,6 @@ def single_file_to_folder(
     if borrowed:
         note(f"{' and '.join(borrowed)} of {config_folder}, because {single.path.name} has none")
     return out
-
-
-def _refuse_few_steps(single: SingleFile) -> None:
-    """Raise UserError for a distilled model, by its header or its name: it makes pictures in few steps and is no teacher."""
-    if steps := single.metadata.get("fewstep.step_indices"):
-        raise UserError(
-            f"{single.path} is a generator of few steps that fewstep exported (fewstep.step_indices={steps[:60]} in its header), no "
-            "teacher; use the run or generator it was exported from"
-        )
-    for name in (single.path.name, hub_name(single.path.resolve()), *titles(single.metadata)):
-        if method := few_steps_named(name):
-            raise UserError(
-                f"{single.path} is a model of few steps by its name ({method} in {name[:100]!r}), whose guidance is built in and "
-                "whose scores are of few noise levels: it is no teacher; convert the model it was distilled from, or rename it if "
-                "it is none"
-            )
 
 
 def _state(single: SingleFile, name: str, config: dict[str, Any], base: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fewstep.families.stable_diffusion.ldm_keys import PREFIXES, from_ldm, to_ldm
 from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
+from fewstep.families.stable_diffusion.shapes import SCHEDULER
 from fewstep.formats.single_file import SingleFileLayout
 
 UNREAD_FILES = {"cond_stage_model.model.": "Stable Diffusion 2.x"}
@@ -14,6 +15,34 @@ _CLASSES = {
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }  # fmt: skip
+
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "unet": {
+        "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu", "norm_eps": 1e-5, "norm_num_groups": 32, "resnet_time_scale_shift": "default",
+    },
+    "vae": {
+        "scaling_factor": 0.18215, "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    },
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408},
+    "text_encoder_2": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 32, "num_attention_heads": 20, "vocab_size": 49408},
+    "scheduler": SCHEDULER,
+}  # fmt: skip
+_XL_SCALE, _XL_HEAD = 0.13025, 64
+
+
+def _assumed(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What programs take Stable Diffusion 1.5's settings to be."""
+    return {**_SETTINGS[component], **({"attention_head_dim": 8} if component == "unet" else {})}
+
+
+def _xl_assumed(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What programs take SDXL's settings to be: heads of 64 channels."""
+    own: dict[str, Any] = {"vae": {"scaling_factor": _XL_SCALE}}.get(component, {})
+    if component == "unet":
+        own = {"attention_head_dim": [width // _XL_HEAD for width in config["block_out_channels"]]}
+    return {**_SETTINGS[component], **own}
 
 
 def _no_text_encoder_of_2(config: Mapping[str, Any]) -> str:
@@ -36,6 +65,7 @@ LAYOUT = SingleFileLayout(
     from_file=from_ldm,
     alphas_cumprod=discrete_alphas_cumprod,
     refuse_text_encoder=_no_text_encoder_of_2,
+    assumed=_assumed,
     may_skip_layers=True,  # XL is read before the last layer always
 )
 XL_LAYOUT = SingleFileLayout(
@@ -47,6 +77,7 @@ XL_LAYOUT = SingleFileLayout(
     to_file=partial(to_ldm, "sdxl"),
     from_file=from_ldm,
     alphas_cumprod=discrete_alphas_cumprod,
+    assumed=_xl_assumed,
     marks=(PREFIXES["sdxl"]["text_encoder_2"], f"{PREFIXES['sdxl']['unet']}label_emb."),
     foreign_marks=tuple(XL_UNREAD_FILES),
 )
