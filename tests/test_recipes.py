@@ -223,8 +223,11 @@ def test_presets_for_own_pictures_end_by_the_clock(size: str) -> None:
     ("size", "classes"),
     [("small", 0), pytest.param("small", 2, marks=pytest.mark.long), pytest.param("medium", 2, marks=pytest.mark.long)],
 )
-def test_presets_train_with_and_without_classes(size: str, classes: int, tmp_path: Path) -> None:
+def test_presets_train_with_and_without_classes(
+    size: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Colour pictures in folders, or loose ones."""
+    monkeypatch.setattr("fewstep.training.own_features._SHOWN", 256)
     for number in range(4):
         place = tmp_path / "pictures" / (f"class{number % classes}" if classes else "")
         place.mkdir(parents=True, exist_ok=True)

@@ -177,12 +177,12 @@ def _of_reference(files: Any, reference: Any) -> Any:
 
 
 class BestSettings(Tree):
-    """The best generator of a run by Frechet distance, kept beside the newest checkpoints; measured at every checkpoint."""
+    """The best generator of a run by Frechet distance, kept beside the newest checkpoints; measured at every checkpoint, and in each tenth of a time limit."""
 
     files: tuple[str, ...] = Field(
         (),
         description="feature network that decides (folder of `fewstep prepare features`, bundled:NAME or Inception) and .npz of `fewstep "
-        "prepare statistics` made with it; empty: nothing is measured or kept",
+        "prepare statistics` made with it, or ['trained']: the run trains one of its own pictures; empty: nothing is measured or kept",
     )
     num_images: int = Field(1000, ge=50, description="generated pictures a measurement")
 
@@ -192,12 +192,17 @@ class BestSettings(Tree):
 
     def impossible(self) -> str:
         """What does not go together, or nothing."""
-        if self.files and (len(self.files) != 2 or not all(self.files)):
+        if self.files and not self.is_trained and (len(self.files) != 2 or not all(self.files)):
             return (
                 f"best.files={list(self.files)} must name two files, a feature network (folder of `fewstep prepare features`, bundled:NAME or "
-                "Inception) and the .npz of `fewstep prepare statistics`; empty measures nothing"
+                "Inception) and the .npz of `fewstep prepare statistics`, or be ['trained']; empty measures nothing"
             )
         return ""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run trains its feature network itself."""
+        return self.files == ("trained",)
 
     @property
     def features(self) -> str:
@@ -207,7 +212,7 @@ class BestSettings(Tree):
     @property
     def reference(self) -> str:
         """The .npz of the pictures to come near to, or nothing."""
-        return self.files[1] if self.files else ""
+        return self.files[1] if len(self.files) > 1 else ""
 
     @property
     def metric(self) -> str:

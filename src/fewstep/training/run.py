@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fewstep.errors import UserError
-from fewstep.parallel import agreed, joined, local_batch, world_size
+from fewstep.parallel import agreed, is_first, joined, local_batch, world_size
 from fewstep.progress import Stderr, busy, say
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, refuse_unread
 from fewstep.settings.python import gather_settings
@@ -34,7 +34,7 @@ from fewstep.training.run_data import read_contents
 from fewstep.training.run_folder import claim_run_folder, run_folder
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
-from fewstep.training.watch import watch_for_best
+from fewstep.training.watch import tell_best, watch_for_best
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -126,10 +126,12 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
         for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
             say(console, line)
         job: GeneratorJob = kind(settings, teacher)
-        watches = (watch_for_best(job, settings, folder, console),) if settings.best.metric else ()
+        watches = watch_for_best(job, settings, folder, console)
         with busy(console, "Looking through the data"):
             by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed))
         run_job(job, settings, folder, watches=watches, observers=observers, console=console, remote=remote)
+        if is_first():
+            tell_best(watches, folder, console)
     return Run(folder, settings)
 
 

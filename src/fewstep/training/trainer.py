@@ -189,6 +189,7 @@ class Loop:
         if self.step % run.sample_every == 0 or (self.step == 1 and self.job.first_step_shows):
             bar.say(done, f"step {self.step}, sample pictures")
             self.job.pictures(log, self.step)
+            bar.show(done, f"step {self.step}, {speed:.0f} images/s")
         if late or self.step % run.checkpoint_every == 0:
             self.save()
 

@@ -9,26 +9,31 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fewstep.errors import UserError
-from fewstep.evaluation.features import FeatureNetwork, load_features
+from fewstep.evaluation.features import FeatureNetwork, features_of, load_features
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed
-from fewstep.progress import Report, Stderr
+from fewstep.progress import Report, Stderr, say
 from fewstep.settings import TrainSettings
 from fewstep.shared_work import by_the_first
 from fewstep.training.generator_job import GeneratorJob
+from fewstep.training.inputs import RealImages
+from fewstep.training.own_features import own_features
 
 BEST = "best"
 DISTANCE, NUM_IMAGES = "frechet_distance", "num_images"
 INTERVAL = ("frechet_distance_low", "frechet_distance_high")
 RESAMPLES = 20  # behind an interval
+TIMES = 10  # that a run with a time limit is measured in, beside its first step
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,15 @@ def every_steps(interval: int) -> Due:
 
     def due(step: int, seconds: float, last: Point | None) -> bool:
         return step % interval == 0 and (last is None or last.step < step)
+
+    return due
+
+
+def either(*dues: Due) -> Due:
+    """When one of these says so."""
+
+    def due(step: int, seconds: float, last: Point | None) -> bool:
+        return any(one(step, seconds, last) for one in dues)
 
     return due
 
@@ -185,16 +199,85 @@ def figures_of_samples(
     return measure
 
 
-def watch_for_best(job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None) -> Watch:
-    """Measures at every checkpoint by the settings of `best.*` and keeps the best generator in `best/`.
+def watch_for_best(
+    job: GeneratorJob, settings: TrainSettings, folder: Path, console: Console | None = None
+) -> tuple[Watch, ...]:
+    """Measures by the settings of `best.*` and keeps the best generator in `best/`; nothing where none are set.
+
+    It measures at every `run.checkpoint_every` steps; with a time limit also at the first step and in each tenth of the time: how many
+    steps such a run will have, nobody knows.
 
     Raises:
-        UserError: features or reference cannot be read, or do not belong together.
+        UserError: features or reference cannot be read, or belong neither together nor to these pictures.
     """
+    best, console = settings.best, console or Stderr()
+    if not best.files:
+        return ()
+    measure = _in_own_features(job, folder, best.num_images, console) if best.is_trained else _in_files(job, settings)
+    if measure is None:
+        return ()
+    due, limit = every_steps(settings.run.checkpoint_every), settings.training.time_limit_minutes * 60
+    if limit:
+        due = either(due, every_seconds(limit / TIMES))
+    return (
+        Watch(measure, folder / "best.json", due, keep=lambda step: job.save_result(folder / BEST, step), console=console),
+    )  # fmt: skip
+
+
+def tell_best(watches: tuple[Watch, ...], folder: Path, console: Console) -> None:
+    """Say at the end of a run which generator was the best and where it lies."""
+    for watch in watches:
+        if not watch.points or not (folder / BEST).exists():
+            say(
+                console,
+                f"nothing was measured, no generator is in {folder / BEST}: the run ended before run.checkpoint_every steps",
+            )
+            continue
+        point = min(watch.points, key=lambda point: point.figures[watch.figure])
+        told = f"{watch.figure.replace('_', ' ')} {point.figures[watch.figure]:.3f}"
+        say(
+            console,
+            f"the best generator, of step {point.step:.0f} ({point.minutes:.1f} min, {told}), is in {folder / BEST}",
+        )
+
+
+def _in_files(job: GeneratorJob, settings: TrainSettings) -> Measure:
+    """The distance in the features and to the reference that the settings name."""
     best = settings.best
     network, reference = load_features(best.features, job.device), FeatureStatistics.load(best.reference)
-    measure = figures_of_samples(job, network, reference, num_images=best.num_images)
-    due = every_steps(settings.run.checkpoint_every)
-    return Watch(
-        measure, folder / "best.json", due, keep=lambda step: job.save_result(folder / BEST, step), console=console
-    )
+    channels, height, width = job.teacher.picture_shape
+    found = features_of(network, torch.zeros(1, channels, height, width), job.device).shape[1]
+    if found != len(reference.mean):
+        raise UserError(
+            f"best.files: {best.features} gives {found} features and {best.reference} is of {len(reference.mean)}: they come from different "
+            "feature networks"
+        )
+    return figures_of_samples(job, network, reference, num_images=best.num_images)
+
+
+def _in_own_features(job: GeneratorJob, folder: Path, num_images: int, console: Console) -> Measure | None:
+    """The distance in features that the run trains of its own pictures, when it first measures; None, said, where nothing tells them apart.
+
+    Raises:
+        UserError: the run reads no pictures of classes.
+    """
+    data = getattr(job, "real_data", None)
+    if not isinstance(data, RealImages):
+        raise UserError(
+            "best.files=['trained'] trains a feature network of a class-conditional run's pictures, and this run reads none: name a feature "
+            "network and a reference"
+        )
+    dataset = data.batches.dataset
+    if job.teacher.denoiser.num_classes < 2 or dataset.labels is None:
+        say(
+            console,
+            "warning: best.files=['trained'] needs classes to tell apart: nothing is measured, the last generator is the result",
+        )
+        return None
+
+    @cache
+    def measure() -> Measure:
+        network, reference = own_features(job, dataset, folder, console)
+        return figures_of_samples(job, network, reference, num_images=num_images)
+
+    return lambda: measure()()

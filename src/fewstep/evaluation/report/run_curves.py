@@ -171,8 +171,13 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
     counts = sorted({int(row["num_images"]) for row in run.figures[name] if "num_images" in row})
     settings = run.settings
     if name == "best.json" and settings.get("best.files"):
-        features, reference = settings["best.files"]
-        how = f"{settings.get('best.num_images')} images, features {features}, reference {reference}, seed 1"
+        features, *reference = settings["best.files"]
+        of = (
+            f"features {features}, reference {reference[0]}"
+            if reference
+            else "features trained by the run, of its own pictures"
+        )
+        how = f"{settings.get('best.num_images')} images, {of}, seed 1"
     else:
         how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, features and reference not recorded here"
     if precision := settings.get("compute.precision"):
