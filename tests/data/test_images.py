@@ -15,6 +15,8 @@ from fewstep.data.images import ImageBatches, ImageDataset, data_order, load_ima
 from fewstep.data.pictures import fit_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
+from fewstep.evaluation.features import SmallClassifier
+from fewstep.evaluation.measure import dataset_features
 from fewstep.settings import DataSettings
 from tests.conftest import write_pictures
 from tests.formats.test_lmdb import change
@@ -572,3 +574,19 @@ def test_labels_that_are_no_class_numbers(tmp_path: Path, label: object) -> None
     (tmp_path / "a.png").write_bytes(encoded(7)["bytes"])
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
     assert "for a.png, not integer class labels" in refused(tmp_path, num_classes=4)
+
+
+def test_damaged_pictures_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")
+    for number in (1, 3, 4, 5, 7, 8):
+        (tmp_path / f"{number}.png").write_bytes(b"junk")
+    words = f"6 of 9 pictures cannot be used: {', '.join(str(tmp_path / f'{number}.png') for number in (1, 3, 4, 5, 7))} and 1 more"
+    message = refused(tmp_path)
+    assert message.startswith(f"picture {tmp_path / '1.png'} does not decode (")
+    assert message.endswith(words)
+    monkeypatch.setattr("fewstep.data.images._MEMORY_LIMIT_BYTES", 0)  # a set that is too large to hold decoded
+    dataset = load_images(DataSettings(images=str(tmp_path)), resolution=16, channels=1, num_classes=0)
+    with pytest.raises(UserError) as error:
+        dataset_features(SmallClassifier(1, 2, 4), dataset, batch_size=3)
+    assert str(error.value).endswith(words)

@@ -13,7 +13,15 @@ from torch import Tensor
 from fewstep.data.images import load_images
 from fewstep.errors import UserError
 from fewstep.evaluation import measure as protocols
-from fewstep.evaluation.measure import dataset_features, distance_of, evenly, figure_of, measure_model, measure_sampler
+from fewstep.evaluation.measure import (
+    NotPictures,
+    dataset_features,
+    distance_of,
+    evenly,
+    figure_of,
+    measure_model,
+    measure_sampler,
+)
 from fewstep.evaluation.measurement import Measurement, Value, mean_of
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_slope_error, kernel_distance
 from fewstep.evaluation.neighbours import neighbour_shares
@@ -23,6 +31,7 @@ from fewstep.formats.model_folder import ModelCard
 from fewstep.models.conditioner import LabelConditioner
 from fewstep.models.model import Model, build_model
 from fewstep.settings import DataSettings
+from tests.cli.test_main import fewstep
 from tests.conftest import tiny_denoiser
 
 
@@ -300,6 +309,54 @@ def test_few_images_are_warned_of() -> None:
     assert "take at least 1280 images, or KID" in few.cautions()[0]
     assert Measurement("m", {"frechet_distance": Value(9.0, 129)}, 129, "f", 128).cautions() == []
     assert len(figure(held_out_distance=Value(3.0, 100)).cautions()) == 1
+
+
+def test_few_real_images_are_warned_of_and_json_says_so() -> None:
+    found = Measurement("m", {"frechet_distance": Value(9.0, 900)}, 900, "f", 128, 128)
+    assert ["128 real images are fewer than" in line for line in found.cautions()] == [True]
+    assert found.to_dict()["warnings"] == found.cautions()
+    assert "warnings" not in replace(found, num_reference_images=129).to_dict()
+    assert replace(found, values={"kid": Value(0.1, 900)}).cautions() == []
+
+
+def test_the_guidance_of_a_teacher_stands_beside_its_figure(
+    teacher: Model, generator: Model, reference: FeatureStatistics
+) -> None:
+    def measured(model: Model, guidance: float | None) -> Measurement:
+        return measure_model(
+            model, "m", Pooled(), reference, num_images=3, seed=0, guidance_scale=guidance, num_steps=None if model is generator else 2
+        )  # fmt: skip
+
+    found = measured(teacher, 2.5)
+    assert found.settings == {"guidance_scale": 2.5}
+    assert "3 evaluations per image at guidance 2.5, seed 0" in found.sentence()
+    assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert measured(teacher, None).settings == {"guidance_scale": teacher.default_guidance}
+    assert "guidance" not in measured(generator, 1.0).sentence()
+
+
+def test_pictures_of_nan_are_no_figure(generator: Model, reference: FeatureStatistics) -> None:
+    """Not a fault of the linear algebra, nor, in 8 bits, black pictures."""
+
+    def sample(first: int, count: int) -> Tensor:
+        images = torch.zeros(count, 1, 8, 8)
+        images[first == 4 :, 0, 0, 0] = torch.nan if first == 4 else 0.0
+        return images
+
+    with pytest.raises(NotPictures, match="3 of the 4 pictures from number 4 on contain NaN or infinities"):
+        measure_sampler("m", sample, Pooled(), reference, num_images=9, evaluations_per_image=1, seed=0, batch_size=4)
+
+
+def test_no_file_is_worked_for_that_cannot_be_written(tmp_path: Path) -> None:
+    model = ("bundled:fashion-mnist", "--device", "cpu", "--json")
+    for words, place in (
+        ("is a folder; give the name of a file", tmp_path),
+        ("does not exist; make it first", tmp_path / "a/b"),
+    ):
+        features = ("--features", "nowhere", "--reference", "nowhere.npz")
+        for answer in (fewstep("evaluate", *model, place, *features), fewstep("bench-inference", *model, place)):
+            assert (answer.code, answer.out) == (2, "")
+            assert words in answer.err
 
 
 # --- Features of real pictures

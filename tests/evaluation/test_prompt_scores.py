@@ -204,3 +204,14 @@ def test_clip_needs_prompts(tmp_path: Path) -> None:
 def test_a_clip_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         load_clip("nowhere/at/all")
+
+
+def test_empty_and_repeated_prompts_are_said() -> None:
+    assert repeated_prompts(["a", "b"]) == []
+    assert repeated_prompts(["a", " ", "b", ""]) == [
+        "warning: 2 of 4 prompts are empty: their pictures are of nothing in particular"
+    ]
+    assert [line[:33] for line in repeated_prompts(["", ""])] == [
+        "warning: 2 of 2 prompts are empty",
+        "warning: 1 of 1 prompts stand mor",
+    ]

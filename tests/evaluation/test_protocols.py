@@ -190,7 +190,7 @@ def figure(**changes: Any) -> Measurement:
 
 
 def test_a_whole_protocol_is_no_proxy() -> None:
-    found = PROTOCOLS["coco30k-256"].labelled(figure(), "6726825d" + "0" * 56, (512, 512))
+    found = PROTOCOLS["coco30k-256"].labelled(figure(), "6726825d" + "0" * 56, (3, 512, 512))
     assert (found.protocol, found.proxy) == ("coco30k-256", "")
     assert found.sentence().startswith("protocol coco30k-256: g: Frechet distance 9.000")
     assert Measurement.from_dict(found.to_dict()) == found
@@ -208,11 +208,23 @@ def test_a_whole_protocol_is_no_proxy() -> None:
     ],
 )
 def test_anything_else_is_labelled_a_proxy(changes: dict[str, Any], digest: str, size: int, words: str) -> None:
-    found = PROTOCOLS["coco30k-256"].labelled(figure(**changes), digest, (size, size))
+    found = PROTOCOLS["coco30k-256"].labelled(figure(**changes), digest, (3, size, size))
     assert found.proxy == words
     assert found.sentence().startswith(f"PROXY of coco30k-256 ({words}): g: ")
     assert found.to_dict()["proxy"] == words
     assert Measurement.from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize(
+    ("channels", "num_real", "words"),
+    [
+        (3, 0, ""), (3, 50_000, ""), (3, 10_000, "10,000 real images, not 50,000"), (1, 0, "grey pictures, not colour"),
+    ],
+)  # fmt: skip
+def test_references_that_say_of_what_they_are(channels: int, num_real: int, words: str) -> None:
+    """Published ones do not; those of `prepare statistics` do."""
+    found = figure(num_images=50_000, num_reference_images=num_real)
+    assert PROTOCOLS["cifar10-50k"].labelled(found, "6726825d", (channels, 32, 32)).proxy == words
 
 
 @pytest.mark.slow
@@ -231,6 +243,9 @@ def test_evaluate_a_coco_protocol(coco: Path, tmp_path: Path) -> None:
     assert "3 images, not 30,000" in found["proxy"]
     assert "4 real images, not 40,504" in found["proxy"]
     assert "3 images are fewer than a Frechet distance in" in answer.err
+    assert found["warnings"] == [line for line in answer.err.splitlines() if "are fewer than" in line]
+    asked = {"features": "bundled:emoji", "captions": str(tmp_path / "c.json"), "num_prompts": 4, "batch_size": 4}
+    assert asked.items() <= found["settings"].items()
 
 
 def spoil_layout(whole: dict[str, Any]) -> None:

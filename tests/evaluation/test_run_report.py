@@ -160,8 +160,25 @@ def test_figures_of_checkpoints_have_intervals_and_every_condition(tmp_path: Pat
     scores(folder_b := run_folder(tmp_path / "b"), num_images=60)
     table = quality_sections([read_run(folder), read_run(folder_b)])[-1]
     assert isinstance(table, Table)
-    assert "not all measured in one way" in table.warnings[0]
+    assert "not all measured in one way (num images differ)" in table.warnings[0]
     assert "60 images are fewer than" in table.warnings[1]
+
+
+def test_a_proxy_is_called_one_wherever_it_is_drawn(tmp_path: Path) -> None:
+    scores(folder := run_folder(tmp_path / "run"))
+    rows = json.loads((folder / "evaluation.json").read_text())
+    why = {"protocol": "cifar10-50k", "proxy": "500 images, not 50,000"}
+    (folder / "evaluation.json").write_text(json.dumps([row | why for row in rows]))
+    quality, table = quality_sections([read_run(folder)])[1:]
+    assert isinstance(quality, Curves)
+    assert isinstance(table, Table)
+    assert [curve.title for curve in quality.curves] == [
+        "Frechet distance (PROXY) against steps",
+        "Frechet distance (PROXY) against time",
+    ]
+    assert quality.warnings == ["PROXY of cifar10-50k (500 images, not 50,000)."]
+    assert all("PROXY of cifar10-50k" in row[0] for row in table.rows)
+    assert all(note.startswith("PROXY of cifar10-50k (500 images") for note in table.notes)
 
 
 def test_one_figure_beside_a_run_and_damaged_ones(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fewstep.errors import UserError
-from fewstep.evaluation.evaluate import EvaluateOptions
+from fewstep.errors import RunInterrupted, UserError
+from fewstep.evaluation.evaluate import EvaluateOptions, Judge
+from fewstep.evaluation.feature_cache import tensors_digest
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.measurement import Measurement, Value
 from fewstep.evaluation.scores import Score
 from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.model import Model
 from fewstep.training import scoring
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.checkpoint_models import CheckpointModels
@@ -216,3 +219,148 @@ def test_figures_of_two_precisions_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="figures with dtype 'float32', not 'bfloat16'"):
         scores.add(half)
     assert [score.found.dtype for score in Figures(tmp_path / "evaluation.json").scores] == ["", "float32"]
+
+
+# --- Runs that end, move or break while they are watched
+
+
+def scored(path: Path, step: int, weights: str, distance: float, **changes: Any) -> Score:
+    values = {"frechet_distance": Value(distance, 8), "images_per_second": Value(1.0, 8)}
+    return Score(step, 0.0, weights, Measurement(str(path), values, 8, **changes), "a" * 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_moves_away_is_said(
+    run: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Also in the middle of a measurement, and where another run begins in its place: nothing is written there."""
+    figure = Judge.figure
+
+    def moving(self: Judge, name: str, model: Model) -> Measurement | None:
+        found = figure(self, name, model)
+        if "step 4" in name:
+            run.rename(run.with_name("moved"))
+            if again:
+                shutil.copytree(run.with_name("moved"), run)
+        return found
+
+    monkeypatch.setattr(Judge, "figure", moving)
+    words = "is another folder than when the watch began" if again else "is gone: it was moved or deleted"
+    with pytest.raises(UserError, match=f"{words}; watch the run where it is now"):
+        watch_run(run, options)
+    assert len(rows(run.with_name("moved") / "evaluation.json")) == 2
+    assert run.exists() == again
+
+
+@pytest.mark.slow
+def test_figures_of_another_run_are_not_taken_for_this_ones(run: Path, options: EvaluateOptions) -> None:
+    watch_run(run, options)
+    path = run / "evaluation.json"
+    found = json.loads(path.read_text())
+    assert len({row["weights_sha256"] for row in found}) == 5  # the average begins as the raw weights
+    found[2]["weights_sha256"] = "0" * 16
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match="a figure of other raw weights after 4 steps than the run has now"):
+        watch_run(run, options)
+    for row in found:
+        del row["weights_sha256"]  # as earlier versions wrote them
+    path.write_text(json.dumps(found))
+    watch_run(run, options)
+
+
+@pytest.mark.slow
+def test_weights_that_make_no_pictures_are_left_out(
+    run: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = Judge.figure
+
+    def breaking(self: Judge, name: str, model: Model) -> Measurement | None:
+        if "step 4, raw" in name:
+            for weights in model.denoiser.parameters():
+                weights.fill_(torch.nan)
+        return figure(self, name, model)
+
+    monkeypatch.setattr(Judge, "figure", breaking)
+    watch_run(run, options)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "step 4, raw weights: left out, 8 of the 8 pictures from number 0 on contain NaN" in said
+    assert rows(run / "evaluation.json") == [(2, "raw"), (2, "average"), (4, "average"), (6, "raw"), (6, "average")]
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_on_has_not_ended(run: Path, options: EvaluateOptions) -> None:
+    """Its earlier result lies there until it is done."""
+    scoring_ = scoring.Scoring(
+        run, CheckpointModels(run, device="cpu", precision="fp32"), Judge(options), Figures(run / "x")
+    )
+    assert scoring_.has_ended()
+    hold(run)
+    try:
+        assert not scoring_.has_ended()
+    finally:
+        release(run)
+
+
+def test_two_watches_do_not_write_over_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    one, other = Figures(path), Figures(path)
+    one.add(scored(path, 2, "raw", 5.0))
+    with pytest.raises(UserError, match="was written by something else while the run was watched: end the other watch"):
+        other.add(scored(path, 4, "raw", 4.0))
+    one.add(scored(path, 4, "raw", 4.0))
+    assert rows(path) == [(2, "raw"), (4, "raw")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": {"reference_sha256": "b", "guidance_scale": 4.0}}, "reference sha256 'a', not 'b'"),
+        ({"settings": {"reference_sha256": "a", "guidance_scale": 1.0}}, "guidance scale 4.0, not 1.0"),
+        ({"evaluations_per_image": 9}, "evaluations per image 0, not 9"),
+        ({"settings": {"reference_sha256": "a", "guidance_scale": 4.0, "device": "cuda", "reference": "x"}}, ""),
+        ({"settings": {}}, ""),
+    ],
+)
+def test_figures_of_other_references_or_guidance_are_not_mixed(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    """Where files lie, and the machine, may differ."""
+    path = tmp_path / "evaluation.json"
+    before: dict[str, Any] = {"settings": {"reference_sha256": "a", "guidance_scale": 4.0, "device": "cpu"}}
+    Figures(path).add(scored(path, 2, "raw", 5.0, **before))
+    figures, now = Figures(path), scored(path, 4, "raw", 4.0, **{**before, **changes})
+    if not words:
+        assert figures.is_best(now)
+        return
+    with pytest.raises(UserError, match=words):
+        figures.is_best(now)
+
+
+@pytest.mark.slow
+def test_the_best_model_is_that_of_the_best_figure_after_a_kill(
+    run: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Figures.add
+
+    def killed(self: Figures, score: Score) -> None:
+        if score.step == 4:
+            raise RunInterrupted("killed", 137)
+        add(self, score)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figures, "add", killed)
+        with pytest.raises(RunInterrupted):
+            watch_run(run, options)
+    watch_run(run, options)
+    found = json.loads((run / "evaluation.json").read_text())
+    best = min(found, key=lambda row: row["frechet_distance"])
+    kept = load_generator(run / "evaluation_best", device="cpu")
+    assert kept.card.made_with["num_steps"] == best["step"]
+    assert tensors_digest(kept.denoiser.own_weights())[:16] == best["weights_sha256"]
+
+
+def test_the_best_of_proxies_is_called_one(tmp_path: Path) -> None:
+    figures = Figures(tmp_path / "evaluation.json")
+    figures.add(scored(tmp_path, 2, "raw", 5.0, protocol="cifar10-50k", proxy="8 images, not 50,000"))
+    assert figures.told().endswith("the best 5.000 after 2 steps (raw weights); each a PROXY of cifar10-50k")

@@ -28,7 +28,7 @@ def evaluate(
     captions: Annotated[Path | None, typer.Option(help="COCO protocols: captions_val2014.json; its pictures are in --images")] = None,
     num_images: Annotated[int | None, typer.Option(min=2, help="generated pictures, labels evenly spread  \\[default: the protocol's, else 50000]")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the generated pictures")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  \\[default: 250, text-to-image 4]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="pictures made at once  \\[default: 64, text-to-image 4]")] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="for teachers: steps of the model's own many-step sampler; its usual number unless set")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="for teachers: 1 is off; the model's usual scale unless set")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the figure with all its conditions here")] = None,

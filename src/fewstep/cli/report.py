@@ -20,10 +20,10 @@ def report(
     if images and not neighbours:
         raise UserError(f"--images {images} belongs to --neighbours FEATURES; give one")
     with starting():
+        from fewstep.evaluation.asked import refuse_no_place
         from fewstep.evaluation.report.run_report import write_run_report
     path = out or runs[0] / "run_report.html"
-    if out is not None and not path.absolute().parent.is_dir():
-        raise UserError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+    refuse_no_place("--out", out)
     more = []
     if neighbours:
         from fewstep.evaluation.report.memorisation import memorisation_sections

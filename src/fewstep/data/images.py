@@ -33,6 +33,7 @@ from fewstep.progress import Stderr, busy, tell, working
 if TYPE_CHECKING:
     from fewstep.settings import DataSettings
 
+_NAMED = 5  # of pictures that cannot be used
 _MEMORY_LIMIT_BYTES = 4 * 2**30  # sets that decode to less are held decoded
 
 
@@ -79,11 +80,36 @@ class ImageDataset:
         """Every picture, with progress on standard error."""
         parts, done = [], 0
         with working(Stderr(), f"Decoding {len(self):,} pictures") as report:
-            for part in self._pool.map(self._decode_chunk, _chunks(range(len(self)), 64)):
-                parts.append(part)
-                done += len(part)
-                report(done, len(self))
+            try:
+                for part in self._pool.map(self._decode_chunk, _chunks(range(len(self)), 64)):
+                    parts.append(part)
+                    done += len(part)
+                    report(done, len(self))
+            except UserError as error:
+                raise self.counted(error) from None
         return torch.from_numpy(np.concatenate(parts))
+
+    def counted(self, first: UserError) -> UserError:
+        """What is to be said of a picture that does not decode or fit: where it is not the only one, how many, and the first few."""
+        with working(Stderr(), f"Counting what cannot be read of {len(self):,} pictures") as report:
+            broken = []
+            for number, name in enumerate(self._pool.map(self._unreadable, range(len(self)))):
+                report(number + 1, len(self))
+                broken += [name] * bool(name)
+        if len(broken) < 2:
+            return first
+        more = f" and {len(broken) - _NAMED:,} more" * (len(broken) > _NAMED)
+        return UserError(
+            f"{first}; {len(broken):,} of {len(self):,} pictures cannot be used: {', '.join(broken[:_NAMED])}{more}"
+        )
+
+    def _unreadable(self, index: int) -> str:
+        """The name of a picture that does not decode or fit; "" for one that does."""
+        try:
+            self._decode_chunk([index])
+        except UserError:
+            return f"row {index}" if self._rows is None else self._rows.name(index, self._rows.encoded([index])[0])
+        return ""
 
     def _decode(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.concatenate(list(self._pool.map(self._decode_chunk, _chunks(indices, 512)))))

@@ -12,11 +12,12 @@ from torch import Tensor
 from fewstep import __version__
 from fewstep.devices import precision_of
 from fewstep.errors import UserError
+from fewstep.evaluation.asked import asked_for, refuse_no_place
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.diversity import DiversityJudge
 from fewstep.evaluation.feature_cache import network_digest, tensors_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, Rows, dtype_of, figure_of, look
+from fewstep.evaluation.measure import Clocked, Rows, dtype_of, figure_of, guidance_of, look
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
@@ -91,11 +92,6 @@ def _evaluate(source: str, options: EvaluateOptions) -> None:
     by_the_first(partial(_tell, figure, options.json_out))
 
 
-def _refuse_absent_folder(json_out: Path | None) -> None:
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise UserError(f"--json {json_out}: the folder {json_out.parent} does not exist; make it first")
-
-
 def _tell(figure: Measurement | None, json_out: Path | None) -> None:
     """The sentence with its cautions, and the JSON."""
     assert figure is not None
@@ -136,7 +132,7 @@ class Judge:
 
     def __init__(self, options: EvaluateOptions) -> None:
         self.protocol = protocol_named(options.protocol)
-        by_the_first(partial(_refuse_absent_folder, options.json_out))
+        by_the_first(partial(refuse_no_place, "--json", options.json_out))
         self.coco = by_all(partial(_checked_options, options, self.protocol))[rank()]
         self.options = options if self.coco is None else replace(options, prompts=tuple(self.coco.captions))
         self._side: _Side | None = None
@@ -158,12 +154,14 @@ class Judge:
         values = {} if self._diversity is None else self._diversity.values(model)
         if figure is None:
             return None
-        figure = replace(figure.having(**values), dtype=dtype_of(model))
+        guidance = guidance_of(model, options.guidance_scale)
+        settings = {**asked_for(options, self._side.network, model), **guidance}
+        figure = replace(figure.having(**values), dtype=dtype_of(model), settings=settings)
         if protocol is None:
             return figure
         clip = self._side.clip
         other = "" if clip is None else clip.difference(protocol.clip_prefix)
-        return protocol.labelled(figure, _sha256(options.features), model.size, other)
+        return protocol.labelled(figure, _sha256(options.features), model.picture_shape, other)
 
     def _made_for(self, model: Model) -> _Side:
         """The networks that judge, and the real side, for models as this one; what its prompts are warned of is said."""

@@ -31,6 +31,10 @@ Rows = dict[str, Tensor]  # what is kept of pictures, by name: a row for each, i
 Look = Callable[[int, Tensor], Rows]  # (number of the first picture, pictures (B, C, H, W) in [-1, 1])
 
 
+class NotPictures(UserError):
+    """A model made NaN or infinities."""
+
+
 @dataclass
 class Clocked:
     """Batches of pictures from a sampler, with the seconds that sampling alone took.
@@ -60,10 +64,20 @@ class Clocked:
         self.tell(len(self))
 
     def batch(self, number: int) -> tuple[Tensor, float]:
-        """Pictures of one batch, and the seconds they took."""
+        """Pictures of one batch, and the seconds they took.
+
+        Raises:
+            NotPictures: some are of NaN or infinities, of which 8 bits would make black pixels without a word.
+        """
         first, started = number * self.batch_size, time.perf_counter()
         images = self.sample(first, min(self.batch_size, self.num_images - first))
-        return images, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if broken := int((~images.isfinite()).flatten(1).any(1).sum()):
+            raise NotPictures(
+                f"{broken} of the {len(images)} pictures from number {first} on contain NaN or infinities: the model's weights "
+                "are broken, or the precision is too coarse for it; try --precision fp32"
+            )
+        return images, seconds
 
     def tell(self, number: int) -> None:
         """Report that so many batches are made."""
@@ -200,7 +214,14 @@ def measure_model(
         real_features=real_features, batch_size=batch_size, device=model.device, report=report, resamples=resamples,
         scores=TextScores(text_metrics, prompts) if text_metrics and prompts else None,
     )  # fmt: skip
-    return replace(found, dtype=dtype_of(model))
+    return replace(found, dtype=dtype_of(model), settings=guidance_of(model, guidance_scale))
+
+
+def guidance_of(model: Model, asked: float | None) -> dict[str, float]:
+    """The guidance scale of a teacher that can be guided, under its name; None is its family's."""
+    if model.is_generator or not model.card.can_be_guided:
+        return {}
+    return {"guidance_scale": model.default_guidance if asked is None else asked}
 
 
 def dtype_of(model: Model) -> str:
@@ -217,6 +238,9 @@ def dataset_features(
     Args:
         report: told before every batch.
         processes: that share the batches out, as `shared_out` has it; others than the first get no features.
+
+    Raises:
+        UserError: pictures that do not decode or fit; the message counts and names them.
     """
     count = min(num_images or len(dataset), len(dataset))
     if count < 2:
@@ -224,7 +248,11 @@ def dataset_features(
     batches = torch.arange(count).split(batch_size)
 
     def work(number: int) -> Tensor:
-        return features_of(network, dataset.pixels(batches[number]).float() / 127.5 - 1, device)
+        try:
+            pixels = dataset.pixels(batches[number])
+        except UserError as error:
+            raise dataset.counted(error) from None
+        return features_of(network, pixels.float() / 127.5 - 1, device)
 
     found = shared_out(work, len(batches), processes, lambda number: report(number * batch_size, count))
     return torch.cat(found) if found else torch.empty(0, 0)

@@ -1,7 +1,7 @@
 """The one form every figure has: named values with the pictures behind each, and everything needed to repeat them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,7 @@ class Measurement:
         protocol: name of the published way it was measured in; "" for none.
         proxy: why the figure is only a proxy of that protocol; "" where it is not.
         dtype: what the model computed in, e.g. "bfloat16", which moves a figure; "" for not recorded, or real pictures.
+        settings: how it was asked for, by name and JSON-able, "guidance_scale" of a teacher among them; empty for not recorded.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Measurement:
     protocol: str = ""
     proxy: str = ""
     dtype: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         nameless = [name for name, value in self.values.items() if name not in NAMES and not value.by]
@@ -113,16 +115,21 @@ class Measurement:
         ways: dict[str, Any] = {"protocol": self.protocol, "proxy": self.proxy} if self.protocol else {}
         if self.dtype:
             ways["dtype"] = self.dtype
+        if self.settings:
+            ways["settings"] = dict(self.settings)
         if by := {name: value.by for name, value in self.values.items() if value.by}:
             ways["by"] = by
-        return {"model": self.model, **numbers, **facts, **ways, "intervals": intervals, "num_images_of": counts}
+        cautions = {"warnings": self.cautions()} if self.cautions() else {}
+        return {
+            "model": self.model, **numbers, **facts, **ways, "intervals": intervals, "num_images_of": counts, **cautions
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measurement":
         """Inverse of `to_dict`; also reads what versions before 0.2 wrote, of text-to-image models too."""
         if "held_out_distance" in values and "following" in values:
             return _from_text_form(values)
-        facts = {name: values[name] for name in (*_FACTS, "protocol", "proxy", "dtype") if name in values}
+        facts = {name: values[name] for name in (*_FACTS, "protocol", "proxy", "dtype", "settings") if name in values}
         intervals, counts, by = (values.get(name, {}) for name in ("intervals", "num_images_of", "by"))
         numbers = {
             name: Value(
@@ -151,6 +158,8 @@ class Measurement:
             for name, value in known.items()
         )
         evaluations = f"{self.evaluations_per_image} evaluation{'s' * (self.evaluations_per_image != 1)} per image"
+        if "guidance_scale" in self.settings:
+            evaluations += f" at guidance {self.settings['guidance_scale']:g}"
         return (
             f"{f'{self.way}: ' * bool(self.way)}{self.model}: {figures} ({self.num_images} images against "
             f"{self.num_reference_images or 'an unrecorded number of'} real ones, features {self.features}, "
@@ -158,18 +167,24 @@ class Measurement:
         )
 
     def cautions(self) -> list[str]:
-        """One line for each distance that rests on too few pictures to mean anything."""
+        """One line for each distance that rests on too few pictures, made or real, to mean anything."""
         lines = []
-        for name in ("frechet_distance", "patch_distance", "held_out_distance"):
+        for name in _DISTANCES:
             count = self.values[name].num_images if name in self.values else 0
             if 0 < count <= self.num_features:
                 lines.append(
                     f"warning: {self.model}: {count} images are fewer than a {NAMES[name]} in {self.num_features} features "
                     f"needs: it is mostly the error of so few; take at least {10 * self.num_features} images, or KID"
                 )
+        if 0 < self.num_reference_images <= self.num_features and not self.values.keys().isdisjoint(_DISTANCES):
+            lines.append(
+                f"warning: {self.model}: {self.num_reference_images} real images are fewer than a Frechet distance in "
+                f"{self.num_features} features needs: it compares with them alone, not with where they come from"
+            )
         return lines
 
 
+_DISTANCES = ("frechet_distance", "patch_distance", "held_out_distance")
 _FACTS = (
     "num_images", "features", "num_features", "num_reference_images", "evaluations_per_image", "seed",
 )  # fmt: skip

@@ -44,7 +44,7 @@ class FeatureStatistics:
                 raise ValueError(f"num_images is {number}")
         except ValueError as error:
             raise UserError(f"{path} is no feature reference (.npz with mu and sigma): {error}") from None
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
             raise UserError(
                 f"{path}: mu has shape {tuple(mean.shape)}, sigma {tuple(covariance.shape)}; they do not fit"
             )

@@ -27,12 +27,14 @@ class TextMetric(Protocol):
 
 
 def repeated_prompts(prompts: Sequence[str]) -> list[str]:
-    """A line where prompts stand more than once: how many, and the most frequent."""
+    """Lines where prompts stand more than once: how many, and the most frequent; and where some are empty."""
+    empty = sum(not prompt.strip() for prompt in prompts)
+    lines = [f"warning: {empty:,} of {len(prompts):,} prompts are empty: their pictures are of nothing in particular"]
     frequent = [(prompt, times) for prompt, times in Counter(prompts).most_common() if times > 1]
     if not frequent:
-        return []
+        return lines * bool(empty)
     shown = ", ".join(f"{prompt[:60]!r} {times} times" for prompt, times in frequent[:3])
-    return [
+    return lines * bool(empty) + [
         f"warning: {len(frequent):,} of {len(set(prompts)):,} prompts stand more than once ({shown}); each counts as often as it stands"
     ]
 

@@ -36,7 +36,7 @@ class Protocol:
     Attributes:
         resolution: height and width that the model makes.
         num_images, seed: generated pictures; classes or captions take turns.
-        num_reference_images: real pictures behind the reference, where it is made from pictures.
+        num_reference_images: real pictures behind the reference; published .npz do not say how many, which is 0 in a figure.
         side: COCO alone: pixels that pictures are reduced to before Inception's 299; 0 leaves pictures as they are.
         has_patches: whether centre crops of 299 pixels are compared, too.
         clip_prefix: stands before the captions that a CLIP reads.
@@ -58,17 +58,19 @@ class Protocol:
             found["patch_distance"] = lambda pixels: central(reduced(pixels, self.side), INCEPTION_SIDE)
         return found
 
-    def labelled(self, figure: Measurement, weights_sha256: str, size: tuple[int, int], clip: str = "") -> Measurement:
+    def labelled(self, figure: Measurement, weights_sha256: str, shape: tuple[int, ...], clip: str = "") -> Measurement:
         """The figure under this protocol's name, with every reason why it is only a proxy of it.
 
         Args:
             weights_sha256: of the feature network's file; "" where it is none.
-            size: (height, width) of the model's pictures.
+            shape: (channels, height, width) of the model's pictures.
             clip: how the CLIP differs from the published one; "" for not at all, or none.
         """
         reasons = []
-        if size != (self.resolution, self.resolution):
-            reasons.append(f"pictures of {size[0]}x{size[1]}, not {self.resolution}x{self.resolution}")
+        if shape[1:] != (self.resolution, self.resolution):
+            reasons.append(f"pictures of {shape[1]}x{shape[2]}, not {self.resolution}x{self.resolution}")
+        if shape[0] != 3:
+            reasons.append("grey pictures, not colour")
         if figure.num_images != self.num_images:
             reasons.append(f"{figure.num_images:,} images, not {self.num_images:,}")
         if figure.seed != self.seed:
@@ -77,7 +79,7 @@ class Protocol:
             reasons.append(f"features {figure.features}, not {INCEPTION}")
         elif not weights_sha256.startswith(INCEPTION_SHA256):
             reasons.append(f"Inception weights of sha256 {weights_sha256[:8]}, not {INCEPTION_SHA256}")
-        if self.num_reference_images and figure.num_reference_images != self.num_reference_images:
+        if figure.num_reference_images not in (0, self.num_reference_images):
             reasons.append(f"{figure.num_reference_images:,} real images, not {self.num_reference_images:,}")
         if clip:
             reasons.append(clip)
@@ -86,7 +88,7 @@ class Protocol:
 
 PROTOCOLS = {
     one.name: one for one in (
-        Protocol("imagenet64-edm", 64), Protocol("cifar10-50k", 32),
+        Protocol("imagenet64-edm", 64, num_reference_images=1_281_167), Protocol("cifar10-50k", 32, num_reference_images=50_000),
         Protocol("coco30k-256", 512, 30_000, num_reference_images=40_504, side=256, clip_prefix=COCO_PREFIX),
         Protocol("coco10k-512", 1024, 10_000, num_reference_images=40_504, side=512, has_patches=True, clip_prefix=COCO_PREFIX),
     )

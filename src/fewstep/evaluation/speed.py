@@ -16,6 +16,7 @@ from rich.table import Table
 from fewstep import __version__
 from fewstep.devices import check_compiler, precision_of
 from fewstep.errors import UserError
+from fewstep.evaluation.asked import refuse_no_place
 from fewstep.formats.atomic import replaced_file
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
@@ -67,6 +68,7 @@ def bench_inference(source: str, options: SpeedOptions) -> list[Timing]:
         UserError: no generator, an unknown teacher, a batch size that is none, a prompt for classes, no compiler.
     """
     console, sizes = Stderr(), _batch_sizes(options.batch_sizes)
+    refuse_no_place("--json", options.json_out)
     if not options.seconds > 0:
         raise UserError(f"--seconds {options.seconds:g}: measuring takes more than 0 seconds")
     precision = precision_of(options.precision, options.device, partial(say, console))

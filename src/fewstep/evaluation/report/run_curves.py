@@ -7,7 +7,7 @@ from functools import partial
 from fewstep.evaluation.measurement import NAMES
 from fewstep.evaluation.report.run_files import WATCHED, Run
 from fewstep.evaluation.report.sections import Curve, Curves, Section, Series, Table
-from fewstep.evaluation.scores import CONDITIONS, Score
+from fewstep.evaluation.scores import Score, differences
 
 MOST_POINTS = 200  # of a line: more are averaged
 DISTANCE = "frechet_distance"
@@ -90,21 +90,27 @@ def _score_sections(runs: Sequence[Run]) -> list[Section]:
     known = dict.fromkeys(name for run in runs for score in run.scores for name in score.found.values)
     names = sorted((name for name in known if name != "images_per_second"), key=lambda name: name != DISTANCE)
     labels = {name: NAMES.get(name, name.replace("_", " ")) for name in names}
+    proxy = " (PROXY)" * any(score.found.proxy for run in runs for score in run.scores)
     curves: list[Curve] = []
     for name in names:
-        made = _against_both(labels[name], partial(_score_series, runs, name))
+        made = _against_both(labels[name] + proxy, partial(_score_series, runs, name))
         curves += made if name == DISTANCE else made[:1]
     shown = [(run, score) for run in runs for score in _best_and_last(run.scores)]
-    ways = {tuple(getattr(score.found, name) for name in CONDITIONS) for run in runs for score in run.scores}
-    warnings = ["warning: these figures were not all measured in one way; compare only those with equal conditions"]
+    scores = [score for run in runs for score in run.scores]
+    others = dict.fromkeys(name for score in scores for name, *_ in differences(scores[0].found, score.found))
+    named = ", ".join(name.replace("_", " ") for name in others)
+    warnings = [
+        f"warning: these figures were not all measured in one way ({named} differ); compare only those with equal conditions"
+    ]
+    proxies = [f"{way}." for way in dict.fromkeys(score.found.way for score in scores if score.found.proxy)]
     cautions = dict.fromkeys(line for _, score in shown for line in score.found.cautions())
     table = Table(
         "Figures", ["", "evaluations per image", *labels.values()],
         [[_told(run, score, len(runs) > 1), *score.found.cells(tuple(names))] for run, score in shown],
-        [score.found.sentence() for _, score in shown], [*warnings * (len(ways) > 1), *cautions],
+        [score.found.sentence() for _, score in shown], [*warnings * bool(others), *cautions],
     )  # fmt: skip
     note = BARS.capitalize()
-    return [*([Curves("Quality of checkpoints", curves, [note])] if curves else []), table]
+    return [*([Curves("Quality of checkpoints", curves, [note], proxies)] if curves else []), table]
 
 
 def _best_and_last(scores: Sequence[Score]) -> list[Score]:
@@ -120,6 +126,7 @@ def _best_and_last(scores: Sequence[Score]) -> list[Score]:
 def _told(run: Run, score: Score, several: bool) -> str:
     parts = [run.name] * several + [f"{score.weights} weights"] * bool(score.weights)
     parts += [f"step {score.step:,.0f}"] * math.isfinite(score.step)
+    parts += [f"PROXY of {score.found.protocol}"] * bool(score.found.proxy)
     return ", ".join(parts) or score.found.model
 
 
