@@ -186,7 +186,7 @@ def images_per_step(settings: TrainSettings) -> float:
     has_gan = losses.gan_generator_weight > 0
     turn = has_gan + (losses.regression_weight > 0)
     if losses.distribution_matching_weight:
-        turn += 2 + (settings.teacher.guidance_scale != 1)
+        turn += 2 + (settings.teacher.guidance != 1)
     simulated = 0 if settings.generator.training_inputs == "noised_data" else (steps - 1) / 2
     every_step = 1 + simulated + 1 + 2 * has_gan
     return settings.training.batch_size * (every_step + turn / settings.training.generator_every)

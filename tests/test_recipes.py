@@ -63,7 +63,7 @@ def test_published_numbers(name: str) -> None:
     found = (
         settings.optimizer.generator_lr, settings.optimizer.fake_score_lr, settings.training.generator_every,
         settings.training.batch_size, settings.losses.gan_generator_weight, settings.losses.gan_discriminator_weight,
-        settings.teacher.guidance_scale, settings.training.num_steps, settings.generator.step_indices,
+        settings.teacher.guidance, settings.training.num_steps, settings.generator.step_indices,
         settings.memory.mode, settings.generator.start_from,
     )  # fmt: skip
     assert found == PUBLISHED[name]
@@ -100,7 +100,7 @@ def test_warm_up_is_regression_alone() -> None:
     settings = load_settings(TrainSettings, RECIPES / "sdxl_regression_warmup.toml")
     losses = settings.losses
     assert (losses.distribution_matching_weight, losses.gan_generator_weight, losses.regression_weight) == (0, 0, 1)
-    assert settings.teacher.guidance_scale == 8  # of the sample pictures here; the pairs bring their own
+    assert settings.teacher.guidance == 8  # of the sample pictures here; the pairs bring their own
     head = (RECIPES / "sdxl_regression_warmup.toml").read_text()
     assert "--num-pairs 10000 --guidance-scale 8" in head
 
@@ -123,7 +123,7 @@ def test_z_image_is_ours_and_says_so() -> None:
     )  # fmt: skip
     assert settings.generator.step_indices == (999, 749, 499, 249)
     assert settings.losses.gan_discriminator_weight == settings.losses.gan_generator_weight == 0
-    assert settings.teacher.guidance_scale == 5 + 1  # the pipeline's default, which it writes as g = w - 1
+    assert settings.teacher.guidance == 5 + 1  # the pipeline's default, which it writes as g = w - 1
     head = path.read_text()
     assert "not tuned on real weights" in head
     assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
@@ -136,7 +136,7 @@ def test_klein_is_ours_and_says_so() -> None:
     settings = load_settings(TrainSettings, path)
     assert settings.expected == "no figure known: ours, for one GPU, not tuned on real weights"
     assert (settings.memory.mode, settings.memory.lora_rank) == ("shared_base", 64)
-    assert settings.teacher.guidance_scale == 4  # the pipeline's default
+    assert settings.teacher.guidance == 4  # the pipeline's default
     head = path.read_text()
     assert "not tuned on real weights" in head
     assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
@@ -148,7 +148,7 @@ def test_qwen_image_is_ours_and_says_so() -> None:
     settings = load_settings(TrainSettings, path)
     assert settings.expected == "no figure known: ours, for one GPU, not tuned on real weights"
     assert (settings.memory.mode, settings.memory.lora_rank, settings.memory.base) == ("shared_base", 64, "nf4")
-    assert settings.teacher.guidance_scale == 4  # the pipeline's default
+    assert settings.teacher.guidance == 4  # the pipeline's default
     head = path.read_text()
     assert "not tuned on real weights" in head
     assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head

@@ -19,6 +19,7 @@ from fewstep.distillation.terms import (
     Regression,
     TermResult,
     pad_rows,
+    shifted_index,
 )
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.networks.discriminator import Discriminator
@@ -341,6 +342,30 @@ def test_levels_are_uniform_over_the_published_range_and_belong_to_the_sample(
         assert len(index.unique()) == high - low + 1
         assert torch.equal(index, draws.integers(level, low, high + 1))
         assert torch.equal(sample, draws.normal(noise, (1, 1, 1)))
+
+
+@pytest.mark.parametrize("shift", [0.25, 3.0])
+def test_shifted_levels_have_the_density_of_the_shift(shift: float) -> None:
+    """The share of levels below any index is that of f / (s + (1 - s) f), the shift's inverse; the draws are the uniform ones."""
+    index = Draws.of_batch(11, 5, MANY).integers("dm_level", 20, 981)
+    moved = shifted_index(index, 20, 980, shift)
+    assert 20 <= int(moved.min()) <= int(moved.max()) <= 980
+    for limit in (100, 300, 500, 700, 900):
+        f = (limit - 20) / 961
+        share = float((moved < limit).double().mean())
+        assert share == pytest.approx(f / (shift + (1 - shift) * f), abs=0.01)
+    assert torch.equal(shifted_index(index, 20, 980, 1.0), index)
+
+
+def test_a_term_draws_shifted_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = PointDenoiser()
+    term = DistributionMatching(model, model, 1.0, 20, 980, level_shift=3.0)
+    calls = recorded(term, monkeypatch)
+    draws = Draws.of_batch(11, 5, 100)
+    call_generator_term(term, draws)
+    index = calls[0][-2]
+    assert torch.equal(index, shifted_index(draws.integers("dm_level", 20, 981), 20, 980, 3.0))
+    assert float(index.double().mean()) > 600
 
 
 def test_terms_of_one_step_draw_independently() -> None:

@@ -49,7 +49,7 @@ def test_published_defaults() -> None:
     assert (settings.optimizer.weight_decay, settings.optimizer.max_grad_norm) == (0.01, 10)
     assert (settings.optimizer.warmup_steps, settings.optimizer.decay) == (500, "constant")
     assert (settings.training.generator_every, settings.training.batch_size) == (5, 7 * 40)
-    assert settings.teacher.guidance_scale == 1
+    assert (settings.teacher.guidance, settings.teacher.guidance_norm_cap) == (1, 0)
     assert settings.generator.ema_half_life_images == 0
 
 
@@ -125,7 +125,6 @@ FINITE = "Input should be a finite number"
         (TrainSettings, "losses.regression_weight", -1.0, f"{AT_LEAST} 0"),
         (TrainSettings, "losses.regression_weight", float("nan"), FINITE),
         (TrainSettings, "losses.regression_weight", float("inf"), FINITE),
-        (TrainSettings, "teacher.guidance_scale", -1.0, f"{AT_LEAST} 0"),
         (PretrainSettings, "network.img_channels", 2, "Input should be 0, 1 or 3"),
         (PretrainSettings, "network.label_dim", -2, f"{AT_LEAST} -1"),
         (PretrainSettings, "network.label_dropout", 1.5, f"{AT_MOST} 1"),
@@ -153,6 +152,11 @@ def test_a_wrong_value_is_named_with_its_key(kind: type[Tree], key: str, value: 
         ({"run": {"samples": [100, 2000]}}, f"run.samples.1=2000: {AT_MOST} 1024"),
         ({"losses": {"gan_weights": [-1, 0]}}, f"losses.gan_weights.0=-1: {AT_LEAST} 0"),
         ({"losses": {"level_indices": [20]}}, "losses.level_indices.1"),
+        ({"losses": {"level_indices": [20, 980, 0]}}, f"losses.level_indices.2=0: {ABOVE} 0"),
+        ({"losses": {"level_indices": [20, 980, 3.0, 1]}}, "losses.level_indices"),
+        ({"teacher": {"guidance_scale": -1.0}}, f"teacher.guidance_scale.0=-1.0: {AT_LEAST} 0"),
+        ({"teacher": {"guidance_scale": [4.0, -1]}}, f"teacher.guidance_scale.1=-1: {AT_LEAST} 0"),
+        ({"teacher": {"guidance_scale": "4"}}, "teacher.guidance_scale.0='4': Input should be a valid number"),
         (
             {"losses": {"level_indices": [-1, 20]}},
             "losses.level_indices.0=-1: Input should be greater than or equal to 0",
@@ -190,6 +194,10 @@ def test_a_section_is_not_a_value(value: Any) -> None:
             {"losses": {"gan_weights": [3e-3, 0]}},
             "losses.gan_weights=[0.003, 0.0]: the generator's is set but the discriminator's is 0, and an untrained "
             "discriminator teaches nothing; set both (published: [3e-3, 1e-2])",
+        ),
+        (
+            {"teacher": {"guidance_scale": [1.0, 1.0]}},
+            "teacher.guidance_scale=[1.0, 1.0]: a scale of 1 is no guidance, and there is no norm to limit",
         ),
         (
             {"losses": {"level_indices": [500, 499]}},
@@ -233,6 +241,7 @@ def test_impossible_combinations_say_why(values: dict[str, Any], message: str) -
         {"gan_weights": [0.0, 1e-2]},
         {"level_indices": [500, 500]},
         {"level_indices": [20, 1500]},
+        {"level_indices": [20, 980, 3.0]},
         {"regression_weight": 0.25, "lpips_files": ["a", "b"]},
         {"regression_weight": 0.25, "lpips_files": ["a", "b", "vae"]},
     ],
@@ -240,6 +249,16 @@ def test_impossible_combinations_say_why(values: dict[str, Any], message: str) -
 def test_combinations_next_to_the_impossible_ones_are_allowed(losses: dict[str, Any]) -> None:
     settings = parse_settings(TrainSettings, {"losses": losses}, "recipe.toml")
     assert json.loads(settings.losses.model_dump_json(include=set(losses))) == losses
+
+
+@pytest.mark.parametrize("scale", [4.0, [4.0, 1.0]])
+def test_a_guidance_scale_has_a_limit_where_one_is_named(scale: Any) -> None:
+    """And is stored as recipes have it, so that runs of earlier versions are continued."""
+    settings = parse_settings(TrainSettings, {"teacher": {"guidance_scale": scale}}, "recipe.toml")
+    assert (settings.teacher.guidance, settings.teacher.guidance_norm_cap) == (4, 1 if isinstance(scale, list) else 0)
+    stored = settings.model_dump(mode="json")
+    assert stored["teacher"]["guidance_scale"] == scale
+    assert parse_settings(TrainSettings, stored, "stored") == settings
 
 
 # recipes and overrides

@@ -114,7 +114,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
             teacher={"guidance_scale": 1.5},
             data={"pairs": str(pairs_folder)},
             losses={
-                "distribution_matching_weight": 0.7, "min_level_index": 5, "max_level_index": 900,
+                "distribution_matching_weight": 0.7, "level_indices": [5, 900, 2.0],
                 "gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3, "regression_weight": 0.25,
                 "gan_max_level_index": 300,
             },
@@ -128,7 +128,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
     assert isinstance(matching, DistributionMatching)
     assert isinstance(regression, Regression)
     assert (matching.weight, adversarial.weight, regression.weight) == (0.7, 0.2, 0.25)
-    assert (matching.guidance_scale, matching.min_index, matching.max_index) == (1.5, 5, 900)
+    assert (matching.guidance_scale, matching.min_index, matching.max_index, matching.level_shift) == (1.5, 5, 900, 2)
     assert (matching.teacher, matching.fake_score) == (run.roles.teacher, run.roles.fake_score)
     assert regression.distance is pixel_distance
     assert [term.weight for term in run.fake_score_terms] == [1.0, 0.3]
@@ -147,6 +147,14 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
         assert (group["lr"], group["betas"]) == (lr, (0.5, 0.6))
         expected = [id(parameter) for parameter in nn.ModuleList(modules).parameters()]
         assert [id(parameter) for parameter in group["params"]] == expected
+
+
+def test_a_norm_limit_that_the_teacher_cannot_keep_is_refused(teacher: Model) -> None:
+    """An EDM network guides its x0, whose norm says nothing of burnt colours."""
+    with pytest.raises(
+        UserError, match=r"guidance_scale=\[..., 1\]: the norm .* is limited for text-to-image models; of EDM"
+    ):
+        build_distillation(settings_of(teacher={"guidance_scale": [1.5, 1.0]}), teacher, teacher.conditioner.every)
 
 
 def test_roles_start_as_copies_of_the_teacher(teacher: Model) -> None:

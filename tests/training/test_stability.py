@@ -13,11 +13,19 @@ from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.models.load import load_generator
 from fewstep.settings import TrainSettings
 from fewstep.training.gan_weight import suggest_gan_weight
-from fewstep.training.health import SampleStatistics, alarms, sample_statistics
+from fewstep.training.health import LIMITS, SampleStatistics, alarms, sample_statistics
 from fewstep.training.run import train
 from fewstep.training.run_log import RunLog
 from fewstep.training.watch import read_points
 from tests.training.helpers import tiny_train_settings
+
+
+def test_the_docs_say_the_limits() -> None:
+    text = (Path(__file__).parents[2] / "docs/sdxl-one-gpu.md").read_text(encoding="utf-8")
+    said = [
+        f"{name} below {low:g}" + (f" or above {high:g}" if high < 9 else "") for name, (low, high) in LIMITS.items()
+    ]
+    assert ", ".join(said) in text
 
 
 def test_statistics_in_closed_form() -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.data.captioned_images import open_captioned_images
+from fewstep.diffusion.denoiser import guided_denoise
+from fewstep.distillation.terms import DistributionMatching
 from fewstep.errors import UserError
 from fewstep.estimate import describe
 from fewstep.evaluation.evaluate import EvaluateOptions
@@ -26,7 +28,7 @@ from fewstep.families.registry import recognise
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 from fewstep.preparation.latents import prepare_latents
 from fewstep.settings import TrainSettings, flatten_settings, parse_settings
-from fewstep.training.build import build_chosen_roles, open_teacher
+from fewstep.training.build import build_chosen_roles, build_distillation, open_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.distill import DistillationJob
@@ -339,6 +341,33 @@ def test_steps_beyond_the_teachers_grid_are_refused(work: Path, tmp_path: Path) 
         train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [999, 499]}, **changes))
     with pytest.raises(UserError, match=r"losses\.level_indices=\[20, 980\]: the teacher's grid ends at 499"):
         train(settings(work, "sd", tmp_path / "run", generator={"step_indices": [499]}, **changes))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora_generator", "shared_base"])
+def test_the_norm_of_guidance_is_limited_in_every_memory_mode(work: Path, tmp_path: Path, mode: str) -> None:
+    """The term's estimate of a step is the capped one, and so are the teacher's sample pictures."""
+    teachers = []
+    for number, scale in enumerate((4.0, [4.0, 0.5])):
+        chosen = settings(
+            work, "z-image", tmp_path / str(number), teacher={"guidance_scale": scale}, memory={"mode": mode},
+            training={"num_steps": 1},
+        )  # fmt: skip
+        run = build_distillation(
+            chosen, teacher := open_teacher(chosen), teacher.conditioner.table(PROMPTS, teacher.size)
+        )
+        torch.manual_seed(0)
+        noisy, level = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.4])
+        condition = teacher.conditioner.table(PROMPTS, teacher.size).rows(torch.arange(2))
+        (matching,) = (term for term in run.generator_terms if isinstance(term, DistributionMatching))
+        plain, guided = (
+            guided_denoise(matching.teacher, noisy, level, condition, w) for w in (1.0, matching.guidance_scale)
+        )
+        teachers.append([(noisy - x0).flatten(1).norm(dim=1) for x0 in (plain, guided)])
+        train(chosen)
+    torch.testing.assert_close(teachers[1][1], 0.5 * teachers[1][0])
+    assert (teachers[0][1] > 0.6 * teachers[0][0]).all()
+    first, second = ((tmp_path / name / "samples").glob("teacher_*.png") for name in "01")
+    assert next(first).read_bytes() != next(second).read_bytes()
 
 
 def test_a_stable_diffusion_2_teacher(work: Path, tmp_path: Path) -> None:

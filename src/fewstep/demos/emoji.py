@@ -18,7 +18,7 @@ def run_text_quickstart(folder: Path, *, minutes: float = 5.0, seed: int = 0, co
 
 def _pictures(result: Result) -> list[Section]:
     shown, split, teacher = result.shown, len(result.shown.known), result.teacher
-    guided = f"teacher, {teacher.evaluations_per_image} steps at guidance {result.settings.teacher.guidance_scale:g}"
+    guided = f"teacher, {teacher.evaluations_per_image} steps at guidance {result.settings.teacher.guidance:g}"
     few = f"generator, {result.generator.evaluations_per_image} steps"
     return [
         PromptCards(

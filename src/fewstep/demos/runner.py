@@ -230,7 +230,7 @@ def _fit_to_machine(
     with busy(console, "Measuring this machine's speed"):
         pace: Pace = measure_pace(teacher, bench, facts.batch_size, bench.prompts)
     wanted = Counts(facts.measured, facts.curve_points, facts.curve_images, facts.shown, facts.sampled)
-    guided = 2 if settings.teacher.guidance_scale != 1 else 1
+    guided = 2 if settings.teacher.guidance != 1 else 1
     few_steps = len(settings.generator.step_indices)
     counts = choose_counts(
         wanted, facts.fewest, pace, settings.training.time_limit_minutes, few_steps=few_steps, many=evaluations * guided
@@ -254,7 +254,7 @@ def _measure(
             generator, "generator", num_images=counts.measured, batch_size=facts.batch_size, report=report
         )
     with working(console, "Making the same pictures with teacher and generator") as report:
-        shown = show_both(bench, teacher, generator, counts.shown, settings.teacher.guidance_scale, report)
+        shown = show_both(bench, teacher, generator, counts.shown, settings.teacher.guidance, report)
     shipped, on_curve = facts.shipped()
     points = [
         [point.minutes, point.figures[DISTANCE], point.figures.get(NUM_IMAGES, facts.curve_images)]

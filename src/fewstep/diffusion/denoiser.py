@@ -39,6 +39,7 @@ class Denoiser(nn.Module):
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         guidance_norm_cap: the guided prediction's norm is at most this times the conditional one's, where the network can say
             what it predicts; 0: no limit.
+        has_guidance_norm: whether it can.
     """
 
     noise_schedule: NoiseSchedule
@@ -48,6 +49,7 @@ class Denoiser(nn.Module):
     compute_dtype: torch.dtype
     lora_targets: tuple[str, ...] = ()
     guidance_norm_cap: float = 0.0
+    has_guidance_norm: bool = False
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         """Estimate x0 and/or return the bottleneck feature.

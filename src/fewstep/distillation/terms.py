@@ -59,7 +59,8 @@ class Divergence:
 class DistributionMatching:
     """Where the teacher and the fake score disagree about noised generator images.
 
-    Source: Yin et al. 2023 (arXiv:2311.18828), section 3.2; levels uniform over min_index..max_index inclusive. Both
+    Source: Yin et al. 2023 (arXiv:2311.18828), section 3.2; levels uniform over min_index..max_index inclusive.
+    Differs: with `level_shift` s their share f of that range becomes s f / (1 + (s - 1) f), more often noisy above 1. Both
     estimates stay in float64 until guidance, difference and division are done, so that rounding them costs nothing.
     """
 
@@ -71,12 +72,15 @@ class DistributionMatching:
     weight: float = 1.0
     name: str = "distribution_matching"
     divergence: Divergence | None = None
+    level_shift: float = 1.0
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
         return self.at(x0, batch, *self._drawn(draws))
 
     def _drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
         index = draws.integers("dm_level", self.min_index, self.max_index + 1)
+        if self.level_shift != 1:
+            index = shifted_index(index, self.min_index, self.max_index, self.level_shift)
         return index, draws.normal("dm_noise", self.teacher.image_shape)
 
     @torch.no_grad()
@@ -106,6 +110,17 @@ class DistributionMatching:
             direction = direction * per_sample(weights, direction)
         loss = distribution_matching_loss(fresh, direction)
         return TermResult(loss, pad_rows(direction / direction.numel(), len(x0)))
+
+
+def shifted_index(index: Tensor, low: int, high: int, shift: float) -> Tensor:
+    """Grid indices (B,) of low..high, drawn uniformly, moved towards noise (shift above 1) or away from it, within that range.
+
+    An index is the middle of its part of the range; the share f where that lies becomes s f / (1 + (s - 1) f).
+    """
+    count = high - low + 1
+    share = ((index - low).double() + 0.5) / count
+    moved = shift * share / (1 + (shift - 1) * share)
+    return low + (moved * count).long().clamp(0, count - 1)
 
 
 @dataclass(frozen=True)

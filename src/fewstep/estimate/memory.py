@@ -257,8 +257,8 @@ def _rehearse_pictures(settings: TrainSettings, teacher: Model, gpu: bool, meter
     index = torch.zeros(min(count, teacher.pictures_at_once), dtype=torch.int64)
     noisy, condition = torch.zeros(len(index), *network.image_shape), conditions_of(network).rows(index)
     level = network.noise_schedule.at(index)
-    x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance_scale)
-    estimate.forward_flops = meter.flops // (len(index) * (1 if settings.teacher.guidance_scale == 1 else 2))
+    x0 = guided_denoise(network, noisy, level, condition, settings.teacher.guidance)
+    estimate.forward_flops = meter.flops // (len(index) * (1 if settings.teacher.guidance == 1 else 2))
     teacher.decoder.images(x0)
     del finished
 

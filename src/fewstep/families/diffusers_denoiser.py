@@ -51,6 +51,7 @@ class DiffusersDenoiser(Denoiser):
     network: Any  # diffusers models carry no types
     latent_multiple: int
     max_latent_size: int
+    has_guidance_norm = True
 
     def __init__(
         self, network: nn.Module, scheduler_config: dict[str, Any], schedule: NoiseSchedule, prediction: Prediction,

@@ -227,6 +227,16 @@ class Model:
         if guidance_scale != 1:
             self.family.refuse_guidance(self.denoiser, self.card, guidance_scale)
 
+    def limit_guidance(self, norm_cap: float) -> None:
+        """Limit the norm of guided predictions (`Denoiser.guidance_norm_cap`); raises UserError where the network cannot."""
+        network = self.denoiser.base_network
+        if norm_cap and not network.has_guidance_norm:
+            raise UserError(
+                f"teacher.guidance_scale=[..., {norm_cap:g}]: the norm of guided predictions is limited for text-to-image models; "
+                f"of {self.family.title} give the scale alone"
+            )
+        network.guidance_norm_cap = norm_cap
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

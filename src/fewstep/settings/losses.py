@@ -2,22 +2,53 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from fewstep.errors import UserError
-from fewstep.settings.earlier import Earlier, entry
+from fewstep.settings.earlier import Earlier, Put, entry
 from fewstep.settings.tree import NonNegative, Tree
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys", "softened_reverse_kl"]
 LevelIndex = Annotated[int, Field(ge=0)]
+_UNIFORM = 1.0  # shift of levels that are drawn uniformly
+
+
+def _with_shift(value: Any) -> Any:
+    """Lowest and highest index alone as drawn uniformly."""
+    entries = tuple(value) if isinstance(value, list) else value
+    return (*entries, _UNIFORM) if isinstance(entries, tuple) and len(entries) == 2 else entries
+
+
+def _without_plain_shift(value: tuple[int, int, float]) -> list[Any]:
+    """As recipes have it: the shift only where it is one."""
+    return list(value[:2] if value[2] == _UNIFORM else value)
+
+
+def _bound(place: int) -> Put:
+    """An earlier key that is the lowest or highest index."""
+
+    def put(value: Any, earlier: Any) -> Any:
+        entries = entry(place, len(value) if isinstance(value, list | tuple) else 2)(value, earlier)
+        return entries[:2] if entries[2:] == [_UNIFORM] else entries
+
+    return put
+
+
+LevelRange = Annotated[
+    tuple[LevelIndex, LevelIndex, Annotated[float, Field(gt=0)]],
+    BeforeValidator(_with_shift),
+    PlainSerializer(_without_plain_shift),
+]
 
 
 class LossSettings(Tree):
     """Terms and their weights; a weight of 0 leaves the term out of the run."""
 
     distribution_matching_weight: NonNegative = Field(1.0, description="weight of distribution matching")
-    level_indices: tuple[LevelIndex, LevelIndex] = Field(
-        (20, 980), description="lowest and highest grid index of distribution matching, both included"
+    level_indices: LevelRange = Field(
+        (20, 980, _UNIFORM),
+        description="lowest and highest grid index of distribution matching, both included, and a shift s: the share f of that range, drawn "
+        "uniformly (1, or left out), becomes s f / (1 + (s - 1) f), above 1 noisier; grids of flow models have their teacher's shift already",
     )
     divergence: Divergence = Field(
         "reverse_kl",
@@ -40,8 +71,8 @@ class LossSettings(Tree):
     )
 
     earlier: ClassVar[dict[str, Earlier]] = {
-        "min_level_index": Earlier("level_indices", entry(0, 2)),
-        "max_level_index": Earlier("level_indices", entry(1, 2)),
+        "min_level_index": Earlier("level_indices", _bound(0)),
+        "max_level_index": Earlier("level_indices", _bound(1)),
         "gan_generator_weight": Earlier("gan_weights", entry(0, 2)),
         "gan_discriminator_weight": Earlier("gan_weights", entry(1, 2)),
     }
@@ -65,6 +96,11 @@ class LossSettings(Tree):
     def max_level_index(self) -> int:
         """Highest grid index of distribution matching, included."""
         return self.level_indices[1]
+
+    @property
+    def level_shift(self) -> float:
+        """How levels of distribution matching are drawn: 1 uniformly, above 1 noisy ones more often."""
+        return self.level_indices[2]
 
     @property
     def regression_distance(self) -> str:
@@ -104,7 +140,7 @@ class LossSettings(Tree):
                 "untrained discriminator teaches nothing; set both (published: [3e-3, 1e-2])"
             )
         if self.min_level_index > self.max_level_index:
-            return f"losses.level_indices={list(self.level_indices)}: the lowest comes first"
+            return f"losses.level_indices={[self.min_level_index, self.max_level_index]}: the lowest comes first"
         if self.divergence != "reverse_kl":
             if not self.distribution_matching_weight:
                 return f"losses.divergence={self.divergence!r} weighs distribution matching, whose weight is 0"

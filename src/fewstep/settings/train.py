@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from fewstep.errors import UserError
 from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
@@ -50,6 +50,21 @@ class TrainTrainingSettings(TrainingSettings):
     generator_every: Positive = Field(5, description="fake-score steps per generator update")
 
 
+def _uncapped(value: Any) -> Any:
+    """A guidance scale alone as one without a limit."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, tuple) else (value, 0.0)
+
+
+def _short(value: tuple[float, float]) -> float | list[float]:
+    """As recipes have it: the limit only where there is one."""
+    return list(value) if value[1] else value[0]
+
+
+Guidance = Annotated[tuple[NonNegative, NonNegative], BeforeValidator(_uncapped), PlainSerializer(_short)]
+
+
 class TeacherSettings(Tree):
     """The frozen model whose distribution is distilled."""
 
@@ -63,8 +78,28 @@ class TeacherSettings(Tree):
     network: str = Field(
         "", description="catalog shape the teacher must have; lets --dry-run estimate memory without the teacher"
     )
-    guidance_scale: float = Field(1.0, ge=0, description="uncond + w (cond - uncond); 1 is off")
+    guidance_scale: Guidance = Field(
+        (1.0, 0.0),
+        description="w of uncond + w (cond - uncond), 1 is off; [w, c] keeps the norm of the guided prediction of text-to-image models at or "
+        "below c times the conditional one's, each picture as a whole: 1 against burnt colours, 0 is no limit",
+    )
     resolution: int = Field(0, ge=0, description="side of text-to-image pictures in pixels; 0: the model's own")
+
+    @property
+    def guidance(self) -> float:
+        """w; 1 is off."""
+        return self.guidance_scale[0]
+
+    @property
+    def guidance_norm_cap(self) -> float:
+        """Limit of the guided prediction's norm, in norms of the conditional one; 0: none."""
+        return self.guidance_scale[1]
+
+    def impossible(self) -> str:
+        """What does not go together, or nothing."""
+        if self.guidance_norm_cap and self.guidance == 1:
+            return f"teacher.guidance_scale={list(self.guidance_scale)}: a scale of 1 is no guidance, and there is no norm to limit"
+        return ""
 
 
 class GeneratorSettings(Tree):
@@ -257,7 +292,11 @@ class TrainSettings(Tree):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         reason = (
-            self.losses.impossible() or _impossible_memory(self) or _impossible_steps(self) or self.best.impossible()
+            self.teacher.impossible()
+            or self.losses.impossible()
+            or _impossible_memory(self)
+            or _impossible_steps(self)
+            or self.best.impossible()
         )
         if reason:
             raise ValueError(reason)

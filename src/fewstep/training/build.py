@@ -81,11 +81,12 @@ def build_distillation(settings: TrainSettings, teacher: Model, conditions: Cond
     Raises:
         UserError: guidance the teacher cannot give, missing pairs or weights, a start that does not fit.
     """
-    teacher.check_guidance(settings.teacher.guidance_scale)
+    teacher.check_guidance(settings.teacher.guidance)
+    teacher.limit_guidance(settings.teacher.guidance_norm_cap)
     steps, levels = build_step_schedule(settings, teacher.denoiser), teacher.denoiser.noise_schedule.num_levels
     if settings.losses.max_level_index >= levels:
         raise UserError(
-            f"losses.level_indices={list(settings.losses.level_indices)}: the teacher's grid ends at {levels - 1}"
+            f"losses.level_indices={list(settings.losses.level_indices[:2])}: the teacher's grid ends at {levels - 1}"
         )
     torch.manual_seed(settings.training.seed)  # the head's random start
     roles = build_chosen_roles(settings, teacher.denoiser)
@@ -238,8 +239,8 @@ def _build_distribution_matching(settings: TrainSettings, roles: Roles) -> Distr
         weights = DivergenceWeights(losses.divergence, roles.fake_score.noise_schedule.num_levels)
         divergence = Divergence(roles.discriminator, weights.to(next(roles.discriminator.parameters()).device))
     return DistributionMatching(
-        roles.teacher, roles.fake_score, settings.teacher.guidance_scale,
-        losses.min_level_index, losses.max_level_index, losses.distribution_matching_weight, divergence=divergence,
+        roles.teacher, roles.fake_score, settings.teacher.guidance, losses.min_level_index, losses.max_level_index,
+        losses.distribution_matching_weight, divergence=divergence, level_shift=losses.level_shift,
     )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ class GeneratorJob:
         noise = sample_noise(network, 0, int(numbers[0]), len(numbers), self.device)
         return family.sample(
             network, noise, self._condition(numbers), num_steps=family.default_num_steps,
-            guidance_scale=self.settings.teacher.guidance_scale,
+            guidance_scale=self.settings.teacher.guidance,
         )  # fmt: skip
 
     def _condition(self, numbers: Tensor) -> Condition:

@@ -36,6 +36,7 @@ class WarmupJob(GeneratorJob):
                 "generator.start_from empty"
             )
         steps = build_step_schedule(settings, teacher.denoiser)
+        teacher.limit_guidance(settings.teacher.guidance_norm_cap)  # of its sample pictures
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
         spread = build_spread(teacher.device, settings.memory.teacher, settings.memory.shard_over)
