@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.data import waiting
@@ -21,9 +22,9 @@ from fewstep.training import run_log
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import pretrain, train
 from fewstep.training.run_folder import claim_run_folder
-from fewstep.training.run_log import Clock, NonFiniteError, RunLog
+from fewstep.training.run_log import Clock, NonFiniteError, RunLog, say_in_run
 from fewstep.training.saving import Saver
-from fewstep.training.trainer import run_job
+from fewstep.training.trainer import Bar, run_job
 from fewstep.training.update import Update
 from tests.training.helpers import tiny_pretrain_settings, tiny_train_settings
 
@@ -167,6 +168,25 @@ def test_a_run_says_how_far_it_is_after_its_step_and_at_most_all(tmp_path: Path)
         "begins (0%)", "step 1, the first one of this session (0%) ...", "step 1, sample pictures (40%) ...",
         "last sample pictures (100%) ...", "step 3, done (100%)",
     ]  # fmt: skip
+
+
+def test_a_plain_line_says_how_long_the_rest_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fewstep.training.trainer.time.monotonic", lambda: now[0])
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    with Bar("distill", Console(quiet=True), log) as bar:
+        bar.show(0.2, "goes on after step 2")
+        for seconds, progress in ((2, 0.25), (40, 0.4), (80, 1.0)):
+            now[0] = 100.0 + seconds
+            bar.show(progress, f"after {seconds} s")
+    told = re.findall(r"distill: (.*)", (tmp_path / "log.txt").read_text())
+    assert told == ["goes on after step 2 (20%)", "after 40 s (40%, 2 min left)", "after 80 s (100%)"]
+
+
+def test_warnings_are_in_the_log(tmp_path: Path) -> None:
+    """They were on the terminal alone, which a run over night does not keep."""
+    say_in_run(tmp_path, Console(quiet=True), "warning: that is little")
+    assert (tmp_path / "log.txt").read_text().endswith(" warning: that is little\n")
 
 
 @pytest.mark.usefixtures("clockwork")

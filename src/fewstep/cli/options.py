@@ -21,7 +21,7 @@ DataChanged = Annotated[
     bool, typer.Option("--data-changed", help="go on with other data than the interrupted run began with")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
 AnyPrecision = Annotated[
     str,

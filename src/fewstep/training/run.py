@@ -32,6 +32,7 @@ from fewstep.training.remote_run import remote_run
 from fewstep.training.results import Run
 from fewstep.training.run_data import read_contents
 from fewstep.training.run_folder import claim_run_folder, run_folder
+from fewstep.training.run_log import say_in_run
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
 from fewstep.training.watch import tell_best, watch_for_best
@@ -76,7 +77,7 @@ def pretrain(
         job = Pretraining(settings)
         with busy(console, "Looking through the data"):
             claim_run_folder(settings, folder, data_changed=data_changed)
-        outlook = Outlook(settings, len(job.batches.dataset), partial(say, console))
+        outlook = Outlook(settings, len(job.batches.dataset), partial(say_in_run, folder, console))
         run_job(job, settings, folder, observers=(outlook, *observers), console=console, remote=remote)
     return Run(folder, settings)
 
@@ -129,6 +130,8 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
         watches = watch_for_best(job, settings, folder, console)
         with busy(console, "Looking through the data"):
             by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed))
+        if is_first():
+            observers = (Outlook(settings, 0, partial(say_in_run, folder, console)), *observers)
         run_job(job, settings, folder, watches=watches, observers=observers, console=console, remote=remote)
         if is_first():
             tell_best(watches, folder, console)

@@ -152,20 +152,33 @@ class RunLog:
         with open(self.folder / "alarms.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step - 1, "alarm": sentence}) + "\n" for sentence in sentences)
         for sentence in sentences:
-            say(self.console, f"warning: step {step}: {sentence}")
+            say_in_run(self.folder, self.console, f"warning: step {step}: {sentence}")
         return sentences
 
     def say(self, line: str) -> None:
         """Add a line of words to `log.txt`, with the time."""
-        if not self._writes:
-            return
-        with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:  # full disks: see `flush`
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        log_line(self.folder, line)
 
     def close(self) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def log_line(folder: Path, line: str) -> None:
+    """Add a line of words to the run's `log.txt`, with the time; of many processes the first does."""
+    if is_first():
+        with (
+            suppress(OSError),
+            open(folder / "log.txt", "a", encoding="utf-8") as file,
+        ):  # full disks: see `RunLog.flush`
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+
+
+def say_in_run(folder: Path, console: Console, line: str) -> None:
+    """Tell people a line about a run that has begun, which its `log.txt` keeps."""
+    log_line(folder, line)
+    say(console, line)
 
 
 def _cut_metrics(path: Path, start_step: int) -> None:

@@ -19,7 +19,7 @@ from fewstep.data.waiting import WAITING
 from fewstep.errors import RunInterrupted, UserError, disk_error
 from fewstep.formats.atomic import remove_leftovers
 from fewstep.parallel import agreed, gathered, is_first, wait_for_all, world_size
-from fewstep.progress import Stderr, every, say
+from fewstep.progress import Stderr, duration, every, say
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.shared_work import by_the_first
 from fewstep.training.checkpoint import (
@@ -36,6 +36,7 @@ from fewstep.training.run_log import Clock, RunLog
 from fewstep.training.saving import Saver
 
 SAVE_AFTER_SECONDS, SAVING_SHARE = 60.0, 0.02  # of training without a checkpoint, and what saving may take of a run
+LEFT_AFTER_SECONDS = 10.0  # of a session before it says how long the rest takes
 PLAIN_EVERY_SECONDS = 30  # between lines about a run's progress where there is no terminal
 Observer = Callable[[int, float], None]
 
@@ -163,6 +164,7 @@ class Loop:
                 self.save()
             self.saver.finish()
             if self.stop.signal:
+                self.log.say(self.farewell())
                 raise RunInterrupted(self.farewell(), 128 + self.stop.signal)
             bar.done(f"step {self.step}, done")
         return self.step
@@ -248,6 +250,7 @@ class Bar:
         self._bar = _progress(console)
         self._beat = every(PLAIN_EVERY_SECONDS, self._still)
         self._state, self._told = "", 0.0
+        self._begun: tuple[float, float] | None = None
 
     def __enter__(self) -> "Bar":
         self._bar.__enter__()
@@ -262,9 +265,19 @@ class Bar:
     def show(self, progress: float, what: str) -> None:
         """`progress` in 0..1 and what is being done; a line where the last one is half a minute old."""
         self._bar.update(self._task, completed=progress, rate=what)
-        self._state = f"{what} ({progress:.0%})"
+        self._state = f"{what} ({progress:.0%}{self._left(progress)})"
         if time.monotonic() - self._told >= PLAIN_EVERY_SECONDS:
             self._tell(self._state)
+
+    def _left(self, progress: float) -> str:
+        """The time that the rest would take if it went on as since this session began; nothing while that says little."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = now, progress
+        made = progress - self._begun[1]
+        if made < 0.01 or progress >= 1 or now - self._begun[0] < LEFT_AFTER_SECONDS:
+            return ""
+        return f", {duration((now - self._begun[0]) * (1 - progress) / made)} left"
 
     def done(self, what: str) -> None:
         """The end of the run: a line in any case."""
@@ -335,5 +348,5 @@ def peak_memory_gib() -> float:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip

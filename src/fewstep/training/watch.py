@@ -28,6 +28,7 @@ from fewstep.shared_work import by_the_first
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inputs import RealImages
 from fewstep.training.own_features import own_features
+from fewstep.training.run_log import say_in_run
 
 BEST = "best"
 DISTANCE, NUM_IMAGES = "frechet_distance", "num_images"
@@ -129,7 +130,7 @@ class Watch:
         by_the_first(self._write)
         told = f"{self.figure.replace('_', ' ')} {found:.3f}"
         best = f"best so far {earlier:.3f}" if found >= earlier else "the best so far" + (", kept" if self.keep else "")
-        self.console.print(f"step {step}, {seconds / 60:.1f} min: {told}, {best}", highlight=False)
+        say_in_run(self.path.parent, self.console, f"step {step}, {seconds / 60:.1f} min: {told}, {best}")
 
     def _write(self) -> None:
         with replaced_file(self.path) as aside:
