@@ -16,7 +16,11 @@ from fewstep.formats.few_step_names import few_steps_named, method_named
     ],
 )  # fmt: skip
 def test_names_of_whole_models(name: str, said: str) -> None:
-    assert few_steps_named(name) == said
+    assert few_steps_named(name, ("sd", "sdxl", "xl")) == said
+
+
+def test_a_word_alone_is_another_thing() -> None:
+    assert few_steps_named("hyper_sd", ()) == ""
 
 
 def test_every_word_of_another_method_counts_where_steps_would_be_guessed() -> None:

@@ -233,7 +233,9 @@ class DiffusersFamily(Family):
 
     def _few_steps_named(self, folder: Path) -> str:
         """The word by which a folder's names say that a fine-tune is distilled, as those with Lightning merged in; empty: none."""
-        return next((word for name in names_of(folder, self.component) if (word := few_steps_named(name))), "")
+        return next(
+            (word for name in names_of(folder, self.component) if (word := few_steps_named(name, self.file_words))), ""
+        )
 
     def _distilled_release(self, folder: Path) -> str:
         """Which of `distilled_releases` a folder's names say it is; empty: none."""

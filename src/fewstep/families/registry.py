@@ -145,6 +145,11 @@ def largest_side(name: str, shortest_side: int, channels: int, classes: int, sig
     return 0
 
 
+def file_words() -> set[str]:
+    """What the names of published files call the models, of every family."""
+    return {word for family in all_families() for word in family.file_words}
+
+
 def single_file_layouts() -> "list[SingleFileLayout]":
     """How whole models lie in one file, of every family that has such files."""
     return [family.single_file for family in all_families() if family.single_file is not None]

@@ -1,7 +1,7 @@
 """What a name says of few steps: whose method a file or folder is of, where it is known by nothing else."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 OTHER_METHODS = frozenset(
@@ -13,10 +13,7 @@ OTHER_METHODS = frozenset(
 # Words that many an ordinary model has in its name too, as in "hyper realistic"
 _AMBIGUOUS = frozenset({"hyper", "flash"})
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # realvisxlV40_v40LightningBakedvae
-_FEW_STEPS = re.compile(
-    r"(?<![a-z])hyper[-_ ]?(?=sd|flux)|(?<![a-z])flash[-_ ]?(?=sd|pixart)|(?<=sd|xl)[-_ ]?(?:hyper|flash)(?![a-z])|"
-    r"(?<![a-z\d.])[1-8][-_ ]?steps?(?![a-z]|[-_ ]?\d)"
-)
+_FEW_STEPS = re.compile(r"(?<![a-z\d.])[1-8][-_ ]?steps?(?![a-z]|[-_ ]?\d)")
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")  # of the hub's cache
 _TITLES = ("modelspec.title", "ss_output_name")
 
@@ -26,13 +23,21 @@ def method_named(name: str) -> str:
     return next((word for word in re.findall("[a-z]+", name.lower()) if word in OTHER_METHODS), "")
 
 
-def few_steps_named(name: str) -> str:
-    """What in the name of a whole model says that it is distilled to few steps; empty: nothing."""
+def few_steps_named(name: str, models: Iterable[str]) -> str:
+    """What in the name of a whole model says that it is distilled to few steps; empty: nothing.
+
+    Args:
+        models: what names call the models, in small letters; a word that is another thing elsewhere counts beside one of them.
+    """
     words = [*re.findall("[a-z]+", name.lower()), *(word.lower() for word in _CAMEL.findall(name))]
     if sure := [word for word in words if word == "dmd" or (word in OTHER_METHODS and word not in _AMBIGUOUS)]:
         return sure[0]
-    found = _FEW_STEPS.search(name.lower())
-    return found[0].strip("-_ ") if found else ""
+    kinds, methods = ("|".join(map(re.escape, sorted(group))) for group in (set(models), _AMBIGUOUS))
+    beside = rf"(?:{kinds})[-_ ]?(?:{methods})(?![a-z])|(?<![a-z])(?:{methods})[-_ ]?(?:{kinds})"
+    if kinds and (found := re.search(beside, name.lower())):
+        return next(method for method in _AMBIGUOUS if method in found[0])
+    steps = _FEW_STEPS.search(name.lower())
+    return steps[0] if steps else ""
 
 
 def hub_name(path: Path) -> str:

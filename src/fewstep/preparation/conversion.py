@@ -18,7 +18,7 @@ from fewstep import __version__
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.errors import UserError
-from fewstep.families.registry import all_families, build_denoiser, build_on_meta, describe_weights, family_of
+from fewstep.families.registry import build_denoiser, build_on_meta, describe_weights, family_of, file_words
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
 from fewstep.formats.few_step_names import hub_name, method_named, titles
@@ -277,7 +277,7 @@ def _by_its_name(given: tuple[int, ...]) -> str:
 def _published_steps(name: str, one_step: tuple[int, ...]) -> tuple[int, ...]:
     """The steps of DMD2's file of this name; none where any word of it is not one of theirs, for other methods count too."""
     words = set(re.findall("[a-z]{2,}", name))
-    if not words <= _OWN_WORDS.union(*(family.file_words for family in all_families())):
+    if not words <= _OWN_WORDS | file_words():
         return ()
     if re.search(r"(?<!\d)4.?step", name):
         return _FOUR_STEPS

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import UserError
+from fewstep.families.registry import file_words
 from fewstep.formats.few_step_names import few_steps_named, hub_name, titles
 from fewstep.formats.source import Source
 from fewstep.formats.tensor_files import header_of
@@ -52,7 +53,7 @@ def _refuse_few_steps(source: Path) -> None:
             "teacher; use the run or generator it was exported from"
         )
     for name in (source.name, hub_name(source.resolve()), *titles(header)):
-        if method := few_steps_named(name):
+        if method := few_steps_named(name, file_words()):
             raise UserError(
                 f"{source} is a model of few steps by its name ({method} in {name[:100]!r}), whose guidance is built in and whose "
                 "scores are of few noise levels: it is no teacher; convert the model it was distilled from, or rename it if it is "
