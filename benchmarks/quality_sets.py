@@ -45,7 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gan-alone": {"losses.distribution_matching_weight": 0.0},
     "forward-kl": {"losses.divergence": "forward_kl"},
     "jensen-shannon": {"losses.divergence": "jensen_shannon"},
-    "gan-on-clean": {"losses.gan_max_level_index": 300},
+    "gan-on-clean": {"losses.gan_levels": 300},
+    "gan-shared": {"losses.gan_levels": "shared"},
     "constant-rate": {"optimizer.final_lr_fraction": 1.0},
     "long-average": {"generator.ema_half_life_images": 16_000},
     "all-levels": {"losses.level_indices": [20, 980]},
@@ -180,7 +181,8 @@ def images_per_step(settings: TrainSettings) -> float:
 
     The generator makes the batch (several steps: after (n - 1) / 2 simulated ones on average, if any are); on its turn teacher (twice where
     guided) and fake score judge it, and the discriminator's encoder; the fake score denoises it, and its encoder tells it from as
-    many real ones. Pairs are a second batch of the generator's turn.
+    many real ones. Where the GAN shares the scores' noisy images, that counts the real ones alone. Pairs are a second batch of the
+    generator's turn.
     """
     losses, steps = settings.losses, len(settings.generator.step_indices)
     has_gan = losses.gan_generator_weight > 0
@@ -188,7 +190,7 @@ def images_per_step(settings: TrainSettings) -> float:
     if losses.distribution_matching_weight:
         turn += 2 + (settings.teacher.guidance != 1)
     simulated = 0 if settings.generator.training_inputs == "noised_data" else (steps - 1) / 2
-    every_step = 1 + simulated + 1 + 2 * has_gan
+    every_step = 1 + simulated + 1 + (1 if losses.gan_levels == "shared" else 2) * has_gan
     return settings.training.batch_size * (every_step + turn / settings.training.generator_every)
 
 

@@ -130,7 +130,7 @@ def test_run_trains_and_resumes_with_its_running_means(teacher_folder: Path, pic
             {"divergence": "forward_kl", "gan_generator_weight": 0, "gan_discriminator_weight": 0},
             "reads the discriminator's ratio",
         ),
-        ({"divergence": "forward_kl", "gan_max_level_index": 500}, "raise that"),
+        ({"divergence": "forward_kl", "gan_levels": 500}, "raise that"),
         ({"divergence": "forward_kl", "distribution_matching_weight": 0}, "whose weight is 0"),
         ({"divergence": "kl"}, "losses.divergence"),
     ],

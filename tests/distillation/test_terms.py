@@ -451,10 +451,10 @@ def test_fake_score_loss_sums_the_weighted_terms(x0: Tensor, batch: GeneratorInp
 
     class Quadratic:
         def __init__(self, name: str, weight: float) -> None:
-            self.name, self.weight = name, weight
+            self.name, self.weights = name, {name: weight}
 
-        def __call__(self, *arguments: Any) -> Tensor:
-            return value**2
+        def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+            return {self.name: value**2}
 
     tally = Tally()
     terms: list[Any] = [Quadratic("fake_score", 1.0), Quadratic("gan_discriminator", 0.01)]

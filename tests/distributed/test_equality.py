@@ -10,10 +10,12 @@ from tests.distributed.equality import changed, trained
 from tests.distributed.processes import run_processes
 from tests.distributed.traps import TRAPS
 
-CI = ["edm/2/replicated/0", "edm hellinger/2/sharded/0", "sd3 shared_base/1/sharded/0"]
+CI = ["edm/2/replicated/0", "edm hellinger/2/sharded/0", "edm shared/2/sharded/0", "sd3 shared_base/1/sharded/0"]
 KINDS = [
     "edm",
     "edm hellinger",
+    "edm shared",
+    "sd shared_base shared",
     *(f"{family} {mode}" for family in ("sd", "sdxl", "sd3") for mode in ("full", "lora_generator", "shared_base")),
 ]
 

@@ -116,7 +116,7 @@ def test_settings_reach_the_terms_and_optimisers(teacher: Model, pairs_folder: P
             losses={
                 "distribution_matching_weight": 0.7, "level_indices": [5, 900, 2.0],
                 "gan_generator_weight": 0.2, "gan_discriminator_weight": 0.3, "regression_weight": 0.25,
-                "gan_max_level_index": 300,
+                "gan_levels": 300,
             },
             optimizer={"generator_lr": 1e-4, "fake_score_lr": 3e-4, "max_grad_norm": 2.0, "betas": [0.5, 0.6]},
             training={"generator_every": 7},

@@ -15,6 +15,7 @@ from fewstep.distillation.inputs import FreshInputs, RealBatch
 from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
 from fewstep.distillation.sharding import Spread, as_placed, whole
 from fewstep.distillation.terms import (
+    DenoisingAndAdversarial,
     DiscriminatorAdversarial,
     DistributionMatching,
     Divergence,
@@ -56,9 +57,11 @@ def build(
 ) -> tuple[Distillation, RealBatch]:
     """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there.
 
-    `kind` is a family and its memory mode, or edm and a divergence; with a divergence each sample is at a step of its own.
+    `kind` is a family and its memory mode, or edm and a divergence, and "shared" where the GAN reads the scores' noisy images; with a
+    divergence each sample is at a step of its own.
     """
-    family, _, mode = kind.partition(" ")
+    shared = kind.endswith(" shared")
+    family, _, mode = kind.removesuffix(" shared").partition(" ")
     lora = LoraShape(rank=2, alpha=2.0)
     if family != "edm":
         tiny_text_denoiser(family)  # made once, with random numbers: before the heads' start
@@ -84,18 +87,19 @@ def build(
     if family == "edm" and mode:
         assert roles.discriminator is not None
         matching.divergence = Divergence(roles.discriminator, DivergenceWeights(mode, 1000))
+    turn = (
+        FakeScoreDenoising(roles.fake_score),
+        DiscriminatorAdversarial(roles.fake_score, roles.discriminator, 0.2),  # type: ignore[arg-type]
+    )
     run = Distillation(
         roles=roles, inputs=FreshInputs(
             StepSchedule((999, 749, 499, 249)), table if family != "edm" else Exact(table), matching.divergence is not None,
         ),
         generator_terms=[
             matching,
-            GeneratorAdversarial(roles.fake_score, roles.discriminator, 0.3),  # type: ignore[arg-type]
+            GeneratorAdversarial(roles.fake_score, roles.discriminator, 0.3, beside=matching if shared else None),  # type: ignore[arg-type]
         ],
-        fake_score_terms=[
-            FakeScoreDenoising(roles.fake_score),
-            DiscriminatorAdversarial(roles.fake_score, roles.discriminator, 0.2),  # type: ignore[arg-type]
-        ],
+        fake_score_terms=[DenoisingAndAdversarial(*turn)] if shared else list(turn),
         generator_update=update(roles.generator_parameters(), [roles.generator], rate),
         fake_score_update=update(roles.fake_score_parameters(), [roles.fake_score, roles.discriminator], rate),
         generator_every=1, microbatch_size=microbatch_size, weighed=matching if matching.divergence is not None else None,
@@ -162,6 +166,8 @@ def flat(update: Update) -> Tensor:
     [
         "edm",
         "edm hellinger",
+        "edm shared",
+        "sd shared_base shared",
         pytest.param("sd full", marks=pytest.mark.long),
         "sdxl lora_generator",
         "sd shared_base",
@@ -170,7 +176,7 @@ def flat(update: Update) -> Tensor:
 )
 def test_micro_batches_give_the_whole_batchs_gradients(kind: str) -> None:
     whole = gradients(kind, 0)
-    assert all(float(part.norm()) > 1e-3 for part in whole[:2])
+    assert all(float(part.norm()) > 5e-4 for part in whole[:2])
     for size in (4, 3, 2):
         parts = gradients(kind, size)
         for mine, theirs in zip(parts[:2], whole[:2], strict=True):

@@ -150,6 +150,7 @@ class Spy:
 
     def __init__(self, term: Any) -> None:
         self.term, self.name, self.weight = term, term.name, term.weight
+        self.weights = getattr(term, "weights", None)
         self.seen: list[Tensor] = []
 
     def __call__(self, x0: Tensor, *rest: Any) -> Any:

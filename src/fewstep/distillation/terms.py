@@ -75,9 +75,10 @@ class DistributionMatching:
     level_shift: float = 1.0
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
-        return self.at(x0, batch, *self._drawn(draws))
+        return self.at(x0, batch, *self.drawn(draws))
 
-    def _drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Grid indices (B,) and noises (B, C, H, W) of the noisy images that the scores read."""
         index = draws.integers("dm_level", self.min_index, self.max_index + 1)
         if self.level_shift != 1:
             index = shifted_index(index, self.min_index, self.max_index, self.level_shift)
@@ -87,7 +88,7 @@ class DistributionMatching:
     def look(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> None:
         """Let the divergence see these samples before any of the batch is weighed."""
         assert self.divergence is not None
-        index, noise = self._drawn(draws)
+        index, noise = self.drawn(draws)
         level = self.teacher.noise_schedule.at(index)
         noisy = wide(self.teacher.add_noise(x0[: batch.num_fresh], noise, level))
         feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
@@ -148,6 +149,9 @@ class GeneratorAdversarial:
     """Fool the discriminator on noised images; neither fake score nor head receives gradient.
 
     Source: DMD2 (arXiv:2405.14867), section 4.3.
+
+    Attributes:
+        beside: the term whose noisy images the discriminator reads too, instead of others of its own.
     """
 
     fake_score: Denoiser
@@ -156,11 +160,14 @@ class GeneratorAdversarial:
     name: str = "gan_generator"
     scale: LossScale = NO_SCALE
     max_index: int = 999
+    beside: DistributionMatching | None = None
 
     def __post_init__(self) -> None:
         self.noise = AdversarialNoise(self.fake_score, self.max_index)
 
     def __call__(self, x0: Tensor, batch: GeneratorInput, draws: Draws) -> TermResult:
+        if self.beside is not None:
+            return self.at(x0, batch, *self.beside.drawn(draws))
         index = self.noise.draw_index(draws, "gan_level")
         noise = draws.normal("gan_noise", self.fake_score.image_shape)
         return self.at(x0, batch, index, noise)
@@ -204,13 +211,17 @@ def pad_rows(gradient: Tensor, rows: int) -> Tensor:
 
 
 class FakeScoreTerm(Protocol):
-    """One loss of fake score and head; its gradient reaches their parameters by backward."""
+    """Losses of fake score and head; their gradients reach the parameters by backward.
 
-    name: str
-    weight: float
+    Attributes:
+        weights: of the losses, by name.
+    """
 
-    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
-        """Scalar loss on detached generated images x0 (B, C, H, W) and, where the term uses them, real ones."""
+    @property
+    def weights(self) -> dict[str, float]: ...
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
+        """Scalar losses by name, on detached generated images x0 (B, C, H, W) and, where the term uses them, real ones."""
 
 
 @dataclass
@@ -224,9 +235,17 @@ class FakeScoreDenoising:
     weight: float = 1.0
     name: str = "fake_score"
 
-    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
+    @property
+    def weights(self) -> dict[str, float]:
+        return {self.name: self.weight}
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
+        return {self.name: self.at(x0, condition, *self.drawn(draws))}
+
+    def drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Grid indices (B,) of all levels, and noises (B, C, H, W)."""
         index = draws.integers("fake_level", 0, self.fake_score.noise_schedule.num_levels)
-        return self.at(x0, condition, index, draws.normal("fake_noise", self.fake_score.image_shape))
+        return index, draws.normal("fake_noise", self.fake_score.image_shape)
 
     def at(self, x0: Tensor, condition: Condition, index: Tensor, noise: Tensor) -> Tensor:
         """The loss at given grid indices (B,) and noises (B, C, H, W)."""
@@ -251,13 +270,20 @@ class DiscriminatorAdversarial:
     def __post_init__(self) -> None:
         self.noise = AdversarialNoise(self.fake_score, self.max_index)
 
-    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> Tensor:
-        shape = self.fake_score.image_shape
-        return self.at(
-            x0, condition, real,
-            self.noise.draw_index(draws, "disc_level_real"), draws.normal("disc_noise_real", shape),
-            self.noise.draw_index(draws, "disc_level_generated"), draws.normal("disc_noise_generated", shape),
-        )  # fmt: skip
+    @property
+    def weights(self) -> dict[str, float]:
+        return {self.name: self.weight}
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
+        generated_noise = draws.normal("disc_noise_generated", self.fake_score.image_shape)
+        generated = self.noise.draw_index(draws, "disc_level_generated"), generated_noise
+        return {self.name: self.at(x0, condition, real, *self.drawn(draws), *generated)}
+
+    def drawn(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Grid indices (B,) and noises (B, C, H, W) for real images."""
+        return self.noise.draw_index(draws, "disc_level_real"), draws.normal(
+            "disc_noise_real", self.fake_score.image_shape
+        )
 
     def at(
         self, x0: Tensor, condition: Condition, real: RealBatch, real_index: Tensor, real_noise: Tensor,
@@ -270,3 +296,33 @@ class DiscriminatorAdversarial:
         feature = self.fake_score.bottleneck(noisy, level, Condition.cat([real.condition, condition]))
         real_logits, generated_logits = self.discriminator(feature).split([len(real.images), len(x0)])
         return discriminator_adversarial_loss(real_logits, generated_logits)
+
+
+@dataclass
+class DenoisingAndAdversarial:
+    """Both losses of the fake score's turn from one forward on the generated images: the discriminator reads its bottleneck.
+
+    Differs from DMD2 (arXiv:2405.14867), section 4.3, where the discriminator sees generated images under noise of their own. It
+    saves their second pass through the encoder, there and back. docs/quality.md has what it is worth.
+    """
+
+    denoising: FakeScoreDenoising
+    adversarial: DiscriminatorAdversarial
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.denoising.weights | self.adversarial.weights
+
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Draws) -> dict[str, Tensor]:
+        fake_score, discriminator = self.denoising.fake_score, self.adversarial.discriminator
+        index, noise = self.denoising.drawn(draws)
+        level = fake_score.noise_schedule.at(index)
+        estimate, feature = fake_score(fake_score.add_noise(x0, noise, level), level, condition, "both")
+        real_index, real_noise = self.adversarial.drawn(draws)
+        real_level = fake_score.noise_schedule.at(real_index)
+        noisy = self.adversarial.noise.add(real.images, real_noise, real_level)
+        real_feature = fake_score.bottleneck(noisy, real_level, real.condition)
+        return {
+            self.denoising.name: denoising_loss(estimate, x0, fake_score.denoising_weight(level)),
+            self.adversarial.name: discriminator_adversarial_loss(discriminator(real_feature), discriminator(feature)),
+        }

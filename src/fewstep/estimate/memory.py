@@ -299,10 +299,11 @@ class _Announced:
     announce: Callable[[], None]
     is_reached: bool = False
 
-    def __post_init__(self) -> None:
-        self.name, self.weight = self.term.name, self.term.weight
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.term.weights
 
-    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> Tensor:
+    def __call__(self, x0: Tensor, condition: Condition, real: RealBatch, draws: Any) -> dict[str, Tensor]:
         if not self.is_reached:
             self.is_reached = True
             self.announce()

@@ -10,6 +10,7 @@ from fewstep.settings.tree import NonNegative, Tree
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys", "softened_reverse_kl"]
 LevelIndex = Annotated[int, Field(ge=0)]
+GanLevels = Literal["shared"] | Annotated[int, Field(ge=-1)]
 _UNIFORM = 1.0  # shift of levels that are drawn uniformly
 
 
@@ -58,10 +59,10 @@ class LossSettings(Tree):
         (0.0, 0.0),
         description="weights of the generator's GAN loss and of the discriminator's loss (published for ImageNet-64: 3e-3 and 1e-2)",
     )
-    gan_max_level_index: int = Field(
+    gan_levels: GanLevels = Field(
         999,
-        ge=-1,
-        description="highest grid index of the GAN's noise, from 0 on; -1: no noise, the GAN sees clean images",
+        description="highest grid index of the GAN's noise, from 0 on; -1: no noise, the GAN sees clean images; "
+        "shared: the noisy images that the scores read, in fewer operations",
     )
     regression_weight: NonNegative = Field(0.0, description="weight of DMD's regression on noise-image pairs")
     lpips_files: tuple[str, ...] = Field(
@@ -75,6 +76,7 @@ class LossSettings(Tree):
         "max_level_index": Earlier("level_indices", _bound(1)),
         "gan_generator_weight": Earlier("gan_weights", entry(0, 2)),
         "gan_discriminator_weight": Earlier("gan_weights", entry(1, 2)),
+        "gan_max_level_index": Earlier("gan_levels"),
     }
 
     @property
@@ -101,6 +103,11 @@ class LossSettings(Tree):
     def level_shift(self) -> float:
         """How levels of distribution matching are drawn: 1 uniformly, above 1 noisy ones more often."""
         return self.level_indices[2]
+
+    @property
+    def gan_max_level_index(self) -> int:
+        """Highest grid index of the GAN's own noise; -1: none."""
+        return 999 if self.gan_levels == "shared" else self.gan_levels
 
     @property
     def regression_distance(self) -> str:
@@ -139,6 +146,10 @@ class LossSettings(Tree):
                 f"losses.gan_weights={list(self.gan_weights)}: the generator's is set but the discriminator's is 0, and an "
                 "untrained discriminator teaches nothing; set both (published: [3e-3, 1e-2])"
             )
+        if self.gan_levels == "shared" and not self.gan_discriminator_weight:
+            return "losses.gan_levels='shared' and there is no GAN: set losses.gan_weights (published: [3e-3, 1e-2])"
+        if self.gan_levels == "shared" and self.gan_generator_weight and not self.distribution_matching_weight:
+            return "losses.gan_levels='shared' shares distribution matching's noisy images, whose weight is 0"
         if self.min_level_index > self.max_level_index:
             return f"losses.level_indices={[self.min_level_index, self.max_level_index]}: the lowest comes first"
         if self.divergence != "reverse_kl":
@@ -152,7 +163,7 @@ class LossSettings(Tree):
             if self.gan_max_level_index < self.max_level_index:
                 return (
                     f"losses.divergence={self.divergence!r} reads the discriminator at levels up to {self.max_level_index} "
-                    f"and it is trained up to losses.gan_max_level_index={self.gan_max_level_index}: raise that"
+                    f"and it is trained up to losses.gan_levels={self.gan_levels}: raise that"
                 )
         if self.lpips_files and len(self.lpips_files) not in (2, 3):
             return (

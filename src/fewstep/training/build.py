@@ -22,6 +22,7 @@ from fewstep.distillation.start import (
     start_others_beside,
 )
 from fewstep.distillation.terms import (
+    DenoisingAndAdversarial,
     DiscriminatorAdversarial,
     DistributionMatching,
     Divergence,
@@ -257,6 +258,7 @@ def _build_generator_terms(
                 losses.gan_generator_weight,
                 scale=scale,
                 max_index=losses.gan_max_level_index,
+                beside=matching if losses.gan_levels == "shared" else None,
             )
         )
     if losses.regression_weight:
@@ -280,14 +282,11 @@ def build_distance(losses: LossSettings, teacher: Model) -> Callable[[Tensor, Te
 
 
 def _build_fake_score_terms(losses: LossSettings, roles: Roles) -> list[FakeScoreTerm]:
-    terms: list[FakeScoreTerm] = [FakeScoreDenoising(roles.fake_score)]
-    if roles.discriminator is not None:
-        terms.append(
-            DiscriminatorAdversarial(
-                roles.fake_score,
-                roles.discriminator,
-                losses.gan_discriminator_weight,
-                max_index=losses.gan_max_level_index,
-            )
-        )
-    return terms
+    denoising = FakeScoreDenoising(roles.fake_score)
+    if roles.discriminator is None:
+        return [denoising]
+    adversarial = DiscriminatorAdversarial(
+        roles.fake_score, roles.discriminator, losses.gan_discriminator_weight, max_index=losses.gan_max_level_index
+    )
+    shared = losses.gan_levels == "shared"
+    return [DenoisingAndAdversarial(denoising, adversarial)] if shared else [denoising, adversarial]

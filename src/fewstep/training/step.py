@@ -180,7 +180,7 @@ def fake_score_loss(
     """Weighted sum of the fake score's and the discriminator's losses, as their share of a mean over the whole batch."""
     total = torch.zeros((), device=x0.device)
     for term in terms:
-        loss = term(x0, condition, part.real, part.draws)
-        tally.add_loss(term.name, loss, part.share)
-        total = total + term.weight * loss
+        for name, loss in term(x0, condition, part.real, part.draws).items():
+            tally.add_loss(name, loss, part.share)
+            total = total + term.weights[name] * loss
     return part.share * total
