@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import fewstep
+from fewstep.estimate.many import own_settings
 from fewstep.families.registry import build_released
 from fewstep.settings import PretrainSettings, TrainSettings, load_settings
 from fewstep.training.build import schedule_warning
@@ -153,6 +154,27 @@ def test_qwen_image_is_ours_and_says_so() -> None:
     assert "not tuned on real weights" in head
     assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
     assert schedule_warning(settings, build_released(settings.teacher.network)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"), [("z_image_dmd2_4step", 8), ("flux2_klein_dmd2_4step", 8), ("qwen_image_dmd2_4step", 32)]
+)
+def test_full_networks_for_many_gpus_are_ours_and_say_so(name: str, processes: int) -> None:
+    """Teacher, steps and prompts of the recipe for one GPU, nothing offloaded or quantised; the batch divides over its processes."""
+    path = RECIPES / f"{name}.toml"
+    settings, one = (load_settings(TrainSettings, RECIPES / f"{file}.toml") for file in (name, f"{name}_one_gpu"))
+    assert settings.expected.startswith("no figure known: ours, for")
+    assert "not tuned on real weights" in settings.expected
+    assert (settings.teacher, settings.generator, settings.data) == (one.teacher, one.generator, one.data)
+    memory = settings.memory
+    assert (memory.mode, memory.base, memory.teacher) == ("full", "bf16", "sharded")
+    assert memory.checkpoint_activations
+    assert settings.optimizer.fake_score_lr == 1e-5  # at 4e-7 users' fake scores of large bases never followed
+    own = own_settings(settings, processes)
+    assert own.training.batch_size == 64 // processes
+    head = path.read_text()
+    assert "not tuned on real weights" in head
+    assert f"fewstep prepare embeddings {settings.teacher.path} PROMPTS.txt {settings.data.prompts}" in head
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "sdxl_dmd2_4step_one_gpu"])

@@ -124,10 +124,28 @@ def test_the_lines_of_a_dry_run() -> None:
     said = list(describe_processes(layout(2), "h100", 2e15))
     assert said[0].startswith("each of 2 processes: 2 samples, ")
     assert "fits in h100, 80 GiB, with a tenth of it left free" in said[0]
+    assert "while it is read, each has the teacher whole: 0.0 GiB of host memory, then 0.0 GiB of its card" in said
     arithmetic = 2e15 / 2 / (0.2 * GPUS["h100"].rate)
-    assert f"({arithmetic:.2g} s of arithmetic at 198 TFLOP/s" in said[1]
-    assert "not measured on several GPUs" in said[1]
+    assert f"({arithmetic:.2g} s of arithmetic at 198 TFLOP/s" in said[2]
+    assert "not measured on several GPUs" in said[2]
     assert "does NOT fit" in next(iter(describe_processes(layout(2, batch=2**14), "rtx4090", 2e15)))
+
+
+@pytest.mark.slow
+def test_a_teacher_too_large_to_be_read_is_named() -> None:
+    """Its parts would fit: whole in float32, as each process has it first, it does not; as adapters' base in bf16 it is half of that."""
+    large, count = layout(2), 25_000_000_000
+    large = replace(large, estimate=replace(large.estimate, parameters=large.estimate.parameters | {"teacher": count}))
+    assert large.while_read == (4 * count, 4 * count)
+    line = next(line for line in describe_processes(large, "h100", 2e15) if "while it is read" in line)
+    assert line.endswith("93.1 GiB of host memory, then 93.1 GiB of its card, which does NOT fit in h100")
+    shared = {"base": "bf16", "mode": "shared_base"}
+    memory = large.settings.memory.model_copy(update=shared)
+    halved = replace(large, settings=large.settings.model_copy(update={"memory": memory}))
+    assert halved.while_read == (4 * count, 2 * count)
+    for other in ({"base": "nf4", "teacher": "replicated"}, {"teacher": "offloaded_blocks"}):
+        changed = large.settings.model_copy(update={"memory": memory.model_copy(update=other)})
+        assert replace(large, settings=changed).while_read == (4 * count, 0)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ class Layout:
             return place in ("sharded", "offloaded")
         return mode == "full" or (mode == "lora_generator" and role == "fake_score")
 
+    @property
+    def while_read(self) -> tuple[int, int]:
+        """Bytes of host memory, and of its device, that a process has the teacher in before it lies in parts: whole, in float32, on the
+        device as `memory.base` says where adapters alone are trained (in 8 or 4 bits it stays so: 0 more)."""
+        count, memory = self.estimate.parameters["teacher"], self.settings.memory
+        if memory.mode != "shared_base":
+            return 4 * count, 4 * count
+        return 4 * count, 0 if memory.is_quantised or memory.offload_blocks else count * DTYPES[memory.base].itemsize
+
     def memory(self) -> dict[str, float]:
         """Bytes of the first process in the phase that needs most: "between steps", "gathered blocks", "step"."""
         found = [self._memory(phase) for phase in self.estimate.kinds if phase in (GENERATOR_TURN, FAKE_SCORE_TURN)]
@@ -211,13 +220,15 @@ def describe_processes(layout: Layout, kind: str, flops: float) -> Iterator[str]
     """
     gpu, number, training = GPUS[kind], layout.processes, layout.settings.training
     own, needed = training.batch_size, layout.memory()
-    total = sum(needed.values()) / _GIB
+    total, (host, read) = sum(needed.values()) / _GIB, (size / _GIB for size in layout.while_read)
     words = "fits" if total <= gpu.gib * (1 - FREE_SHARE) else "does NOT fit"
     yield (
         f"each of {number} processes: {own} samples, {total:.1f} GiB ("
         + ", ".join(f"{name} {size / _GIB:.1f}" for name, size in needed.items())
         + f"): {words} in {kind}, {gpu.gib:g} GiB, with a tenth of it left free"
     )
+    fault = "" if read <= gpu.gib * (1 - FREE_SHARE) else f", which does NOT fit in {kind}"
+    yield f"while it is read, each has the teacher whole: {host:.1f} GiB of host memory, then {read:.1f} GiB of its card{fault}"
     inside, between = layout.exchanged()
     local = layout.sharing <= PER_MACHINE
     links = [
