@@ -4,7 +4,8 @@ import errno
 
 _DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOTDIR,
-    errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EBUSY, errno.ESTALE,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EBUSY, errno.ESTALE, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV,
 )  # fmt: skip
 
 

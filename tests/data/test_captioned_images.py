@@ -127,9 +127,16 @@ def test_every_source(tmp_path: Path, kind: str, streaming: bool) -> None:
 
 
 def refused(source: object, **options: str) -> str:
+    """Why a source, or the first row of it that cannot be used, is refused."""
     with pytest.raises(UserError) as error:
-        list(open_captioned_images(str(source), **options).rows(0))
+        _read_all(source, **options)
     return str(error.value)
+
+
+def _read_all(source: object, **options: str) -> None:
+    for row in open_captioned_images(str(source), **options).rows(0):
+        if row.fault is not None:
+            raise row.fault
 
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
@@ -294,10 +301,54 @@ def test_a_tars_masks_and_empty_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = open_captioned_images(str(masked)).rows(0)
     assert decode_picture(row.picture, "", 16, 3, "exact").max() == 5
     two = tar_of(tmp_path / "b.tar", {"0.png": png(9), "0.jpg": png(5), "0.txt": b"a"})
-    with pytest.raises(UserError, match="row 0 has 2 pictures, of which only one can be meant"):
-        list(open_captioned_images(str(two)).rows(0))
+    assert "row 0 has 2 pictures, of which only one can be meant" in refused(two)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "0.png").write_bytes(png(3))
     (row,) = open_captioned_images(str(tar_of(tmp_path / "c.tar", {"0.png": b"", "0.txt": b"a"}))).rows(0)
     with pytest.raises(UserError, match="picture 0 does not decode"):
         decode_picture(row.picture, "0", 16, 3, "exact")
+
+
+def test_captions_in_a_tar_are_text_files(tmp_path: Path) -> None:
+    """They are read as those beside pictures are: bytes that are not UTF-8 are refused, marks and line ends are no words."""
+    path = tar_of(tmp_path / "a.tar", {"0.png": png(1), "0.txt": "\ufeffa café\r\n".encode()})
+    assert [row.caption for row in open_captioned_images(str(path)).rows(0)] == ["a café"]
+    path = tar_of(tmp_path / "b.tar", {"0.png": png(1), "0.txt": "a café".encode("latin-1")})
+    assert "b.tar: the .txt of row 0 is not UTF-8 text" in refused(path)
+    table = pyarrow.table({"image": [{"bytes": png(7), "path": "x"}], "text": ["café".encode("latin-1")]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    assert "the caption is not UTF-8 text" in refused(tmp_path / "c.parquet")
+
+
+def test_nothing_in_a_tar_is_lost_without_a_word(tmp_path: Path) -> None:
+    """Rows of one key that follow each other, links, and what stands behind the end mark of a tar that cat joined."""
+    path, names = tmp_path / "twice.tar", ["0.png", "0.txt", "0.png", "0.txt"]
+    with tarfile.open(path, "w") as tar:
+        for name, content in zip(names, [png(1), b"one", png(2), b"two"], strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert "row 0 has png more than once among its members" in refused(path)
+    cased = tar_of(tmp_path / "cased.tar", {"0.png": png(1), "0.PNG": png(2), "0.txt": b"a"})
+    assert "row 0 has png more than once" in refused(cased)
+
+    links = tar_of(tmp_path / "links.tar", {"0.png": png(4), "0.txt": b"a"})
+    with tarfile.open(links, "a") as tar:
+        for name, target, kind in (("1.png", "0.png", tarfile.LNKTYPE), ("1.txt", "0.txt", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    rows = list(open_captioned_images(str(links)).rows(0))
+    assert [row.caption for row in rows] == ["a", "a"]
+    assert rows[0].picture["bytes"] == rows[1].picture["bytes"]
+    with tarfile.open(links, "a") as tar:
+        for name, target in (("2.png", "/etc/passwd"), ("3.png", "3.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    assert "its member 2.png is a link to /etc/passwd, which is no file of this tar" in refused(links)
+
+    first, second = (tar_of(tmp_path / name, {f"{name}.png": png(1), f"{name}.txt": b"a"}) for name in ("a", "b"))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    assert "has members behind the end mark at byte" in refused(joined)

@@ -154,7 +154,7 @@ def test_no_and_long_prompts(encoders: TextEncoders, tmp_path: Path) -> None:
     folder = tmp_path / "e"
     for prompts, told in (
         ([], "there are no prompts to embed"),
-        (["a", "b", long], f"the prompt on line 3 has {MAX_TOKENS + 1} tokens, the text encoder takes {MAX_TOKENS} ("),
+        (["a", "b", long], f"prompt 3 of the list has {MAX_TOKENS + 1} tokens, the text encoder takes {MAX_TOKENS} ("),
     ):
         with pytest.raises(UserError) as error:
             prepare_embeddings(encoders, prompts, folder)

@@ -237,6 +237,23 @@ def test_bad_pictures(job: dict[str, Any], pictures: Path, tmp_path: Path) -> No
     torch.testing.assert_close(stored.rows(torch.tensor([4, 5]))[0].float(), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_captions_that_cannot_be_used_are_left_out_too(job: dict[str, Any], tmp_path: Path) -> None:
+    """With --skip-bad, of text files and of tables; without it the first one is named."""
+    beside, rows = tmp_path / "beside", write_folder(tmp_path / "rows", ["a", "b", "c"])
+    beside.mkdir()
+    for number, caption in enumerate([b"a", b"caf\xe9", b"c"]):
+        (beside / f"{number}.png").write_bytes(png(number))
+        (beside / f"{number}.txt").write_bytes(caption)
+    metadata = (rows / "metadata.jsonl").read_text()
+    (rows / "metadata.jsonl").write_text(metadata.replace('"b"', "3"))
+    for source, told in ((beside, "1.txt cannot be read as UTF-8 text"), (rows, "the caption is int, not text")):
+        options = {**job, "source": open_captioned_images(str(source))}
+        with pytest.raises(UserError, match=told):
+            prepare_latents(folder=tmp_path / f"l-{source.name}", **options)
+        stored = StoredLatents(prepare_latents(folder=tmp_path / f"m-{source.name}", skip_bad=True, **options))
+        assert stored.captions.prompts() == ["a", "c"]
+
+
 def test_nothing_usable(job: dict[str, Any], tmp_path: Path) -> None:
     options = {**job, "source": open_captioned_images(str(write_folder(tmp_path / "small", ["a", "b"], size=8)))}
     with pytest.raises(UserError, match="would have to be enlarged"):
@@ -275,7 +292,9 @@ def test_published_latents(encoders: TextEncoders, model: Path, tmp_path: Path) 
     assert torch.equal(stored.rows(torch.arange(10))[0], values)
     assert stored.captions.prompts(torch.arange(10)) == CAPTIONS
     check_latents_fit(stored, text_fingerprint=text_fingerprint(model), latent_shape=(4, 8, 8), **facts)
-    scaled = import_lmdb_latents(encoders, tmp_path / "set", tmp_path / "m", scale=0.5, **facts)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert import_lmdb_latents(encoders, tmp_path / "moved", folder, shard_size=4, **facts) == folder
+    scaled = import_lmdb_latents(encoders, tmp_path / "moved", tmp_path / "m", scale=0.5, **facts)
     assert torch.equal(StoredLatents(scaled).rows(torch.arange(10))[0], (values.float() * 0.5).half())
 
 

@@ -1,6 +1,8 @@
 """Noise-image pairs are the teacher's own samples, and an interrupted job ends in the same bytes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +184,63 @@ def test_other_settings_are_refused(teacher: Model, whole: Path, changes: dict[s
 
 
 def test_another_teacher_is_refused(teacher: Model, whole: Path) -> None:
-    with pytest.raises(UserError, match="teacher was 'teacher', is 'other'"):
-        prepare_pairs(teacher, "other", whole, **JOB)
+    other = build_model(tiny_denoiser(num_classes=4), ModelCard("teacher"))
+    with torch.no_grad():
+        next(other.denoiser.parameters()).add_(1)
+    with pytest.raises(UserError, match=r"network was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        prepare_pairs(other, "teacher", whole, **JOB)
     smaller = build_model(tiny_denoiser(resolution=8), ModelCard("teacher"))
     with pytest.raises(UserError, match=r"image_shape was \[1, 16, 16\], is \[1, 8, 8\]"):
         prepare_pairs(smaller, "teacher", whole, **JOB)
+
+
+def test_the_same_teacher_under_another_name_goes_on(teacher: Model, whole: Path, tmp_path: Path) -> None:
+    """By its weights, wherever they lie; what an earlier version wrote has no weights to compare, but the name."""
+    before = files_of(whole)
+    prepare_pairs(teacher, "../elsewhere/teacher", whole, **JOB)
+    assert files_of(whole) == before
+    folder = prepare_pairs(teacher, "teacher", tmp_path, **JOB)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["job"]["network"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    prepare_pairs(teacher, "teacher", folder, **JOB)
+    with pytest.raises(UserError, match="teacher was 'teacher', is 'other'"):
+        prepare_pairs(teacher, "other", folder, **JOB)
+
+
+def test_what_a_kill_left_half_written_is_removed(teacher: Model, whole: Path, tmp_path: Path) -> None:
+    """Before the manifest had its name, and in the middle of a shard."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / f".{MANIFEST}.writing").write_text("{")
+    prepare_pairs(teacher, "teacher", folder, **JOB)
+    (folder / ".pairs_00001.safetensors.writing").write_bytes(b"half")
+    prepare_pairs(teacher, "teacher", folder, **JOB)
+    assert files_of(folder) == files_of(whole)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fewstep.formats.folder_lock import one_process
+with one_process(Path(sys.argv[1]), "taken"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(teacher: Model, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            UserError, match=r"another process writes pairs into .*; wait for it, or choose another folder"
+        ):
+            prepare_pairs(teacher, "teacher", tmp_path, **JOB)
+        assert not list(tmp_path.iterdir())
+        other.kill()
+    prepare_pairs(teacher, "teacher", tmp_path, **JOB)
+    prepare_pairs(teacher, "teacher", tmp_path, **JOB)  # the first of the two let go
 
 
 def test_a_folder_of_other_things(teacher: Model, tmp_path: Path) -> None:
@@ -209,11 +263,11 @@ def test_impossible_guidance_makes_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_the_manifest_says_what_was_made(whole: Path) -> None:
+def test_the_manifest_says_what_was_made(teacher: Model, whole: Path) -> None:
     manifest = json.loads((whole / MANIFEST).read_text())
     assert manifest["complete"]
     assert manifest["job"] == {
         "teacher": "teacher", "num_pairs": 10, "seed": 4, "num_steps": 2, "guidance_scale": 1.0, "shard_size": 4,
-        "image_shape": [1, 16, 16], "precision": "float32",
+        "image_shape": [1, 16, 16], "precision": "float32", "network": teacher.fingerprint,
     }  # fmt: skip
     assert [entry["rows"] for entry in manifest["shards"]] == [4, 4, 2]

@@ -495,6 +495,22 @@ def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Pa
     assert not any("256" in line for line in pairs_warning(settings, teacher))
 
 
+def test_pairs_of_another_network_are_refused(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
+    """A class teacher is known by its weights too; pairs of an earlier version do not say whose they are."""
+    settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
+    other = build_model(tiny_denoiser(num_classes=4), ModelCard("teacher"))
+    with torch.no_grad():
+        next(other.denoiser.parameters()).add_(1)
+    with pytest.raises(UserError, match="was made by another network than the teacher's"):
+        pairs_warning(settings, other)
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
+    del manifest["job"]["network"]
+    (tmp_path / "pairs/manifest.json").write_text(json.dumps(manifest))
+    settings = settings_of(data={"pairs": str(tmp_path / "pairs")}, losses={"regression_weight": 0.25})
+    assert "does not say which network made it" in pairs_warning(settings, teacher)[0]
+
+
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_a_quantised_base_is_for_loras(base: str) -> None:
     told = rf"memory\.base='{base}' is for a frozen base under LoRAs, and memory\.mode='full' trains whole networks: set memory\.mode"

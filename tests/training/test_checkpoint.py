@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10, 100_000_000):
         write_checkpoint(tmp_path, step, some_tensors(step), STATE, keep=3)
     assert [read_checkpoint(path)[1]["step"] for path in list_checkpoints(tmp_path)] == [9, 10, 100_000_000]
+
+
+def test_what_lies_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    """A damaged one that was moved aside, a copy, a note: the run goes on from what is left."""
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, some_tensors(step), STATE, keep=3)
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000002.bak")
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001 (copy)")
+    (tmp_path / "step_notes.txt").write_text("mine")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_no_folder_is_no_checkpoints(tmp_path: Path) -> None:
@@ -192,6 +203,19 @@ def test_missing_file(tmp_path: Path, name: str) -> None:
     (path / name).unlink()
     with pytest.raises(UserError, match=f"step_00000001 is damaged .*{name}"):
         read_checkpoint(path)
+
+
+def test_a_changed_state_is_noticed(tmp_path: Path) -> None:
+    """One digit of it is as much a part of the run as a weight; earlier versions wrote no digest of it."""
+    path = write_checkpoint(tmp_path, 1, some_tensors(), STATE, keep=1)
+    written = (path / "state.json").read_text()
+    (path / "state.json").write_text(written.replace('"elapsed_seconds": 1.5', '"elapsed_seconds": 9.5'))
+    with pytest.raises(UserError, match=r"step_00000001 is damaged \(state\.json is not what was written\)"):
+        read_checkpoint(path)
+    earlier = json.loads(written)
+    del earlier["state"]
+    (path / "state.json").write_text(json.dumps(earlier))
+    assert read_checkpoint(path)[1] == {**STATE, "step": 1}
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json"])

@@ -95,7 +95,7 @@ def test_a_long_prompt_is_refused_unless_the_settings_cut_it(model: Path, tmp_pa
     with pytest.raises(UserError) as error:
         open_prompts(settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind), teacher, tmp_path / "run")
     assert str(error.value) == (
-        f"the prompt on line 2 has {MAX_TOKENS + 2} tokens, the text encoder takes {MAX_TOKENS} ({LONG[:60]!r}...); "
+        f"prompt 2 of the list has {MAX_TOKENS + 2} tokens, the text encoder takes {MAX_TOKENS} ({LONG[:60]!r}...); "
         "shorten it, or cut all long ones with data.truncate_prompts=true"
     )
     cut = settings(model, tmp_path, ["a dog", LONG], text_embeddings=kind, truncate_prompts=True)
@@ -114,7 +114,7 @@ def test_pairs_of_long_prompts(model: Path, tmp_path: Path) -> None:
     options = ("--num-pairs", 2, "--teacher-steps", 1, "--device", "cpu")
     answer = run(*command, *options)
     assert answer.code == 2
-    assert answer.err.startswith("fewstep: the prompt on line 2 has ")
+    assert answer.err.startswith("fewstep: prompt 2 of the list has ")
     assert answer.err.endswith("; shorten it, or cut all long ones with --truncate-prompts\n")
     assert not (tmp_path / "pairs").exists()
     answer = run(*command, *options, "--truncate-prompts")

@@ -1,7 +1,7 @@
 """Pictures with captions in a fixed order: folders, WebDataset tars, and (through `datasets`) parquet files and hub sets."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class CaptionedImage(NamedTuple):
     name: str  # for messages
     picture: dict[str, Any]  # "bytes" or "path", as `datasets.Image(decode=False)` gives it
     caption: str
+    fault: UserError | None = None  # why it cannot be used, where that is known before it is decoded
 
 
 class CaptionedImages:
@@ -62,11 +63,17 @@ class CaptionedImages:
         """
         try:
             for number, row in enumerate(self._raw(first), start=first):
-                picture = row[self._image] or {}
+                picture = row.get(self._image) or {}
                 name = row.get("__key__") or picture.get("path") or f"row {number}"
                 place = "" if str(name).startswith(self.source) else f" of {self.source}"
                 named = f"{name} (row {number}{place})"
-                yield CaptionedImage(named, picture, _text(row[self._caption], named))
+                try:
+                    if fault := row.get("fault"):
+                        raise fault
+                    found = CaptionedImage(named, picture, _text(row[self._caption], named))
+                except UserError as error:
+                    found = CaptionedImage(named, picture, "", error)
+                yield found
         except UserError:
             raise
         except Exception as error:  # tarfile, pyarrow, the hub: each becomes one sentence with its own words
@@ -90,7 +97,7 @@ class FolderOfCaptions:
     The second is kohya's layout: NAME.png and NAME.txt.
     """
 
-    def __init__(self, listing: Listing, captions: list[str | None]) -> None:
+    def __init__(self, listing: Listing, captions: Sequence[str | UserError | None]) -> None:
         self._listing, self._captions = listing, captions
 
     def __len__(self) -> int:
@@ -99,14 +106,17 @@ class FolderOfCaptions:
     def select(self, numbers: range) -> Iterator[dict[str, Any]]:
         """Rows by number."""
         for number in numbers:
-            path = str(self._listing.paths[number])
-            yield {"image": {"path": path, "bytes": None}, "text": self._captions[number]}
+            caption, fault = self._captions[number], {}
+            if isinstance(caption, UserError):
+                caption, fault = None, {"fault": caption}
+            yield {"image": {"path": str(self._listing.paths[number]), "bytes": None}, "text": caption, **fault}
 
     def digest_of(self, first: int, count: int) -> str:
         """Of the pictures' sizes and the captions of some rows."""
         digest = hashlib.sha256()
         for number in range(first, min(first + count, len(self))):
             path, caption = self._listing.paths[number], self._captions[number] or ""
+            caption = "\0" if isinstance(caption, UserError) else caption
             size = path.stat().st_size if path.exists() else -1
             digest.update(f"{size}\0{caption}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:32]
@@ -187,11 +197,12 @@ def captions_beside(listing: Listing) -> dict[str, Path]:
     return {name: listing.root / texts[stem] for name, stem in stems.items() if stem in texts}
 
 
-def _read_caption(path: Path) -> str:
+def _read_caption(path: Path) -> str | UserError:
+    """The text of a file, or why it is none."""
     try:
         return path.read_bytes().decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"caption {path} cannot be read as UTF-8 text ({error}); save it again") from None
+        return UserError(f"caption {path} cannot be read as UTF-8 text ({error}); save it again")
 
 
 def _open_table(source: str, path: Path, split: str, caption_column: str, streaming: bool) -> CaptionedImages:
@@ -248,7 +259,10 @@ def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
 def _text(caption: Any, where: str) -> str:
     """A caption as text; a missing one is empty, which the caller refuses or skips."""
     if isinstance(caption, bytes):
-        return caption.decode("utf-8", errors="replace")
+        try:
+            return caption.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: the caption is not UTF-8 text ({error}); mend it") from None
     if caption is not None and not isinstance(caption, str):
         raise UserError(
             f"{where}: the caption is {type(caption).__name__}, not text; mend it, or name another column with --caption-column"

@@ -119,6 +119,8 @@ def _from_text(path: Path, _: str) -> Iterator[tuple[str, Any]]:
 
 def _from_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.formats.atomic import replaced_file
+from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.formats.folder_lock import one_process
 from fewstep.formats.json_files import entry, kind_name, read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
 
 MANIFEST = "manifest.json"
+# what a job names, and what knows it by its content wherever it lies; where an earlier version noted no content, the names are compared
+_PROVEN_BY = {"teacher": "network", "lmdb": "lmdb_content"}
 
 
 @dataclass(frozen=True)
@@ -109,36 +114,55 @@ def unreadable(path: Path, error: Exception, kind: ShardKind) -> UserError:
     return UserError(f"{path} cannot be read ({error}); {_again(kind)}")
 
 
-def start_or_continue(
+@contextmanager
+def writing(
     folder: Path, job: dict[str, Any], kind: ShardKind, ignore: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """The manifest to go on with: of a new folder, or of an unfinished one up to its first damaged shard.
+) -> Iterator[dict[str, Any]]:
+    """The manifest to go on with: of a new folder, or of an unfinished one up to its first damaged shard; no other process writes there meanwhile.
+
+    What a killed process left half-written is removed.
 
     Args:
         ignore: names that may already lie in a new folder.
 
     Raises:
-        UserError: the folder holds something else, or another job of this kind.
+        UserError: the folder holds something else, or another job of this kind; another process writes into it.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose a folder for the {kind.short}")
-    if not (folder / MANIFEST).exists():
-        if folder.exists() and any(path.name not in ignore for path in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no {kind.short}; choose another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
-        manifest: dict[str, Any] = {"job": job, "shards": [], "complete": False}
-        write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
-        return manifest
+    is_new = not (folder / MANIFEST).exists()
+    if (
+        is_new
+        and folder.exists()
+        and any(entry.name not in ignore and not is_leftover(entry) for entry in folder.iterdir())
+    ):
+        raise UserError(f"{folder} is not empty and holds no {kind.short}; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
+    with one_process(
+        folder, f"another process writes {kind.short} into {folder}; wait for it, or choose another folder"
+    ):
+        remove_leftovers(folder)
+        yield _begin(folder, job) if not (folder / MANIFEST).exists() else _go_on(folder, job, kind)
+
+
+def _begin(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    manifest: dict[str, Any] = {"job": job, "shards": [], "complete": False}
+    write_manifest(folder, manifest)  # before the first shard, so that a kill at any moment can be continued
+    return manifest
+
+
+def _go_on(folder: Path, job: dict[str, Any], kind: ShardKind) -> dict[str, Any]:
+    """The manifest of the same job up to its first damaged shard; raises UserError where the job is another one."""
     manifest = read_manifest(folder, kind)
     before = manifest.get("job", {})
-    if before != job:
-        keys = [*job, *(key for key in before if key not in job)]
-        changed = [
-            f"{key} was {before.get(key)!r}, is {job.get(key)!r}" for key in keys if before.get(key) != job.get(key)
-        ]
+    same = {name if proof in before else proof for name, proof in _PROVEN_BY.items() if name in job}
+    keys = [key for key in [*job, *(key for key in before if key not in job)] if key not in same]
+    if changed := [
+        f"{key} was {before.get(key)!r}, is {job.get(key)!r}" for key in keys if before.get(key) != job.get(key)
+    ]:
         raise UserError(f"{folder} holds other {kind.short}: {', '.join(changed)}; choose another folder")
     intact = 0  # shards are made in order: keep those before the first that is missing or changed
     while intact < len(manifest["shards"]) and is_intact(folder, manifest["shards"][intact]):

@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.asked import asked_for, refuse_no_place
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.diversity import DiversityJudge
-from fewstep.evaluation.feature_cache import network_digest, tensors_digest
+from fewstep.evaluation.feature_cache import network_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import Clocked, Rows, dtype_of, figure_of, guidance_of, look
 from fewstep.evaluation.measurement import Measurement
@@ -25,7 +25,7 @@ from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.protocols import Protocol, coco_figure, coco_look, protocol_named
 from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
 from fewstep.formats.atomic import replaced_file
-from fewstep.formats.fingerprints import file_digest
+from fewstep.formats.fingerprints import file_digest, tensors_digest
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
 from fewstep.parallel import agreed, joined, rank, world_size

@@ -16,6 +16,7 @@ from fewstep.data.listing import walk_files
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.fingerprints import add_tensors, tensors_digest
 from fewstep.formats.remote import user_cache
 from fewstep.formats.tensor_files import read_safetensors, write_tensor_file
 from fewstep.progress import Report
@@ -67,14 +68,7 @@ def network_digest(network: FeatureNetwork) -> str:
     if not isinstance(network, nn.Module):
         return ""
     digest = hashlib.sha256(f"{type(network).__qualname__} {network.name} {network.extra_repr()}".encode())
-    _add_tensors(digest, network.state_dict())
-    return digest.hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors with their names, kinds and shapes, in the order of the names."""
-    digest = hashlib.sha256()
-    _add_tensors(digest, tensors)
+    add_tensors(digest, network.state_dict())
     return digest.hexdigest()
 
 
@@ -129,9 +123,3 @@ def keep_features(key: str, features: Mapping[str, Tensor], tell: Tell = lambda 
 
 def _place(key: str) -> Path:
     return cache_folder() / f"{key[:32]}.safetensors"
-
-
-def _add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -3,8 +3,12 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
+from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.json_files import parse_json
@@ -18,6 +22,11 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: object) -> str:
+    """SHA-256 of what JSON keeps of a value, whatever its order and layout."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def text_fingerprint(folder: Path) -> str:
@@ -93,3 +102,17 @@ def add_content(digest: "hashlib._Hash", file: BinaryIO, size: int) -> None:
     for number in range(_NUM_BLOCKS):  # the first block begins the file, the last one ends it
         file.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
         digest.update(file.read(_BLOCK_BYTES))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors with their names, kinds and shapes, in the order of the names."""
+    digest = hashlib.sha256()
+    add_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors with their names, kinds and shapes to a digest, in the order of the names."""
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.formats.fingerprints import add_content
 from fewstep.formats.lmdb_pages import check_lmdb_file
 from fewstep.formats.tensor_files import first_line
 
@@ -57,6 +59,20 @@ class LmdbArrays:
     def close(self) -> None:
         """Close the files, unless another reader has them open."""
         self._shared = None
+
+    def fingerprint(self) -> str:
+        """Of the content, wherever it lies: size and 256 spread blocks of the file, or all of a small one.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        file, digest = self.path / "data.mdb" if self.path.is_dir() else self.path, hashlib.sha256()
+        try:
+            with file.open("rb") as opened:
+                add_content(digest, opened, file.stat().st_size)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error})") from error
+        return digest.hexdigest()[:32]
 
     @property
     def _env(self) -> Any:

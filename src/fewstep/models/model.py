@@ -18,7 +18,7 @@ from fewstep.distillation.sharding import written_by_the_first
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
-from fewstep.formats.fingerprints import network_fingerprint
+from fewstep.formats.fingerprints import network_fingerprint, tensors_digest
 from fewstep.formats.lora_list import loras_fingerprint
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.formats.pixels import to_pictures
@@ -268,14 +268,14 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Of the network in its folder and the LoRAs merged into it; empty where the network is everything.
+        """Of the network in its folder and the LoRAs merged into it; of the weights where the network is everything.
 
         Raises:
             UserError: a file is not there any more.
         """
         merged = self.card.base_loras
         if self.folder is None:
-            return ""
+            return tensors_digest(self.denoiser.state_dict())
         return network_fingerprint(self.folder, loras_fingerprint(merged) if merged else "")
 
     @property

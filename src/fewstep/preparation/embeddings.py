@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.parallel import rank, world_size
-from fewstep.preparation.shards import begin, fill
+from fewstep.preparation.shards import begun, fill
 from fewstep.progress import tell
 from fewstep.shared_work import by_the_first
 
@@ -53,11 +53,7 @@ def prepare_embeddings(
     }  # fmt: skip
     table = PromptTable(encoders, batch_size)
     announce = partial(_announce, folder, table, prompts, spare_with, max_gigabytes)
-    manifest = begin(folder, job, EMBEDDINGS, announce)
-    num_shards, known = -(-len(prompts) // shard_size), len(manifest["shards"]) * shard_size
-    table.add_known(prompts[:known])
-    if manifest["shards"] and not manifest["complete"]:
-        by_the_first(announce)
+    num_shards, known = -(-len(prompts) // shard_size), 0
 
     def make(number: int) -> dict[str, Any] | None:
         """One shard's entry, None behind the last."""
@@ -73,14 +69,21 @@ def prepare_embeddings(
         )
         return write_tensors(folder, number, tensors, len(part), EMBEDDINGS)
 
-    fill(folder, manifest, num_shards, make, lambda done: report(min(done * shard_size, len(prompts)), len(prompts)))
+    with begun(folder, job, EMBEDDINGS, announce) as manifest:
+        known = len(manifest["shards"]) * shard_size
+        table.add_known(prompts[:known])
+        if manifest["shards"] and not manifest["complete"]:
+            by_the_first(announce)
+        fill(
+            folder, manifest, num_shards, make, lambda done: report(min(done * shard_size, len(prompts)), len(prompts))
+        )  # fmt: skip
     return folder
 
 
 def check_prompts(encoders: TextEncoders, prompts: list[str], truncate: bool, cut_with: str) -> None:
-    """`check_prompt` of a list; the place is the number of the prompt."""
+    """`check_prompt` of a list; the place is the number of the prompt, blank lines not counted."""
     for number, prompt in enumerate(prompts, start=1):
-        check_prompt(encoders, prompt, f"the prompt on line {number}", truncate, cut_with)
+        check_prompt(encoders, prompt, f"prompt {number} of the list", truncate, cut_with)
 
 
 def check_prompt(encoders: TextEncoders, prompt: str, place: str, truncate: bool, cut_with: str) -> None:

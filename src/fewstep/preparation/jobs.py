@@ -98,7 +98,7 @@ def _make_pairs(teacher: str, folder: Path, options: PairsOptions) -> None:
     precision = agreed(precision_of(options.precision, options.device, partial(say, console)))
     with busy(console, f"Loading the teacher {teacher}"):
         model = load_teacher(teacher, device=options.device, precision=precision, loras=options.loras)
-    refuse_differences(f"{teacher} {model.fingerprint if model.folder else ''} {options}", "teachers or options")
+    refuse_differences(f"{teacher} {model.fingerprint} {options}", "teachers or options")
     conditions = model.conditioner.every
     if conditions is None:
         conditions = _pair_prompts(model, folder, options)

@@ -26,7 +26,7 @@ from fewstep.networks.autoencoder import Autoencoder
 from fewstep.networks.text_encoders import TextEncoders
 from fewstep.parallel import rank, world_size
 from fewstep.preparation.embeddings import PromptTable, announce_size, check_prompt
-from fewstep.preparation.shards import begin
+from fewstep.preparation.shards import begun
 from fewstep.shared_work import by_all, by_the_first
 
 Report = Callable[[int, int | None], None]
@@ -157,6 +157,8 @@ class _Reader:
         return self._rows
 
     def _decode(self, row: CaptionedImage) -> np.ndarray | UserError:
+        if row.fault is not None:
+            return row.fault
         try:
             return decode_picture(row.picture, row.name, self.resolution, 3, self.fit, self.background, self._animation)
         except UserError as error:
@@ -164,6 +166,8 @@ class _Reader:
 
     def _usable(self, row: CaptionedImage, picture: np.ndarray | UserError) -> np.ndarray | None:
         try:
+            if row.fault is not None:
+                raise row.fault
             place = f"{self.source.source}: the caption of {row.name}"
             check_prompt(self.encoders, row.caption, place, self.truncate, CUT_WITH)
             if isinstance(picture, UserError):
@@ -207,8 +211,8 @@ def import_lmdb_latents(
             raise UserError(f"{path}: latents of shape {shape} and {num_prompts} prompts do not belong together")
         if scale is None:
             check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
-        job = {"lmdb": str(path), "lmdb_shape": list(shape), "scale": scale, "vae": vae_fingerprint,
-               **_text_job(encoders, truncate, shard_size, captions)}  # fmt: skip
+        job = {"lmdb": str(path), "lmdb_content": arrays.fingerprint(), "lmdb_shape": list(shape), "scale": scale,
+               "vae": vae_fingerprint, **_text_job(encoders, truncate, shard_size, captions)}  # fmt: skip
 
         def read_part(first: int, size: int) -> _Part:
             numbers = range(first, min(first + size, num_prompts))
@@ -237,7 +241,33 @@ def _write_parts(
     """
     as_text = job.get("captions") == "text"
     row_bytes = partial(int) if as_text else table.row_bytes
-    manifest = begin(folder, job, LATENTS, lambda: _announce(folder, total, latent_bytes(), row_bytes()))
+    with begun(folder, job, LATENTS, lambda: _announce(folder, total, latent_bytes(), row_bytes())) as manifest:
+        taken = _taken_before(folder, manifest, table, source, digest_of)
+        own = _OwnShard(folder, table, read_part, as_text)
+        while not manifest["complete"]:
+            sizes = [shard_size if total is None else max(0, min(shard_size, total - taken - shard_size * number))
+                     for number in range(world_size())]  # fmt: skip
+            found = by_all(partial(own.read, taken + shard_size * rank(), sizes[rank()]))
+            captions, rows = [one for one, _ in found], [count for _, count in found]
+            entries = by_all(partial(own.write, len(manifest["shards"]) + rank(), captions))
+            manifest["shards"] += [entry for entry in entries if entry is not None]
+            taken += sum(rows)
+            manifest["complete"] = rows != sizes or taken == total
+            if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
+                raise UserError(f"{source} has no usable picture with a caption; look at it, or at --skip-bad")
+            by_the_first(partial(write_manifest, folder, manifest))
+            report(taken, total)
+    return folder
+
+
+def _taken_before(
+    folder: Path, manifest: dict[str, Any], table: PromptTable, source: str, digest_of: Callable[[int, int], str]
+) -> int:
+    """Rows of the source that stored shards took; their texts are told to the table.
+
+    Raises:
+        UserError: some of them are others now.
+    """
     taken = 0
     for entry in manifest["shards"]:
         table.add_known(read_texts(folder / entry["file"]))
@@ -248,21 +278,7 @@ def _write_parts(
                 f"after their latents were stored ({entry['file']}); put them back, or choose another folder"
             )
         taken += count
-    own = _OwnShard(folder, table, read_part, as_text)
-    while not manifest["complete"]:
-        sizes = [shard_size if total is None else max(0, min(shard_size, total - taken - shard_size * number))
-                 for number in range(world_size())]  # fmt: skip
-        found = by_all(partial(own.read, taken + shard_size * rank(), sizes[rank()]))
-        captions, rows = [one for one, _ in found], [count for _, count in found]
-        entries = by_all(partial(own.write, len(manifest["shards"]) + rank(), captions))
-        manifest["shards"] += [entry for entry in entries if entry is not None]
-        taken += sum(rows)
-        manifest["complete"] = rows != sizes or taken == total
-        if manifest["complete"] and not any(entry["rows"] for entry in manifest["shards"]):
-            raise UserError(f"{source} has no usable picture with a caption; look at it, or at --skip-bad")
-        by_the_first(partial(write_manifest, folder, manifest))
-        report(taken, total)
-    return folder
+    return taken
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.data.latents import EMBEDDINGS, pack_texts
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
-from fewstep.data.shard_folder import start_or_continue, write_manifest, write_tensors
+from fewstep.data.shard_folder import write_manifest, write_tensors, writing
 from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays
@@ -45,24 +45,27 @@ def import_lmdb_pairs(
         if scale is None:
             check_scale(path, arrays.rows(IMAGES, range(min(64, arrays.shapes[IMAGES][0]))))
         total = min(arrays.shapes[NOISE][0], num_pairs or arrays.shapes[NOISE][0])
-        source: dict[str, Any] = {"lmdb": str(path), "lmdb_shape": list(arrays.shapes[NOISE]), "shard_size": shard_size}
+        source: dict[str, Any] = {
+            "lmdb": str(path), "lmdb_content": arrays.fingerprint(), "lmdb_shape": list(arrays.shapes[NOISE]),
+            "shard_size": shard_size,
+        }  # fmt: skip
         job = {
             **source, "teacher": teacher, "network": network_fingerprint, "num_pairs": total, "scale": scale,
             "image_shape": list(arrays.shapes[NOISE][1:]),
         }  # fmt: skip
-        manifest = start_or_continue(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
-        _import_embeddings(encoders, arrays, empty, folder / PROMPT_EMBEDDINGS, source, total)
-        for number in range(len(manifest["shards"]), -(-total // shard_size)):
-            rows = range(number * shard_size, min((number + 1) * shard_size, total))
-            images = arrays.rows(IMAGES, rows)
-            images = images if scale is None else (images.float() * scale).half()
-            entry = write_shard(
-                folder, number, _finite(path, arrays.rows(NOISE, rows)), _finite(path, images), torch.tensor(rows)
-            )
-            manifest["shards"].append(entry)
-            manifest["complete"] = rows.stop == total
-            write_manifest(folder, manifest)
-            report(rows.stop, total)
+        with writing(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,)) as manifest:
+            _import_embeddings(encoders, arrays, empty, folder / PROMPT_EMBEDDINGS, source, total)
+            for number in range(len(manifest["shards"]), -(-total // shard_size)):
+                rows = range(number * shard_size, min((number + 1) * shard_size, total))
+                images = arrays.rows(IMAGES, rows)
+                images = images if scale is None else (images.float() * scale).half()
+                entry = write_shard(
+                    folder, number, _finite(path, arrays.rows(NOISE, rows)), _finite(path, images), torch.tensor(rows)
+                )
+                manifest["shards"].append(entry)
+                manifest["complete"] = rows.stop == total
+                write_manifest(folder, manifest)
+                report(rows.stop, total)
     return folder
 
 
@@ -71,20 +74,21 @@ def _import_embeddings(
 ) -> None:
     """Embeddings as `prepare embeddings` stores them, a row a pair."""
     facts = {"family": encoders.family, "text_encoders": text_fingerprint(encoders.folder), "num_prompts": total}
-    manifest, size = start_or_continue(folder, {**source, **facts}, EMBEDDINGS), source["shard_size"]
-    for number in range(len(manifest["shards"]), -(-total // size)):
-        rows = range(number * size, min((number + 1) * size, total))
-        tensors = {"row": torch.tensor(rows), **pack_texts([f"pair {row} of {arrays.path.name}" for row in rows])}
-        tensors["text"] = _finite(arrays.path, arrays.rows(TEXT, rows)).reshape(len(rows), *empty.text.shape[1:])
-        if empty.pooled is not None:
-            tensors["pooled"] = _finite(arrays.path, arrays.rows(POOLED, rows)).reshape(len(rows), -1)
-        if number == 0:
-            tensors["empty_text"] = empty.text.half().contiguous()
+    size = source["shard_size"]
+    with writing(folder, {**source, **facts}, EMBEDDINGS) as manifest:
+        for number in range(len(manifest["shards"]), -(-total // size)):
+            rows = range(number * size, min((number + 1) * size, total))
+            tensors = {"row": torch.tensor(rows), **pack_texts([f"pair {row} of {arrays.path.name}" for row in rows])}
+            tensors["text"] = _finite(arrays.path, arrays.rows(TEXT, rows)).reshape(len(rows), *empty.text.shape[1:])
             if empty.pooled is not None:
-                tensors["empty_pooled"] = empty.pooled.half().contiguous()
-        manifest["shards"].append(write_tensors(folder, number, tensors, len(rows), EMBEDDINGS))
-        manifest["complete"] = rows.stop == total
-        write_manifest(folder, manifest)
+                tensors["pooled"] = _finite(arrays.path, arrays.rows(POOLED, rows)).reshape(len(rows), -1)
+            if number == 0:
+                tensors["empty_text"] = empty.text.half().contiguous()
+                if empty.pooled is not None:
+                    tensors["empty_pooled"] = empty.pooled.half().contiguous()
+            manifest["shards"].append(write_tensors(folder, number, tensors, len(rows), EMBEDDINGS))
+            manifest["complete"] = rows.stop == total
+            write_manifest(folder, manifest)
 
 
 def _check(path: Path, arrays: LmdbArrays, empty: TextEmbeddings) -> None:

@@ -12,7 +12,7 @@ from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
 from fewstep.parallel import world_size
-from fewstep.preparation.shards import begin, fill
+from fewstep.preparation.shards import begun, fill
 
 
 def prepare_pairs(
@@ -48,9 +48,7 @@ def prepare_pairs(
     conditions = teacher.conditioner.every if conditions is None else conditions
     if conditions is None:
         raise ValueError("pairs of a text-to-image teacher need conditions (its prompts)")
-    if teacher.folder is not None:
-        job["network"] = teacher.fingerprint
-    manifest = begin(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,))
+    job["network"] = teacher.fingerprint
     num_shards = -(-num_pairs // shard_size)
 
     def make(number: int) -> dict[str, Any] | None:
@@ -65,7 +63,8 @@ def prepare_pairs(
             return None
         return write_shard(folder, number, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    fill(folder, manifest, num_shards, make)
+    with begun(folder, job, PAIRS, ignore=(PROMPT_EMBEDDINGS,)) as manifest:
+        fill(folder, manifest, num_shards, make)
     return folder
 
 

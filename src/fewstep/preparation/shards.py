@@ -1,42 +1,46 @@
 """Folders of shards that as many processes fill as torchrun started."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.shard_folder import MANIFEST, ShardKind, start_or_continue, write_manifest
+from fewstep.data.shard_folder import MANIFEST, ShardKind, write_manifest, writing
 from fewstep.formats.remote import refuse_url
 from fewstep.parallel import agreed, rank, world_size
 from fewstep.shared_work import by_all, by_the_first, refuse_differences, refuse_unshared
 
 
-def begin(
+@contextmanager
+def begun(
     folder: Path, job: dict[str, Any], kind: ShardKind, announce: Callable[[], None] = lambda: None,
     ignore: tuple[str, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """`start_or_continue` for all processes: the manifest that each goes on with.
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """`writing` for all processes: the manifest that each goes on with; the first one holds the folder.
 
     Args:
         announce: called by the first process before a new folder is made; may refuse.
 
     Raises:
-        UserError: as `start_or_continue`; the processes have different jobs or do not see one folder.
+        UserError: as `writing`; the processes have different jobs or do not see one folder.
     """
-
-    def start() -> dict[str, Any]:
-        if not (folder / MANIFEST).exists():
-            announce()
-        return start_or_continue(folder, job, kind, ignore)
 
     refuse_url(folder, "folder")
     refuse_differences(json.dumps(job, sort_keys=True, default=str), "files or options")
-    manifest = agreed(by_the_first(start))
-    assert manifest is not None
-    if world_size() > 1:
-        refuse_unshared(folder, "folder")
-    return manifest
+    with ExitStack() as held:
+
+        def start() -> dict[str, Any]:
+            if not (folder / MANIFEST).exists():
+                announce()
+            return held.enter_context(writing(folder, job, kind, ignore))
+
+        manifest = agreed(by_the_first(start))
+        assert manifest is not None
+        if world_size() > 1:
+            refuse_unshared(folder, "folder")
+        yield manifest
 
 
 def fill(

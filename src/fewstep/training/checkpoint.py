@@ -5,6 +5,7 @@ a dotted name, flushed to disk and renamed; a reader never sees half of one.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from fewstep.distillation.sharding import put_weights
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.compare import state_difference
-from fewstep.formats.fingerprints import file_digest
+from fewstep.formats.fingerprints import file_digest, json_digest
 from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.adapters import AdapterRole
 from fewstep.parallel import gathered, rank, world_size
-from fewstep.training.sharded_checkpoint import read_parts
+from fewstep.training.sharded_checkpoint import proven_state, read_parts
 
 TENSORS = "tensors.safetensors"
 _PREFIX, _MOST_SECONDS = "step_", 1e12
+_NAME = re.compile(r"step_\d{8,}")
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -39,7 +41,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state:
     with written_aside(target) as aside:
         write_tensor_file(aside / TENSORS, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
         proof = {"files": {TENSORS: file_digest(aside / TENSORS)}, "tensors": sorted(tensors)}
-        (aside / "state.json").write_text(json.dumps({**state, "step": step, **proof}, indent=1), encoding="utf-8")
+        (aside / "state.json").write_text(proven_state({**state, "step": step, **proof}), encoding="utf-8")
     drop_older(folder, keep)
     return target
 
@@ -56,10 +58,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints below `folder`, oldest first."""
+    """Complete checkpoints below `folder`, oldest first; what a user keeps beside them under other names is none."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX))
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def read_checkpoint(
@@ -80,6 +83,8 @@ def read_checkpoint(
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict):
             raise damaged(path, "state.json has another shape")
+        if state.pop("state", None) not in (None, json_digest(state)):
+            raise damaged(path, "state.json is not what was written")
         files, names = state.pop("files", None), state.pop("tensors", None)
         _prove(path, files, shared=like is not None)
         in_parts = like is not None or TENSORS not in (files or {TENSORS: ""})
@@ -146,7 +151,8 @@ def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
 
 def damaged(path: Path, why: str) -> UserError:
     """The error for a checkpoint that cannot be continued from; offers the one before it."""
-    earlier = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    others = [other for other in list_checkpoints(path.parent) if other.name != path.name]
+    earlier = [other for other in others if (len(other.name), other.name) < (len(path.name), path.name)]
     offer = f"continue from {earlier[-1].name}, the one before" if earlier else "begin again: there is none before it"
     return UserError(f"checkpoint {path} is damaged ({why}); remove it to {offer}")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -100,12 +100,20 @@ def build_inputs(
 
 
 def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
-    """Lines where pairs do not say whose they are, or are made in another way than the published ones."""
+    """Lines where pairs do not say whose they are, or are made in another way than the published ones.
+
+    Called while the teacher is whole: nothing shares its network yet.
+
+    Raises:
+        UserError: they were made by another network.
+    """
     if not settings.losses.regression_weight or not settings.data.pairs:
         return []
     job, lines = read_manifest(data_path(settings.data.pairs), PAIRS).get("job", {}), list[str]()
     pairs = f"warning: data.pairs={settings.data.pairs}"
-    if teacher.folder is not None and "network" not in job:
+    if "network" in job:
+        _refuse_other_network(settings, teacher, job)
+    else:
         lines.append(
             f"{pairs} does not say which network made it (an earlier version wrote it): that it was {settings.teacher.path} is "
             "taken on trust"
@@ -122,6 +130,15 @@ def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
             f"{PUBLISHED_PAIR_STEPS} (fewstep prepare pairs --teacher-steps {PUBLISHED_PAIR_STEPS})"
         )
     return lines
+
+
+def _refuse_other_network(settings: TrainSettings, teacher: Model, job: dict[str, Any]) -> None:
+    made_by = job.get("network")
+    if made_by is not None and made_by != teacher.fingerprint:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
+            f"({job.get('teacher')}): prepare pairs with this teacher"
+        )
 
 
 def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Model) -> PairedInputs:
@@ -144,12 +161,8 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: M
         from fewstep.preparation.stored_prompts import stored_prompts
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
-    made_by = pairs.manifest.get("job", {}).get("network")
-    if made_by is not None and teacher.folder is not None and made_by != teacher.fingerprint:
-        raise UserError(
-            f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
-            f"({pairs.manifest['job'].get('teacher')}): prepare pairs with this teacher"
-        )
+    if teacher.folder is not None:
+        _refuse_other_network(settings, teacher, pairs.manifest.get("job", {}))
     if int(pairs.labels.max()) >= conditions.num_rows:
         raise UserError(
             f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
-from fewstep.formats.fingerprints import file_digest
+from fewstep.formats.fingerprints import file_digest, json_digest
 from fewstep.formats.tensor_files import first_line
 from fewstep.parallel import agreed, gathered, rank
 from fewstep.shared_work import by_the_first
+
+
+def proven_state(state: Mapping[str, Any]) -> str:
+    """The text of `state.json`, with a digest of itself."""
+    return json.dumps({**state, "state": json_digest(state)}, indent=1)
 
 
 def write_parts(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], group: Any) -> None:
@@ -54,7 +59,7 @@ def write_parts(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
         }
 
         def end() -> None:
-            (aside / "state.json").write_text(json.dumps({**state, **proof}, indent=1), encoding="utf-8")
+            (aside / "state.json").write_text(proven_state({**state, **proof}), encoding="utf-8")
             folder.close()
 
         by_the_first(end, group)
