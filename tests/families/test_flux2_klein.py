@@ -389,3 +389,13 @@ def test_distilled_releases_are_no_teachers(tmp_path: Path, place: str, build: A
 def test_the_base_is_a_teacher(tmp_path: Path) -> None:
     place = tmp_path / "models--black-forest-labs--FLUX.2-klein-base-4B/snapshots/1"
     assert open_teacher(settings(tiny_flux2_klein_folder(place))).default_guidance == 4
+
+
+def test_a_text_encoder_of_too_few_layers(folder: Path, tmp_path: Path) -> None:
+    """The pipeline reads it after layers 9, 18 and 27."""
+    copied = shutil.copytree(folder, tmp_path / "model")
+    path = copied / "text_encoder/config.json"
+    config = {**json.loads(path.read_text()), "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has 8 layers; FLUX\.2 klein reads its text between them, up to layer 27"):
+        recognise(copied).text_encoders(copied)

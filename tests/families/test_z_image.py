@@ -237,6 +237,27 @@ def denoiser_aliases(denoiser: Any) -> Any:
     return partial(family_named("z-image").layer_aliases, denoiser.describe())
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "its chat template is missing or damaged"), ("{% if %}", "its chat template is missing or damaged"),
+        ("{{ messages[0].nothing.more }}", "its chat template is missing or damaged"), ("hello", "leaves the prompt out"),
+    ],
+)  # fmt: skip
+def test_a_chat_template_that_cannot_be_filled_in(
+    folder: Path, tmp_path: Path, template: str | None, said: str
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    path = copied / "tokenizer/tokenizer_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "chat_template"}
+    path.write_text(json.dumps(config))
+    (copied / "tokenizer/chat_template.jinja").unlink(missing_ok=True)
+    if template is not None:
+        (copied / "tokenizer/chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=said):
+        recognise(copied).text_encoders(copied)
+
+
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
 def test_queries_keys_and_values_in_one_layer(tmp_path: Path, prefix: str) -> None:
     """As kohya's trainer writes them for ComfyUI's own layout; taken apart as diffusers' converter does it."""

@@ -1,6 +1,7 @@
 """Other tools' files, built byte for byte from our own tiny networks, become folders that make the same pictures."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,35 @@ def test_a_folder_or_a_header_of_another_method(
     write_kohya_lora(path, lora_from_state(role.adapter_state(), 4, 8.0), {"modelspec.title": title} if title else {})
     said = f"by its name it is a {'turbo' if title else 'lcm'} file"
     refused(path, tmp_path / "out", "give --step-indices", said, base=bases["sd"])
+
+
+def test_a_networks_own_folder(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As `unet.save_pretrained` leaves it: its config is the base's, or the network computes otherwise there."""
+    folder = shutil.copytree(bases["sd"] / "unet", tmp_path / "unet")
+    config = json.loads((folder / "config.json").read_text())
+
+    def write(**changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    write(sample_size=64, dropout=0.1, upcast_attention=None, attention_head_dim=[2, 2])
+    convert(folder, tmp_path / "out", bases["sd"], step_indices="999")
+    found = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert all(
+        torch.equal(found[key], value)
+        for key, value in load_file(folder / "diffusion_pytorch_model.safetensors").items()
+    )
+    file = folder / "diffusion_pytorch_model.safetensors"
+    for changes, said in (
+        ({"flip_sin_to_cos": False}, "says flip_sin_to_cos=False, that of the base True"),
+        ({"time_cond_proj_dim": 32}, "says time_cond_proj_dim=32, that of the base None"),
+        ({"attention_type": "gated"}, "its unet has attention_type='gated'"),
+        ({"of_tomorrow": 1}, "its unet has of_tomorrow=1"),
+    ):
+        write(**changes)
+        for source in (folder, file):
+            refused(source, tmp_path / "none", said, base=bases["sd"], step_indices="999")
+    file.rename(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    refused(folder, tmp_path / "none", "holds its weights in 1 parts", base=bases["sd"], step_indices="999")
 
 
 def test_a_lora_of_another_prediction(bases: dict[str, Path], tmp_path: Path) -> None:

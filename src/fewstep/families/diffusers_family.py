@@ -40,6 +40,7 @@ _OF_A_CHECKER = (
     "feature_extractor",
     "image_encoder",
 )  # and of picture prompts, which are not given here
+_OF_TRAINING = ("sample_size", "dropout")  # what a trained network computes does not depend on them
 _VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
 
 # what its constructor builds in, and what `vae_read` and `_VAE_ARITHMETIC` settle
@@ -158,6 +159,19 @@ class DiffusersFamily(Family):
                 f"guidance_scale={guidance_scale}: this is a few-step model, by its scheduler or its name, its guidance is built "
                 "in; use 1, or give the model it was distilled from"
             )
+
+    def refuse_other_settings(self, config: Mapping[str, Any], description: Description) -> None:
+        refuse_other_keys(config, self.network_keys, self.component, self.title)
+        from fewstep.networks.components import signature_defaults
+
+        defaults = signature_defaults(_need_libraries(self.network_class))
+        own, base = {**defaults, **config}, {**defaults, **description["network"]}
+        for name in self.network_keys.read:
+            said, expected = own.get(name), base.get(name)
+            if name not in _OF_TRAINING and _one(said) != _one(expected):
+                raise ValueError(
+                    f"its config.json says {name}={said}, that of the base {expected}; give the base that it was made from"
+                )
 
     def refuse_as_teacher(self, folder: Path) -> None:
         if release := self._distilled_release(folder):
@@ -314,6 +328,12 @@ def _without_unread(config: Mapping[str, Any], kind: Any, keys: KnownKeys) -> di
     """A config without what changes nothing here and a class does not know: diffusers would say so on every build."""
     known = inspect.signature(kind.__init__).parameters
     return {name: value for name, value in config.items() if name in known or name not in keys.elsewhere}
+
+
+def _one(value: Any) -> Any:
+    """A setting as it counts: one value for all blocks may be written once, and none as null, false or 0."""
+    found = list(value) if isinstance(value, tuple | list) else [value]
+    return (found[0] if all(part == found[0] for part in found[1:]) and found else found) or None
 
 
 def _need_libraries(name: str) -> Any:

@@ -192,6 +192,9 @@ class Family(ABC):
     def refuse_guidance(self, denoiser: Denoiser, card: ModelCard, guidance_scale: float) -> None:
         """Raise UserError where a teacher cannot be guided at this scale, as far as its card says."""
 
+    def refuse_other_settings(self, config: Mapping[str, Any], description: Description) -> None:  # noqa: B027  our own have one
+        """Raise ValueError for a network's own config that says another arithmetic than a description of its base."""
+
     def refuse_as_teacher(self, folder: Path) -> None:  # noqa: B027  of most families there are no such releases
         """Raise UserError where a folder's model is a release that was distilled already, as far as its names say."""
 

@@ -19,7 +19,8 @@ from fewstep.formats.tensor_files import read_tensors, refuse_infinities
 
 Layout = Literal["edm", "diffusers"]  # whose keys
 
-_GENERATOR_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+_COMPONENT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_GENERATOR_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", *_COMPONENT_FILES)
 _GUIDANCE_FILES = ("model_1.safetensors", "pytorch_model_1.safetensors", "pytorch_model_1.bin")
 _FAKE, _HEAD, _REAL = "fake_unet.", "cls_pred_branch.", "real_unet."
 _WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel and compiled modules put before their names
@@ -198,4 +199,8 @@ def _no_weights(path: Path) -> str:
     inside = sorted(child.name for child in path.iterdir() if _find(child, _GENERATOR_FILES))
     if inside:
         return f"{path} holds {len(inside)} checkpoint folders; give one of them, e.g. {path / inside[-1]}"
-    return f"{path} is a folder without weights: no {_GENERATOR_FILES[-1]} and no {_GENERATOR_FILES[0]} is in it"
+    if parts := sorted(path.glob("*-of-*.safetensors")):
+        return (
+            f"{path} holds its weights in {len(parts)} parts; convert reads them from one file: save the network as one"
+        )
+    return f"{path} is a folder without weights: no pytorch_model.bin, no {_GENERATOR_FILES[0]} and no {_COMPONENT_FILES[0]} is in it"

@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import join_rows
 from fewstep.errors import UserError
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
+from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
 from fewstep.networks.frozen_layers import Base, store_linears
 from fewstep.networks.text_layout import TextLayout
@@ -82,6 +83,7 @@ class TextEncoders:
             options = {**absent, **layout.pipeline_options, **chosen, "scheduler": scheduler, **parts}
             self._pipeline: Any = kind(**options)
         _refuse_unmatched(folder, parts, self._limits, layout)
+        _refuse_other_templates(folder, self._tokenizer, layout)
         for module in self.modules:
             module.float().eval().requires_grad_(False)
         if layout.network:
@@ -209,6 +211,11 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
                 "two is another model's"
             )
     for name, encoder in parts.items():
+        layers = int(getattr(getattr(encoder, "config", None), "num_hidden_layers", layout.min_layers))
+        if name == "text_encoder" and layers < layout.min_layers:
+            raise UserError(
+                f"{folder / name} has {layers} layers; {layout.title} reads its text between them, up to layer {layout.min_layers}"
+            )
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
             last, known = max(tokenizer.get_vocab().values()), int(encoder.config.get_text_config().vocab_size)
@@ -217,6 +224,21 @@ def _refuse_unmatched(folder: Path, parts: dict[str, Any], limits: dict[str, int
                     f"{folder / name.replace('text_encoder', 'tokenizer')} has a token of number {last}, its encoder knows "
                     f"{known}; download the model again"
                 )
+
+
+def _refuse_other_templates(folder: Path, tokenizer: Any, layout: TextLayout) -> None:
+    """Raise UserError for a chat template that is missing, cannot be filled in or leaves the prompt out."""
+    if layout.chat is None:
+        return
+    try:
+        with quiet_loading():
+            text = layout.chat(tokenizer, _PLACE)
+    except Exception as error:  # of a template in any kind; all mean the same to a user
+        raise UserError(
+            f"{folder / 'tokenizer'}: its chat template is missing or damaged ({first_line(error)}); download it again"
+        ) from error
+    if _PLACE not in text:
+        raise UserError(f"{folder / 'tokenizer'}: its chat template leaves the prompt out; download it again")
 
 
 def _part_classes(folder: Path, layout: TextLayout) -> dict[str, str]:

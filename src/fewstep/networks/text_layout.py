@@ -54,6 +54,7 @@ class TextLayout:
         empty_prompt: the unconditional row's prompt, where its authors advise another than none.
         zeros_option: the pipeline's own setting that makes the unconditional row zeros; empty: the empty prompt.
         network: the component whose config the pipeline reads while encoding; empty: none.
+        min_layers: of its text encoder, where the pipeline reads hidden states between its layers.
         token_limits: longest prompts of tokenizers whose own setting is not what the pipeline goes by.
     """
 
@@ -70,4 +71,5 @@ class TextLayout:
     empty_prompt: str = ""
     zeros_option: str = ""
     network: str = ""
+    min_layers: int = 0
     token_limits: Mapping[str, int] = field(default_factory=dict)

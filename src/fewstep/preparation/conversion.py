@@ -22,6 +22,7 @@ from fewstep.families.registry import build_denoiser, build_on_meta, describe_we
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
 from fewstep.formats.few_step_names import hub_name, method_named, titles
+from fewstep.formats.json_files import read_json_object
 from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
@@ -155,6 +156,7 @@ def _convert_unet(checkpoint: DMD2Checkpoint, source: Path, out: Path, base: str
     from fewstep.formats.text_generator_folder import write_generator_folder
 
     description, denoiser, name = _text_base(source, base)
+    _refuse_other_settings(source, description)
     steps = _steps(indices, source, denoiser)
     weights = _bare(fit_network(checkpoint.generator, denoiser, "generator", str(source)))
     roles = {role: _bare(part) for role, part in _fitted_roles(checkpoint, denoiser, str(source)).items()}
@@ -231,6 +233,19 @@ def _refuse_other_prediction(file: Path, denoiser: Denoiser) -> None:
             f"{file} was made for a model of {stated.replace('_', '-')}, as its header says; the base's scheduler says {own.replace('_', '-')}: "
             "give the model that it belongs to as --base"
         )
+
+
+def _refuse_other_settings(source: Path, description: dict[str, Any]) -> None:
+    """Raise UserError where the config.json that a network of diffusers lies beside is not its base's."""
+    path, family = (source if source.is_dir() else source.parent) / "config.json", family_of(description)
+    if not path.is_file():
+        return
+    config = read_json_object(path)
+    if source.is_dir() or config.get("_class_name") == family.network_class:
+        try:
+            family.refuse_other_settings(config, description)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
 
 
 def _steps(indices: tuple[int, ...], source: Path, denoiser: Denoiser) -> StepSchedule:

@@ -57,7 +57,7 @@ class Flux2Klein(FlowFamily):
         "flux2-klein", title, "Flux2KleinPipeline",
         {"text_encoder": ("Qwen3ForCausalLM",), "tokenizer": ("Qwen2TokenizerFast", "Qwen2Tokenizer")},
         encode_options={"max_sequence_length": _TOKENS}, read_encoded=read_text_alone, chat=in_template,
-        token_limits={"tokenizer": _TOKENS},
+        min_layers=27, token_limits={"tokenizer": _TOKENS},
     )  # fmt: skip
 
     def build_around(self, network: Any, scheduler: dict[str, Any], latent_size: int) -> DiffusersDenoiser:
