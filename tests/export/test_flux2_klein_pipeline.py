@@ -9,6 +9,7 @@ from diffusers import FlowMatchLCMScheduler, Flux2KleinPipeline
 import fewstep
 from fewstep.errors import UserError
 from fewstep.export.export import ExportOptions, export_generator
+from fewstep.families.registry import recognise
 from fewstep.networks.adapters import LoraShape
 from tests.export.text_generators import (
     EXACT,
@@ -42,6 +43,19 @@ def test_load_pipeline_needs_a_prompt_only(tmp_path: Path) -> None:
     assert (render(pipe, generator, 2) - expected).abs().max() < 1e-4
     with pytest.raises(UserError, match="has its guidance built in"):
         pipe("cat", guidance_scale=4.0)
+
+
+def test_its_pipeline_leaves_guidance_out_unasked(tmp_path: Path) -> None:
+    """guidance_scale is 4 unless typed; it is a generator by its scheduler, no release that would have to be refused."""
+    run = write_run(tmp_path, "flux2-klein")
+    out, generator = export_generator(run, tmp_path / "out", EXACT), load(run)
+    unasked = {name: value for name, value in CALL.items() if name != "guidance_scale"}
+    expected = generator.sample(PROMPTS, seed=2, output="tensor")
+    pipe = open_pipeline(out, Flux2KleinPipeline)
+    assert (render(pipe, generator, 2, **unasked) - expected).abs().max() < 1e-4
+    family = recognise(out)
+    family.refuse_as_teacher(out)
+    assert not family.read_card(out).can_be_guided
 
 
 @pytest.mark.slow

@@ -138,3 +138,14 @@ def test_the_registry_is_light() -> None:
     teacher = PACKAGE / "assets/fashion-mnist/teacher"
     run = subprocess.run([sys.executable, "-c", code, teacher], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.split() == ["False", "False", "False"]
+
+
+@pytest.mark.parametrize("name", ["z_image", "flux2_klein", "qwen_image"])
+def test_the_docs_count_what_a_family_took(name: str) -> None:
+    """docs/new-family.md says lines and files of each folder, by `wc -l`."""
+    root = Path(__file__).parents[2]
+    files = sorted((root / f"src/fewstep/families/{name}").glob("*.py"))
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in files)
+    said = (root / "docs/new-family.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"`families/{name}/`, of (\d+) lines in (\w+) files", said)
+    assert (int(found[0]), {"five": 5}.get(found[1]) or int(found[1])) == (lines, len(files))

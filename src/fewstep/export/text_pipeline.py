@@ -54,6 +54,7 @@ def export_text_pipeline(
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["_diffusers_version"] = diffusers.__version__
     index.pop("_name_or_path", None)
+    index |= family_of(base.describe()).generator_index
     (folder / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     export_network(folder, generator, name, dtype, header)
 

@@ -71,6 +71,8 @@ class Family(ABC):
         one_step_indices: grid index that DMD2's published one-step generators run at.
         export_precision: of its exports unless told otherwise, "fp32", "fp16" or "bf16".
         autoencoder_config: the released models' VAE, for estimates; empty where x0 are the pictures themselves.
+        generator_index: what `model_index.json` of a generator's pipeline says beside its components, where its stock pipeline
+            reads there that guidance is built in.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Family(ABC):
     one_step_indices: tuple[int, ...] = (999,)
     export_precision: str = "fp32"
     autoencoder_config: Mapping[str, Any] = {}
+    generator_index: Mapping[str, Any] = {}
 
     # --- which models are of this family
 

@@ -9,12 +9,14 @@ import torch
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser
+from fewstep.families.diffusers_folder import has_guidance_built_in
 from fewstep.families.family import Description
 from fewstep.families.flow import FlowFamily
 from fewstep.families.flux2_klein.config_keys import NETWORK_KEYS, VAE_KEYS
 from fewstep.families.flux2_klein.original_names import original_names
 from fewstep.families.flux2_klein.shapes import (
     DISTILLED_RELEASES,
+    GENERATOR_INDEX,
     IS_DISTILLED,
     LORA_TARGETS,
     SHAPES,
@@ -50,6 +52,7 @@ class Flux2Klein(FlowFamily):
     unread_files = UNREAD_FILES
     shapes = SHAPES
     autoencoder_config = VAE
+    generator_index = GENERATOR_INDEX
     network_keys = NETWORK_KEYS
     vae_keys = VAE_KEYS
     vae_read = ("shift_factor",)  # which the pipeline does not read
@@ -79,7 +82,9 @@ class Flux2Klein(FlowFamily):
         return Condition(size, {"text": text}, {"text": text[:1]})
 
     def _distilled_release(self, folder: Path) -> str:
-        """By its names, or by what its index says of it."""
+        """By its names, or by what its index says of it; generators exported from here are known by their scheduler."""
         if release := super()._distilled_release(folder):
             return release
+        if has_guidance_built_in(folder):
+            return ""
         return IS_DISTILLED if read_json(folder / INDEX, folder, "model_index").get("is_distilled") else ""

@@ -30,6 +30,7 @@ UNREAD_FILES = {
     for prefix in ("model.diffusion_model.", "")
     for part in ("double_stream_modulation_img", "single_stream_modulation")
 }
+GENERATOR_INDEX = {"is_distilled": True}  # its pipeline then makes no second branch, whatever guidance_scale says
 IS_DISTILLED = "flux.2-klein without base"  # what a folder is called whose index says is_distilled
 # name of a release with guidance built in: the model it was made from
 DISTILLED_RELEASES = {
