@@ -1,5 +1,7 @@
 """The page of a run folder: what lies in it is shown, and folders that are not runs are refused."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -121,6 +123,50 @@ def test_samples_are_a_film_and_stand_against_the_teacher(tmp_path: Path) -> Non
     assert len(single_pictures(read_run(folder), open_picture(folder / "samples/teacher_00000001.png"))) == 1
 
 
+def test_the_slider_has_as_few_columns_as_a_phone_shows(tmp_path: Path) -> None:
+    """Of twelve pictures six a row; the teacher's first ones where it made more of them in an earlier session."""
+    folder = run_folder(tmp_path / "run", steps=6)
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["run"]["sample_images"] = 12
+    (folder / "settings.json").write_text(json.dumps(settings))
+    colours = torch.linspace(-1, 1, 20).view(20, 1, 1, 1).expand(20, 1, 8, 8)
+    save_grid(folder / "samples/generator_00000003.png", colours[:12], 10)
+    save_grid(folder / "samples/teacher_00000001.png", colours, 10)
+    slider = next(one for one in run_sections([read_run(folder)]) if isinstance(one, Slider))
+    assert slider.left[1] == slider.right[1]
+    content = base64.b64decode(slider.left[1].partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (6 * 9 - 1, 2 * 9 - 1)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (4, 4), (7, 6), (8, 4), (10, 5), (12, 6), (20, 5), (24, 6)])
+def test_columns_of_the_slider(count: int, columns: int) -> None:
+    assert run_report._columns(count) == columns
+
+
+def test_values_that_no_curve_shows_are_counted(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps=6)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(6):
+            loss = float("nan") if step in (2, 3) else 1.0
+            file.write(
+                json.dumps(
+                    {
+                        "step": step,
+                        "fake_score_loss": loss,
+                        "mean": float("nan"),
+                        "generator_grad_norm": float("inf") if step == 4 else 2.0,
+                    }
+                )
+                + "\n"
+            )
+    warned = {part.title: part.warnings for part in run_sections([read_run(folder)]) if isinstance(part, Curves)}
+    assert warned["Losses"] == [
+        "warning: run: fake score loss is NaN or infinite in 2 steps, which its curve leaves out"
+    ]
+    assert warned["Other metrics"] == ["warning: run: mean is NaN or infinite in 6 steps, which its curve leaves out"]
+    assert "generator grad norm is NaN or infinite in 1 step," in warned["Gradient norms"][0]
+
+
 def test_large_pictures_do_not_make_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_folder(tmp_path / "run", steps=6)
     for path in (folder / "samples").glob("[gt]*r_0*.png"):
@@ -230,6 +276,16 @@ def test_several_runs_lie_over_each_other_and_differ_somewhere(tmp_path: Path) -
     assert "Samples of a" in page
     table = next(part for part in run_sections([read_run(folder) for folder in folders]) if isinstance(part, Table))
     assert [list(row) for row in table.rows] == [["training.batch_size", "4", "8"]]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / "a/run"), run_folder(tmp_path / "b/run"), run_folder(tmp_path / "c")]
+    page = write_run_report(folders, tmp_path / "page.html").read_text()
+    for words in ("Runs a/run and b/run and c", "Samples of a/run", "Samples of b/run"):
+        assert words in page
+    assert page.count("<polyline") == 3 * 2 * 9
+    with pytest.raises(UserError, match=r"a/run is named twice; name each run once"):
+        write_run_report([folders[0], tmp_path / "a/../a/run"], tmp_path / "page.html")
 
 
 def test_curves_of_earlier_versions_do_not_stop_it(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def report(
     if neighbours:
         from fewstep.evaluation.report.memorisation import memorisation_sections
         from fewstep.evaluation.report.run_files import read_run
+        from fewstep.evaluation.report.run_report import told_apart
 
-        for run in runs:
-            more += memorisation_sections(read_run(run), neighbours, images, device)
+        for run in told_apart([read_run(run) for run in runs]):
+            more += memorisation_sections(run, neighbours, images, device)
     print(write_run_report(runs, path, more))

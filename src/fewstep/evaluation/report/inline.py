@@ -31,10 +31,16 @@ def shrunk(picture: Image.Image, side: int) -> Image.Image:
 
 def stacked(pictures: Sequence[Image.Image], gap: int = 1) -> Image.Image:
     """Pictures of one size below one another."""
+    return tiled(pictures, 1, gap)
+
+
+def tiled(pictures: Sequence[Image.Image], columns: int, gap: int = 1) -> Image.Image:
+    """Pictures of one size in rows."""
     width, height = pictures[0].size
-    canvas = Image.new("RGB", (width, len(pictures) * (height + gap) - gap), "white")
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for number, picture in enumerate(pictures):
-        canvas.paste(picture, (0, number * (height + gap)))
+        canvas.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
     return canvas
 
 

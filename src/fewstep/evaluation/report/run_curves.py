@@ -69,7 +69,8 @@ def metric_sections(runs: Sequence[Run]) -> list[Section]:
     for name in names:
         series = [Series(run.name, averaged(_line(run.metrics, name))) for run in runs]
         groups[_group(name)] += _curve(_SPEED.get(name, name.replace("_", " ")), series, "step")
-    return [Curves(title, curves) for title, curves in groups.items() if curves]
+    warned = {title: _not_drawn(runs, title) for title in groups}
+    return [Curves(title, curves, (), warned[title]) for title, curves in groups.items() if curves or warned[title]]
 
 
 def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> Points:
@@ -77,6 +78,14 @@ def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> 
     span = -(-len(points) // most) if points else 1
     groups = [points[start : start + span] for start in range(0, len(points), span)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _not_drawn(runs: Sequence[Run], title: str) -> list[str]:
+    """A line for each metric of a group with values that no curve has room for: it joins the steps beside them."""
+    return [
+        f"warning: {run.name}: {name.replace('_', ' ')} is NaN or infinite in {count:,} step{'s' * (count != 1)}, which its curve leaves out"
+        for run in runs for name, count in run.not_drawn.items() if _group(name) == title
+    ]  # fmt: skip
 
 
 def _group(name: str) -> str:

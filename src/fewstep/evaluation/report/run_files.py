@@ -1,6 +1,7 @@
 """Reading a run folder for its report: what training, its watches and `fewstep evaluate` left there, finished or not."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Run:
         teacher_statistics: the same of the teacher's samples, by name.
         teacher_samples: the grid that the teacher made of the noise that the generator's samples begin with.
         wishes: the sample grids' classes or prompts, in order.
+        not_drawn: how many values of metrics.jsonl are NaN or too large for a curve, by name.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Run:
     teacher_statistics: dict[str, float] = field(default_factory=dict)
     teacher_samples: Path | None = None
     wishes: list[str] = field(default_factory=list)
+    not_drawn: dict[str, int] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -71,6 +74,10 @@ def read_run(folder: Path) -> Run:
         {name: value for name, value in _object(folder / "teacher_statistics.json").items() if is_number(value)},
         taught[0][1] if generated and taught else None,
         [line for note in notes for line in note.read_text(encoding="utf-8", errors="replace").splitlines()],
+        dict(Counter(
+            name for row in _json_lines(folder / "metrics.jsonl") for name, value in row.items()
+            if isinstance(value, float) and not is_number(value)
+        )),
     )  # fmt: skip
 
 

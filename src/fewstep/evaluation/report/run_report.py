@@ -1,9 +1,11 @@
 """The page of any run folder, or of several beside each other: sample history, quality, losses, speed, settings."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fewstep.evaluation.report.inline import data_url, shrunk, stacked
+from fewstep.errors import UserError
+from fewstep.evaluation.report.inline import data_url, shrunk, stacked, tiled
 from fewstep.evaluation.report.page import write_report
 from fewstep.evaluation.report.run_curves import metric_sections, quality_sections, statistics_sections
 from fewstep.evaluation.report.run_files import Run, open_picture, read_run, single_pictures
@@ -11,6 +13,7 @@ from fewstep.evaluation.report.sections import Facts, Filmstrip, Section, Slider
 
 PICTURE_BYTES = 3_000_000  # of a page, in films and sliders; a page has less than 5 MB
 MOST_FRAMES, FRAME_PICTURES, FRAME_SIDE, SLIDER_SIDE = 24, 8, 160, 1400
+SLIDER_PICTURES, SLIDER_COLUMNS = 24, 6  # so few columns that a phone shows something
 _WISH_LETTERS = 600
 
 
@@ -21,11 +24,30 @@ def write_run_report(folders: Sequence[Path], path: Path, more: Sequence[Section
         more: sections after the samples, of what had to be computed.
 
     Raises:
-        UserError: a folder is not one of a run, has not made a step, or a file of it is damaged.
+        UserError: a folder is not one of a run, has not made a step, or is named twice, or a file of it is damaged.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = told_apart([read_run(folder) for folder in folders])
     title = runs[0].name if len(runs) == 1 else " and ".join(run.name for run in runs)
     return write_report(path, f"Run {title}" if len(runs) == 1 else f"Runs {title}", run_sections(runs, more))
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one name with as much of their path before it as tells them apart.
+
+    Raises:
+        UserError: one is there twice.
+    """
+    places = [run.folder.resolve() for run in runs]
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise UserError(f"{twice[0]} is named twice; name each run once")
+    found = []
+    for run, place in zip(runs, places, strict=True):
+        alike = [other for other in places if other != place and other.name == place.name]
+        parts = 1
+        while any(other.parts[-parts:] == place.parts[-parts:] for other in alike):
+            parts += 1
+        found.append(replace(run, name="/".join(place.parts[-parts:])))
+    return found
 
 
 def run_sections(runs: Sequence[Run], more: Sequence[Section] = ()) -> list[Section]:
@@ -55,7 +77,8 @@ def _samples(run: Run, of: str, most_bytes: int) -> list[Section]:
     if run.teacher_samples is None:
         return [film]
     step, last = run.samples[-1]
-    pair = [shrunk(open_picture(path), SLIDER_SIDE) for path in (last, run.teacher_samples)]
+    grids = [single_pictures(run, open_picture(path))[:SLIDER_PICTURES] for path in (last, run.teacher_samples)]
+    pair = [shrunk(tiled(grid, _columns(len(grid))), SLIDER_SIDE) for grid in grids]
     if pair[0].size != pair[1].size:  # run.samples may change between the sessions of a run
         return [film]
     generator, teacher = (data_url(picture, most_bytes // 4) for picture in pair)
@@ -63,9 +86,15 @@ def _samples(run: Run, of: str, most_bytes: int) -> list[Section]:
         film,
         Slider(
             f"Generator against teacher{of}", (f"generator, step {step:,}", generator), ("teacher", teacher),
-            f"Both begin with the same noise. {_wishes(run.wishes)}".strip(),
+            f"Both begin with the same noise. {_wishes(run.wishes[: len(grids[0])] if len(grids[0]) > 1 else run.wishes)}".strip(),
         ),
     ]  # fmt: skip
+
+
+def _columns(count: int) -> int:
+    """Of a slider's pictures: as many as leave no gap in the last row, at most `SLIDER_COLUMNS`."""
+    most = min(SLIDER_COLUMNS, count)
+    return next((columns for columns in range(most, 2, -1) if count % columns == 0), most)
 
 
 def _wishes(wishes: Sequence[str]) -> str:
