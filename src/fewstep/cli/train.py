@@ -1,6 +1,5 @@
 """`fewstep train`: distil a teacher."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -33,7 +32,7 @@ def train(
         with starting():
             from fewstep.estimate.describe import describe_distillation
         settings = settled(settings)
-        lines = describe_distillation(settings, lambda text: print(text, file=sys.stderr, flush=True), gpus, gpu)
+        lines = describe_distillation(settings, tell, gpus, gpu)
         print_dry_run(settings, lines)
         return
     if suggest_gan_weight:

@@ -23,6 +23,7 @@ from fewstep.formats.pixels import make_grid, save_grid
 from fewstep.parallel import is_first
 from fewstep.progress import Stderr, say
 from fewstep.training.health import SampleStatistics, alarms
+from fewstep.training.tracker import Tracker, tracker_of
 
 REFERENCE = "teacher_statistics.json"
 STATISTICS = "sample_statistics.jsonl"
@@ -50,9 +51,11 @@ class RunLog:
         self._path = folder / "metrics.jsonl"
         self.console = console or Stderr()
         self._writer: Any = None
+        self._tracker: Tracker | None = None
         self._writes = is_first()
         if not self._writes:
             return
+        self._tracker = tracker_of(folder)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         _cut_metrics(self._path, start_step)
         for name in ("alarms.jsonl", STATISTICS):
@@ -86,6 +89,11 @@ class RunLog:
             for line in lines:
                 for name, value in line.items():
                     self._writer.add_scalar(name, value, int(line["step"]))
+        if self._tracker is not None:
+            for line in lines:
+                self._tracker.numbers(
+                    int(line["step"]), {name: value for name, value in line.items() if name != "step"}
+                )
         for line in lines:
             for name, value in line.items():
                 if not np.isfinite(value):
@@ -113,6 +121,9 @@ class RunLog:
         save_grid(path, images, columns)
         if self._writer is not None:
             self._writer.add_image(name, np.asarray(make_grid(images, columns)), step, dataformats="HWC")
+        if self._tracker is not None:
+            self.flush()  # what comes after it may not belong to an earlier step
+            self._tracker.picture(name, step, path)
         return path
 
     def note(self, name: str, lines: list[str]) -> None:
@@ -160,9 +171,11 @@ class RunLog:
         log_line(self.folder, line)
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file and the tracker's run."""
         if self._writer is not None:
             self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def log_line(folder: Path, line: str) -> None:
