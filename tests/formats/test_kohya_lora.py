@@ -96,6 +96,17 @@ def test_alpha_of_peft_files(tmp_path: Path, source: str) -> None:
     assert_equal(read_lora(tmp_path / "lora.safetensors", MODULES), lora)
 
 
+def test_a_config_beside_kohyas_file_is_anothers(tmp_path: Path) -> None:
+    """Whose keys carry their scale; without alpha it is the rank, as everybody takes it."""
+    lora = some_lora()
+    write_kohya_lora(tmp_path / "style.safetensors", lora, {})
+    tensors = {key: value for key, value in load_file(tmp_path / "style.safetensors").items() if ".alpha" not in key}
+    save_file(tensors, tmp_path / "style.safetensors")
+    expected = read_lora(tmp_path / "style.safetensors", MODULES)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 60, "use_dora": True}))
+    assert_equal(read_lora(tmp_path / "style.safetensors", MODULES), expected)
+
+
 def plain_updates(lora: LoraWeights) -> dict[str, torch.Tensor]:
     return {name: update * lora.rank / lora.alpha for name, update in updates(lora).items()}
 
@@ -166,6 +177,8 @@ def test_peft_itself_scales_so(tmp_path: Path) -> None:
         ({"alpha_pattern": [1]}, "alpha_pattern is not an object"),
         ({"lora_alpha": "six"}, "about alpha is damaged"),
         ({"r": "3"}, "about rank is damaged"),
+        ({"use_rslora": "yes"}, r"about use_rslora is damaged \(it is 'yes', not true or false\)"),
+        ({"use_rslora": 1}, "about use_rslora is damaged"),
         ({"r": 0}, r"has rank 3, adapter_config\.json or the header says 0"),
         ({"r": 4, "rank_pattern": {"conv1": 3}}, r"to_out\.0 has rank 3, .* says 4"),
     ],

@@ -165,7 +165,7 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
         raise UserError(f"{path} has two keys for one matrix, e.g. {_shown(twice)}; it is damaged or two LoRAs in one")
     single = _taken_apart(layers, path)
     refuse_infinities({key: value for key, value in tensors.items() if value.numel() > 1}, str(path))
-    scale = read_lora_scale(path, header)
+    scale = read_lora_scale(path, header, kohya)
     try:
         return _uniform(single, scale)
     except ValueError as error:

@@ -75,14 +75,19 @@ def _named(layer: str, patterns: Mapping[str, float], otherwise: float | None) -
     return next(found, otherwise)
 
 
-def read_lora_scale(path: Path, header: Mapping[str, str]) -> LoraScale:
+def read_lora_scale(path: Path, header: Mapping[str, str], kohya: bool = False) -> LoraScale:
     """From our own header, from diffusers', or from PEFT's config beside the file.
+
+    Args:
+        kohya: the file is in kohya's keys, whose scale is in the file: a config beside it is another's.
 
     Raises:
         UserError: damaged, or something that changes a LoRA's arithmetic and is not known here; names it.
     """
     if "lora" in header:
         return _scale({"lora_alpha": _object(path, header["lora"]).get("alpha")}, path)
+    if kohya:
+        return LoraScale()
     if "lora_adapter_metadata" in header:
         return _scale(_of_network(_object(path, header["lora_adapter_metadata"])), path)
     config = path.parent / CONFIG
@@ -115,7 +120,13 @@ def _scale(config: Mapping[str, Any], path: Path) -> LoraScale:
             raise UserError(
                 f"{path}: alpha_pattern {pattern[:100]!r} is more than the end of a layer's name; name the layers in full"
             )
-    stabilised = config.get("use_rslora") is True
+    stabilised = config.get("use_rslora") or False
+    if not isinstance(stabilised, bool):
+        raise UserError(
+            f"{path}: what it says about use_rslora is damaged (it is {str(stabilised)[:40]!r}, not true or false)".replace(
+                "\n", " "
+            )
+        )
     if not all(_PLAIN_PATTERN.fullmatch(pattern) for pattern in ranks):  # the tensors have their ranks all the same
         return LoraScale(alpha, alphas, stabilised)
     return LoraScale(alpha, alphas, stabilised, rank, ranks)
