@@ -12,7 +12,7 @@ from fewstep.formats.few_step_names import few_steps_named, method_named
         ("dreamshaperXL_lightningDPMSDE", "lightning"), ("realvisxlV40_v40LightningBakedvae", "lightning"), ("TurboVisionXL", "turbo"),
         ("Hyper-SD15", "hyper"), ("sdxl-flash", "flash"), ("dmd2_sdxl_4step", "dmd"), ("my-sd15-8steps", "8steps"),
         ("stable-diffusion-v1-5", ""), ("sdxl-base-1.0", ""), ("hyperRealism_v3", ""), ("hyper_realistic_v3", ""), ("flash_photography", ""),
-        ("epoch_8_step_400", ""), ("model_10000steps", ""), ("SDXL_v6_steps", ""), ("v1-5-pruned-emaonly", ""),
+        ("teacher_for_dmd2", ""), ("epoch_8_step_400", ""), ("model_10000steps", ""), ("SDXL_v6_steps", ""), ("v1-5-pruned-emaonly", ""),
     ],
 )  # fmt: skip
 def test_names_of_whole_models(name: str, said: str) -> None:

@@ -30,6 +30,8 @@ def few_steps_named(name: str, models: Iterable[str]) -> str:
         models: what names call the models, in small letters; a word that is another thing elsewhere counts beside one of them.
     """
     words = [*re.findall("[a-z]+", name.lower()), *(word.lower() for word in _CAMEL.findall(name))]
+    if "teacher" in words:  # of a distillation
+        return ""
     if sure := [word for word in words if word == "dmd" or (word in OTHER_METHODS and word not in _AMBIGUOUS)]:
         return sure[0]
     kinds, methods = ("|".join(map(re.escape, sorted(group))) for group in (set(models), _AMBIGUOUS))
