@@ -103,7 +103,7 @@ def load_autoencoder(folder: Path, classes: Mapping[str, type[Autoencoder]] = PL
     for key in ("in_channels", "out_channels"):
         if config.get(key, _COLOURS) != _COLOURS:
             raise UserError(
-                f"{folder}: its vae has {key}={str(config[key])[:40]}; pictures of {_COLOURS} channels are read and made here"
+                f"{folder}: its vae has {key}={config[key]!r:.40}; pictures of {_COLOURS} channels are read and made here"
             )
     vae = load_component(getattr(diffusers, name), path).float()
     try:
