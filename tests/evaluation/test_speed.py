@@ -12,10 +12,13 @@ from fewstep.cli.main import app
 from fewstep.errors import UserError
 from fewstep.evaluation import speed
 from fewstep.evaluation.speed import SpeedOptions, bench_inference
+from fewstep.export.export import ExportOptions, export_generator
 from fewstep.families.edm.family import EDMFamily
+from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models.model import Model
+from fewstep.networks.adapters import LoraShape
 from fewstep.training.run import train
-from tests.conftest import tiny_denoiser
+from tests.conftest import golden_denoiser, tiny_denoiser
 from tests.export.text_generators import write_run
 from tests.training.helpers import tiny_train_settings
 
@@ -93,6 +96,46 @@ def test_a_text_model_decodes_and_may_be_compiled(
     assert found[1].evaluations == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["diffusers", "unet", "lora", "kohya-lora", "single-file"])
+def test_exports_of_a_text_model(tmp_path: Path, few_teacher_steps: None, kind: str) -> None:
+    """Those for other tools are refused with what computes the same."""
+    generator, out = write_run(tmp_path, "sd", lora=LoraShape(4, 4.0)), tmp_path / "out"
+    export_generator(str(generator), out, ExportOptions(kind=kind, num_samples=0, device="cpu"))
+    options = SpeedOptions(str(tmp_path / "teacher"), "1", seconds=0.01, device="cpu", precision="fp32")
+    if kind in ("diffusers", "unet", "lora"):
+        assert [one.evaluations for one in bench_inference(str(out), options)][1:] == [4]
+        return
+    with pytest.raises(
+        UserError,
+        match=r"has weights for other tools, out\.safetensors: .* or the generator's folder, that it came from",
+    ):
+        bench_inference(str(out), options)
+    with pytest.raises(
+        UserError, match=r"out\.safetensors is neither a model folder nor an EDM \.pkl; `fewstep convert` makes"
+    ):
+        bench_inference(str(out / "out.safetensors"), options)
+
+
+@pytest.mark.slow
+def test_exports_of_a_class_model(run: Path, tmp_path: Path, teacher_folder: Path) -> None:
+    """EDM's .pkl has no place for a step schedule, so it is read as a teacher's."""
+    options = SpeedOptions(str(teacher_folder), "1", seconds=0.01, device="cpu", precision="fp32")
+    export_generator(str(run), tmp_path / "out", ExportOptions(num_samples=0, device="cpu"))
+    assert [one.evaluations for one in bench_inference(str(tmp_path / "out"), options)] == [5, 1]
+    plain = golden_denoiser("adm")[0]
+    write_model_folder(
+        tmp_path / "plain", plain.describe(), plain.state_dict(), ModelCard("generator", step_indices=(999,))
+    )
+    export_generator(str(tmp_path / "plain"), tmp_path / "edm", ExportOptions(kind="edm", num_samples=0, device="cpu"))
+    for place, words in (
+        (tmp_path / "edm", "has weights for other tools, edm.pkl"),
+        (tmp_path / "edm/edm.pkl", "is a teacher; give the generator"),
+    ):
+        with pytest.raises(UserError, match=words):
+            bench_inference(str(place), options)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -106,8 +149,6 @@ def test_a_text_model_decodes_and_may_be_compiled(
 )
 def test_what_cannot_be_timed(run: Path, tmp_path: Path, options: SpeedOptions, said: str) -> None:
     from dataclasses import replace
-
-    from fewstep.formats.model_folder import ModelCard, write_model_folder
 
     other = tiny_denoiser(resolution=8)
     write_model_folder(tmp_path / "other", other.describe(), other.state_dict(), ModelCard(role="teacher"))

@@ -85,6 +85,12 @@ def _refuse_unknown(folder: Path) -> None:
             f"{folder} is neither a model folder nor an EDM .pkl; `fewstep convert` makes folders of single files, LoRAs and other "
             "tools' weights"
         )
+    loose = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin", ".ckpt", ".pkl")]
+    if loose and not any((folder / name).exists() for name in (INDEX, CARD)):
+        raise UserError(
+            f"{folder} is no model folder but has weights for other tools, {loose[0]}: `fewstep convert` makes a folder of them; what "
+            "`fewstep export` wrote computes as the run, or the generator's folder, that it came from: give that"
+        )
     if is_diffusers_folder(folder):
         refuse_unknown_network(folder, all_families())
     if (folder / INDEX).is_file() and not (folder / CARD).is_file():
