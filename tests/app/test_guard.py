@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 
 from fewstep.app import guard as guard_module
 from fewstep.app.guard import MAX_BODY_BYTES, Guard
-from fewstep.app.serve import launch_app
+from fewstep.app.serve import is_loopback, launch_app
 from fewstep.app.settings import AppSettings
 from fewstep.errors import UserError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning"
+    ),
     pytest.mark.usefixtures("_leftovers"),
 ]
 Classes = tuple[Path, Path]
@@ -178,5 +181,66 @@ def _body(port: int, path: str) -> str:
 def test_root_paths() -> None:
     for path in ("/demo", "https://example.org/demo"):
         assert AppSettings("m", root_path=path).root_path == path
-    with pytest.raises(UserError, match="--root-path demo: give /PATH, or https://HOST/PATH"):
-        AppSettings("m", root_path="demo")
+    for path in (
+        "demo",
+        "//evil.example",
+        "http://",
+        "https:///x",
+        "/a b",
+        "/a?b",
+        "/a#b",
+        "/a/../b",
+        "https://me@h/x",
+        "ftp://h/x",
+    ):
+        with pytest.raises(UserError, match=rf"--root-path {re.escape(path)}: give /PATH, or https://HOST/PATH"):
+            AppSettings("m", root_path=path)
+
+
+def test_a_root_path_of_the_environment_is_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "demo")
+    with pytest.raises(UserError, match="GRADIO_ROOT_PATH=demo: give /PATH, or https://HOST/PATH"):
+        launch_app(AppSettings("nothing"), wait=False)
+
+
+def test_addresses_of_this_machine_alone() -> None:
+    """127.0.0.1 has 16 million siblings, and a name may lead to one: other sites' names are refused there too."""
+    for host in ("127.0.0.1", "127.0.0.2", "127.1.2.3", "::1", "localhost", "::ffff:127.0.0.1"):
+        assert is_loopback(host), host
+    for host in ("0.0.0.0", "192.0.2.1", "::", "no such host"):
+        assert not is_loopback(host), host
+
+
+def _answer(port: int, values: Any, function: str = "generate") -> str:
+    """What a program is told that asks with these values."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    path = f"/gradio_api/call/{function}"
+    connection.request("POST", path, json.dumps({"data": values}), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        return f"{answer.status} {answer.read().decode()}"
+    return _body(port, f"{path}/{json.loads(answer.read())['event_id']}")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [], [""], ["", -1, "5"], ["", -1, "5", None], ["", -1, "5", "2"], ["", -1, "5", [1]], ["", -1, "5", {"a": 1}],
+        ["", -1, "5", 1.5], ["", -1, "5", True], ["", -1, "5", float("nan")], ["", -1, "5", float("inf")],
+        ["", -1, None, 1], ["", -1, {"a": 1}, 1], ["", "x", "5", 1], ["", [1], "5", 1], ["", 3.5, "5", 1],
+        ["", -1, "5", 99],
+    ],
+)  # fmt: skip
+def test_wrong_values_of_a_program_are_a_sentence(
+    port: int, values: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = _answer(port, values)
+    assert "event: error" in told
+    assert '"error": "' in told
+    assert "Something went wrong" not in told
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_function_that_is_not_there(port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _answer(port, [], "nothing").startswith("404 there is no such function")
+    assert "Traceback" not in capfd.readouterr().err

@@ -95,6 +95,7 @@ def test_the_tiny_vae_can_be_switched_on_and_off(text: Text, tmp_path: Path) -> 
     [
         ({"prompt": "  "}, "Type a prompt first"),
         ({"prompt": "cat " * 20}, "The prompt has 80 characters; this page takes 60"),
+        ({"prompt": "cat \ud800"}, "The prompt holds half a character"),
         ({"seed": "abc"}, "The seed must be a whole number from 0 to 18446744073709551615"),
         ({"seed": ""}, "The seed must be"),
         ({"seed": "-1"}, "The seed must be"),

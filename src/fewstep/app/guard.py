@@ -16,6 +16,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _STREAM = "/queue/data"  # the path on which a browser listens to its requests
 _CALL = re.compile(r"/call/(?:v2/)?[^/]+/([^/]+)/?")  # on which a program listens to one of its own
 _UPLOAD = "/upload"
+_NO_ENDPOINT = "FnIndexInferError"  # gradio's word for a name or number that no function has
 
 
 class Guard:
@@ -92,7 +93,10 @@ class Guard:
 
         try:
             await self.app(scope, counted, noted)
-        except Exception:
+        except Exception as error:
+            if type(error).__name__ == _NO_ENDPOINT and not started and scope["type"] == "http":
+                await _answer(scope, send, 404, "there is no such function; docs/app.md says which there is")
+                return
             if size <= MAX_BODY_BYTES:
                 raise
         if size > MAX_BODY_BYTES and not started:

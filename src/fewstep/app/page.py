@@ -131,10 +131,31 @@ def _is_listening(session: str | None) -> bool:
     return True
 
 
+class Page(gr.Blocks):
+    """The page, which says in a sentence what is wrong with a value that a browser would not send."""
+
+    async def preprocess_data(self, *arguments: Any, **options: Any) -> Any:
+        """What came with a request as what the functions take.
+
+        Raises:
+            gradio.Error: too few values, or one of another kind.
+        """
+        try:
+            return await super().preprocess_data(*arguments, **options)
+        except gr.Error as error:
+            error.print_exception = False  # a stranger's value is no fault for the log
+            raise
+        except Exception as error:
+            log.info("a request has other values than the page's: %s", error)
+            raise _message(
+                "This request has too few values, or one of another kind: it takes a prompt, a class, a seed and a number of pictures."
+            ) from None
+
+
 def build_page(studio: Studio) -> gr.Blocks:
     """The page over loaded models, with its queue; nothing listens yet."""
     settings, functions = studio.settings, PageFunctions(studio)
-    with gr.Blocks(title="fewstep", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with Page(title="fewstep", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(about_model(studio), elem_id="about")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -245,7 +266,9 @@ def _thumbnails(result: Result) -> list[Entry]:
 
 
 def _whole(number: float) -> int:
-    return int(number) if number == number and abs(number) < 1e6 else 0
+    """A number of pictures as a request has it; 0, which is refused, for what is no whole number."""
+    is_whole = type(number) is int or (isinstance(number, float) and number.is_integer())
+    return int(number) if is_whole and abs(number) < 1e6 else 0
 
 
 def _new_seed() -> str:

@@ -1,14 +1,15 @@
 """Start the page: load, build, listen on one address until Ctrl-C."""
 
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fewstep.app.guard import LOOPBACK, Guard
-from fewstep.app.settings import AppSettings
+from fewstep.app.guard import Guard
+from fewstep.app.settings import AppSettings, check_root_path
 from fewstep.app.studio import load_studio
 from fewstep.errors import UserError
 
@@ -34,6 +35,7 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
         raise UserError(f"the web page needs gradio ({error}): pip install gradio") from error
     from fewstep.app.page import CSS, build_page
 
+    check_root_path(os.environ.get("GRADIO_ROOT_PATH", ""), "GRADIO_ROOT_PATH=")
     _check_address(settings.host, settings.port)
     page = build_page(load_studio(settings))
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
@@ -42,10 +44,10 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     from starlette.middleware import Middleware
 
-    root = settings.root_path or os.environ.get("GRADIO_ROOT_PATH", "")
+    root, is_here = settings.root_path or os.environ.get("GRADIO_ROOT_PATH", ""), is_loopback(host)
     hosts = [name for name in (host, urlsplit(root).hostname) if name and name not in _EVERYWHERE]
     rules: dict[str, Any] = {
-        "hosts": hosts if host in LOOPBACK else ["*"],
+        "hosts": hosts if is_here else ["*"],
         "gone": _leaves_queue(page),
         "session_of": _session_of(page),
     }
@@ -67,7 +69,7 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
     # gradio puts its own answers to foreign origins outside of that one
     page.app.middleware_stack = Guard(page.app.middleware_stack, **rules)
     print(f"fewstep app: {page.local_url} (Ctrl-C ends it)", flush=True)
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if not is_here:
         print(
             "fewstep app: everyone who reaches this address can use the page, there is no password; "
             "docs/app.md shows an ssh tunnel", flush=True,
@@ -97,6 +99,16 @@ def _session_of(page: "gradio.Blocks") -> Callable[[str], str]:
         return getattr(queued, "session_hash", None) or event
 
     return session_of
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address: 127.0.0.1, any other of 127.0.0.0/8, ::1, or a name that leads to such alone."""
+    try:
+        found = {str(place[4][0]).partition("%")[0] for place in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ipaddress.ip_address(text) for text in found]
+    return all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in addresses)
 
 
 def _check_address(host: str, port: int) -> None:

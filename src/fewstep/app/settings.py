@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from fewstep.errors import UserError
 
@@ -58,7 +59,25 @@ class AppSettings:
             raise UserError(f"--teacher-steps {self.teacher_steps}: must be 1 or more")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance-scale {self.guidance_scale}: give a finite number, e.g. 5")
-        if self.root_path and not self.root_path.startswith(("/", "http://", "https://")):
-            raise UserError(f"--root-path {self.root_path}: give /PATH, or https://HOST/PATH")
+        check_root_path(self.root_path, "--root-path ")
         if not self.host:
             raise UserError("--host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network it is in")
+
+
+def check_root_path(text: str, setting: str) -> None:
+    """Raise UserError where a text is no place of a page behind a proxy; an empty one is the root.
+
+    Args:
+        setting: where the text is from, with what stands between the two.
+    """
+    if not text:
+        return
+    try:
+        parts = urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no address, or none that has such a port
+        is_url = False
+    is_path = text.startswith("/") and not text.startswith("//")
+    plain = all(32 < ord(letter) < 127 and letter not in "?#@\\" for letter in text)
+    if not (is_url or is_path) or not plain or ".." in text.split("/"):
+        raise UserError(f"{setting}{text}: give /PATH, or https://HOST/PATH")

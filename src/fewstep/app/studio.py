@@ -183,6 +183,8 @@ class Studio:
         prompt, most = request.prompt, self.settings.max_prompt
         if not prompt.strip():
             raise UserError("Type a prompt first: a few words on what the picture shows.")
+        if not _is_whole(prompt):
+            raise UserError("The prompt holds half a character: type it again.")
         if len(prompt) > most:
             raise UserError(f"The prompt has {len(prompt)} characters; this page takes {most}.")
         return [prompt]
@@ -299,6 +301,15 @@ def load_studio(settings: AppSettings) -> Studio:
     if settings.safety_checker and model.folder is not None:
         checker = load_safety_checker(model.family.safety_checker, model.folder, model.device)
     return Studio(settings, model, teacher, checker)
+
+
+def _is_whole(prompt: str) -> bool:
+    """Whether tokenizers can read it; JSON can have half of a surrogate pair."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _grey(picture: Image.Image) -> Image.Image:
