@@ -185,6 +185,21 @@ def test_captions_as_text_need_encoders(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_other_prompts_where_that_is_allowed(model: Path, tmp_path: Path) -> None:
+    """Their embeddings are made anew; before, the folder of those of the first session was refused either way."""
+    fewstep.train(settings(model, tmp_path, ["a dog", "red cat"]))
+    others = settings(model, tmp_path, ["a dog", "blue"])
+    with pytest.raises(
+        UserError, match=r"data\.prompts=.* holds other files than this run began with .* --data-changed"
+    ):
+        fewstep.train(others)
+    assert StoredEmbeddings(tmp_path / "run/embeddings").prompts() == ["a dog", "red cat"]
+    fewstep.train(others, data_changed=True)
+    assert StoredEmbeddings(tmp_path / "run/embeddings").prompts() == ["a dog", "blue"]
+    fewstep.train(others)
+
+
+@pytest.mark.slow
 def test_a_run_stores_no_more_than_it_was_asked_for(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

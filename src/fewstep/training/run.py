@@ -31,7 +31,7 @@ from fewstep.training.pretrain import Pretraining
 from fewstep.training.remote_run import remote_run
 from fewstep.training.results import Run
 from fewstep.training.run_data import read_contents
-from fewstep.training.run_folder import claim_run_folder, run_folder
+from fewstep.training.run_folder import claim_run_folder, refuse_other_data, run_folder
 from fewstep.training.run_log import say_in_run
 from fewstep.training.trainer import Observer, run_job
 from fewstep.training.warmup import WarmupJob, is_warmup
@@ -126,6 +126,8 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
         refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
         for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
             say(console, line)
+        with busy(console, "Looking through the data"):
+            by_the_first(lambda: refuse_other_data(settings, folder, data_changed=data_changed))
         job: GeneratorJob = kind(settings, teacher)
         watches = watch_for_best(job, settings, folder, console)
         with busy(console, "Looking through the data"):

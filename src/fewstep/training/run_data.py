@@ -131,6 +131,12 @@ def same_data(
     return same
 
 
+def has_changed(folder: Path, now: dict[str, Content], key: str) -> bool:
+    """Whether a setting leads to other data than a run noted when it began; what it did not note is unchanged."""
+    before = _read(folder / FILE).get(key)
+    return before is not None and key in now and before.fingerprint != now[key].fingerprint
+
+
 def note_data(folder: Path, contents: dict[str, Content]) -> None:
     """Write down what a run reads, for its continuation."""
     with replaced_file(folder / FILE) as aside:

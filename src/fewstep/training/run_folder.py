@@ -1,6 +1,7 @@
 """Whose a run folder is: one run's settings, and one process at a time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +11,7 @@ from fewstep.formats.remote import is_url
 from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.remote_run import staging_folder
-from fewstep.training.run_data import Content, note_data, read_contents, same_data
+from fewstep.training.run_data import Content, has_changed, note_data, read_contents, same_data
 
 try:
     import fcntl
@@ -68,6 +69,27 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
     except BaseException:
         release(folder)
         raise
+
+
+def refuse_other_data(settings: TrainSettings, folder: Path, *, data_changed: bool = False) -> None:
+    """Before a continued run builds anything: its data are those it began with, or may be others, whose prompts are then encoded anew.
+
+    Raises:
+        UserError: another process trains there; other settings or data than before.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        return
+    was_held = folder.resolve() in _held
+    hold(folder)
+    try:
+        contents = read_contents(flatten_settings(settings))
+        _refuse_other_settings(settings, folder, path, contents, data_changed)
+        if has_changed(folder, contents, "data.prompts"):
+            shutil.rmtree(folder / EMBEDDINGS, ignore_errors=True)
+    finally:
+        if not was_held:
+            release(folder)
 
 
 def hold(folder: Path) -> None:
