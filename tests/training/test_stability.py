@@ -1,17 +1,21 @@
 """Tools against a run going wrong: sample statistics and alarms, the best generator, a suggested GAN weight."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.models.load import load_generator
 from fewstep.settings import TrainSettings
+from fewstep.training import generator_job
 from fewstep.training.gan_weight import suggest_gan_weight
 from fewstep.training.health import LIMITS, SampleStatistics, alarms, sample_statistics
 from fewstep.training.run import train
@@ -23,9 +27,10 @@ from tests.training.helpers import tiny_train_settings
 def test_the_docs_say_the_limits() -> None:
     text = (Path(__file__).parents[2] / "docs/sdxl-one-gpu.md").read_text(encoding="utf-8")
     said = [
-        f"{name} below {low:g}" + (f" or above {high:g}" if high < 9 else "") for name, (low, high) in LIMITS.items()
+        f"{name.replace('_', ' ')} below {low:g}" + (f" or above {high:g}" if high < 9 else "")
+        for name, (low, high) in LIMITS.items()
     ]
-    assert ", ".join(said) in text
+    assert ", ".join(said) in " ".join(text.split())
 
 
 def test_statistics_in_closed_form() -> None:
@@ -49,17 +54,20 @@ def test_statistics_in_closed_form() -> None:
         (SampleStatistics(0.2, 0.9, 0.4), ["contrast"]),
         (SampleStatistics(0.2, 0.1, 0.4), ["contrast"]),
         (SampleStatistics(0.2, 0.5, 0.1), ["diversity"]),
+        (SampleStatistics(0.2, 0.5, 0.4, 0.1), ["seed diversity"]),  # prompts differ, pictures of one do not
         (SampleStatistics(0.2, 0.5, 4.0), []),  # more diverse than the teacher is no fault
     ],
 )
 def test_alarms_name_what_left_the_teacher(found: SampleStatistics, named: list[str]) -> None:
-    sentences = alarms(found, SampleStatistics(0.2, 0.5, 0.4))
-    assert [sentence.split()[0] for sentence in sentences] == named
+    sentences = alarms(replace(found, seed_diversity=found.seed_diversity or 0.3), SampleStatistics(0.2, 0.5, 0.4, 0.3))
+    assert [sentence.split(" of the")[0] for sentence in sentences] == named
     assert all("times the teacher's" in sentence for sentence in sentences)
 
 
 def test_grey_pictures_have_no_saturation_to_alarm_about() -> None:
     assert alarms(SampleStatistics(0.0, 0.5, 0.4), SampleStatistics(0.0, 0.5, 0.4)) == []
+    earlier = SampleStatistics(saturation=0.2, contrast=0.5, diversity=0.4)  # of a run that knew no seeds
+    assert alarms(SampleStatistics(0.2, 0.5, 0.4, 0.3), earlier) == []
 
 
 def test_a_collapse_is_logged_and_kept(tmp_path: Path) -> None:
@@ -80,7 +88,24 @@ def test_a_run_logs_its_samples(teacher_folder: Path, pictures: Path, tmp_path: 
     lines = [json.loads(text) for text in (tmp_path / "run/sample_statistics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     assert steps == [0, 1, 3, 5]
-    assert (tmp_path / "run/teacher_statistics.json").is_file()
+    teacher = json.loads((tmp_path / "run/teacher_statistics.json").read_text())
+    assert teacher["seed_diversity"] > 0
+    assert all(line["seed_diversity"] > 0 for line in lines)
+
+
+def test_seeds_of_one_condition_are_told_from_conditions(
+    teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator that draws its class and not its noise: its pictures differ, those of one class do not."""
+
+    def one_noise(network: Any, steps: Any, condition: Any, *, seed: int, first: int) -> Tensor:
+        return condition["class_labels"].argmax(1).view(-1, 1, 1, 1).float().expand(-1, *network.image_shape) / 4
+
+    monkeypatch.setattr(generator_job, "sample_generator", one_noise)
+    train(tiny_train_settings(teacher_folder, pictures, tmp_path / "run", run={"sample_every": 2}))
+    rows = [json.loads(text) for text in (tmp_path / "run/sample_statistics.jsonl").read_text().splitlines()]
+    assert all(row["diversity"] > 0 and row["seed_diversity"] < 1e-6 for row in rows)
+    assert "seed diversity of the samples is 0.00 times" in (tmp_path / "run/alarms.jsonl").read_text()
 
 
 def best_settings(

@@ -1,6 +1,7 @@
 """What every training of a generator has in common: its average, pictures, checkpoints and result."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from fewstep.models.model import Model
 from fewstep.settings import TrainSettings
 from fewstep.training.checkpoint import module_tensors, restore_module
 from fewstep.training.ema import WeightAverage
-from fewstep.training.health import sample_statistics
+from fewstep.training.health import SEEDS, sample_statistics
 from fewstep.training.run_log import RunLog
 from fewstep.training.update import Update
+
+Choose = Callable[[Tensor], Condition]  # of images of these numbers
 
 
 class GeneratorJob:
@@ -100,41 +103,46 @@ class GeneratorJob:
 
     @torch.no_grad()
     def pictures(self, log: RunLog, step: int) -> None:
-        """Generator, and at the first step the teacher, from the same noise and conditions."""
+        """Generator, and at the first step the teacher, from the same noise and conditions; of the first condition some more."""
         count = self.settings.run.sample_images
         images = self.sample_images(0, count, seed=0)
+        more = self._decoded(self._generated(1, SEEDS - 1, 0, self._first_condition))
         log.picture("generator", step, images, columns=min(10, count))
         if step == 1:
-            made = self._decoded(self._in_groups(self._from_teacher, 0, count))
+            made = self._decoded(self._in_groups(partial(self._from_teacher, self._condition), 0, count))
             log.picture("teacher", step, made, columns=min(10, count))
-            log.keep_reference(sample_statistics(made))
+            other = self._decoded(self._in_groups(partial(self._from_teacher, self._first_condition), 1, SEEDS - 1))
+            log.keep_reference(sample_statistics(made, torch.cat([made[:1], other])))
             names = self.conditions.names(torch.arange(count) % self.conditions.num_rows)
             if names:
                 log.note(self.conditions.noun, names)
-        log.samples(step, sample_statistics(images))
+        log.samples(step, sample_statistics(images, torch.cat([images[:1], more])))
 
-    def _generated(self, first: int, count: int, seed: int) -> Tensor:
+    def _generated(self, first: int, count: int, seed: int, choose: Choose | None = None) -> Tensor:
         """The generator's x0 for images first..first + count - 1 of a seed."""
-        network = self.best_generator().denoiser
+        network, choose = self.best_generator().denoiser, choose or self._condition
 
         def make(numbers: Tensor) -> Tensor:
-            condition = self._condition(numbers)
-            return sample_generator(network, self.steps, condition, seed=seed, first=int(numbers[0]))
+            return sample_generator(network, self.steps, choose(numbers), seed=seed, first=int(numbers[0]))
 
         return self._in_groups(make, first, count)
 
-    def _from_teacher(self, numbers: Tensor) -> Tensor:
+    def _from_teacher(self, choose: Choose, numbers: Tensor) -> Tensor:
         """The teacher's x0 for images of these numbers, from the noise that the generator's start from."""
         network, family = self.teacher.denoiser, self.teacher.family
         noise = sample_noise(network, 0, int(numbers[0]), len(numbers), self.device)
         return family.sample(
-            network, noise, self._condition(numbers), num_steps=family.default_num_steps,
+            network, noise, choose(numbers), num_steps=family.default_num_steps,
             guidance_scale=self.settings.teacher.guidance,
         )  # fmt: skip
 
     def _condition(self, numbers: Tensor) -> Condition:
         """All conditions in turn."""
         return self.conditions.rows(numbers % self.conditions.num_rows)
+
+    def _first_condition(self, numbers: Tensor) -> Condition:
+        """The first condition for all."""
+        return self.conditions.rows(torch.zeros_like(numbers))
 
     def _in_groups(self, make: Callable[[Tensor], Tensor], first: int, count: int) -> Tensor:
         """x0 that `make` gives for numbers first..first + count - 1; large pictures are made one by one."""

@@ -17,7 +17,7 @@ _SPEED = {
     "data_wait_share": "share of a step that waits for data",
 }  # fmt: skip
 _WATCHED_TITLES = dict(zip(WATCHED, ("Quality while it trained", "Quality at checkpoints"), strict=True))
-_STATISTICS = ("saturation", "contrast", "diversity")
+_STATISTICS = ("saturation", "contrast", "diversity", "seed_diversity")
 Points = list[tuple[float, float]]
 
 
@@ -50,7 +50,7 @@ def statistics_sections(runs: Sequence[Run]) -> list[Section]:
             curves += _curve(name, series, "step", [("teacher", marks[0][1])] if same else marks)
     note = (
         "Saturation: the largest minus the smallest colour channel, not drawn where it is always 0: grey pictures. Contrast: "
-        "standard deviation of a picture's pixels. Diversity: how far two pictures differ."
+        "standard deviation of a picture's pixels. Diversity: how far two pictures differ; seed diversity: two of one prompt or class."
     )
     return [Curves("Saturation, contrast and diversity of the samples", curves, [note])] if curves else []
 
