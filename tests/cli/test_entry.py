@@ -62,6 +62,7 @@ def test_without_a_recipe_it_shows_how_to_begin(
     assert f"  {there}\n" in output
     assert f"  {elsewhere}\n" not in output
     assert "--dry-run" in output
+    assert output.count(EXAMPLES[command]) == 1
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "circle.toml").write_text('extends = "circle.toml"')

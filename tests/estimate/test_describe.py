@@ -254,6 +254,15 @@ def test_without_teacher_or_shape_the_memory_is_unknown() -> None:
     assert line == "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
 
 
+def test_a_teacher_that_is_not_there_yet_is_named() -> None:
+    """It said to set a path where one was set."""
+    settings = parse_settings(TrainSettings, {"teacher": {"path": "runs/my_pictures_small"}}, "test")
+    (line,) = describe_distillation(settings)
+    assert line.startswith(
+        "memory: unknown; teacher.path=runs/my_pictures_small is no folder here yet: train, convert or"
+    )
+
+
 # --- The counts
 
 

@@ -175,6 +175,13 @@ def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
             model.sample(3, labels=labels, output="tensor")
 
 
+@pytest.mark.parametrize("scale", ["4", "x", float("nan"), float("inf")])
+def test_guidance_is_a_finite_number(scale: Any) -> None:
+    """NaN made a picture without a word, a text a TypeError."""
+    with pytest.raises(UserError, match=r"guidance_scale=.*: give a finite number; 1 is off"):
+        make_teacher().sample(1, guidance_scale=scale, output="tensor")
+
+
 def test_guidance() -> None:
     build_model(tiny_denoiser(), ModelCard("teacher")).check_guidance(1.0)
     make_teacher().check_guidance(2.0)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.options import tell
 from fewstep.progress import Stderr, busy
 
@@ -56,7 +57,7 @@ def show_how_to_begin(command: str, marks: tuple[str, ...]) -> None:
         for path in found:
             comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
             print(f"  {path.as_posix()}\n      {comment}")
-        print(f"\ne.g. fewstep {command} {found[0].as_posix()} --dry-run")
+        print(f"\ne.g. {EXAMPLES[command]}")
     print(f"\n`fewstep settings {command}` lists every setting; `fewstep quickstart` needs no recipe and no data.")
 
 

@@ -79,6 +79,10 @@ def _saved_bytes(denoiser: Denoiser) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // size
 
 
+_UNNAMED = "set teacher.path to a model folder, or teacher.network, to estimate it"
+_NOT_YET = "teacher.path={path} is no folder here yet: train, convert or download it first, or set teacher.network, to estimate it"
+
+
 def describe_distillation(
     settings: TrainSettings, report: Callable[[str], None] = lambda text: None, processes: int = 1, gpu: str = "h100"
 ) -> Iterator[str]:  # fmt: skip
@@ -92,7 +96,8 @@ def describe_distillation(
     own, gpu = own_settings(settings, processes), find_gpu(gpu)
     found = teacher_network(settings)
     if found is None:
-        yield "memory: unknown; set teacher.path to a model folder, or teacher.network, to estimate it"
+        path = settings.teacher.path
+        yield f"memory: unknown; {_NOT_YET.format(path=path) if path else _UNNAMED}"
         return
     (denoiser, vae), calls = found, Calls()
 

@@ -1,5 +1,6 @@
 """The public face of a model: one class for classes and text, teachers and generators."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -223,7 +224,13 @@ class Model:
         return self.denoiser.noise_schedule.num_levels
 
     def check_guidance(self, guidance_scale: float) -> None:
-        """Raise UserError where the model has no unconditional branch, as far as its card says so."""
+        """Raise UserError for no finite number, and where the model has no unconditional branch, as far as its card says so."""
+        try:
+            finite = math.isfinite(guidance_scale)
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise UserError(f"guidance_scale={guidance_scale!r}: give a finite number; 1 is off")
         if guidance_scale != 1:
             self.family.refuse_guidance(self.denoiser, self.card, guidance_scale)
 
