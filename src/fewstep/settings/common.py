@@ -59,7 +59,7 @@ class TrainingSettings(Tree):
 class ComputeSettings(Tree):
     """Where and in which precision."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="inside the networks; outside is fp32. auto: fp32 or bf16, what is fast on the device, measured at the start; fp16 has a "
