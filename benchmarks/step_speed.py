@@ -8,6 +8,8 @@ each cycle begins with another one, and the medians are compared, because machin
 
 Gradients at a trained checkpoint are compared on the same draws: ours in fp32 against plain fp32 (relative error) and
 ours in bf16 against plain fp32 (cosine).
+
+"GAN shared" is `losses.gan_levels="shared"`, which the plain reading does not have: another method by a little (docs/quality.md).
 """
 
 import argparse
@@ -38,12 +40,12 @@ from fewstep.training.step import Distillation, two_time_scale_step
 EVERY = 5
 
 
-def settings(batch_size: int, compile_networks: bool) -> TrainSettings:
-    """DMD2 with GAN."""
+def settings(batch_size: int, compile_networks: bool, shared: bool = False) -> TrainSettings:
+    """DMD2 with GAN, which reads noisy images of its own or shares those of the scores."""
     return parse_settings(
         TrainSettings,
         {
-            "losses": {"gan_weights": [3e-3, 1e-2]},
+            "losses": {"gan_weights": [3e-3, 1e-2], "gan_levels": "shared" if shared else 999},
             "optimizer": {"lr": 1e-5},
             "training": {"batch_size": batch_size, "generator_every": EVERY},
             "compute": {"compile": compile_networks},
@@ -52,11 +54,13 @@ def settings(batch_size: int, compile_networks: bool) -> TrainSettings:
     )
 
 
-def build(teacher: Model, batch_size: int, precision: str, compile_networks: bool = False) -> Distillation:
+def build(
+    teacher: Model, batch_size: int, precision: str, compile_networks: bool = False, shared: bool = False
+) -> Distillation:
     """A fresh distillation whose fake score and generator differ from the teacher, as in the middle of a run."""
     own = build_model(copy.deepcopy(teacher.denoiser), teacher.card)
     own.denoiser.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    run = build_distillation(settings(batch_size, compile_networks), own, own.conditioner.every)
+    run = build_distillation(settings(batch_size, compile_networks, shared), own, own.conditioner.every)
     with torch.no_grad():
         for network, factor in ((run.roles.generator, 0.98), (run.roles.fake_score, 1.02)):
             for parameter in network.parameters():
@@ -84,6 +88,8 @@ def measure(name: str, teacher: Model, batch_size: int, cycles: int, compile_net
     for precision, kind in (("fp32", "fp32"), ("bf16", "bf16 autocast")):
         variants[f"plain {kind}"] = PlainStep(build(teacher, batch_size, precision))
         variants[f"fewstep {precision}"] = partial(two_time_scale_step, build(teacher, batch_size, precision))
+        shared = build(teacher, batch_size, precision, shared=True)
+        variants[f"fewstep {precision}, GAN shared"] = partial(two_time_scale_step, shared)
     if compile_networks:
         compiled = build(teacher, batch_size, "bf16", compile_networks=True)
         variants["fewstep bf16 compiled"] = partial(two_time_scale_step, compiled)

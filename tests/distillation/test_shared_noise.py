@@ -90,9 +90,10 @@ def test_the_setting_builds_it(teacher: Model) -> None:
     [
         ({"gan_levels": "shared"}, "there is no GAN"),
         ({"gan_levels": "shared", "gan_weights": [1, 1], "distribution_matching_weight": 0}, "whose weight is 0"),
-        ({"gan_levels": "own"}, "losses.gan_levels"),
-        ({"gan_levels": -2}, "losses.gan_levels"),
-        ({"gan_levels": 0.5}, "losses.gan_levels"),
+        ({"gan_levels": "own"}, "losses.gan_levels='own': a grid index, -1 for none, or 'shared'$"),
+        ({"gan_levels": -2}, "losses.gan_levels=-2: a grid index"),
+        ({"gan_levels": 0.5}, "losses.gan_levels=0.5: a grid index"),
+        ({"gan_levels": True}, "losses.gan_levels=True: a grid index"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(losses: dict[str, Any], named: str) -> None:

@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.estimate.many import GPUS, Layout, describe_processes, find_gpu, own_settings, parts_gathered, share_of
 from fewstep.estimate.memory import estimate_run
 from fewstep.families.registry import build_on_meta, build_released
+from fewstep.settings import TrainSettings, load_settings
 from tests.estimate.memory_cases import case_settings, description
 
 FAKE_GROUP = """
@@ -168,3 +169,26 @@ def test_what_cannot_be_estimated(words: list[str], said: str) -> None:
 
 def test_cards_are_known_however_they_are_written() -> None:
     assert [find_gpu(name) for name in ("H100", "nvidia-h200", "RTX 4090")] == ["h100", "h200", "rtx4090"]
+
+
+RECIPES = sorted(
+    path for path in Path(__file__).parents[2].glob("recipes/*.toml") if "\n[network]" not in path.read_text("utf-8")
+)  # of `fewstep train`; those of `fewstep pretrain` describe a network
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("processes", [2, 8])
+def test_every_recipe_says_what_many_processes_need(recipe: Path, processes: int) -> None:
+    """A plan, or one sentence where the batch does not divide; recipes whose teacher a user brings say what is missing."""
+    answer = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--gpus", str(processes)])
+    batch = load_settings(TrainSettings, recipe).training.batch_size
+    if batch % processes:
+        assert isinstance(answer.exception, UserError)
+        assert f"training.batch_size={batch} does not divide by {processes} processes" in str(answer.exception)
+        return
+    assert answer.exception is None, answer.exception
+    if "memory: unknown; set teacher.path" in answer.stdout:
+        return
+    assert f"each of {processes} processes: {batch // processes} samples, " in answer.stdout
+    assert "time of a step: " in answer.stdout

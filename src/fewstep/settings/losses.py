@@ -10,7 +10,16 @@ from fewstep.settings.tree import NonNegative, Tree
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys", "softened_reverse_kl"]
 LevelIndex = Annotated[int, Field(ge=0)]
-GanLevels = Literal["shared"] | Annotated[int, Field(ge=-1)]
+
+
+def _gan_levels(value: Any) -> Any:
+    """One sentence for whatever is neither."""
+    if value == "shared" or (type(value) is int and value >= -1):
+        return value
+    raise ValueError("a grid index, -1 for none, or 'shared'")
+
+
+GanLevels = Annotated[Literal["shared"] | int, BeforeValidator(_gan_levels)]
 _UNIFORM = 1.0  # shift of levels that are drawn uniformly
 
 
