@@ -39,9 +39,12 @@ def write_data(folder: Path) -> Path:
 
 
 def write_run(folder: Path) -> Path:
-    """Tiny teachers as train_emoji_teacher.py leaves them."""
+    """Tiny teachers of 64x64 pictures, as train_emoji_teacher.py leaves them."""
     for name, make in (("sd", tiny_sd_folder), ("sdxl", tiny_sdxl_folder)):
         make(folder / name)
+        config = folder / name / "unet/config.json"
+        values = json.loads(config.read_text())
+        config.write_text(json.dumps(values | {"sample_size": values["sample_size"] * 4}))
         (folder / name / "split.json").write_text(json.dumps({"train": TRAIN, "held_out": HELD_OUT}))
     return folder
 
