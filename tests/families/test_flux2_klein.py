@@ -156,6 +156,13 @@ def test_sizes_the_packing_cannot_take_are_refused(teacher: Model, size: tuple[i
         teacher.check_size(*size)
 
 
+def test_a_size_whose_shift_leaves_no_levels_is_refused(folder: Path, teacher: Model) -> None:
+    with pytest.raises(UserError, match=r"1048576 image tokens are so many that .* \(teacher.resolution\)"):
+        load_teacher(folder, device="cpu", resolution=4096)
+    with pytest.raises(UserError, match=r"size 100000x100000: 625000000 image tokens are so many"):
+        teacher.check_size(100_000, 100_000)
+
+
 def test_a_resolution_the_packing_cannot_take_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"latents of 9x9 do not fit .* multiples of its patch size 2"):
         load_teacher(folder, device="cpu", resolution=18)

@@ -30,6 +30,8 @@ SCHEDULER_KEYS = KnownKeys(
     elsewhere=("stochastic_sampling", "scale_factors", "upscale_mode"),
 )  # fmt: skip
 
+_MOST_MU = math.log(1e6)  # of a dynamic shift: as much as a static one may be
+
 
 class FlowDenoiser(DiffusersDenoiser):
     """A transformer that predicts the flow, and the shift of its scheduler.
@@ -120,7 +122,9 @@ class FlowFamily(DiffusersFamily):
 
 
 def _beyond(shift: FlowShift, num_tokens: int) -> str:
-    """Why the scheduler's shift is not known for so many image tokens; empty where it is."""
+    """Why the scheduler's shift is not known for so many image tokens, or leaves no noise levels; empty where it is."""
+    if shift.mu is not None and shift.is_exponential and shift.mu(num_tokens, 1) > _MOST_MU:
+        return f"{num_tokens} image tokens are so many that the scheduler's dynamic shift leaves pure noise alone"
     if not shift.max_tokens or num_tokens <= shift.max_tokens:
         return ""
     side = math.isqrt(shift.max_tokens)
