@@ -97,6 +97,23 @@ def test_two_add_up_and_one_with_its_negative_is_none(tmp_path: Path, folders: d
     torch.testing.assert_close(weights(str(first), f"{first}:-1"), plain)
 
 
+@pytest.mark.slow
+def test_a_lora_of_another_prediction_is_told(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    network: Any = load_teacher(folders["sd"], device="cpu").denoiser
+    file = written(tmp_path / "style.safetensors", user_lora(network, "sd"), "kohya", "unet")
+    for header, told in (
+        ({}, False),
+        ({"ss_v_parameterization": "True"}, True),
+        ({"modelspec.predict_key": "eps"}, False),
+    ):
+        save_file(load_file(file), file, header)
+        load_teacher(folders["sd"], device="cpu", loras=[str(file)])
+        said = capsys.readouterr().err
+        assert (f"warning: LoRA {file} was made on a model of v-prediction" in said) == told, said
+
+
 def refused(folder: Path, *loras: str) -> str:
     with pytest.raises(UserError) as error:
         load_teacher(folder, device="cpu", loras=loras)

@@ -17,9 +17,11 @@ from fewstep.formats.compare import state_difference
 from fewstep.formats.lora_list import LoraFile
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
-from fewstep.formats.tensor_files import first_line
+from fewstep.formats.stated_facts import stated_prediction
+from fewstep.formats.tensor_files import first_line, header_of
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
+from fewstep.progress import tell
 
 
 def load_teacher(
@@ -52,6 +54,7 @@ def load_teacher(
         raise UserError(f"{source} is a class-conditional teacher: LoRAs are merged into text-to-image models")
     denoiser, card = family.load(folder, resolution), family.read_card(folder)
     _merge(denoiser, files)
+    _warn_of_other_predictions(denoiser, files)
     card = replace(card, base_loras=tuple(map(str, files)))
     components = (folder, place.lasting_name) if family.takes == "prompts" else (None, "")
     return build_model(denoiser.eval(), card, *components).to(device, precision)
@@ -157,6 +160,22 @@ def _merge(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
 
         description = denoiser.describe()
         merge_loras(denoiser, loras, partial(family_of(description).layer_aliases, description))
+
+
+def _warn_of_other_predictions(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
+    """Say which LoRAs were made on a model of another prediction than this one, as their headers say; a style may carry over or not."""
+    own = getattr(denoiser, "prediction", "")
+    for lora in loras:
+        stated = (
+            ""
+            if own not in ("epsilon", "v_prediction")
+            else stated_prediction(lora.path, {}, header_of(lora.path), None)
+        )
+        if stated and stated != own:
+            tell(
+                f"warning: LoRA {lora.path} was made on a model of {stated.replace('_', '-')}, as its header says, and this teacher's "
+                f"scheduler says {own.replace('_', '-')}: look at its pictures before you distil it"
+            )
 
 
 def _base_loras(folder: Path, card: ModelCard) -> list[LoraFile]:

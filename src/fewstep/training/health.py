@@ -12,8 +12,8 @@ LIMITS = {
 }  # fmt: skip
 SEEDS = 4  # pictures of one prompt or class behind `seed_diversity`
 _MEANING = {
-    "saturation": "colours drift: lower teacher.guidance_scale or the learning rates",
-    "contrast": "contrast drifts: lower teacher.guidance_scale or the learning rates",
+    "saturation": "colours drift: lower the learning rates, or teacher.guidance_scale where it is above 1",
+    "contrast": "contrast drifts: lower the learning rates, or teacher.guidance_scale where it is above 1",
     "diversity": "the pictures become alike: raise training.generator_every, lower the first of losses.gan_weights or the rates",
     "seed_diversity": "the pictures of one prompt or class become alike: raise training.generator_every, lower the first of losses.gan_weights or "
     "the rates",
