@@ -71,7 +71,7 @@ def precisions(bench: Any) -> None:
         for number, (name, words, steps, judge) in enumerate(RUNS):
             folder = Path(place) / str(number)
             changes = [f"training.num_steps={2 if bench.tiny else steps}", "training.time_limit_minutes=0", f"run.folder={folder}",
-                       f"compute.device={bench.device.split(':')[0]}", "run.samples=[1000000,20]"]  # fmt: skip
+                       f"compute.device={bench.device.split(':')[0]}", "run.samples=[1000000,20]", "best.files=[]"]  # fmt: skip
             if bench.tiny:
                 changes += ["training.batch_size=2", "compute.precision=fp32"]
             started = time.monotonic()

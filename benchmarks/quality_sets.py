@@ -146,7 +146,7 @@ def _bundled_text(folder: Path, **changes: Any) -> Contest:
 def _one_step_text(folder: Path) -> Contest:
     contest = _bundled_text(folder)
     contest.name, contest.recipe = "emoji-one-step", ROOT / "recipes/emoji_dmd2_1step.toml"
-    contest.always = {"run.sample_every": 10**6, "training.time_limit_minutes": 0}
+    contest.always = {"run.sample_every": 10**6, "training.time_limit_minutes": 0, "best.files": []}
     return contest
 
 

@@ -181,7 +181,7 @@ def test_recipes_need_nothing_else(shipped: Path, tmp_path: Path, recipe: str) -
     file = RECIPE_FOLDER / f"{recipe}.toml"
     answer = run(
         "train", file, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2", "compute.device=cpu",
-        f"run.folder={tmp_path / 'run'}",
+        f"run.folder={tmp_path / 'run'}", "best.num_images=50",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     generator = load_model(tmp_path / "run", device="cpu")

@@ -86,7 +86,7 @@ def test_the_emoji_recipe_is_killed_goes_on_and_is_resumed_by_one(tmp_path: Path
     """The bundled text recipe, a LoRA on a sharded base: 12 steps on two processes, killed twice, 2 more on one."""
     words = [
         str(ROOT / "recipes/emoji_dmd2_4step_lora.toml"), f"run.folder={tmp_path / 'run'}", "training.batch_size=8",
-        "training.time_limit_minutes=0", "run.checkpoint_every=4", "run.sample_images=2", "compute.device=cpu",
+        "training.time_limit_minutes=0", "run.checkpoint_every=4", "run.sample_images=2", "compute.device=cpu", "best.num_images=50",
     ]  # fmt: skip
     started = time.monotonic()
     kills = run_with_kills(

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundled, "ASSETS", assets)
         answer = run(
-            "train", RECIPE, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2",
+            "train", RECIPE, "best.files=[]", "training.num_steps=2", "training.batch_size=2", "run.sample_images=2",
             "compute.device=cpu", f"run.folder={work / 'generator-run'}",
         )  # fmt: skip
         assert answer.code == 0, answer.err

@@ -59,7 +59,7 @@ def test_trained_distilled_and_compared(
     script.main(["train", str(pictures), str(style), "--steps", "2"])
     for name, loras in (("student", [str(style / script.LORA)]), ("base", [])):
         answer = run(
-            "train", RECIPE, "training.num_steps=2", "training.batch_size=2", "run.sample_images=2", "compute.device=cpu",
+            "train", RECIPE, "best.files=[]", "training.num_steps=2", "training.batch_size=2", "run.sample_images=2", "compute.device=cpu",
             f"teacher.loras={json.dumps(loras)}", f"run.folder={tmp_path / name}",
         )  # fmt: skip
         assert answer.code == 0, answer.err
