@@ -98,7 +98,7 @@ def test_the_result_is_a_lora_that_finds_its_base(finished: Path, shipped: Path)
     assert generator.is_generator
     assert generator.base == "bundled:emoji-sd"
     assert (finished / "generator/adapter.safetensors").is_file()
-    assert generator.sample(["red cat, food"], seed=3, output="tensor").shape == (1, 3, 16, 16)
+    assert generator.sample(["red cat, food"], seed=3, output="tensor").shape == (1, 3, 64, 64)
     assert (finished / "samples/prompts.txt").read_text().splitlines()[0] in TRAIN
 
 

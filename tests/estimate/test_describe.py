@@ -131,9 +131,9 @@ def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSetting
     size = settings.training.batch_size
     own = settings.training.microbatch_size or size
     modes = [asked.memory.mode for asked in rehearsed if (asked.training.microbatch_size or size) == own]
-    assert len(rehearsed) == len(modes) + (
-        is_known and size > 1
-    )  # one sample, or of few the whole batch, for what fits
+    assert len(rehearsed) == len(modes) + is_known * len(
+        {1, size} - {own}
+    )  # one sample and the whole batch, for what fits
     assert modes[:1] == [settings.memory.mode] * is_known
     assert sorted(modes) == sorted(["full", "lora_generator", "shared_base"] if every_mode else modes[:1])
     assert answer.err.count("\n") == len(modes)

@@ -460,7 +460,7 @@ def test_the_best_generator_of_a_text_run_is_kept(work: Path, tmp_path: Path) ->
 
 def test_a_few_step_model_is_not_guided(work: Path, tmp_path: Path) -> None:
     """Its scheduler says so; without guidance it may be a teacher. A network that says nothing cannot be told."""
-    folder = shutil.copytree(work / "sd", tmp_path / "lcm")
+    folder = shutil.copytree(work / "sd", tmp_path / "consistent")
     config = folder / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("DDIMScheduler", "LCMScheduler"))
     teacher = {"path": str(folder), "guidance_scale": 3.0}
