@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.data.images import ImageDataset
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, features_of
 from fewstep.evaluation.measurement import Measurement, Value, known_to, mean_of
@@ -229,8 +229,20 @@ def dtype_of(model: Model) -> str:
     return str(model.denoiser.compute_dtype).removeprefix("torch.")
 
 
+class RealPictures(Protocol):
+    """Pictures by their rows; `data.images.ImageDataset` is one."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """Pictures at these rows, (B, C, H, W), uint8."""
+
+    def counted(self, first: UserError) -> UserError:
+        """What is to be said where one does not decode or fit."""
+
+
 def dataset_features(
-    network: FeatureNetwork, dataset: ImageDataset, num_images: int = 0, batch_size: int = 250,
+    network: FeatureNetwork, dataset: RealPictures, num_images: int = 0, batch_size: int = 250,
     device: torch.device | str = "cpu", report: Report = lambda done, total: None, processes: int = 1,
 ) -> Tensor:  # fmt: skip
     """Features (N, F) of a data set's first `num_images` pictures (0: all).

@@ -7,7 +7,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fewstep.data.images import ImageDataset
-from fewstep.evaluation.features import FeatureNetwork, features_of, load_features
+from fewstep.errors import UserError
+from fewstep.evaluation.features import FeatureNetwork, load_features
+from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.preparation.features import train_feature_network
 from fewstep.progress import lines
@@ -33,6 +35,10 @@ class Some:
         """Pictures at these rows, (B, C, H, W), uint8."""
         return self.dataset.pixels(self.rows[indices])
 
+    def counted(self, first: UserError) -> UserError:
+        """What is to be said of one that cannot be used."""
+        return self.dataset.counted(first)
+
 
 def own_features(
     job: GeneratorJob, dataset: ImageDataset, folder: Path, console: Console
@@ -56,9 +62,10 @@ def own_features(
                 )  # fmt: skip
         if not (folder / REFERENCE).exists():
             network, real = load_features(str(folder / FEATURES), job.device), Some(dataset, _REFERENCE_PICTURES)
-            parts = torch.arange(len(real)).split(250)
-            found = [features_of(network, real.pixels(part).float() / 127.5 - 1, job.device) for part in parts]
-            FeatureStatistics.of(torch.cat(found)).save(folder / REFERENCE)
+            report = lines(console, f"Features of {len(real):,} real pictures")
+            FeatureStatistics.of(dataset_features(network, real, device=job.device, report=report)).save(
+                folder / REFERENCE
+            )
 
     by_the_first(make)
     return load_features(str(folder / FEATURES), job.device), FeatureStatistics.load(folder / REFERENCE)
