@@ -323,7 +323,9 @@ def test_a_lora_of_another_prediction(bases: dict[str, Path], tmp_path: Path) ->
     path, lora = tmp_path / "dmd2_4step.safetensors", lora_from_state(role.adapter_state(), 4, 8.0)
     for header in ({"modelspec.prediction_type": "v"}, {"ss_v_parameterization": "True"}):
         write_kohya_lora(path, lora, header)
-        refused(path, tmp_path / "out", "made for a model of v-prediction", "scheduler says epsilon", base=bases["sd"])
+        refused(
+            path, tmp_path / "out", "made for a model of v-prediction", "scheduler here says epsilon", base=bases["sd"]
+        )
     write_kohya_lora(path, lora, {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False"})
     convert(path, tmp_path / "out", bases["sd"])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.formats.tensor_files import header_of
 
 # Empty tensors by which ComfyUI, stable-diffusion.cpp and others know how a model predicts
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
@@ -98,6 +99,18 @@ def stated_prediction(
             f"{path} contradicts itself: {one} says {_named(found[one])}, {other} says {_named(found[other])}; remove the wrong one"
         )
     return next(iter(found.values()), "")
+
+
+def contradiction(lora: Path, own: str) -> str:
+    """What a LoRA's header says of the model it was made for, beside a network's own prediction, in words; "" where they agree or it says nothing.
+
+    Raises:
+        UserError: the header contradicts itself, or says a prediction that is not known.
+    """
+    stated = stated_prediction(lora, {}, header_of(lora), None)
+    if not stated or stated == own:
+        return ""
+    return f"{_named(stated)}, as its header says, and the scheduler here says {_named(own) or 'nothing'}"
 
 
 def _named(prediction: str) -> str:

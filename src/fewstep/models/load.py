@@ -17,8 +17,8 @@ from fewstep.formats.compare import state_difference
 from fewstep.formats.lora_list import LoraFile
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
-from fewstep.formats.stated_facts import stated_prediction
-from fewstep.formats.tensor_files import first_line, header_of
+from fewstep.formats.stated_facts import contradiction
+from fewstep.formats.tensor_files import first_line
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
 from fewstep.progress import tell
@@ -165,16 +165,12 @@ def _merge(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
 def _warn_of_other_predictions(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
     """Say which LoRAs were made on a model of another prediction than this one, as their headers say; a style may carry over or not."""
     own = getattr(denoiser, "prediction", "")
+    if own not in ("epsilon", "v_prediction"):  # headers know no others
+        return
     for lora in loras:
-        stated = (
-            ""
-            if own not in ("epsilon", "v_prediction")
-            else stated_prediction(lora.path, {}, header_of(lora.path), None)
-        )
-        if stated and stated != own:
+        if told := contradiction(lora.path, own):
             tell(
-                f"warning: LoRA {lora.path} was made on a model of {stated.replace('_', '-')}, as its header says, and this teacher's "
-                f"scheduler says {own.replace('_', '-')}: look at its pictures before you distil it"
+                f"warning: LoRA {lora.path} was made on a model of {told}: look at the teacher's pictures before you distil it"
             )
 
 

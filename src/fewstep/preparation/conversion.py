@@ -27,7 +27,7 @@ from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.source import Source
-from fewstep.formats.stated_facts import stated_prediction
+from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import Discriminator
@@ -226,13 +226,8 @@ def _check_lora(lora: "LoraWeights", layers: Mapping[str, nn.Module], source: Pa
 
 def _refuse_other_prediction(file: Path, denoiser: Denoiser) -> None:
     """Raise UserError for a LoRA whose header says that it was made for another prediction than the base's."""
-    stated = stated_prediction(file, {}, header_of(file), None)
-    own = getattr(denoiser, "prediction", "")
-    if stated and stated != own:
-        raise UserError(
-            f"{file} was made for a model of {stated.replace('_', '-')}, as its header says; the base's scheduler says {own.replace('_', '-')}: "
-            "give the model that it belongs to as --base"
-        )
+    if told := contradiction(file, getattr(denoiser, "prediction", "")):
+        raise UserError(f"{file} was made for a model of {told}: give the model that it belongs to as --base")
 
 
 def _refuse_other_settings(source: Path, description: dict[str, Any]) -> None:
