@@ -73,7 +73,7 @@ def alarms(found: SampleStatistics, teacher: SampleStatistics) -> list[str]:
         mine, theirs = getattr(found, name), getattr(teacher, name)
         if (
             theirs <= 1e-3
-        ):  # grey pictures have no saturation, one picture no diversity, runs of earlier versions none of seeds
+        ):  # grey pictures have no saturation, one picture no diversity, earlier versions' none of seeds
             continue
         ratio = mine / theirs
         if not low <= ratio <= high:

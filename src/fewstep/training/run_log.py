@@ -180,12 +180,10 @@ class RunLog:
 
 def log_line(folder: Path, line: str) -> None:
     """Add a line of words to the run's `log.txt`, with the time; of many processes the first does."""
-    if is_first():
-        with (
-            suppress(OSError),
-            open(folder / "log.txt", "a", encoding="utf-8") as file,
-        ):  # full disks: see `RunLog.flush`
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+    if not is_first():
+        return
+    with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:  # full disks: see `RunLog.flush`
+        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
 
 def say_in_run(folder: Path, console: Console, line: str) -> None:

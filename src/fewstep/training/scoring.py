@@ -13,10 +13,10 @@ from typing import Any
 from fewstep.devices import precision_of
 from fewstep.errors import RunInterrupted, UserError, stopped_by
 from fewstep.evaluation.evaluate import EvaluateOptions, Judge
-from fewstep.evaluation.feature_cache import tensors_digest
 from fewstep.evaluation.measure import NotPictures
 from fewstep.evaluation.scores import SCORES, Score, differences, parse_scores
 from fewstep.formats.atomic import replaced_file
+from fewstep.formats.fingerprints import tensors_digest
 from fewstep.formats.json_files import entry, read_json_object
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.remote import is_url
@@ -102,8 +102,8 @@ class Figures:
             )
         return bool(found)
 
-    def is_best(self, score: Score) -> bool:
-        """Whether a figure is lower than all that are noted.
+    def check(self, score: Score) -> None:
+        """Refuse a figure that those which are noted cannot be compared with.
 
         Raises:
             UserError: those before were measured otherwise; something else has written into the file.
@@ -124,15 +124,18 @@ class Figures:
                     f"{self.path} has figures with {name.replace('_', ' ')} {before!r}, not {now!r}; "
                     "watch with the same options, or give another --json"
                 )
+
+    def is_best(self, score: Score) -> bool:
+        """Whether a figure is lower than all that are noted."""
         return all(score.found[DISTANCE] < earlier.found[DISTANCE] for earlier in self.scores)
 
     def add(self, score: Score) -> None:
         """Note a figure.
 
         Raises:
-            UserError: as `is_best`.
+            UserError: as `check`.
         """
-        self.is_best(score)
+        self.check(score)
         written = json.dumps([one.to_dict() for one in (*self.scores, score)], indent=1)
         with replaced_file(self.path) as aside:
             aside.write_text(written, encoding="utf-8")
@@ -156,9 +159,7 @@ class Scoring:
 
     def __init__(self, run: Path, models: CheckpointModels, judge: Judge, figures: Figures) -> None:
         self.run, self.models, self.judge, self.figures = run, models, judge, figures
-        self.finished: set[tuple[str, Any]] = (
-            set()
-        )  # checkpoints that were scored, or left out: names, and what tells them apart
+        self.finished: set[tuple[str, Any]] = set()  # scored or left out: a checkpoint's name, and what tells it apart
         self.place = _identity(run)
         self.said = self.seen = time.monotonic()
         self.sign: Any = None
@@ -214,6 +215,7 @@ class Scoring:
             say(console, line)
         score = Score(progress.step, progress.seconds, weights, found, digest)
         folder = self.figures.best_folder / self.models.role
+        self.figures.check(score)
         if is_best := self.figures.is_best(score):
             model.write(folder)  # before its figure: a watch that is killed between the two measures it again
         self.figures.add(score)
