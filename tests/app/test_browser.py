@@ -164,6 +164,18 @@ def test_enter_generates_and_wrong_input_keeps_the_pictures(page: Any) -> None:
     assert page.locator("#problem").inner_text().strip() == ""
 
 
+def test_a_press_while_pictures_are_being_made_is_not_lost(page: Any) -> None:
+    """Whoever changes the seed and presses again before the first answer is there gets both, the last press last."""
+    page.fill("#prompt textarea", "red cat")
+    for seed in ("21", "22", "23"):
+        page.fill("#seed textarea", seed)
+        page.click("#generate", no_wait_after=True)
+    for seed in ("21", "23"):
+        page.locator(f"#history img[alt^='red cat · seed {seed} ']").first.wait_for(timeout=WAIT)
+    page.get_by_text("The teacher is at work").wait_for(state="detached", timeout=WAIT)
+    assert "seed 23 " in page.locator("#history img").first.get_attribute("alt")
+
+
 def test_a_program_asks_the_named_endpoint(server: tuple[str, Path]) -> None:
     """As docs/app.md shows it."""
     from gradio_client import Client

@@ -178,6 +178,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         event = functools.partial(
             gr.on, fn=functions.generate, inputs=[*inputs, history], outputs=[problem, *outputs, strip, history],
             api_name="press", api_visibility="private", concurrency_limit=1, concurrency_id="models", show_progress_on=[outputs[0]],
+            trigger_mode="always_last",  # a press while pictures are being made is answered after them, not dropped
         )  # fmt: skip
         event(triggers=[button.click, inputs[0].submit])
         # for programs: a button and a gallery that nobody sees
