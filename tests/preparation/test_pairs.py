@@ -222,8 +222,8 @@ def test_what_a_kill_left_half_written_is_removed(teacher: Model, whole: Path, t
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fewstep.formats.folder_lock import one_process
-with one_process(Path(sys.argv[1]), "taken"):
+from fewstep.formats.folder_lock import FolderLock
+with FolderLock(Path(sys.argv[1]), "taken"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -237,7 +237,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(teacher: Model, tmp
             UserError, match=r"another process writes pairs into .*; wait for it, or choose another folder"
         ):
             prepare_pairs(teacher, "teacher", tmp_path, **JOB)
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         other.kill()
     prepare_pairs(teacher, "teacher", tmp_path, **JOB)
     prepare_pairs(teacher, "teacher", tmp_path, **JOB)  # the first of the two let go

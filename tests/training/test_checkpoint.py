@@ -181,7 +181,7 @@ def test_a_run_whose_disk_fills_up_keeps_its_checkpoint(teacher_folder: Path, pi
     assert str(error.value).startswith(f"cannot write {folder / 'checkpoints/step_00000004'}")
     assert names_below(folder / "checkpoints") == whole(2)
     assert (folder / "checkpoints/step_00000002/tensors.safetensors").read_bytes() == before
-    assert [path.name for path in folder.rglob(".*")] == [".lock"]
+    assert not list(folder.rglob(".*"))
     train(longer)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step_00000002", "step_00000004"]
 

@@ -113,7 +113,7 @@ def test_what_a_kill_left_of_the_settings_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".settings.json.writing").write_text("{")
     claim_run_folder(counting_settings(tmp_path), tmp_path)
     release(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "data.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "data.json"}
 
 
 def flip(path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
-from fewstep.formats.folder_lock import one_process
+from fewstep.formats.folder_lock import LOCK, FolderLock
 from fewstep.formats.json_files import entry, kind_name, read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
 
@@ -134,16 +134,15 @@ def writing(
     if (
         is_new
         and folder.exists()
-        and any(entry.name not in ignore and not is_leftover(entry) for entry in folder.iterdir())
+        and any(entry.name not in (*ignore, LOCK) and not is_leftover(entry) for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} is not empty and holds no {kind.short}; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error}; choose another folder") from error
-    with one_process(
-        folder, f"another process writes {kind.short} into {folder}; wait for it, or choose another folder"
-    ):
+    refusal = f"another process writes {kind.short} into {folder}; wait for it, or choose another folder"
+    with FolderLock(folder, refusal):
         remove_leftovers(folder)
         yield _begin(folder, job) if not (folder / MANIFEST).exists() else _go_on(folder, job, kind)
 

@@ -3,29 +3,24 @@
 import json
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.formats.folder_lock import LOCK, FolderLock, is_locked
 from fewstep.formats.remote import is_url
 from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.remote_run import staging_folder
 from fewstep.training.run_data import Content, has_changed, note_data, read_contents, same_data
 
-try:
-    import fcntl
-except ImportError:  # Windows has none: there a run folder is not locked
-    fcntl = None  # type: ignore[assignment]
-
 EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
-LOCK = ".lock"
 # what may change between the sessions of one run
 _FREE = (
     "run.", "best.", "optimizer.", "compute.", "training.num_steps", "training.time_limit_minutes",
     "training.microbatch_size", "expected", "memory.teacher", "memory.shard_over",
 )  # fmt: skip
-_held: dict[Path, IO[str]] = {}  # locks of this process, until its runs end
+_held: dict[Path, FolderLock] = {}  # locks of this process, until its runs end
 
 
 def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
@@ -99,44 +94,20 @@ def hold(folder: Path) -> None:
         UserError: another process holds it, or it cannot be written.
     """
     key = folder.resolve()
-    if key in _held or fcntl is None or not is_first():  # one process holds it for all of its run
-        return
-    try:
-        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {folder / LOCK}: {error}; choose another run.folder") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"another process trains in {folder}; wait for it, end it, or choose another run.folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    _held[key] = file
+    if key not in _held and is_first():  # one process holds it for all of its run
+        refusal = f"another process trains in {folder}; wait for it, end it, or choose another run.folder"
+        _held[key] = FolderLock(folder, refusal)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process trains in a run folder, as far as its file system tells; the lock is tried for a moment."""
-    if folder.resolve() in _held:
-        return True
-    try:
-        with open(folder / LOCK, encoding="utf-8") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # no lock, or a file system without any
-    return False
+    """Whether a process trains in a run folder, as far as its file system tells."""
+    return folder.resolve() in _held or is_locked(folder)
 
 
 def release(folder: Path) -> None:
     """Let other processes train in a folder that this one held."""
-    file = _held.pop(folder.resolve(), None)
-    if file is not None:
-        file.close()
+    if lock := _held.pop(folder.resolve(), None):
+        lock.release()
 
 
 def _refuse_other_settings(
