@@ -40,7 +40,7 @@ from fewstep.training.build import (
     start_roles,
 )
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
-from fewstep.training.inputs import build_real_data, pairs_warning
+from fewstep.training.inputs import build_real_data, check_pairs
 from fewstep.training.run import train
 from fewstep.training.step import two_time_scale_step
 from tests.conftest import relative_error, tiny_denoiser, write_pictures
@@ -482,7 +482,7 @@ def test_frozen_bf16_does_not_go_with_fp32(mode: str) -> None:
 def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
     """DMD's published pairs are of 256 Heun steps."""
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})
-    lines = pairs_warning(settings, teacher)
+    lines = check_pairs(settings, teacher)
     told = (
         f"warning: data.pairs={pairs_folder} was made in 3 steps of the teacher's sampler; DMD's published pairs are of 256 "
         "(fewstep prepare pairs --teacher-steps 256)"
@@ -492,7 +492,7 @@ def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Pa
     manifest = tmp_path / "pairs/manifest.json"
     manifest.write_text(manifest.read_text().replace('"num_steps": 3', '"num_steps": 256'))
     settings = settings_of(data={"pairs": str(tmp_path / "pairs")}, losses={"regression_weight": 0.25})
-    assert not any("256" in line for line in pairs_warning(settings, teacher))
+    assert not any("256" in line for line in check_pairs(settings, teacher))
 
 
 def test_pairs_of_another_network_are_refused(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
@@ -502,13 +502,13 @@ def test_pairs_of_another_network_are_refused(teacher: Model, pairs_folder: Path
     with torch.no_grad():
         next(other.denoiser.parameters()).add_(1)
     with pytest.raises(UserError, match="was made by another network than the teacher's"):
-        pairs_warning(settings, other)
+        check_pairs(settings, other)
     shutil.copytree(pairs_folder, tmp_path / "pairs")
     manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
     del manifest["job"]["network"]
     (tmp_path / "pairs/manifest.json").write_text(json.dumps(manifest))
     settings = settings_of(data={"pairs": str(tmp_path / "pairs")}, losses={"regression_weight": 0.25})
-    assert "does not say which network made it" in pairs_warning(settings, teacher)[0]
+    assert "does not say which network made it" in check_pairs(settings, teacher)[0]
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

@@ -17,7 +17,7 @@ from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training import text_data
 from fewstep.training.build import open_teacher
 from fewstep.training.distill import DistillationJob
-from fewstep.training.inputs import pairs_warning
+from fewstep.training.inputs import check_pairs
 from fewstep.training.text_data import open_prompts
 from tests.cli.test_main import fewstep as run
 from tests.conftest import relative_error
@@ -226,8 +226,8 @@ def test_pairs_are_made_by_euler_and_others_are_said(model: Path, tmp_path: Path
     condition = teacher.conditioner.table(["a dog", "red cat"], teacher.size).rows(pairs.labels)
     expected = sample_euler(teacher.denoiser, pairs.noise.float(), condition, num_steps=2)
     torch.testing.assert_close(pairs.images.float(), expected, rtol=1e-2, atol=1e-2)
-    assert pairs_warning(chosen, teacher) == []
+    assert check_pairs(chosen, teacher) == []
     manifest = tmp_path / "pairs/manifest.json"
     manifest.write_text(manifest.read_text().replace('"sampler"', '"older"'))
-    (line,) = pairs_warning(chosen, teacher)
+    (line,) = check_pairs(chosen, teacher)
     assert "starts from unscaled noise (an earlier version wrote it), published pairs from 0.9977 times it" in line

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -89,7 +89,7 @@ def build_inputs(
     """What the generator is fed each step.
 
     Raises:
-        UserError: pairs are needed and missing, or of another teacher.
+        UserError: pairs are needed and missing, or of a teacher of other samples or conditions.
     """
     if settings.generator.training_inputs == "noised_data":
         return NoisedDataInputs(steps)
@@ -99,8 +99,8 @@ def build_inputs(
     return FreshAndPairedInputs(fresh, build_paired_inputs(settings, steps, teacher))
 
 
-def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
-    """Lines where pairs do not say whose they are, or are made in another way than the published ones.
+def check_pairs(settings: TrainSettings, teacher: Model) -> list[str]:
+    """Refuse another network's pairs; lines where pairs do not say whose they are, or are not made as the published ones.
 
     Called while the teacher is whole: nothing shares its network yet.
 
@@ -111,12 +111,15 @@ def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
         return []
     job, lines = read_manifest(data_path(settings.data.pairs), PAIRS).get("job", {}), list[str]()
     pairs = f"warning: data.pairs={settings.data.pairs}"
-    if "network" in job:
-        _refuse_other_network(settings, teacher, job)
-    else:
+    if "network" not in job:
         lines.append(
             f"{pairs} does not say which network made it (an earlier version wrote it): that it was {settings.teacher.path} is "
             "taken on trust"
+        )
+    elif job["network"] != teacher.fingerprint:
+        raise UserError(
+            f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
+            f"({job.get('teacher')}): prepare pairs with this teacher"
         )
     if "num_steps" not in job:
         return lines
@@ -132,20 +135,11 @@ def pairs_warning(settings: TrainSettings, teacher: Model) -> list[str]:
     return lines
 
 
-def _refuse_other_network(settings: TrainSettings, teacher: Model, job: dict[str, Any]) -> None:
-    made_by = job.get("network")
-    if made_by is not None and made_by != teacher.fingerprint:
-        raise UserError(
-            f"data.pairs={settings.data.pairs} was made by another network than the teacher's "
-            f"({job.get('teacher')}): prepare pairs with this teacher"
-        )
-
-
 def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: Model) -> PairedInputs:
-    """Stored noise-image pairs of this teacher.
+    """Stored noise-image pairs of this teacher, as `check_pairs` found.
 
     Raises:
-        UserError: none given, or of another teacher.
+        UserError: none given, or of a teacher of other samples or conditions.
     """
     if not settings.data.pairs:
         raise UserError("losses.regression_weight needs data.pairs: a folder written by `fewstep prepare pairs`")
@@ -161,8 +155,6 @@ def build_paired_inputs(settings: TrainSettings, steps: StepSchedule, teacher: M
         from fewstep.preparation.stored_prompts import stored_prompts
 
         conditions = stored_prompts(teacher, folder / PROMPT_EMBEDDINGS)
-    if teacher.folder is not None:
-        _refuse_other_network(settings, teacher, pairs.manifest.get("job", {}))
     if int(pairs.labels.max()) >= conditions.num_rows:
         raise UserError(
             f"data.pairs={settings.data.pairs} holds labels up to {int(pairs.labels.max())}, the teacher has "

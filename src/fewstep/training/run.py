@@ -23,7 +23,7 @@ from fewstep.training.build import open_teacher, schedule_warning
 from fewstep.training.distill import DistillationJob
 from fewstep.training.generator_job import GeneratorJob
 from fewstep.training.inferred import settle_data, settle_network
-from fewstep.training.inputs import pairs_warning
+from fewstep.training.inputs import check_pairs
 from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.outlook import Outlook
 from fewstep.training.precision import SettingsT, settle_precision
@@ -124,7 +124,7 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
             teacher = open_teacher(settings)
         settings = settle_data(settings, teacher, folder, partial(say, console))
         refuse_unread(settings, takes_prompts=teacher.conditioner.takes == "prompts")
-        for line in schedule_warning(settings, teacher.denoiser) + pairs_warning(settings, teacher):
+        for line in schedule_warning(settings, teacher.denoiser) + check_pairs(settings, teacher):
             say(console, line)
         with busy(console, "Looking through the data"):
             by_the_first(lambda: refuse_other_data(settings, folder, data_changed=data_changed))
