@@ -23,6 +23,11 @@ _CLEARLY = 1.1  # a precision has to be this much faster to be chosen, or slower
 _PIXELS_AT_ONCE = 2**20  # one picture of 1024x1024: a VAE's decoder needs gigabytes for each more
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype by torch's name: "float32", "bfloat16", "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pictures_at_once(height: int, width: int) -> int:
     """How many pictures of this size are made, or decoded, together; what they look like does not depend on it."""
     return max(1, _PIXELS_AT_ONCE // (height * width))

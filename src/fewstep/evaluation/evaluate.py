@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
-from fewstep.devices import precision_of
+from fewstep.devices import dtype_name, precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.asked import asked_for, refuse_no_place
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.diversity import DiversityJudge
 from fewstep.evaluation.feature_cache import network_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
-from fewstep.evaluation.measure import Clocked, Rows, dtype_of, figure_of, guidance_of, look
+from fewstep.evaluation.measure import Clocked, Rows, figure_of, guidance_of, look
 from fewstep.evaluation.measurement import Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
@@ -156,7 +156,7 @@ class Judge:
             return None
         guidance = guidance_of(model, options.guidance_scale)
         settings = {**asked_for(options, self._side.network, model), **guidance}
-        figure = replace(figure.having(**values), dtype=dtype_of(model), settings=settings)
+        figure = replace(figure.having(**values), dtype=dtype_name(model.denoiser.compute_dtype), settings=settings)
         if protocol is None:
             return figure
         clip = self._side.clip

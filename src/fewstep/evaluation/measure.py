@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fewstep.devices import dtype_name
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, features_of
 from fewstep.evaluation.measurement import Measurement, Value, known_to, mean_of
@@ -214,7 +215,7 @@ def measure_model(
         real_features=real_features, batch_size=batch_size, device=model.device, report=report, resamples=resamples,
         scores=TextScores(text_metrics, prompts) if text_metrics and prompts else None,
     )  # fmt: skip
-    return replace(found, dtype=dtype_of(model), settings=guidance_of(model, guidance_scale))
+    return replace(found, dtype=dtype_name(model.denoiser.compute_dtype), settings=guidance_of(model, guidance_scale))
 
 
 def guidance_of(model: Model, asked: float | None) -> dict[str, float]:
@@ -222,11 +223,6 @@ def guidance_of(model: Model, asked: float | None) -> dict[str, float]:
     if model.is_generator or not model.card.can_be_guided:
         return {}
     return {"guidance_scale": model.default_guidance if asked is None else asked}
-
-
-def dtype_of(model: Model) -> str:
-    """What a model computes in, by torch's name: "float32", "bfloat16" or "float16"."""
-    return str(model.denoiser.compute_dtype).removeprefix("torch.")
 
 
 class RealPictures(Protocol):

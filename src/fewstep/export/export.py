@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.devices import DTYPES, dtype_name
 from fewstep.errors import UserError
 from fewstep.export.card_usage import CardFacts
 from fewstep.export.hub import check_repo_name
 from fewstep.export.model_card import SAMPLES, file_header, render_card, run_figures
 from fewstep.export.shareable import without_local_paths
 from fewstep.formats.atomic import written_aside
-from fewstep.formats.casting import DTYPES
 from fewstep.formats.pixels import make_grid
 from fewstep.formats.source import Source
 from fewstep.formats.text_generator_folder import is_generator_folder
@@ -98,7 +98,7 @@ def export_generator(source: str | Path, out: str | Path, options: ExportOptions
         facts = CardFacts(
             target.name, options.kind, options.repo or str(target), card, precision, pushed=bool(options.repo),
             base=card.base, component=family.component, network_class=family.network_class,
-            comfyui_lora=family.comfyui_lora, original_names=family.kohya_names == "original", pipeline_dtype=str(DTYPES[family.export_precision]).removeprefix("torch."), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
+            comfyui_lora=family.comfyui_lora, original_names=family.kohya_names == "original", pipeline_dtype=dtype_name(DTYPES[family.export_precision]), scheduler_class=family.scheduler_class, has_scheduler=has_scheduler, has_workflow=has_workflow,
             num_samples=len(images), prompts=_prompts(options) if takes == "prompts" else (),
             call_options=family.pipeline_options(generator.size), absent=_absent(generator), unassumed=unassumed, figures=run_figures(_folder(source), card),
         )  # fmt: skip

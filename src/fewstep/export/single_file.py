@@ -9,13 +9,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fewstep import __version__
+from fewstep.devices import DTYPES
 from fewstep.diffusion.schedules import DiscreteSchedule
 from fewstep.errors import UserError
 from fewstep.export.lora import base_denoiser, fused_weights
 from fewstep.export.shareable import shareable_base, without_local_paths
 from fewstep.families.registry import single_file_layouts
 from fewstep.formats.atomic import flush_to_disk, replaced_file
-from fewstep.formats.casting import DTYPES, cast_weights
+from fewstep.formats.casting import cast_weights
 from fewstep.formats.single_file import SingleFileLayout
 from fewstep.formats.stated_facts import V_MARKER, ZERO_SNR_MARKER
 from fewstep.formats.tensor_files import write_tensor_file

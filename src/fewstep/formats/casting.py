@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str = "") -> dict[str, Tensor]:
     """Contiguous copies on the CPU, floating-point tensors as `dtype`, others as they are.

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.devices import dtype_name
 from fewstep.errors import UserError
 from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
 
@@ -185,7 +186,7 @@ def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError naming the first tensor that no network can use: infinities, NaN, whole numbers of quantised files."""
     for name, value in tensors.items():
         if value.dtype in _QUANTISED and value.numel() > 1:
-            raise _quantised(where, name, str(value.dtype).removeprefix("torch."))
+            raise _quantised(where, name, dtype_name(value.dtype))
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             raise UserError(

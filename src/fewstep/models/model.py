@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from fewstep.devices import choose_device, pictures_at_once, set_precision
+from fewstep.devices import choose_device, dtype_name, pictures_at_once, set_precision
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
@@ -362,7 +362,7 @@ class Model:
             indices = ", ".join(map(str, self.card.step_indices))
             sampler = f"{steps} step{'s' * (steps != 1)} ({indices} of {self.card.num_levels})"
         takes = {"prompts": "prompts", "labels": f"{self.denoiser.num_classes} classes"}[self.conditioner.takes]
-        precision = str(self.denoiser.compute_dtype).removeprefix("torch.")
+        precision = dtype_name(self.denoiser.compute_dtype)
         return (
             f"<fewstep {'generator' if self.is_generator else 'teacher'}: {self.family.title}, {takes}, "
             f"{height}x{width}x{channels} pictures, {sampler},\n {count:,.1f} M parameters, {precision} on {self.device}>"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.noise_image_pairs import PAIRS, PROMPT_EMBEDDINGS, write_shard
+from fewstep.devices import dtype_name
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
@@ -41,7 +42,7 @@ def prepare_pairs(
     job = {
         "teacher": teacher_name, "num_pairs": num_pairs, "seed": seed, "num_steps": num_steps,
         "guidance_scale": guidance_scale, "shard_size": shard_size, "image_shape": list(teacher.denoiser.image_shape),
-        "precision": str(teacher.denoiser.compute_dtype).removeprefix("torch."),
+        "precision": dtype_name(teacher.denoiser.compute_dtype),
     }  # fmt: skip
     if teacher.family.pair_sampler:
         job["sampler"] = teacher.family.pair_sampler
