@@ -26,6 +26,7 @@ from rich.console import Console
 from fewstep.demos.curve import watch_quality
 from fewstep.errors import UserError
 from fewstep.evaluation.measure import measure_model
+from fewstep.evaluation.measurement import DISTANCE
 from fewstep.evaluation.report import Curve, Series, Table, write_report
 from fewstep.formats.atomic import replaced_file
 from fewstep.models.load import load_generator
@@ -36,7 +37,7 @@ from fewstep.training.health import alarms, sample_statistics
 from fewstep.training.run import prepare_run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import run_job
-from fewstep.training.watch import DISTANCE, every_steps
+from fewstep.training.watch import every_steps
 
 RESULTS = Path(__file__).parent / "results"
 POINTS = 5  # of a run's curve

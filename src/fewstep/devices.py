@@ -172,6 +172,19 @@ def _probe_seconds(dtype: torch.dtype) -> float:
         return time.thread_time() - begun
 
 
+def compile_denoiser(denoiser: "Denoiser", device: torch.device) -> None:
+    """Compile the network inside, for the option --compile.
+
+    Raises:
+        UserError: no compiler, or a network that does not compile.
+    """
+    try:
+        check_compiler(device)
+        denoiser.compile_network()
+    except (RuntimeError, UserError) as error:
+        raise UserError(f"--compile: {error}") from error
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise UserError where `torch.compile` lacks what it needs: a C++ compiler, on the GPU triton and a C compiler."""
     if device.type == "cuda" and find_spec("triton") is None:

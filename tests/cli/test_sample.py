@@ -364,7 +364,7 @@ def test_compile_runs_the_blocks(classes: Path, text: Path, tmp_path: Path, monk
         return original(model, *args, **{**options, "backend": "eager"})
 
     monkeypatch.setattr(torch, "compile", eager)
-    monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
+    monkeypatch.setattr("fewstep.devices.check_compiler", lambda device: None)
     limits: Any = torch._dynamo.config
     with limits.patch(recompile_limit=8):
         sample(classes, "--num-images", 2, "--compile", "--out", tmp_path / "classes")
@@ -413,7 +413,7 @@ def test_a_failed_compilation_is_one_sentence(classes: Path, tmp_path: Path, mon
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("C++ compile error\nmany lines")
 
-    monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
+    monkeypatch.setattr("fewstep.devices.check_compiler", lambda device: None)
     monkeypatch.setattr(Model, "sample", fail)
     words = refused(classes, "--compile", "--out", tmp_path / "out")
     assert words == "--compile failed (C++ compile error); leave it out"
@@ -426,7 +426,7 @@ def test_compile_takes_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         "fewstep.families.diffusers_denoiser.DiffusersDenoiser.compile_network", lambda self: compiled.append(self)
     )
-    monkeypatch.setattr(commands_sample, "check_compiler", lambda device: None)
+    monkeypatch.setattr("fewstep.devices.check_compiler", lambda device: None)
     folder = write_run(tmp_path, "sd", (999,), LoraShape(2, 4.0))
     sample(folder, "--prompt", "cat", "--compile", "--out", tmp_path / "out")
     assert len(compiled) == 1

@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 
 from fewstep.demos.runner import best_generator
+from fewstep.evaluation.measurement import DISTANCE
 from fewstep.formats.model_folder import CARD, ModelCard
 from fewstep.progress import Stderr
-from fewstep.training.watch import DISTANCE, Point, Watch
+from fewstep.training.watch import Point, Watch
 
 
 def curve(*distances: float) -> Watch:

@@ -85,7 +85,7 @@ def test_a_text_model_decodes_and_may_be_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_teacher_steps: None
 ) -> None:
     generator, compiled = write_run(tmp_path, "sd"), []
-    monkeypatch.setattr(speed, "_compile", lambda model: compiled.append(model.is_generator))
+    monkeypatch.setattr(speed, "compile_denoiser", lambda denoiser, device: compiled.append(True))
     options = SpeedOptions(
         str(tmp_path / "teacher"), "1", "red cat", 0.01, compile=True, device="cpu", precision="fp32"
     )

@@ -23,7 +23,7 @@ from fewstep.demos.pace import Counts, Pace, choose_counts, measure_pace
 from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
 from fewstep.evaluation.measure import Clocked
-from fewstep.evaluation.measurement import Measurement, Value
+from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
 from fewstep.formats.atomic import replaced_file
@@ -40,7 +40,7 @@ from fewstep.training.interruption import naming_checkpoint
 from fewstep.training.run import prepare_run
 from fewstep.training.run_folder import claim_run_folder
 from fewstep.training.trainer import run_job
-from fewstep.training.watch import BEST, DISTANCE, NUM_IMAGES, Watch
+from fewstep.training.watch import BEST, NUM_IMAGES, Watch
 
 MOST_TIMES, TIMING_SECONDS = 20, 1.0  # a generator's pictures take a moment: they are made again until a second is full
 

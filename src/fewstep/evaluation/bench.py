@@ -14,7 +14,7 @@ from fewstep.data.prompts import load_prompts
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier, extract_features
 from fewstep.evaluation.measure import Clocked, distance_of, measure_model
-from fewstep.evaluation.measurement import Measurement, Value
+from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
 from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.text_following import group_of, measure_text_following, retrieval_recall
@@ -91,7 +91,7 @@ class Bench:
         count = len(self.held_out)
         if self.hold_out is not None:
             count = self.hold_out.num_images
-            values["frechet_distance"] = Value(frechet_distance(self.hold_out, self.reference), count)
+            values[DISTANCE] = Value(frechet_distance(self.hold_out, self.reference), count)
         found = Measurement(
             "real", values, count, self.classifier.name, len(self.reference.mean), self.reference.num_images
         )

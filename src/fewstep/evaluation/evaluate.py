@@ -18,7 +18,7 @@ from fewstep.evaluation.diversity import DiversityJudge
 from fewstep.evaluation.feature_cache import network_digest
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import Clocked, Rows, figure_of, guidance_of, look
-from fewstep.evaluation.measurement import Measurement
+from fewstep.evaluation.measurement import DISTANCE, Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
 from fewstep.evaluation.protocol import model_sampler
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from fewstep.evaluation.clip_score import ClipScore
 
 console = Stderr()
-DISTANCE = "frechet_distance"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.devices import dtype_name
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, features_of
-from fewstep.evaluation.measurement import Measurement, Value, known_to, mean_of
+from fewstep.evaluation.measurement import DISTANCE, Measurement, Value, known_to, mean_of
 from fewstep.evaluation.metrics import (
     FeatureStatistics,
     frechet_distance,
@@ -27,7 +27,6 @@ from fewstep.models.model import Model
 from fewstep.progress import Report
 from fewstep.shared_work import shared_out
 
-FEATURES = "frechet_distance"  # features are kept under the value that is computed from them
 Rows = dict[str, Tensor]  # what is kept of pictures, by name: a row for each, in their order
 Look = Callable[[int, Tensor], Rows]  # (number of the first picture, pictures (B, C, H, W) in [-1, 1])
 
@@ -142,7 +141,10 @@ def look(network: FeatureNetwork, scores: TextScores | None = None, device: torc
 
     def of(first: int, images: Tensor) -> Rows:
         found = {} if scores is None else scores.of(first, to_pictures(images))
-        return {FEATURES: features_of(network, images, device), **found}
+        return {
+            DISTANCE: features_of(network, images, device),
+            **found,
+        }  # features under the value that is computed from them
 
     return of
 
@@ -160,9 +162,9 @@ def figure_of(
             says how many where neither the generated ones nor the reference's are as many.
         resamples: behind the interval of the Frechet distance (see `distance_of`); 0 for none.
     """
-    features = rows[FEATURES]
+    features = rows[DISTANCE]
     num_images, width = features.shape
-    values = {FEATURES: distance_of(features, reference, resamples)}
+    values = {DISTANCE: distance_of(features, reference, resamples)}
     if real_features is not None:
         real = evenly(real_features, num_images)
         others = f"against {len(real):,} real pictures" * (len(real) not in (num_images, reference.num_images))

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+DISTANCE = "frechet_distance"  # the value that runs, watches and reports compare models by
 NAMES = {  # every value a measurement may have, with what people call it; one that says by what it was found needs no entry
-    "frechet_distance": "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
+    DISTANCE: "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
     "density": "density", "coverage": "coverage", "clip_score": "CLIP score",
     "lpips_diversity": "LPIPS diversity", "teacher_lpips_diversity": "its teacher's LPIPS diversity", "lpips_diversity_ratio": "ratio of both",
     "held_out_distance": "Frechet distance on held-out texts", "agreement": "right category",
@@ -82,7 +83,7 @@ class Measurement:
     @property
     def frechet_distance(self) -> float:
         """Against the reference, in the named features."""
-        return self["frechet_distance"]
+        return self[DISTANCE]
 
     @property
     def images_per_second(self) -> float:
@@ -184,7 +185,7 @@ class Measurement:
         return lines
 
 
-_DISTANCES = ("frechet_distance", "patch_distance", "held_out_distance")
+_DISTANCES = (DISTANCE, "patch_distance", "held_out_distance")
 _FACTS = (
     "num_images", "features", "num_features", "num_reference_images", "evaluations_per_image", "seed",
 )  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.coco import CaptionedPictures
 from fewstep.evaluation.features import FeatureNetwork
-from fewstep.evaluation.measure import FEATURES, Look, Rows, distance_of, joined_rows, values_of
-from fewstep.evaluation.measurement import Measurement, Value
+from fewstep.evaluation.measure import Look, Rows, distance_of, joined_rows, values_of
+from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextScores
 from fewstep.progress import Report
@@ -53,7 +53,7 @@ class Protocol:
 
     def views(self) -> Views:
         """What Inception sees of a picture, by the value that is computed from it."""
-        found = {"frechet_distance": lambda pixels: cleanly_resized(reduced(pixels, self.side)).astype(np.uint8)}
+        found = {DISTANCE: lambda pixels: cleanly_resized(reduced(pixels, self.side)).astype(np.uint8)}
         if self.has_patches:
             found["patch_distance"] = lambda pixels: central(reduced(pixels, self.side), INCEPTION_SIDE)
         return found
@@ -178,8 +178,8 @@ def coco_figure(
     values = {key: distance_of(rows[key], FeatureStatistics.of(real[key]), 20) for key in protocol.views()}
     values |= values_of(rows, scores)
     values["images_per_second"] = images_per_second
-    num_images, width = rows[FEATURES].shape
-    return Measurement(name, values, num_images, network.name, width, len(real[FEATURES]), evaluations_per_image, seed)
+    num_images, width = rows[DISTANCE].shape
+    return Measurement(name, values, num_images, network.name, width, len(real[DISTANCE]), evaluations_per_image, seed)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep import __version__
-from fewstep.devices import check_compiler, precision_of
+from fewstep.devices import compile_denoiser, precision_of
 from fewstep.errors import UserError
 from fewstep.evaluation.asked import refuse_no_place
 from fewstep.formats.atomic import replaced_file
@@ -91,7 +91,7 @@ def bench_inference(source: str, options: SpeedOptions) -> list[Timing]:
             fast = time_model(generator, "generator", size, prompt, options.seconds)
             timings += [slow, _beside(fast, slow)]
         if options.compile:
-            _compile(generator)
+            compile_denoiser(generator.denoiser, generator.device)
             for number, size in enumerate(sizes):
                 report(2 * len(sizes) + number, len(sizes) * rounds)
                 slow = timings[2 * number]
@@ -143,7 +143,7 @@ def _clocked(work: Callable[[], object]) -> float:
 
 
 def _beside(timing: Timing, teacher: Timing) -> Timing:
-    return Timing(**{**asdict(timing), "ratio": teacher.seconds / timing.seconds})
+    return replace(timing, ratio=teacher.seconds / timing.seconds)
 
 
 def _batch_sizes(words: str) -> list[int]:
@@ -173,14 +173,6 @@ def _prompt_of(generator: Model, prompt: str) -> list[str]:
     if prompt:
         raise UserError(f"--prompt {prompt}: this model takes classes, and all take turns")
     return []
-
-
-def _compile(generator: Model) -> None:
-    try:
-        check_compiler(generator.device)
-        generator.denoiser.compile_network()
-    except (RuntimeError, UserError) as error:
-        raise UserError(f"--compile: {error}") from error
 
 
 def _facts(source: str, teacher: str, model: Model, precision: str) -> dict[str, Any]:

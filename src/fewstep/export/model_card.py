@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fewstep import __version__
-from fewstep.evaluation.measurement import Measurement
+from fewstep.evaluation.measurement import DISTANCE, Measurement
 from fewstep.export.card_usage import CardFacts, hub_name
 from fewstep.formats.bundled import BUNDLED
 from fewstep.formats.json_files import parse_json
@@ -121,11 +121,11 @@ def _measurements(values: Any) -> list[tuple[str, str]]:
     """Figures in a measurement's dict, or in a dict of them; the teacher's too."""
     if not isinstance(values, Mapping):
         return []
-    if "frechet_distance" not in values:
+    if DISTANCE not in values:
         return [row for value in values.values() for row in _measurements(value)]
     try:
         found = Measurement.from_dict(values)
-        distance = str(found.values["frechet_distance"])
+        distance = str(found.values[DISTANCE])
         of = [
             f"{found.num_images} images", f"features {values['features']}", f"{found.evaluations_per_image} evaluations an image",
             *[f"seed {found.seed}"] * ("seed" in values), *[found.dtype] * bool(found.dtype),

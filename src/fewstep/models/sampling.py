@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep import __version__
-from fewstep.devices import check_compiler, precision_of
+from fewstep.devices import compile_denoiser, precision_of
 from fewstep.errors import UserError
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
@@ -72,7 +72,7 @@ def sample_pictures(source: str, options: SampleOptions) -> None:
     for line in model.conditioner.warnings(dict.fromkeys([*options.prompts, options.negative_prompt or ""])):
         say(console, line)
     if options.compile:
-        _compile(model)
+        compile_denoiser(model.denoiser, model.device)
     batch_size = options.batch_size or model.family.default_batch_size
     facts = _facts(model, source, options, how)
     writer = PictureWriter(options.out, options.grid, wanted, facts, model.card.class_names)
@@ -182,14 +182,6 @@ def _steps_and_guidance(model: Model, options: SampleOptions) -> dict[str, Any]:
             raise UserError("--negative-prompt acts through guidance, which --guidance-scale 1 switches off")
         how["negative_prompt"] = options.negative_prompt
     return how
-
-
-def _compile(model: Model) -> None:
-    try:
-        check_compiler(model.device)
-        model.denoiser.compile_network()
-    except UserError as error:
-        raise UserError(f"--compile: {error}") from error
 
 
 def _batches(

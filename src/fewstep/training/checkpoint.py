@@ -57,12 +57,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step:08d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """How many steps were finished in a checkpoint of `list_checkpoints`."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first; what a user keeps beside them under other names is none."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(found, key=checkpoint_step)
 
 
 def read_checkpoint(

@@ -15,10 +15,10 @@ from fewstep.errors import UserError, disk_error
 from fewstep.formats.atomic import is_leftover, written_aside
 from fewstep.formats.remote import is_url, open_storage, user_cache
 from fewstep.progress import Stderr, tell, working
-from fewstep.training.checkpoint import checkpoint_path, list_checkpoints
+from fewstep.training.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints
 
 _PROOF = "state.json"
-_STEP = re.compile(r"checkpoints/step_(\d{8})/([^/]+)")
+_STEP = re.compile(r"checkpoints/step_(\d{8,})/([^/]+)")
 _NOT_COPIED = ("embeddings/",)  # of prompts, which are made again
 _PAUSES = (1.0, 5.0, 20.0)  # seconds before a file is tried again
 
@@ -49,7 +49,7 @@ class RemoteRun:
             UserError: it cannot be read, or not be written here.
         """
         there, steps = self._there()
-        own = [int(path.name[-8:]) for path in list_checkpoints(self.folder / "checkpoints")]
+        own = [checkpoint_step(path) for path in list_checkpoints(self.folder / "checkpoints")]
         tell(f"run.folder={self.url}: the run works in {self.folder} and is copied after each checkpoint")
         if not steps or (own and max(own) >= max(steps)):
             return

@@ -14,6 +14,7 @@ from fewstep.devices import precision_of
 from fewstep.errors import RunInterrupted, UserError, stopped_by
 from fewstep.evaluation.evaluate import EvaluateOptions, Judge
 from fewstep.evaluation.measure import NotPictures
+from fewstep.evaluation.measurement import DISTANCE
 from fewstep.evaluation.scores import SCORES, Score, differences, parse_scores
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import tensors_digest
@@ -22,10 +23,9 @@ from fewstep.formats.model_folder import CARD
 from fewstep.formats.remote import is_url
 from fewstep.models.model import Model
 from fewstep.progress import Stderr, busy, say
-from fewstep.training.checkpoint import Progress, list_checkpoints
+from fewstep.training.checkpoint import Progress, checkpoint_step, list_checkpoints
 from fewstep.training.checkpoint_models import CheckpointModels
 from fewstep.training.run_folder import is_held
-from fewstep.training.watch import DISTANCE
 
 _OF_A_RUN = ("seed", "evaluations_per_image")  # what figures of one run share besides
 POLL_SECONDS, SAY_SECONDS, PATIENCE_SECONDS = 2.0, 30.0, 120.0
@@ -229,7 +229,7 @@ class Scoring:
             return False
         path, remedy = folder / CARD, "let the run end again"
         made_with = entry(read_json_object(path, remedy), "made_with", dict, path, remedy)
-        return int(made_with.get("num_steps", 0)) >= int(checkpoints[-1].name.rpartition("_")[2])
+        return int(made_with.get("num_steps", 0)) >= checkpoint_step(checkpoints[-1])
 
     def refuse_another_place(self) -> None:
         """Raise UserError where the folder is not the one that the watch began with."""

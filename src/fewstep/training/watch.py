@@ -19,6 +19,7 @@ from rich.console import Console
 from fewstep.errors import UserError
 from fewstep.evaluation.features import FeatureNetwork, features_of, load_features
 from fewstep.evaluation.measure import measure_sampler
+from fewstep.evaluation.measurement import DISTANCE
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed
@@ -31,7 +32,7 @@ from fewstep.training.own_features import own_features
 from fewstep.training.run_log import say_in_run
 
 BEST = "best"
-DISTANCE, NUM_IMAGES = "frechet_distance", "num_images"
+NUM_IMAGES = "num_images"
 INTERVAL = ("frechet_distance_low", "frechet_distance_high")
 RESAMPLES = 20  # behind an interval
 TIMES = 10  # that a run with a time limit is measured in, beside its first step

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from fewstep.evaluation.measurement import NAMES
+from fewstep.evaluation.measurement import DISTANCE, NAMES
 from fewstep.evaluation.report.run_files import WATCHED, Run
 from fewstep.evaluation.report.sections import Curve, Curves, Section, Series, Table
 from fewstep.evaluation.scores import Score, differences
 
 MOST_POINTS = 200  # of a line: more are averaged
-DISTANCE = "frechet_distance"
 BARS = "bars are two standard errors: how far other pictures of the same model would move a figure."
 _SPEED = {
     "images_per_second": "images per second", "peak_memory_gib": "GiB of memory at most",
