@@ -18,7 +18,7 @@ from fewstep.demos.runner import DemoFacts
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.metrics import FeatureStatistics
-from fewstep.training.watch import Point, every_seconds
+from fewstep.training.watch import Point, every_seconds, read_points
 
 
 def wanted(facts: DemoFacts) -> Counts:
@@ -106,4 +106,6 @@ def test_points_say_how_many_pictures_they_have(
     point = json.loads((tmp_path / "curve.json").read_text())[-1]
     assert point["num_images"] == expected
     assert point["frechet_distance_low"] < point["frechet_distance"] < point["frechet_distance_high"]
+    assert point["judge"].startswith(f"features {bench.classifier.name} ({len(bench.reference.mean)} of them), ")
+    assert read_points(tmp_path / "curve.json")[-1].judge == point["judge"]
     assert f"measuring {expected} pictures ...\n" in capsys.readouterr().err

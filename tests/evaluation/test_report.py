@@ -212,7 +212,7 @@ def test_colours_of_lines_differ_for_everyone_and_stand_out(scheme: int) -> None
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(tmp_path: Path, scheme: str) -> None:
+def test_it_fits_a_phone_and_a_desktop(tmp_path: Path, scheme: str) -> None:
     from playwright.sync_api import sync_playwright
 
     path = write_report(tmp_path / "report.html", "A title", everything())
@@ -221,6 +221,9 @@ def test_it_fits_a_phone(tmp_path: Path, scheme: str) -> None:
         page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
         page.goto(path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.set_viewport_size({"width": 1280, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 1280
+        page.set_viewport_size({"width": 390, "height": 800})
         shown = "getComputedStyle(document.querySelector('.over')).clipPath"
         assert "50%" in page.evaluate(shown)
         page.fill(".slider input", "80")

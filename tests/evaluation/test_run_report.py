@@ -247,6 +247,14 @@ def test_how_the_best_generator_was_found_is_told(tmp_path: Path) -> None:
     assert isinstance(watched, Curves)
     assert watched.curves[0].series[0].intervals == [(7.0, 11.5)]
     assert watched.notes == [f"300 images, features and reference not recorded here; {BARS}"]
+    rows = [
+        {**row, "judge": "features f (8 of them), 60 real pictures"}
+        for row in json.loads((folder / "curve.json").read_text())
+    ]
+    (folder / "curve.json").write_text(json.dumps(rows))
+    told = quality_sections([read_run(folder)])[0]
+    assert isinstance(told, Curves)
+    assert told.notes == [f"300 images, features f (8 of them), 60 real pictures; {BARS}"]
     settings = {
         "best": {"features": "inception.pth", "reference": "real.npz", "num_images": 300},
         "compute": {"precision": "bf16"},

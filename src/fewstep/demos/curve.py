@@ -9,7 +9,16 @@ from rich.console import Console
 from fewstep.evaluation.bench import Bench
 from fewstep.progress import lines
 from fewstep.training.generator_job import GeneratorJob
-from fewstep.training.watch import NUM_IMAGES, Due, Point, Watch, every_seconds, figures_of_samples, read_points
+from fewstep.training.watch import (
+    NUM_IMAGES,
+    Due,
+    Point,
+    Watch,
+    every_seconds,
+    figures_of_samples,
+    judge_of,
+    read_points,
+)
 
 
 def watch_quality(
@@ -30,7 +39,7 @@ def watch_quality(
         job, bench.classifier, bench.reference, num_images=num_images, batch_size=batch_size,
         report=partial(lines, console, f"measuring {num_images:,} pictures"),
     )  # fmt: skip
-    return Watch(measure, path, due, keep=keep, console=console)
+    return Watch(measure, path, due, keep=keep, judge=judge_of(bench.classifier, bench.reference), console=console)
 
 
 def while_training(limit_seconds: float, num_points: int) -> Due:

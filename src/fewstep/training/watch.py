@@ -32,7 +32,7 @@ from fewstep.training.own_features import own_features
 from fewstep.training.run_log import say_in_run
 
 BEST = "best"
-NUM_IMAGES = "num_images"
+NUM_IMAGES, JUDGE = "num_images", "judge"
 INTERVAL = ("frechet_distance_low", "frechet_distance_high")
 RESAMPLES = 20  # behind an interval
 TIMES = 10  # that a run with a time limit is measured in, beside its first step
@@ -40,11 +40,16 @@ TIMES = 10  # that a run with a time limit is measured in, beside its first step
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after `step` steps and `seconds` of training; NaN where an earlier version did not note them."""
+    """What was measured after `step` steps and `seconds` of training; NaN where an earlier version did not note them.
+
+    Attributes:
+        judge: features and real pictures behind the figures, in words.
+    """
 
     step: float
     seconds: float
     figures: Mapping[str, float]
+    judge: str = ""
 
     @property
     def minutes(self) -> float:
@@ -95,6 +100,7 @@ class Watch:
         due: when to measure.
         keep: called with the step where a point is the best so far; saves the generator.
         figure: name of the figure that decides, the lower the better.
+        judge: features and real pictures behind the figures, in words; stands beside every point.
 
     Attributes:
         points: everything measured so far, in the order of training.
@@ -102,8 +108,9 @@ class Watch:
 
     def __init__(
         self, measure: Measure, path: Path, due: Due, *, keep: Callable[[int], object] | None = None,
-        figure: str = DISTANCE, console: Console | None = None,
+        figure: str = DISTANCE, judge: str = "", console: Console | None = None,
     ) -> None:  # fmt: skip
+        self.judge = judge
         self.measure, self.path, self.due, self.keep, self.figure = measure, path, due, keep, figure
         self.console = console or Stderr()
         self.points: list[Point] = []
@@ -127,7 +134,7 @@ class Watch:
         found, earlier = figures[self.figure], self.best
         if self.keep is not None and found < earlier:
             self.keep(step)
-        self.points.append(Point(step, seconds, figures))
+        self.points.append(Point(step, seconds, figures, self.judge))
         by_the_first(self._write)
         told = f"{self.figure.replace('_', ' ')} {found:.3f}"
         best = f"best so far {earlier:.3f}" if found >= earlier else "the best so far" + (", kept" if self.keep else "")
@@ -159,12 +166,18 @@ def read_points(path: Path) -> list[Point]:
         raise UserError(f"{path} is damaged ({error}); remove it to measure from here on") from None
 
 
-def _row(point: Point) -> dict[str, float]:
+def judge_of(network: FeatureNetwork, reference: FeatureStatistics) -> str:
+    """Features and real pictures behind a distance, in words."""
+    of = f"{reference.num_images:,} real pictures" if reference.num_images else "a reference of unrecorded size"
+    return f"features {network.name} ({len(reference.mean)} of them), {of}"
+
+
+def _row(point: Point) -> dict[str, float | str]:
     """As it is written: without what an earlier version did not note."""
-    when: dict[str, float] = {} if math.isnan(point.step) else {"step": int(point.step)}
+    row: dict[str, float | str] = {} if math.isnan(point.step) else {"step": int(point.step)}
     if not math.isnan(point.seconds):
-        when["seconds"] = point.seconds
-    return {**when, **point.figures}
+        row["seconds"] = point.seconds
+    return {**row, **point.figures, **({JUDGE: point.judge} if point.judge else {})}
 
 
 def _point(row: Any) -> Point:
@@ -172,10 +185,10 @@ def _point(row: Any) -> Point:
     if isinstance(row, list):
         minutes, distance = row
         return Point(nan, float(minutes) * 60, {DISTANCE: float(distance)})
-    figures = {name: float(value) for name, value in row.items() if name not in ("step", "seconds")}
+    figures = {name: float(value) for name, value in row.items() if name not in ("step", "seconds", JUDGE)}
     if DISTANCE not in figures:
         raise ValueError(f"a point without {DISTANCE}")
-    return Point(float(row.get("step", nan)), float(row.get("seconds", nan)), figures)
+    return Point(float(row.get("step", nan)), float(row.get("seconds", nan)), figures, str(row.get(JUDGE, "")))
 
 
 def figures_of_samples(

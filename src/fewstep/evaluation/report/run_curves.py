@@ -46,7 +46,7 @@ def statistics_sections(runs: Sequence[Run]) -> list[Section]:
         ]
         same = len({value for _, value in marks}) == 1
         if any(y for one in series for _, y in one.points) or any(value for _, value in marks):
-            curves += _curve(name, series, "step", [("teacher", marks[0][1])] if same else marks)
+            curves += _curve(name.replace("_", " "), series, "step", [("teacher", marks[0][1])] if same else marks)
     note = (
         "Saturation: the largest minus the smallest colour channel, not drawn where it is always 0: grey pictures. Contrast: "
         "standard deviation of a picture's pixels. Diversity: how far two pictures differ; seed diversity: two of one prompt or class."
@@ -194,7 +194,9 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
         )
         how = f"{settings.get('best.num_images')} images, {of}, seed 1"
     else:
-        how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, features and reference not recorded here"
+        judges = list(dict.fromkeys(str(row["judge"]) for row in run.figures[name] if "judge" in row))
+        by = " or ".join(judges) or "features and reference not recorded here"
+        how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, {by}"
     if precision := settings.get("compute.precision"):
         how += f", precision {precision}"
     known = any(f"{DISTANCE}_low" in row for row in run.figures[name])

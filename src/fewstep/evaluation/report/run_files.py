@@ -38,7 +38,7 @@ class Run:
     name: str
     folder: Path
     metrics: list[dict[str, float]]
-    figures: dict[str, list[Mapping[str, float]]]
+    figures: dict[str, list[Mapping[str, Any]]]
     samples: list[tuple[int, Path]]
     settings: dict[str, Any]
     alarms: list[str]
@@ -167,11 +167,11 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _points(path: Path) -> list[Mapping[str, float]]:
-    """Rows of a watch's file; those of earlier versions, [minutes, distance], have no step and are not drawn."""
+def _points(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of a watch's file, numbers and the judge in words; those of earlier versions, [minutes, distance], have no step and are not drawn."""
     rows = _json(path)
     found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [{name: value for name, value in row.items() if is_number(value)} for row in found]
+    return [{name: value for name, value in row.items() if is_number(value) or name == "judge"} for row in found]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
