@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.Image import DecompressionBombError
+from PIL import Image
 
 from fewstep.data.listing import Listing, list_pictures_below
-from fewstep.data.pictures import open_picture
-from fewstep.data.tables import TableRows, image_column, open_table, picture_tables
-from fewstep.errors import UserError
+from fewstep.data.opening import decoding, open_picture
+from fewstep.data.tables import FolderRows, PictureRows, TableRows, image_column, open_table, picture_tables
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 from fewstep.formats.remote import data_path
 
@@ -50,13 +48,13 @@ def look_at_pictures(settings: "DataSettings") -> Look:
         return _look_at_lmdb(path)
     if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
         listing = list_pictures_below(path, settings.split, f"data.images={settings.images}")
-        rows: list[dict[str, Any]] = [{"path": str(listing.paths[number])} for number in _spread(len(listing.names))]
-        return Look(*_size_and_channels(rows), *_classes_of_listing(listing, settings.label_column))
+        rows, numbers = FolderRows(listing.paths), _spread(len(listing.names))
+        return Look(*_size_and_channels(rows, numbers), *_classes_of_listing(listing, settings.label_column))
     table = open_table(settings)
     column = image_column(table.features, f"data.images={settings.images}")
     num_classes, labelled_by = _classes_of_table(table, settings.label_column)
-    rows = TableRows(table, column, f"data.images={settings.images}").encoded(_spread(len(table)))
-    return Look(*_size_and_channels(rows), num_classes, labelled_by)
+    rows_of_table = TableRows(table, column, settings.images)
+    return Look(*_size_and_channels(rows_of_table, _spread(len(table))), num_classes, labelled_by)
 
 
 def _look_at_lmdb(path: Path) -> Look:
@@ -70,16 +68,13 @@ def _spread(count: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, _LOOKED_AT))})
 
 
-def _size_and_channels(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+def _size_and_channels(rows: PictureRows, numbers: Sequence[int]) -> tuple[int, int]:
     sides, grey = [], True
-    for row in rows:
-        name = row.get("path") or "a picture"
-        try:
-            with open_picture(row) as picture:
-                sides.append(min(picture.size))
-                grey = grey and _is_grey(picture)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-            raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
+    for number, row in zip(numbers, rows.encoded(numbers), strict=True):
+        name = rows.name(number, row)
+        with decoding(name), open_picture(row, name) as picture:
+            sides.append(min(picture.size))
+            grey = grey and _is_grey(picture)
     return min(sides), 1 if grey else 3
 
 

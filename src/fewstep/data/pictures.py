@@ -2,22 +2,20 @@
 
 import io
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
-from PIL.Image import DecompressionBombError
+from PIL import Image, ImageChops, ImageCms, ImageColor, ImageOps
 
-from fewstep.data.colour import read_code_points, stated_profile
+from fewstep.data.colour import stated_profile
+from fewstep.data.opening import BITS, decoding, open_picture
 from fewstep.errors import UserError
 from fewstep.progress import tell
 
 Fit = Literal["crop", "pad", "exact"]
-_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF and EXIF
+_PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 262, 274, 339  # tags of TIFF and EXIF
 _SIXTEEN_BITS = ("PNG", "PPM")  # Pillow opens their 16-bit grey with 32, scaled to 0..65535
 
 
@@ -47,54 +45,12 @@ def decode_picture(
     Raises:
         UserError: it does not decode or fit, or its pixels have no known range; the message has its name.
     """
-    if row.get("bytes") is None and not row.get("path"):
-        raise UserError(f"picture {name} is missing: its row has neither bytes nor a path")
-    try:
-        with open_picture(row) as file:
-            if getattr(file, "is_animated", False):
-                on_animation(name)
-            picture = shown_picture(file, name, "L" if channels == 1 else "RGB", background)
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(
-            f"picture {name} does not decode (its bytes are no picture of a kind that is read); replace or remove it"
-        ) from None
-    except (OSError, SyntaxError, ValueError, TypeError, DecompressionBombError) as error:
-        raise UserError(f"picture {name} does not decode ({error}); replace or remove it") from None
+    with decoding(name), open_picture(row, name) as file:
+        if getattr(file, "is_animated", False):
+            on_animation(name)
+        picture = shown_picture(file, name, "L" if channels == 1 else "RGB", background)
     array = np.asarray(fit_picture(picture, resolution, fit, name))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-@contextmanager
-def open_picture(row: dict[str, Any]) -> Iterator[Image.Image]:
-    """A picture's file, given as {"bytes": ...} or {"path": ...}.
-
-    Pillow never gets the path: it would map a TIFF into memory, and such a one is garbled where a tag turns it.
-    """
-    with ExitStack() as stack:
-        stored = row.get("bytes")
-        content = stack.enter_context(Path(row["path"]).open("rb")) if stored is None else io.BytesIO(stored)
-        picture = stack.enter_context(Image.open(content))
-        if (points := read_code_points(content, picture.format)) is not None:
-            picture.info["code_points"] = points
-        if picture.format == "PNG" and picture.mode in ("1", "L", "RGB") and "transparency" in picture.info:
-            picture.info["transparency"] = _transparent_colour(picture.info["transparency"], content)
-        yield picture
-
-
-def _transparent_colour(stored: Any, content: IO[bytes]) -> Any:
-    """The transparent colour of a PNG, of as many bits as Pillow makes its pixels; None: it cannot be told by these.
-
-    Pillow keeps the file's number, which for grey of less than 8 bits and for RGB of 16 no decoded pixel has.
-    """
-    place = content.tell()
-    content.seek(24)  # the bits a channel, in the first chunk
-    depth = (content.read(1) or b"\x08")[0]
-    content.seek(place)
-    if depth >= 8 or not isinstance(stored, int):
-        return None if depth > 8 else stored
-    return min(255, stored * 255 // (2**depth - 1))  # of one bit, some versions of Pillow have done it
 
 
 def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], background: str = "white") -> Image.Image:
@@ -112,15 +68,17 @@ def shown_picture(file: Image.Image, name: str, mode: Literal["L", "RGB"], backg
         picture = picture if turned is None else turned
     alpha = _alpha(picture)
     if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
-        picture = picture.convert("RGBA").convert("RGB") if picture.mode != "LA" else picture.convert("L")
+        whole = picture if picture.mode in ("LA", "RGBA") else picture.convert("RGBA")
+        picture = whole.convert("L" if whole.mode == "LA" else "RGB")
+        del whole  # of a large picture, each copy is hundreds of megabytes
     profile = stated_profile(file, picture.mode, name)
     if profile and (transform := _to_srgb(profile, picture.mode)) is not None:
         picture = transform.apply(picture)
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB" if picture.mode not in ("1",) else "L")
     if alpha is not None:
-        picture = picture.convert("RGB")
-        picture = Image.composite(picture, Image.new("RGB", picture.size, ImageColor.getrgb(background)), alpha)
+        picture = picture if picture.mode == "RGB" and picture is not file else picture.convert("RGB")
+        picture.paste(ImageColor.getrgb(background), mask=ImageChops.invert(alpha))
     return picture if picture.mode == mode else picture.convert(mode)
 
 
@@ -145,7 +103,7 @@ def _eight_bit(file: Image.Image, name: str) -> Image.Image:
             )
         pixels = (values * 255).round()
     elif file.mode.startswith("I;16") or (file.format in _SIXTEEN_BITS and values.min() >= 0 and values.max() <= 65535):
-        lacking = max(0, 16 - min(tags.get(_BITS, (16,))))  # of a TIFF, whose pixels Pillow does not scale
+        lacking = max(0, 16 - min(tags.get(BITS, (16,))))  # of a TIFF, whose pixels Pillow does not scale
         pixels = (values.astype(np.int32) << lacking) // 256
     else:
         raise UserError(
@@ -161,11 +119,15 @@ def _eight_bit(file: Image.Image, name: str) -> Image.Image:
 
 
 def _alpha(picture: Image.Image) -> Image.Image | None:
-    """How opaque each pixel is, (W, H) of mode L; None where all are."""
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        alpha = picture.convert("RGBA").getchannel("A")
-        return None if alpha.getextrema() == (255, 255) else alpha
-    return None
+    """How opaque each pixel is, (W, H) of mode L; None where all are. Outside of a GIF's frame there is nothing."""
+    alpha, box = None, picture.info.get("frame_box")
+    if picture.has_transparency_data:
+        alpha = (picture if picture.mode in ("RGBA", "LA") else picture.convert("RGBA")).getchannel("A")
+    if box is not None:
+        inside = Image.new("L", picture.size)
+        inside.paste(255 if alpha is None else alpha.crop(box), box)
+        alpha = inside
+    return None if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
 
 @lru_cache(maxsize=64)
@@ -191,9 +153,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def check_colour(name: str, setting: str) -> None:
     """Raise UserError where a colour has no such name."""
     try:
-        ImageColor.getrgb(name)
+        colour = ImageColor.getrgb(name)
     except ValueError as error:
         raise UserError(f"{setting}={name!r} is not a colour ({error}); try white, black or #102030") from None
+    if len(colour) > 3:
+        raise UserError(f"{setting}={name!r} is itself transparent; give a colour of three parts, as #102030")
 
 
 def fit_picture(picture: Image.Image, resolution: int, fit: Fit, name: str) -> Image.Image:

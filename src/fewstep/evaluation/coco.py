@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from fewstep.data.pictures import open_picture, shown_picture
+from fewstep.data.opening import decoding, open_picture
+from fewstep.data.pictures import shown_picture
 from fewstep.errors import UserError
 from fewstep.formats.json_files import parse_json
 from fewstep.progress import Report
@@ -29,7 +29,7 @@ class CaptionedPictures:
     def pixels(self, number: int) -> np.ndarray:
         """One picture as a viewer shows it, (H, W, 3) uint8."""
         path = self.paths[number]
-        with open_picture({"path": str(path)}) as file:
+        with decoding(str(path)), open_picture({"path": str(path)}, str(path)) as file:
             return np.asarray(shown_picture(file, str(path), "RGB"))
 
     def check(self, report: Report = lambda done, total: None) -> None:
@@ -43,7 +43,7 @@ class CaptionedPictures:
             report(number, len(self))
             try:
                 self.pixels(number)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except UserError:
                 broken.append(self.paths[number])
         report(len(self), len(self))
         if broken:
