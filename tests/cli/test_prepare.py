@@ -1,11 +1,14 @@
 """`fewstep prepare embeddings` and `prepare latents` as a user types them."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -73,6 +76,21 @@ def test_published_latents(teacher: Path, tmp_path: Path) -> None:
     write_lmdb(tmp_path / "set", {"latents": torch.randn(3, 4, 8, 8).half(), "prompts": ["a", "b", "a"]})
     output = run("latents", teacher, tmp_path / "l", "--from-lmdb", tmp_path / "set")
     assert "3 latents of shape 4x8x8, 2 distinct captions, 0 pictures skipped" in output
+
+
+def test_latents_that_the_network_cannot_use(teacher: Path, tmp_path: Path) -> None:
+    """Each was prepared whole, and refused when training read it."""
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    shutil.rmtree(other / "vae")
+    config = {**json.loads((teacher / "vae/config.json").read_text()), "latent_channels": 8}
+    AutoencoderKL.from_config(config).save_pretrained(other / "vae")
+    pictures = write_folder(tmp_path / "pictures", ["a cat"], size=16)
+    told = refused("latents", other, tmp_path / "l", "--images", pictures)
+    assert told.endswith("its vae has latents of 8 channels, its unet of 4; one of the two is another model's")
+    write_lmdb(tmp_path / "set", {"latents": torch.randn(2, 8, 8, 8).half(), "prompts": ["a", "b"]})
+    told = refused("latents", teacher, tmp_path / "l", "--from-lmdb", tmp_path / "set")
+    assert told == f"{tmp_path / 'set'} holds latents of 8 channels, this model's have 4"
+    assert not (tmp_path / "l").exists()
 
 
 def pairs_lmdb(folder: Path, **changes: torch.Tensor) -> Path:

@@ -287,14 +287,14 @@ def test_published_latents(encoders: TextEncoders, model: Path, tmp_path: Path) 
     values = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     write_lmdb(tmp_path / "set", {"latents": values, "prompts": CAPTIONS})
     facts = {"vae_fingerprint": vae_fingerprint(model)}
-    folder = import_lmdb_latents(encoders, tmp_path / "set", tmp_path / "l", shard_size=4, **facts)
+    folder = import_lmdb_latents(encoders, tmp_path / "set", tmp_path / "l", channels=4, shard_size=4, **facts)
     stored = StoredLatents(folder)
     assert torch.equal(stored.rows(torch.arange(10))[0], values)
     assert stored.captions.prompts(torch.arange(10)) == CAPTIONS
     check_latents_fit(stored, text_fingerprint=text_fingerprint(model), latent_shape=(4, 8, 8), **facts)
     (tmp_path / "set").rename(tmp_path / "moved")
-    assert import_lmdb_latents(encoders, tmp_path / "moved", folder, shard_size=4, **facts) == folder
-    scaled = import_lmdb_latents(encoders, tmp_path / "moved", tmp_path / "m", scale=0.5, **facts)
+    assert import_lmdb_latents(encoders, tmp_path / "moved", folder, channels=4, shard_size=4, **facts) == folder
+    scaled = import_lmdb_latents(encoders, tmp_path / "moved", tmp_path / "m", channels=4, scale=0.5, **facts)
     assert torch.equal(StoredLatents(scaled).rows(torch.arange(10))[0], (values.float() * 0.5).half())
 
 
@@ -302,7 +302,7 @@ def test_published_latents_that_cannot_be_used(encoders: TextEncoders, tmp_path:
     def refused(**options: Any) -> str:
         with pytest.raises(UserError) as error:
             import_lmdb_latents(
-                encoders, tmp_path / "set", tmp_path / f"l{len(options)}", vae_fingerprint="v", **options
+                encoders, tmp_path / "set", tmp_path / f"l{len(options)}", channels=4, vae_fingerprint="v", **options
             )
         return str(error.value)
 
@@ -317,7 +317,7 @@ def test_published_latents_that_cannot_be_used(encoders: TextEncoders, tmp_path:
     assert "do not belong together" in refused()
     write_lmdb(tmp_path / "set", {"latents": values, "prompts": ["a", LONG, "c"]})
     assert "prompts_1_data has 18 tokens" in refused()
-    import_lmdb_latents(encoders, tmp_path / "set", tmp_path / "m", vae_fingerprint="v", truncate=True)
+    import_lmdb_latents(encoders, tmp_path / "set", tmp_path / "m", channels=4, vae_fingerprint="v", truncate=True)
     values[0, 0, 0, 0] = float("inf")
     write_lmdb(tmp_path / "set", {"latents": values, "prompts": ["a", "b", "c"]})
     assert "standard deviation of nan" in refused()

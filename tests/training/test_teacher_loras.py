@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fewstep
 from fewstep.errors import UserError
+from fewstep.estimate.describe import describe_distillation
 from fewstep.export.export import ExportOptions, export_generator
 from fewstep.models.load import load_generator, load_teacher
 from fewstep.settings import TrainSettings, parse_settings
@@ -133,13 +135,34 @@ def _with(given: TrainSettings, **training: Any) -> TrainSettings:
 
 
 def test_a_lora_of_another_family_stops_before_a_run_begins(work: Path, tmp_path: Path) -> None:
+    """A dry run says it in the same words."""
+    save_file({}, tmp_path / "empty.safetensors")
     for lora, told in (
         (work / "sd.safetensors", "is a LoRA for another base: "),
         ("no.safetensors:0.5", "is no file; give FILE"),
+        (tmp_path / "empty.safetensors", "is an empty LoRA: it has no layers"),
     ):
-        with pytest.raises(UserError, match=told):
-            train(settings(work, tmp_path / "run", teacher={"loras": [str(lora)]}))
+        asked = settings(work, tmp_path / "run", teacher={"loras": [str(lora)]})
+        with pytest.raises(UserError, match=told) as refused:
+            train(asked)
         assert not (tmp_path / "run").exists()
+        with pytest.raises(UserError) as dry:
+            list(describe_distillation(asked))
+        assert str(dry.value) == str(refused.value)
+    (first, *_) = describe_distillation(settings(work, tmp_path / "run"))
+    assert first.startswith("network: ")
+
+
+def test_a_dry_run_without_its_teacher_asks_for_the_lora_all_the_same() -> None:
+    values = {"path": "runs/later", "loras": ["no.safetensors"]}
+    with pytest.raises(UserError, match=r"no\.safetensors is no file; give FILE"):
+        list(describe_distillation(parse_settings(TrainSettings, {"teacher": values}, "test")))
+
+
+def test_a_dry_run_merges_no_lora_into_a_teacher_of_classes(work: Path, teacher_folder: Path) -> None:
+    values = {"path": str(teacher_folder), "loras": [f"{work / 'sd'}.safetensors"]}
+    with pytest.raises(UserError, match="is a class-conditional teacher: LoRAs are merged into text-to-image models"):
+        list(describe_distillation(parse_settings(TrainSettings, {"teacher": values}, "test")))
 
 
 @pytest.mark.slow

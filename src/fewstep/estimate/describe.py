@@ -26,6 +26,8 @@ from fewstep.estimate.memory import (
 )
 from fewstep.estimate.stand_ins import teacher_network
 from fewstep.families.registry import build_on_meta, describe_new, family_of
+from fewstep.formats.lora_list import LoraFile
+from fewstep.models.load import check_loras
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
 from fewstep.training.pretrain import pictures_of
@@ -94,12 +96,14 @@ def describe_distillation(
         report: called with what is rehearsed next: a released text-to-image model takes up to a minute a memory mode.
     """
     own, gpu = own_settings(settings, processes), find_gpu(gpu)
-    found = teacher_network(settings)
+    found, path = teacher_network(settings), settings.teacher.path
     if found is None:
-        path = settings.teacher.path
+        for lora in settings.teacher.loras:
+            LoraFile.parse(lora)
         yield f"memory: unknown; {_NOT_YET.format(path=path) if path else _UNNAMED}"
         return
     (denoiser, vae), calls = found, Calls()
+    check_loras(denoiser, settings.teacher.loras, path or settings.teacher.network)
 
     def rehearse(settings: TrainSettings, pictures: bool = False) -> Estimate:
         return estimate_run(settings, denoiser, gpu=_on_gpu(settings), autoencoder=vae, pictures=pictures, calls=calls)

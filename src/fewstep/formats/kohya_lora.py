@@ -190,8 +190,9 @@ def _taken_apart(layers: Mapping[tuple[str, ...], dict[str, Tensor]], path: Path
 
 def _refuse_broken(layers: Mapping[str, dict[str, Tensor]], path: Path) -> None:
     """Raise UserError for layers without both matrices, or with shapes that no LoRA has."""
-    broken = [name for name, parts in layers.items() if not {"down", "up"} <= set(parts)]
-    if broken or not layers:
+    if not layers:
+        raise UserError(f"{path} is an empty LoRA: it has no layers")
+    if broken := [name for name, parts in layers.items() if not {"down", "up"} <= set(parts)]:
         raise UserError(f"{path} is no complete LoRA: layers without both matrices, e.g. {broken[:2]}")
     if misshapen := [name for name, parts in layers.items() if not _is_lora_layer(parts)]:
         raise UserError(f"{path} is damaged: what it has of the layer {misshapen[0]} is no LoRA's")

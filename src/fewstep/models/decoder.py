@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.devices import pictures_at_once
 from fewstep.errors import UserError
+from fewstep.families.family import Family
 from fewstep.formats.pixels import to_uint8
 
 if TYPE_CHECKING:
@@ -163,3 +164,15 @@ class LatentDecoder(Decoder):
         if self._autoencoder is not None:
             self._autoencoder.to(device)
         return self
+
+
+def read_autoencoder(family: Family, folder: Path, channels: int) -> "Autoencoder":
+    """The VAE of a folder whose network makes latents of so many channels; raises UserError for one of others."""
+    autoencoder = family.autoencoder(folder)
+    assert autoencoder is not None
+    if autoencoder.latent_channels != channels:
+        raise UserError(
+            f"{folder}: its vae has latents of {autoencoder.latent_channels} channels, its {family.component} of {channels}; one of the "
+            "two is another model's"
+        )
+    return autoencoder

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
+from fewstep.families.family import Family
 from fewstep.families.registry import build_denoiser, build_on_meta, component_of, family_of, recognise
 from fewstep.formats.compare import state_difference
 from fewstep.formats.lora_list import LoraFile
@@ -50,8 +51,7 @@ def load_teacher(
     family = recognise(folder)
     if family.takes == "prompts":
         need_text_libraries()
-    elif files:
-        raise UserError(f"{source} is a class-conditional teacher: LoRAs are merged into text-to-image models")
+    _refuse_for_labels(files, family, source)
     denoiser, card = family.load(folder, resolution), family.read_card(folder)
     _merge(denoiser, files)
     _warn_of_other_predictions(denoiser, files)
@@ -151,6 +151,30 @@ def _load_on_base(folder: Path, base: str) -> Model:
     else:
         _load_network(denoiser, weights, folder)
     return build_model(denoiser.eval(), card, components, source)
+
+
+def check_loras(denoiser: Denoiser, loras: Sequence[str], source: str) -> None:
+    """Refuse LoRAs that `load_teacher` would, before there are weights to merge them into, and warn as it does.
+
+    Args:
+        denoiser: the network of `source`, perhaps on the meta device.
+
+    Raises:
+        UserError: a LoRA that is missing, damaged or another model's; a teacher that takes none.
+    """
+    if files := [LoraFile.parse(lora) for lora in loras]:
+        from fewstep.networks.merged_loras import read_loras
+
+        description = denoiser.describe()
+        family = family_of(description)
+        _refuse_for_labels(files, family, source)
+        read_loras(denoiser, files, partial(family.layer_aliases, description))
+        _warn_of_other_predictions(denoiser, files)
+
+
+def _refuse_for_labels(loras: Sequence[LoraFile], family: Family, source: str | Path) -> None:
+    if loras and family.takes == "labels":
+        raise UserError(f"{source} is a class-conditional teacher: LoRAs are merged into text-to-image models")
 
 
 def _merge(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:

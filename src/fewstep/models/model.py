@@ -32,13 +32,12 @@ from fewstep.models.conditioner import (
     refuse_no_counts,
     whole_number,
 )
-from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder
+from fewstep.models.decoder import Decoder, LatentDecoder, PixelDecoder, read_autoencoder
 from fewstep.models.progress import counted_evaluations
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fewstep.networks.autoencoder import Autoencoder
 
 Wishes: TypeAlias = "str | int | Sequence[str] | Sequence[int] | None"
 
@@ -369,18 +368,6 @@ class Model:
         )
 
 
-def _read_autoencoder(family: Family, folder: Path, channels: int) -> "Autoencoder":
-    """The VAE of a folder whose network makes latents of so many channels; raises UserError for one of others."""
-    autoencoder = family.autoencoder(folder)
-    assert autoencoder is not None
-    if autoencoder.latent_channels != channels:
-        raise UserError(
-            f"{folder}: its vae has latents of {autoencoder.latent_channels} channels, its {family.component} of {channels}; one of the "
-            "two is another model's"
-        )
-    return autoencoder
-
-
 def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None, base: str = "") -> Model:
     """A model around a network: conditioner and decoder are its family's.
 
@@ -395,6 +382,6 @@ def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None,
     if folder is not None:
         conditioner = PromptConditioner(family, folder, family.example_condition(denoiser.base_network, 1))
         decoder = LatentDecoder(
-            family.pixels_per_latent(folder), partial(_read_autoencoder, family, folder, denoiser.image_shape[0])
+            family.pixels_per_latent(folder), partial(read_autoencoder, family, folder, denoiser.image_shape[0])
         )
     return Model(denoiser, card, family, conditioner.to(device), decoder.to(device), folder, base)

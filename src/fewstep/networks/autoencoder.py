@@ -20,7 +20,7 @@ class Autoencoder(nn.Module):
     """A VAE in the model's own scaling of latents.
 
     Args:
-        vae: an `AutoencoderKL` or `AutoencoderTiny`.
+        vae: of diffusers, an `AutoencoderKL`, `AutoencoderTiny` or the class of a family.
 
     Attributes:
         latent_channels: channels of the latents.

@@ -13,14 +13,12 @@ from fewstep.formats.lora_spellings import LayerAliases
 from fewstep.networks.lora_layers import low_rank_update
 
 
-@torch.no_grad()
-def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases) -> None:
-    """W + strength * alpha / rank * B A for every layer of every LoRA, in kohya's, diffusers' or PEFT's keys.
-
-    All are read and compared with the network before any weight changes.
+def read_loras(
+    network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases
+) -> list[tuple[LoraFile, LoraWeights]]:
+    """LoRA files with their weights, in kohya's, diffusers' or PEFT's keys, each compared with a network, on any device.
 
     Args:
-        network: on the CPU, float32.
         aliases: other names of its layers, as its family says them.
 
     Raises:
@@ -30,7 +28,19 @@ def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAli
     found = [(lora, read_lora(lora.path, layers, aliases)) for lora in loras]
     for lora, weights in found:
         _check(lora, weights, layers)
-    for lora, weights in found:
+    return found
+
+
+@torch.no_grad()
+def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases) -> None:
+    """W + strength * alpha / rank * B A for every layer of every LoRA, all read before any weight changes.
+
+    Args:
+        network: on the CPU, float32.
+        aliases: as `read_loras` takes them, which says what is refused.
+    """
+    layers = dict(network.named_modules())
+    for lora, weights in read_loras(network, loras, aliases):
         for target in weights.targets:
             weight: Any = layers[target].weight
             weight += lora.strength * update_of(weights, target).view_as(weight)

@@ -11,8 +11,10 @@ from fewstep.data.prompts import load_prompts
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
 from fewstep.families.diffusers_folder import resolve_model_folder
-from fewstep.families.registry import recognise
+from fewstep.families.family import Family
+from fewstep.families.registry import build_on_meta, recognise
 from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
+from fewstep.models.decoder import read_autoencoder
 from fewstep.parallel import joined
 from fewstep.preparation.embeddings import prepare_embeddings
 from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
@@ -108,9 +110,7 @@ def _make_latents(teacher: str, images: str, folder: Path, options: LatentsOptio
     model, encoders = _encoders(teacher, options.device)
     family = recognise(model)
     with busy(console, "Loading the VAE"):
-        autoencoder = family.autoencoder(model)
-        assert autoencoder is not None, "a family that takes prompts works on latents"
-        autoencoder.to(choose_device(options.device))
+        autoencoder = read_autoencoder(family, model, _latent_channels(family, model)).to(choose_device(options.device))
         fingerprint = vae_fingerprint(model)
     with working(console, f"Encoding the pictures of {images}") as report:
         prepare_latents(
@@ -136,9 +136,9 @@ def import_latents(
         model, encoders = _encoders(teacher, options.device)
         with working(console, f"Importing the latents of {lmdb}") as report:
             import_lmdb_latents(
-                encoders, lmdb, folder, vae_fingerprint=vae_fingerprint(model), scale=scale, truncate=options.truncate,
-                shard_size=options.shard_size, batch_size=options.batch_size, captions=cast(Captions, captions),
-                report=report,
+                encoders, lmdb, folder, channels=_latent_channels(recognise(model), model), vae_fingerprint=vae_fingerprint(model),
+                scale=scale, truncate=options.truncate, shard_size=options.shard_size, batch_size=options.batch_size,
+                captions=cast(Captions, captions), report=report,
             )  # fmt: skip
         _print_latents(folder)
 
@@ -167,6 +167,11 @@ def _encoders(teacher: str, device: str) -> tuple[Path, "TextEncoders"]:
     with busy(console, f"Loading the text encoders of {teacher}"):
         model = resolve_model_folder(teacher)
         return model, recognise(model).text_encoders(model).to(place)
+
+
+def _latent_channels(family: Family, folder: Path) -> int:
+    """Of the latents that the network in a folder makes."""
+    return build_on_meta(family.describe_folder(folder)).image_shape[0]
 
 
 def _print_latents(folder: Path) -> None:

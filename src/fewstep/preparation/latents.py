@@ -191,7 +191,7 @@ class _Reader:
 
 
 def import_lmdb_latents(
-    encoders: TextEncoders, path: Path, folder: Path, *, vae_fingerprint: str, scale: float | None = None,
+    encoders: TextEncoders, path: Path, folder: Path, *, channels: int, vae_fingerprint: str, scale: float | None = None,
     truncate: bool = False, shard_size: int = 512, batch_size: int = 32, captions: Captions = "embeddings",
     report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
@@ -200,15 +200,18 @@ def import_lmdb_latents(
     The LMDB does not say which VAE made its latents: `vae_fingerprint` is taken at your word.
 
     Args:
+        channels: of the latents that the model's network makes.
         scale: the latents are multiplied by it; None takes them as they are, and refuses latents that look unscaled.
 
     Raises:
-        UserError: the LMDB is damaged, its latents are unscaled, a prompt is too long; and as `prepare_latents`.
+        UserError: the LMDB is damaged, its latents are unscaled or another model's, a prompt is too long; and as `prepare_latents`.
     """
     with LmdbArrays(path, LMDB_LATENTS) as arrays:
         shape, num_prompts = arrays.shapes["latents"], arrays.shapes["prompts"][0]
         if len(shape) != 4 or shape[0] != num_prompts or not num_prompts:
             raise UserError(f"{path}: latents of shape {shape} and {num_prompts} prompts do not belong together")
+        if shape[1] != channels:
+            raise UserError(f"{path} holds latents of {shape[1]} channels, this model's have {channels}")
         if scale is None:
             check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
         job = {"lmdb": str(path), "lmdb_content": arrays.fingerprint(), "lmdb_shape": list(shape), "scale": scale,
