@@ -51,7 +51,24 @@ def test_picture_and_table(
     shipped = json.loads((made[0] / "emoji/teacher_measurement.json").read_text())["emoji-sd"]
     assert found["teacher"]["frechet_distance"] == shipped["frechet_distance"]
     assert found["4 steps"]["num_images"] == 6
-    script.main([*models, "--names", "teacher", "4 steps", "--out", str(tmp_path / "b"), "--seed", "1", *SMALL])
+    script.main(
+        [
+            *models,
+            "--names",
+            "teacher",
+            "4 steps",
+            "--out",
+            str(tmp_path / "b"),
+            "--seed",
+            "1",
+            *SMALL,
+            "--held-out-seeds",
+            "2",
+        ]
+    )
+    assert re.search(r"^\| 4 steps \| 2 \| \d+\.\d+ ± \d+\.\d+ \|", capsys.readouterr().out, re.MULTILINE)
+    followed = json.loads((tmp_path / "b.json").read_text())["teacher"]["held_out_seeds"]
+    assert {name: len({*figures}) for name, figures in followed.items()}["held_out_distance"] == 2
     first, second = (np.asarray(Image.open(path)) for path in (tmp_path / "a/compared.png", tmp_path / "b.png"))
     assert first.shape == second.shape
     assert first.shape[1] == script.TEXT_WIDTH + 3 * (64 + script.GAP)
@@ -63,6 +80,8 @@ def test_picture_and_table(
 def test_names_must_fit(made: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--names: 1 different names are needed"):
         script.main(["bundled:emoji-sd", "--names", "a", "b", "--out", str(tmp_path / "x")])
+    with pytest.raises(UserError, match="--held-out-seeds=1: a spread takes two seeds or more"):
+        script.main(["bundled:emoji-sd", "--held-out-seeds", "1", "--out", str(tmp_path / "x")])
 
 
 def test_only_text_models(tmp_path: Path) -> None:
