@@ -45,7 +45,7 @@ class GoldenStep:
         with torch.no_grad():
             for network, factor in ((self.fake_score, 1 + 1 / 16), (self.generator, 1 - 1 / 16)):
                 torch._foreach_mul_(list(network.parameters()), factor)
-        self.head = Discriminator(self.teacher.bottleneck_shape).to(device)
+        self.head = Discriminator(self.teacher.feature_shapes[0]).to(device)
         self.head.load_state_dict({k: v.float() for k, v in self._part("discriminator.").items()})
 
     def _part(self, prefix: str) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def encoder_apart(
     ):  # fmt: skip
         level = term.fake_score.noise_schedule.at(index)
         noisy = term.fake_score.add_noise(images, noise, level)
-        parts.append(term.discriminator(term.fake_score.bottleneck(noisy, level, own)))
+        parts.append(term.discriminator(term.fake_score.features(noisy, level, own)[0]))
     return terms.discriminator_adversarial_loss(*parts)
 
 

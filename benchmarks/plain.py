@@ -92,7 +92,7 @@ class PlainStep:
         """The discriminator's on noised images."""
         assert self.roles.discriminator is not None
         noisy, level = self.noised(images, draws, name, of=of)
-        return self.roles.discriminator(self.roles.fake_score.bottleneck(noisy, level, condition))
+        return self.roles.discriminator(self.roles.fake_score.features(noisy, level, condition)[0])
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:

@@ -47,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jensen-shannon": {"losses.divergence": "jensen_shannon"},
     "gan-on-clean": {"losses.gan_levels": 300},
     "gan-shared": {"losses.gan_levels": "shared"},
+    "taps-2": {"losses.gan_weights": [1e-2, 3e-2], "losses.gan_taps": [0.25, 0.5]},
+    "taps-3": {"losses.gan_weights": [1e-2, 3e-2], "losses.gan_taps": [0.5, 0.75, 1.0]},
     "constant-rate": {"optimizer.final_lr_fraction": 1.0},
     "long-average": {"generator.ema_half_life_images": 16_000},
     "all-levels": {"losses.level_indices": [20, 980]},

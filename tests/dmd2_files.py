@@ -60,7 +60,7 @@ def edm_arguments(config: EDMUNetConfig) -> dict[str, Any]:
 
 def head_for(network: Any, seed: int = 9) -> Discriminator:
     torch.manual_seed(seed)
-    return Discriminator(network.bottleneck_shape)
+    return Discriminator(network.feature_shapes[0])
 
 
 def save_dmd2(

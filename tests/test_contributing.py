@@ -36,17 +36,17 @@ class ToyDenoiser(Denoiser):
         self.labels = nn.Linear(num_classes, 16)
         self.outer = nn.Conv2d(16, 1, 3, padding=1)
         self.noise_schedule, self.num_classes, self.compute_dtype = FlowSchedule(2.0), num_classes, torch.float32
-        self.image_shape, self.bottleneck_shape = (1, side, side), (16, side, side)
+        self.image_shape, self.tap_shapes, self.middle = (1, side, side), ((16, side, side),), 0
         self.recompute = None
 
     def forward(self, noisy, level, condition, want="x0"):
         block = self.recompute if self.recompute and torch.is_grad_enabled() else lambda block, x: block(x)
         feature = block(self.inner, network_input(self, noisy)) + self.labels(condition["class_labels"])[:, :, None, None]
-        if want == "bottleneck":
-            return DenoiserOutput(None, feature)
+        if want == "features":
+            return DenoiserOutput(None, (feature,))
         velocity = block(self.outer, torch.tanh(feature))
         x0 = noisy - per_sample(self.noise_schedule.sigma(level), noisy) * velocity
-        return DenoiserOutput(x0, feature if want == "both" else None)
+        return DenoiserOutput(x0, (feature,) if want == "both" else None)
 
     def denoising_weight(self, level):
         return self.noise_schedule.sigma(level) ** -2

@@ -117,7 +117,7 @@ def generator_adversarial_loss(generated_logits: Tensor) -> Tensor:
     Source: Goodfellow et al. 2014 (arXiv:1406.2661), section 3; DMD2 (arXiv:2405.14867), section 4.3.
 
     Args:
-        generated_logits: (B,), for generated images.
+        generated_logits: (B,), for generated images; (B, K) of K discriminators, whose losses are averaged.
     """
     return F.softplus(-generated_logits).mean()
 
@@ -128,8 +128,8 @@ def discriminator_adversarial_loss(real_logits: Tensor, generated_logits: Tensor
     Source: as `generator_adversarial_loss`.
 
     Args:
-        real_logits: (B,), for real images.
-        generated_logits: (B,), for generated images.
+        real_logits: (B,), for real images; (B, K) of K discriminators, whose losses are averaged.
+        generated_logits: (B,), for generated images; (B, K) of K discriminators, whose losses are averaged.
     """
     return F.softplus(generated_logits).mean() + F.softplus(-real_logits).mean()
 

@@ -31,7 +31,7 @@ def test_float64_in_float64_out(family: str, index: int) -> None:
     with torch.no_grad():
         narrow = denoiser.denoise(noisy, level, condition)
         wide = denoiser.denoise(noisy.double(), level, condition)
-        feature = denoiser.bottleneck(noisy.double(), level, condition)
+        feature = denoiser.features(noisy.double(), level, condition)[0]
     assert torch.equal(seen[0], seen[1])
     assert seen[1].dtype == feature.dtype == narrow.dtype == torch.float32
     assert wide.dtype == torch.float64

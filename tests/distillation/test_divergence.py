@@ -73,7 +73,7 @@ def test_matching_gradient_is_weighed_by_the_logits_at_its_own_noisy_images() ->
     )
     level = teacher.noise_schedule.at(index)
     with torch.no_grad():
-        logits = head(fake_score.bottleneck(teacher.add_noise(x0, noise, level), level, condition))
+        logits = head(fake_score.features(teacher.add_noise(x0, noise, level), level, condition)[0])
     expected = 1 + logits.exp()
     assert float(expected.std()) > 1e-3
     found = weighed.at(x0, batch, index, noise).gradient / plain.at(x0, batch, index, noise).gradient

@@ -32,7 +32,7 @@ def networks(golden: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
         for network, factor in ((fake_score, 1 + 1 / 16), (generator, 1 - 1 / 16)):
             for parameter in network.parameters():
                 parameter.mul_(factor)
-    head = Discriminator(teacher.bottleneck_shape)
+    head = Discriminator(teacher.feature_shapes[0])
     head.load_state_dict(
         {k.removeprefix("discriminator."): v.float() for k, v in golden.items() if k.startswith("discriminator.")}
     )

@@ -38,7 +38,7 @@ class Step:
             for network, factor in ((self.fake_score, 1 + 1 / 16), (self.generator, 1 - 1 / 16)):
                 for parameter in network.parameters():
                     parameter.mul_(factor)
-        self.head = Discriminator(self.teacher.bottleneck_shape)
+        self.head = Discriminator(self.teacher.feature_shapes[0])
         self.head.load_state_dict({k: v.float() for k, v in self.part("discriminator.").items()})
         level = self.teacher.noise_schedule.expanded(self.timestep, 3, torch.device("cpu"))
         self.batch = GeneratorInput(self["noise"], level, self.condition("text_embedding", "pooled"), num_fresh=3)
@@ -110,10 +110,9 @@ def test_network_is_called_as_diffusers_calls_it(step: Step) -> None:
     added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]} if "pooled" in condition else None
     with torch.no_grad():
         theirs = step.teacher.network(step["noise"], level, condition["text"], added_cond_kwargs=added).sample
-        ours, feature = step.teacher.run_network(step["noise"], level, condition, "both")
-        alone = step.teacher.bottleneck(step["noise"], level, condition)
+        ours, (feature,) = step.teacher.run_network(step["noise"], level, condition, "both")
+        alone = step.teacher.features(step["noise"], level, condition)[0]
     assert ours is not None
-    assert feature is not None
     assert torch.equal(ours, theirs)
     assert torch.equal(feature, alone)
-    assert alone.shape[1:] == step.teacher.bottleneck_shape
+    assert alone.shape[1:] == step.teacher.feature_shapes[0]

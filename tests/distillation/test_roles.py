@@ -23,7 +23,7 @@ def test_a_twin_is_equal_and_shares_no_memory(family: str) -> None:
     assert type(twin) is type(network)
     assert twin.describe() == network.describe()
     assert (twin.training, twin.compute_dtype) == (True, torch.bfloat16)
-    for name in ("image_shape", "bottleneck_shape", "num_classes"):
+    for name in ("image_shape", "feature_shapes", "num_classes"):
         assert getattr(twin, name) == getattr(network, name)
     mine, theirs = twin.state_dict(), network.state_dict()
     assert list(mine) == list(theirs)

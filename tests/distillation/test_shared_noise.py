@@ -30,7 +30,7 @@ SHAPE, COUNT = (1, 16, 16), 3
 def test_both_losses_and_their_gradients_are_those_of_two_forwards_at_one_noise() -> None:
     fake_score, draws = tiny_denoiser(seed=2), Draws.of_batch(1, 2, COUNT)
     torch.manual_seed(3)
-    head = Discriminator(fake_score.bottleneck_shape)
+    head = Discriminator(fake_score.feature_shapes[0])
     denoising, adversarial = FakeScoreDenoising(fake_score), DiscriminatorAdversarial(fake_score, head, 0.5)
     term = DenoisingAndAdversarial(denoising, adversarial)
     assert term.weights == {"fake_score": 1.0, "gan_discriminator": 0.5}
@@ -56,7 +56,7 @@ def test_both_losses_and_their_gradients_are_those_of_two_forwards_at_one_noise(
 
 def test_the_generator_is_judged_where_its_scores_are() -> None:
     teacher, fake_score, draws = tiny_denoiser(seed=1), tiny_denoiser(seed=2), Draws.of_batch(3, 4, COUNT)
-    head = Discriminator(fake_score.bottleneck_shape)
+    head = Discriminator(fake_score.feature_shapes[0])
     matching = DistributionMatching(teacher, fake_score, 1.0, 20, 980)
     condition, level = Condition.from_labels(torch.tensor([0, 1, 2]), 4), torch.full((COUNT,), 80.0)
     batch, x0 = GeneratorInput(torch.randn(COUNT, *SHAPE), level, condition, COUNT), torch.randn(COUNT, *SHAPE)

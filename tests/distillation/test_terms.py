@@ -83,7 +83,7 @@ def sigmas(index: Tensor) -> Tensor:
 def bottleneck(denoiser: EDMDenoiser, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
     """The feature in float64, past the contract's cast to float32."""
     scaled = noisy / (column(sigma) ** 2 + 0.25).sqrt()
-    return copy.deepcopy(denoiser).double().model(scaled, sigma.log() / 4, labels.double(), "bottleneck")[1]
+    return copy.deepcopy(denoiser).double().model(scaled, sigma.log() / 4, labels.double(), "features")[1][0]
 
 
 def logits(head: Discriminator, feature: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def test_discriminator_adversarial_against_two_forwards_in_float64(
     def separate(images: Tensor, noise: Tensor, index: Tensor, labels: Tensor) -> Tensor:
         sigma = sigmas(index)
         scaled = (images + column(sigma) * noise) / (column(sigma) ** 2 + 0.25).sqrt()
-        feature = exact_score.model(scaled, sigma.log() / 4, labels.double(), "bottleneck")[1]
+        feature = exact_score.model(scaled, sigma.log() / 4, labels.double(), "features")[1][0]
         return nn.Sequential.forward(exact_head, feature).flatten()
 
     on_real = separate(real.images, real_noise, real_index, real.condition["class_labels"])
@@ -518,11 +518,11 @@ def test_how_far_the_gan_noises_images(
     images, grid = torch.full((many, *SHAPE), 0.25), fake_score.noise_schedule.at(torch.arange(1000))
     given: list[tuple[Tensor, Tensor]] = []
 
-    def bottleneck(noisy: Tensor, level: Tensor, _: Condition) -> Tensor:
+    def features(noisy: Tensor, level: Tensor, _: Condition) -> tuple[Tensor, ...]:
         given.append((noisy, level))
         raise Seen
 
-    monkeypatch.setattr(fake_score, "bottleneck", bottleneck)
+    monkeypatch.setattr(fake_score, "features", features)
     whole = GeneratorInput(images, torch.full((many,), 80.0), condition, many)
     draws = Draws.of_batch(0, 0, many)
     with pytest.raises(Seen):

@@ -128,7 +128,7 @@ class Case:
             config = {**BETAS, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
             self.teacher = DiffusersUNetDenoiser(self.teacher.network, config, 16)
         assert self.teacher.image_shape == SHAPE
-        assert self.teacher.bottleneck_shape == (32, 8, 8)
+        assert self.teacher.feature_shapes[0] == (32, 8, 8)
         self.fake_score = copy.deepcopy(self.teacher)
         with torch.no_grad():
             for number, parameter in enumerate(self.fake_score.parameters()):

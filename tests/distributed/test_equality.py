@@ -10,12 +10,18 @@ from tests.distributed.equality import changed, trained
 from tests.distributed.processes import run_processes
 from tests.distributed.traps import TRAPS
 
-CI = ["edm/2/replicated/0", "edm hellinger/2/sharded/0", "edm shared/2/sharded/0", "sd3 shared_base/1/sharded/0"]
+CI = [
+    "edm/2/replicated/0", "edm hellinger/2/sharded/0", "edm shared/2/sharded/0", "sd3 shared_base/1/sharded/0",
+    "sd3 full taps/2/sharded/0", "sd3 shared_base taps/1/sharded/0",
+]  # fmt: skip
 KINDS = [
     "edm",
     "edm hellinger",
     "edm shared",
     "sd shared_base shared",
+    "edm hellinger taps",
+    "sdxl full taps",
+    "sd lora_generator shared taps",
     *(f"{family} {mode}" for family in ("sd", "sdxl", "sd3") for mode in ("full", "lora_generator", "shared_base")),
 ]
 

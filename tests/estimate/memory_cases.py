@@ -66,14 +66,14 @@ def description(size: str) -> dict[str, Any]:
 
 def case_settings(mode: str, batch_size: int, **memory: Any) -> TrainSettings:
     """Four-step DMD2 with GAN and guidance on the CPU."""
-    precision = memory.pop("precision", "fp32")
+    precision, taps = memory.pop("precision", "fp32"), memory.pop("gan_taps", (0.5,))
     return parse_settings(
         TrainSettings,
         {
             "teacher": {"guidance_scale": 3.0},
             "generator": {"step_indices": [999, 749, 499, 249]},
             "memory": {"mode": mode, "lora_rank": 8, **memory},
-            "losses": {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2},
+            "losses": {"gan_generator_weight": 5e-3, "gan_discriminator_weight": 1e-2, "gan_taps": list(taps)},
             "training": {"batch_size": batch_size, "generator_every": 1},
             "compute": {"device": "cpu", "precision": precision},
             "run": {"sample_images": 1},

@@ -77,6 +77,22 @@ def test_predicted_peak_of_a_flow_transformer(mode: str, memory: dict[str, Any])
     assert predicted(mode, "z-image", **memory).step == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("mode", "size"), [("full", "middle"), ("shared_base", "z-image"), ("lora_generator", "large")]
+)
+def test_predicted_peak_of_several_taps(mode: str, size: str) -> None:
+    """Light heads, and passes that go on to the last block."""
+    memory = STORAGE.get(size, {}) | {"gan_taps": (0.5, 1.0)}
+    measured = measured_peak(case_settings(mode, 2, **memory), size)
+    estimate = predicted(mode, size, **memory)
+    assert estimate.step == pytest.approx(measured, rel=0.1)
+    assert (
+        estimate.parameters["discriminator"]
+        != predicted(mode, size, **STORAGE.get(size, {})).parameters["discriminator"]
+    )
+
+
 def test_a_flow_models_steps_can_be_rehearsed() -> None:
     """Their noise levels travel as numbers; a tensor's were all 0 where there is no memory, and no dry run ended."""
     with meta_machine(gpu=True):

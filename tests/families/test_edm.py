@@ -24,11 +24,11 @@ def test_golden_networks(family: str, dtype: torch.dtype, tolerance: float) -> N
         condition = Condition.from_one_hot(golden["class_labels"].to(dtype))
     with torch.no_grad():
         both = denoiser(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition, "both")
-        alone = denoiser.bottleneck(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition)
+        alone = denoiser.features(golden["noisy"].to(dtype), golden["sigma"].to(dtype), condition)[0]
     assert relative_error(both.x0, golden["denoised"]) < tolerance
-    assert torch.equal(both.bottleneck, alone)
+    assert torch.equal(both.features[0], alone)
     if "bottleneck" in golden:
-        assert relative_error(both.bottleneck, golden["bottleneck"]) < tolerance
+        assert relative_error(both.features[0], golden["bottleneck"]) < tolerance
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_bf16_stays_inside_the_network() -> None:
         exact = denoiser.denoise(golden["noisy"], golden["sigma"], condition)
         denoiser.compute_dtype = torch.bfloat16
         out = denoiser(golden["noisy"], golden["sigma"], condition, "both")
-    assert out.x0.dtype == out.bottleneck.dtype == torch.float32
+    assert out.x0.dtype == out.features[0].dtype == torch.float32
     error = relative_error(out.x0, exact)
     assert 0 < error < 0.02
 
@@ -49,7 +49,7 @@ def test_feature_alone_leaves_the_decoder_out() -> None:
     called = []
     denoiser.model.dec["8x8_up"].register_forward_hook(lambda *_: called.append(1))
     noisy, level, condition = torch.randn(2, 1, 16, 16), torch.ones(2), Condition.from_labels(torch.zeros(2), 4)
-    denoiser.bottleneck(noisy, level, condition)
+    denoiser.features(noisy, level, condition)[0]
     assert not called
     denoiser.denoise(noisy, level, condition)
     assert called
@@ -60,7 +60,7 @@ def test_folding_is_a_configuration_and_keeps_the_picture_shape() -> None:
     net = EDMUNet(config)
     out, feature = net(torch.randn(2, 3, 16, 16), torch.zeros(2), None, "both")
     assert out.shape == (2, 3, 16, 16)
-    assert feature.shape[1:] == config.bottleneck_shape == (32, 4, 4)
+    assert feature[0].shape[1:] == net.tap_shapes[net.middle] == (32, 4, 4)
     assert net.enc["8x8_conv"].weight.shape[1] == 12
 
 
@@ -82,12 +82,12 @@ def test_impossible_resolution_names_the_setting() -> None:
 
 
 def gradients(denoiser: EDMDenoiser, seed: int = 0) -> list[Tensor]:
-    """Of every parameter, through x0 and bottleneck."""
+    """Of every parameter, through x0 and feature."""
     torch.manual_seed(seed)
     noisy, level = torch.randn(2, *denoiser.image_shape), torch.tensor([0.3, 20.0])
     torch.manual_seed(seed + 1)  # of dropout
     out = denoiser(noisy, level, Condition.from_labels(torch.tensor([1, 3]), denoiser.num_classes), "both")
-    (out.x0.square().sum() + out.bottleneck.sum()).backward()
+    (out.x0.square().sum() + out.features[0].sum()).backward()
     return [parameter.grad.clone() for parameter in denoiser.parameters() if parameter.grad is not None]
 
 

@@ -120,8 +120,8 @@ def test_x0_native_loss_and_bottleneck_recomputed(
     denoiser.requires_grad_(False)
     both = denoiser(noisy, level, double, "both")
     assert relative_error(both.x0, noisy - sigma * velocity) < 1e-6
-    assert relative_error(both.bottleneck, maps) < 1e-6
-    assert torch.equal(denoiser(noisy, level, double, "bottleneck").bottleneck, both.bottleneck)
+    assert relative_error(both.features[0], maps) < 1e-6
+    assert torch.equal(denoiser(noisy, level, double, "features").features[0], both.features[0])
     weight = denoiser.denoising_weight(level).double().view(-1, 1, 1, 1)
     native = (weight * (both.x0 - clean) ** 2).mean()
     assert float(native) == pytest.approx(float(((velocity - (noise - clean)) ** 2).mean()), rel=1e-5)

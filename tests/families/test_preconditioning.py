@@ -89,10 +89,10 @@ def test_edm_denoiser_is_the_formula_around_its_raw_network(sigma_data: float) -
             root = math.hypot(sigma, sigma_data)
             c_noise = torch.tensor([math.log(sigma) / 4], dtype=torch.float64)
             one = slice(i, i + 1)
-            raw, feature = denoiser.model(noisy[one] / root, c_noise, condition[one]["class_labels"], "both")
+            raw, (feature,) = denoiser.model(noisy[one] / root, c_noise, condition[one]["class_labels"], "both")
             expected = (sigma_data / root) ** 2 * noisy[one] + sigma * sigma_data / root * raw
             torch.testing.assert_close(out.x0[one], expected, rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(out.bottleneck[one], feature)
+            torch.testing.assert_close(out.features[0][one], feature)
     torch.testing.assert_close(denoiser.denoising_weight(level), level**-2 + sigma_data**-2)
 
 

@@ -64,13 +64,13 @@ def test_raw_prediction_and_feature_are_those_of_diffusers(version: str, side: i
     raw, feature = their_forward(denoiser, noisy, condition, middle)
     with torch.no_grad():
         ours, both = denoiser.run_network(noisy, LEVEL, condition, "both")
-        alone = denoiser.bottleneck(noisy, LEVEL, condition)
+        alone = denoiser.features(noisy, LEVEL, condition)[0]
         only_x0 = denoiser(noisy, LEVEL, condition, "x0")
     assert torch.equal(ours, raw)  # type: ignore[arg-type]
-    assert torch.equal(both, feature)  # type: ignore[arg-type]
+    assert torch.equal(both[0], feature)  # type: ignore[arg-type]
     assert torch.equal(alone, feature)
-    assert alone.shape[1:] == denoiser.bottleneck_shape == (32, side // 2, side // 2)
-    assert only_x0.bottleneck is None
+    assert alone.shape[1:] == denoiser.feature_shapes[0] == (32, side // 2, side // 2)
+    assert only_x0.features is None
     torch.testing.assert_close(only_x0.x0, noisy - LEVEL[:, None, None, None] * raw, rtol=1e-6, atol=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_the_feature_alone_stops_after_the_middle_block(version: str, last: int)
         if name in ("norm_out", "proj_out") or (name.startswith("transformer_blocks.") and name.count(".") == 1):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.no_grad():
-        denoiser.bottleneck(latents(), LEVEL, tiny_condition("sd3"))
+        denoiser.features(latents(), LEVEL, tiny_condition("sd3"))[0]
         assert ran == [f"transformer_blocks.{number}" for number in range(last + 1)]
         ran.clear()
         denoiser(latents(), LEVEL, tiny_condition("sd3"), "both")
@@ -108,7 +108,7 @@ def test_description_round_trip() -> None:
     with torch.no_grad():
         outputs = [model(latents(12), LEVEL, condition, "both") for model in (denoiser, again)]
     assert torch.equal(outputs[0].x0, outputs[1].x0)
-    assert torch.equal(outputs[0].bottleneck, outputs[1].bottleneck)
+    assert torch.equal(outputs[0].features[0], outputs[1].features[0])
 
 
 @pytest.mark.parametrize("option", ["use_dynamic_shifting", "use_karras_sigmas", "shift_terminal", "invert_sigmas"])
@@ -137,7 +137,7 @@ def test_bf16_inside_stays_close() -> None:
     exact = denoiser(noisy, LEVEL, condition, "both")
     denoiser.compute_dtype = torch.bfloat16
     rough = denoiser(noisy, LEVEL, condition, "both")
-    for ours, theirs in ((rough.x0, exact.x0), (rough.bottleneck, exact.bottleneck)):
+    for ours, theirs in ((rough.x0, exact.x0), (rough.features[0], exact.features[0])):
         assert ours.dtype == torch.float32
         assert 1e-5 < relative_error(ours, theirs.detach()) < 3e-2
     rough.x0.square().mean().backward()
@@ -145,7 +145,7 @@ def test_bf16_inside_stays_close() -> None:
     assert {p.grad.dtype for p in denoiser.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("want", ["x0", "bottleneck"])
+@pytest.mark.parametrize("want", ["x0", "features"])
 def test_recomputed_gradients_equal_kept_ones(want: Any) -> None:
     kept = sd3().double()
     recomputed = copy.deepcopy(kept)
@@ -156,7 +156,7 @@ def test_recomputed_gradients_equal_kept_ones(want: Any) -> None:
         denoiser.network.transformer_blocks[0].attn.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         condition = tiny_condition("sd3", dtype=torch.float64)
         output = denoiser(latents().double(), LEVEL.double(), condition, want)
-        (output.x0 if want == "x0" else output.bottleneck).square().mean().backward()
+        (output.x0 if want == "x0" else output.features[0]).square().mean().backward()
         runs.append(len(count))
     assert runs == [1, 2]
     for (name, ours), theirs in zip(recomputed.named_parameters(), kept.parameters(), strict=True):

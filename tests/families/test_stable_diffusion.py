@@ -62,12 +62,12 @@ def test_raw_prediction_and_feature_are_those_of_diffusers(family: str, size: tu
     raw, feature = their_forward(denoiser, noisy, condition)
     with torch.no_grad():
         ours, both = denoiser.run_network(noisy, LEVEL, condition, "both")
-        alone = denoiser.bottleneck(noisy, LEVEL, condition)
+        alone = denoiser.features(noisy, LEVEL, condition)[0]
         unasked = denoiser(noisy, LEVEL, condition, "x0")
     assert torch.equal(ours, raw)  # type: ignore[arg-type]
-    assert torch.equal(both, feature)  # type: ignore[arg-type]
+    assert torch.equal(both[0], feature)  # type: ignore[arg-type]
     assert torch.equal(alone, feature)
-    assert unasked.bottleneck is None
+    assert unasked.features is None
     assert unasked.x0.shape == noisy.shape
 
 
@@ -78,7 +78,7 @@ def test_uneven_upsampling_is_that_of_diffusers(size: tuple[int, int]) -> None:
     with torch.no_grad():
         ours, both = denoiser.run_network(noisy, LEVEL, condition, "both")
     assert torch.equal(ours, raw)  # type: ignore[arg-type]
-    assert torch.equal(both, feature)  # type: ignore[arg-type]
+    assert torch.equal(both[0], feature)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -122,25 +122,25 @@ def test_the_feature_alone_runs_no_decoder(family: str) -> None:
     encoder = {"conv_in", "down_blocks.0", "down_blocks.1", "mid_block"}
     assert counts.keys() == decoder | encoder
     with torch.no_grad():
-        denoiser.bottleneck(latents(), LEVEL, tiny_condition(family))
+        denoiser.features(latents(), LEVEL, tiny_condition(family))[0]
         assert {name for name, count in counts.items() if count} == encoder
         denoiser(latents(), LEVEL, tiny_condition(family), "both")
     assert all(count == (1 if name in decoder else 2) for name, count in counts.items())
 
 
 @pytest.mark.parametrize(("resolution", "side"), [(0, 4), (24, 6), (18, 5)])
-def test_bottleneck_shape(resolution: int, side: int) -> None:
+def test_feature_shape(resolution: int, side: int) -> None:
     denoiser = unet_denoiser("sd", resolution=resolution)
-    assert denoiser.bottleneck_shape == (32, side, side)
-    feature = denoiser.bottleneck(latents(*denoiser.image_shape[1:]), LEVEL, tiny_condition("sd"))
-    assert feature.shape[1:] == denoiser.bottleneck_shape
+    assert denoiser.feature_shapes[0] == (32, side, side)
+    feature = denoiser.features(latents(*denoiser.image_shape[1:]), LEVEL, tiny_condition("sd"))[0]
+    assert feature.shape[1:] == denoiser.feature_shapes[0]
 
 
-def test_bottleneck_shape_of_three_levels() -> None:
+def test_feature_shape_of_three_levels() -> None:
     denoiser = DiffusersUNetDenoiser(three_levels().network, BETAS, latent_size=10)
     assert denoiser.image_shape == (4, 10, 10)
-    assert denoiser.bottleneck_shape == (16, 3, 3)
-    assert denoiser.bottleneck(latents(10, 10), LEVEL, tiny_condition("sd")).shape[1:] == denoiser.bottleneck_shape
+    assert denoiser.feature_shapes[0] == (16, 3, 3)
+    assert denoiser.features(latents(10, 10), LEVEL, tiny_condition("sd"))[0].shape[1:] == denoiser.feature_shapes[0]
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_description_round_trip(family: str, prediction_type: str) -> None:
     with torch.no_grad():
         outputs = [model(latents(12, 12), LEVEL, tiny_condition(family), "both") for model in (denoiser, again)]
     assert torch.equal(outputs[0].x0, outputs[1].x0)
-    assert torch.equal(outputs[0].bottleneck, outputs[1].bottleneck)
+    assert torch.equal(outputs[0].features[0], outputs[1].features[0])
     assert torch.equal(again.denoising_weight(LEVEL), denoiser.denoising_weight(LEVEL))
 
 
@@ -211,7 +211,7 @@ def test_a_missing_part_of_the_condition_is_named(missing: str) -> None:
 
 def test_missing_text_is_named() -> None:
     with pytest.raises(KeyError, match=r"this model needs 'text'; the condition has nothing"):
-        unet_denoiser("sd").bottleneck(latents(), LEVEL, Condition(2))
+        unet_denoiser("sd").features(latents(), LEVEL, Condition(2))[0]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -232,7 +232,7 @@ def test_bf16_inside_stays_close(family: str) -> None:
     exact = denoiser(noisy, LEVEL, condition, "both")
     denoiser.compute_dtype = torch.bfloat16
     rough = denoiser(noisy, LEVEL, condition, "both")
-    for ours, theirs in ((rough.x0, exact.x0), (rough.bottleneck, exact.bottleneck)):
+    for ours, theirs in ((rough.x0, exact.x0), (rough.features[0], exact.features[0])):
         assert ours.dtype == torch.float32
         assert 1e-5 < relative_error(ours, theirs.detach()) < 3e-2
     rough.x0.square().mean().backward()
@@ -240,7 +240,7 @@ def test_bf16_inside_stays_close(family: str) -> None:
     assert {p.grad.dtype for p in denoiser.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("want", ["x0", "bottleneck"])
+@pytest.mark.parametrize("want", ["x0", "features"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_recomputed_gradients_equal_kept_ones(family: str, want: Any) -> None:
     kept = unet_denoiser(family, "v_prediction").double()
@@ -251,7 +251,7 @@ def test_recomputed_gradients_equal_kept_ones(family: str, want: Any) -> None:
         count: list[int] = []  # before the forward: recomputation stops once it has what it needs
         denoiser.network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         output = denoiser(latents().double(), LEVEL, tiny_condition(family, dtype=torch.float64), want)
-        (output.x0 if want == "x0" else output.bottleneck).square().mean().backward()
+        (output.x0 if want == "x0" else output.features[0]).square().mean().backward()
         runs.append(len(count))
     assert runs == [1, 2]
     for (name, ours), theirs in zip(recomputed.named_parameters(), kept.parameters(), strict=True):

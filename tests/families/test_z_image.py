@@ -108,12 +108,12 @@ def test_x0_native_loss_and_bottleneck_recomputed(folder: Path, teacher: Model, 
     output = denoiser(noisy, level, double, "both")
     # rotations are complex64 in the network, so its own float64 rounds them
     assert relative_error(output.x0, noisy + sigma * raw) < 1e-6
-    assert relative_error(output.bottleneck, maps) < 1e-6
-    assert torch.equal(denoiser(noisy, level, double, "bottleneck").bottleneck, output.bottleneck)
+    assert relative_error(output.features[0], maps) < 1e-6
+    assert torch.equal(denoiser(noisy, level, double, "features").features[0], output.features[0])
     native = ((-raw - (noise - clean)) ** 2).flatten(1).mean(1)
     weighted = denoiser.denoising_weight(level).double() * ((output.x0 - clean) ** 2).flatten(1).mean(1)
     assert relative_error(weighted, native) < 1e-5
-    assert denoiser.bottleneck_shape == (32, max(shape) // 2, max(shape) // 2)
+    assert denoiser.feature_shapes[0] == (32, max(shape) // 2, max(shape) // 2)
 
 
 def test_a_caption_does_not_depend_on_its_neighbours(teacher: Model) -> None:

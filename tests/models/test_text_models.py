@@ -112,7 +112,7 @@ def test_resolution_can_be_chosen(tmp_path: Path) -> None:
     folder = tiny_sd_folder(tmp_path / "sd")
     teacher = fewstep.load_teacher(folder, device="cpu", resolution=24)
     assert teacher.denoiser.image_shape == (4, 12, 12)
-    assert teacher.denoiser.bottleneck_shape == (32, 6, 6)
+    assert teacher.denoiser.feature_shapes[0] == (32, 6, 6)
     assert teacher.sample(["cat"], num_inference_steps=1, output="tensor").shape == (1, 3, 24, 24)
     with pytest.raises(UserError, match=r"teacher\.resolution=25 is not a multiple of the VAE's factor 2"):
         fewstep.load_teacher(folder, resolution=25)

@@ -116,8 +116,8 @@ def test_one_base_equals_three_copies(family: str, recomputed: bool) -> None:
         with torch.no_grad():
             generator(noisy_input(), first, condition, "x0")
             teacher(noisy, later, condition, "x0")
-        (score.x0.square().mean() + score.bottleneck.sin().mean()).backward()
-        return x0.detach(), real, fake, score.x0.detach(), score.bottleneck.detach()
+        (score.x0.square().mean() + score.features[0].sin().mean()).backward()
+        return x0.detach(), real, fake, score.x0.detach(), score.features[0].detach()
 
     for ours, theirs in zip(step(base, generator, fake_score), step(teacher, *copies), strict=True):
         assert relative_error(ours, theirs) < 1e-9
@@ -254,9 +254,9 @@ def test_training_the_roles_never_touches_the_base(family: str, recomputed: bool
         assert torch.equal(part, expected[name]), name
     with torch.no_grad():
         # not bit for bit: with several threads kernels sum in an order that depends on where tensors lie in memory
-        for name in ("denoise", "bottleneck"):
-            found, plain = (getattr(network, name)(noisy, level, condition) for network in (base, untouched))
-            assert relative_error(found, plain) < 1e-6, name
+        both = [network(noisy, level, condition, "both") for network in (base, untouched)]
+        assert relative_error(both[0].x0, both[1].x0) < 1e-6
+        assert relative_error(both[0].features[0], both[1].features[0]) < 1e-6
     for role, output in zip((generator, fake_score), before, strict=True):
         assert not torch.equal(role.denoise(noisy, level, condition).detach(), output)
 
@@ -280,7 +280,7 @@ def test_roles_describe_themselves_as_the_base_with_an_adapter() -> None:
     role = SharedBase(base, SHAPE).add_role("generator")
     assert role.describe() == {**described, "lora": {"rank": 3, "alpha": 6.0, "targets": list(role.shared.targets)}}
     assert role.image_shape == base.image_shape
-    assert role.bottleneck_shape == base.bottleneck_shape
+    assert role.feature_shapes == base.feature_shapes
     assert role.noise_schedule is base.noise_schedule
     level = some_levels(base, 3, 700)
     assert torch.equal(role.denoising_weight(level), base.denoising_weight(level))

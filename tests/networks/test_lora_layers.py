@@ -124,9 +124,9 @@ def a_step(
     with torch.no_grad():
         found = [role.denoise(noisy[1], level, condition) for role in (base, fake_score, generator)]
     score = fake_score(noisy[2], level, condition, "both")
-    feature = fake_score.bottleneck(noisy[1], level, condition)
+    feature = fake_score.features(noisy[1], level, condition)[0]
     (x0 * (found[1] - found[0])).sum().backward()
-    (score.x0.square().mean() + score.bottleneck.sin().mean() + feature.cos().mean()).backward()
+    (score.x0.square().mean() + score.features[0].sin().mean() + feature.cos().mean()).backward()
     for role in (generator, fake_score):
         found += [torch.zeros_like(part) if part.grad is None else part.grad for part in role.parameters()]
         role.zero_grad(set_to_none=True)

@@ -219,6 +219,30 @@ def test_a_section_is_not_a_value(value: Any) -> None:
             {"generator": {"step_indices": [249, 999]}},
             "generator.step_indices=[249, 999] must be grid indices of 0 or more, falling, at least one",
         ),
+        (
+            {"losses": {"gan_weights": [1, 1], "gan_taps": []}},
+            "losses.gan_taps=[] must be depths above 0 and up to 1, rising, at least one",
+        ),
+        (
+            {"losses": {"gan_weights": [1, 1], "gan_taps": [0.5, 0.5]}},
+            "losses.gan_taps=[0.5, 0.5] must be depths above 0",
+        ),
+        (
+            {"losses": {"gan_weights": [1, 1], "gan_taps": [0.7, 0.5]}},
+            "losses.gan_taps=[0.7, 0.5] must be depths above 0",
+        ),
+        (
+            {"losses": {"gan_taps": [0.7]}},
+            "losses.gan_taps=[0.7] are read by the discriminator and there is none: set losses.gan_weights",
+        ),
+        (
+            {"losses": {"gan_weights": [1, 1], "gan_taps": [0.5, 1.5]}},
+            "losses.gan_taps.1=1.5: Input should be less than or equal to 1",
+        ),
+        (
+            {"losses": {"gan_weights": [1, 1], "gan_taps": [0.0]}},
+            "losses.gan_taps.0=0.0: Input should be greater than 0",
+        ),
         ({"generator": {"step_indices": []}}, "generator.step_indices=[] must be grid indices"),
         ({"generator": {"step_indices": [-1]}}, "generator.step_indices=[-1] must be grid indices"),
         ({"generator": {"step_indices": [999, 999]}}, "generator.step_indices=[999, 999] must be grid indices"),
@@ -239,6 +263,8 @@ def test_impossible_combinations_say_why(values: dict[str, Any], message: str) -
         {"distribution_matching_weight": 0.0, "regression_weight": 1.0},
         {"distribution_matching_weight": 0.0, "gan_weights": [1e-3, 1e-2]},
         {"gan_weights": [0.0, 1e-2]},
+        {"gan_weights": [1e-3, 1e-2], "gan_taps": [0.5, 0.75, 1.0]},
+        {"gan_taps": [0.5]},
         {"level_indices": [500, 500]},
         {"level_indices": [20, 1500]},
         {"level_indices": [20, 980, 3.0]},
@@ -553,6 +579,14 @@ def test_every_section_alone_keeps_the_defaults_of_its_command(tmp_path: Path) -
             "memory.lora_rank: now memory.lora = [4, 8.0]",
         ),
         (
+            TrainSettings, {"memory": {"lora": [4, 16.0], "lora_dropout": 0.1}}, {"memory": {"lora": [4, 16.0, 0.1]}},
+            "memory.lora_dropout: now memory.lora = [4, 16.0, 0.1]",
+        ),
+        (
+            TrainSettings, {"memory": {"lora": [4, 16.0], "lora_dropout": 0.0}}, {"memory": {"lora": [4, 16.0]}},
+            "memory.lora_dropout: now left out",
+        ),
+        (
             TrainSettings, {"memory": {"teacher": "replicated", "offload_blocks": True, "mode": "shared_base",
              "checkpoint_activations": True}},
             {"memory": {"teacher": "offloaded_blocks", "mode": "shared_base", "checkpoint_activations": True}},
@@ -668,6 +702,7 @@ def test_frozen_precision_is_called_base() -> None:
         ("losses.gan_generator_weight=0", "losses.gan_weights", [0.0, 1e-2]),
         ("losses.max_level_index=500", "losses.level_indices", [10, 500]),
         ("memory.lora_alpha=64", "memory.lora", [16, 64.0]),
+        ("memory.lora_dropout=0.2", "memory.lora", [16, 16.0, 0.2]),
         ("memory.offload_blocks=false", "memory.teacher", "sharded"),
         ("memory.frozen_precision=fp32", "memory.base", "fp32"),
         ("data.latents=", "data.images", ""),

@@ -227,6 +227,20 @@ def load_teacher_weights(teacher: Model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in teacher.denoiser.state_dict().items()}
 
 
+@pytest.mark.parametrize("depths", [[0.25], [0.7], [0.5, 1.0]])
+def test_start_from_a_run_of_other_taps(teacher_folder: Path, earlier_run: Path, depths: list[float]) -> None:
+    """0.7 is a feature of the same shape, for which the earlier head was not trained."""
+    teacher = load_teacher(teacher_folder, device="cpu")
+    assert teacher.denoiser.tap_shapes[teacher.denoiser.places_at([0.7])[0]] == teacher.denoiser.feature_shapes[0]
+    teacher.denoiser.tap_at(depths)
+    roles = roles_like(teacher)
+    with pytest.raises(
+        UserError, match=r"losses\.gan_taps was \[0\.5\] in that run and is other depths here: set it back, or start"
+    ):
+        start_roles(roles, earlier_run)
+    start_roles(roles, earlier_run / "generator")
+
+
 def test_start_without_head_from_a_run_with_one(teacher: Model, earlier_run: Path) -> None:
     roles = roles_like(teacher, with_discriminator=False)
     start_roles(roles, earlier_run)

@@ -57,19 +57,23 @@ def build(
 ) -> tuple[Distillation, RealBatch]:
     """Four-step distillation with a GAN; adapters and heads random, so that every gradient is there.
 
-    `kind` is a family and its memory mode, or edm and a divergence, and "shared" where the GAN reads the scores' noisy images; with a
-    divergence each sample is at a step of its own.
+    `kind` is a family and its memory mode, or edm and a divergence; "shared" where the GAN reads the scores' noisy images; and "taps" where it
+    reads features at three depths. With a divergence each sample is at a step of its own.
     """
-    shared = kind.endswith(" shared")
-    family, _, mode = kind.removesuffix(" shared").partition(" ")
+    words = kind.split()
+    shared, family, mode = "shared" in words, words[0], " ".join(set(words[1:]) - {"shared", "taps"})
+    depths = [0.25, 0.5, 1.0] if "taps" in words else [0.5]
     lora = LoraShape(rank=2, alpha=2.0)
     if family != "edm":
         tiny_text_denoiser(family)  # made once, with random numbers: before the heads' start
     torch.manual_seed(0)
     if family == "edm":
-        roles, table = build_roles(tiny_denoiser(), True, spread=spread), ClassTable(4)
+        teacher, table = tiny_denoiser(), ClassTable(4)
+        teacher.tap_at(depths)
+        roles = build_roles(teacher, True, spread=spread)
     else:
         teacher, table = tiny_text_denoiser(family), Rows(tiny_condition(family, BATCH, dtype=torch.float64))
+        teacher.tap_at(depths)
         roles = {
             "full": lambda: build_roles(teacher, True, spread=spread),
             "lora_generator": lambda: build_lora_generator_roles(teacher, lora, True, BaseStorage(), False, spread),
@@ -168,6 +172,9 @@ def flat(update: Update) -> Tensor:
         "edm hellinger",
         "edm shared",
         "sd shared_base shared",
+        "edm hellinger taps",
+        "sd3 lora_generator taps",
+        pytest.param("sdxl shared_base shared taps", marks=pytest.mark.long),
         pytest.param("sd full", marks=pytest.mark.long),
         "sdxl lora_generator",
         "sd shared_base",

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,17 +30,16 @@ def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert not different
 
 
-@pytest.mark.parametrize("steps", [[999], [999, 749, 499, 249]])
-def test_continued_run_is_bit_identical(teacher_folder: Path, pictures: Path, tmp_path: Path, steps: list[int]) -> None:
-    whole = tiny_train_settings(teacher_folder, pictures, tmp_path / "whole", generator={"step_indices": steps})
+@pytest.mark.parametrize(("steps", "taps"), [([999], [0.5]), ([999, 749, 499, 249], [0.25, 0.5, 1.0])])
+def test_continued_run_is_bit_identical(
+    teacher_folder: Path, pictures: Path, tmp_path: Path, steps: list[int], taps: list[float]
+) -> None:
+    changes: dict[str, dict[str, Any]] = {"generator": {"step_indices": steps}, "losses": {"gan_taps": taps}}
+    whole = tiny_train_settings(teacher_folder, pictures, tmp_path / "whole", **changes)
     train(whole)
     for stop in (3, 6):
-        train(
-            tiny_train_settings(
-                teacher_folder, pictures, tmp_path / "parts", generator={"step_indices": steps},
-                training={"num_steps": stop},
-            )
-        )  # fmt: skip
+        changes["training"] = {"num_steps": stop}
+        train(tiny_train_settings(teacher_folder, pictures, tmp_path / "parts", **changes))
     assert_identical(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
     generator = "generator/unet/diffusion_pytorch_model.safetensors"
     assert_identical(load_file(tmp_path / "whole" / generator), load_file(tmp_path / "parts" / generator))

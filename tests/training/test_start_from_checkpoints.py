@@ -157,6 +157,16 @@ def test_without_gan_the_head_is_left_out(teacher: Model, tmp_path: Path, conver
 # --- Refusals
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_published_head_reads_the_published_feature(teacher: Model, tmp_path: Path, converted: bool) -> None:
+    source = save_dmd2(tmp_path / "t_checkpoint_model_1", edm_network(1), edm_network(2), head_for(edm_network(2)))
+    if converted:
+        convert_dmd2(source, tmp_path / "out")
+        source = tmp_path / "out"
+    teacher.denoiser.tap_at([0.7])  # of the same shape
+    refused(roles_of(teacher), source, "its discriminator reads the published feature alone: leave losses.gan_taps out")
+
+
 def refused(roles: Roles, source: Path, *messages: str) -> None:
     with pytest.raises(UserError) as caught:
         start_roles(roles, source)

@@ -489,7 +489,7 @@ def denoise(network: EDMDenoiser, noisy: Tensor, sigma: Tensor, labels: Tensor) 
 
 def logits(roles: Any, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
     scaled = noisy / (column(sigma) ** 2 + 0.25).sqrt()
-    _, feature = doubled(roles.fake_score).model(scaled, sigma.log() / 4, labels, "bottleneck")
+    _, (feature,) = doubled(roles.fake_score).model(scaled, sigma.log() / 4, labels, "features")
     return nn.Sequential.forward(doubled(roles.discriminator), feature).flatten()
 
 

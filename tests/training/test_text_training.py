@@ -106,6 +106,9 @@ MODES = {
 }  # fmt: skip
 
 
+TAPS = {mode: {"gan_taps": [0.5, 1.0]} for mode in ("lora_generator", "shared_base, nf4, recomputed")}  # elsewhere one
+
+
 @pytest.mark.parametrize(
     ("family", "mode"),
     [  # each family, each mode, with and without recomputing; the other pairs in the long run
@@ -126,7 +129,7 @@ MODES = {
     ],
 )
 def test_trains_resumes_exactly_and_writes_a_generator(work: Path, family: str, mode: str, tmp_path: Path) -> None:
-    changes: dict[str, dict[str, Any]] = {"memory": MODES[mode]}
+    changes: dict[str, dict[str, Any]] = {"memory": MODES[mode], "losses": TAPS.get(mode, {})}
     whole = train(settings(work, family, tmp_path / "whole", **changes)).model_folder
     train(settings(work, family, tmp_path / "parts", training={"num_steps": 2}, **changes))
     parts = train(settings(work, family, tmp_path / "parts", **changes)).model_folder

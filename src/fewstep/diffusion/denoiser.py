@@ -1,6 +1,7 @@
 """The one contract every diffusion model meets here: noisy images in, an x0 estimate out."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from fewstep.diffusion.per_sample import twice
 from fewstep.diffusion.schedules import NoiseSchedule
 from fewstep.errors import UserError
 
-Want = Literal["x0", "bottleneck", "both"]
+Want = Literal["x0", "features", "both"]
 Checkpoint = Callable[..., Any]  # (block, *inputs) -> its output, recomputed in the backward pass
 
 
@@ -20,7 +21,7 @@ class DenoiserOutput(NamedTuple):
     """What one forward returns: either or both of the two, the other is None."""
 
     x0: Tensor | None
-    bottleneck: Tensor | None
+    features: tuple[Tensor, ...] | None
 
 
 class Denoiser(nn.Module):
@@ -34,7 +35,9 @@ class Denoiser(nn.Module):
         noise_schedule: alpha(level), sigma(level) and the training grid, owned by the model.
         image_shape: of one x0 in the model's own space.
         num_classes: number of class labels the model is conditioned on, 0 for none.
-        bottleneck_shape: of one feature that the discriminator reads.
+        tap_shapes: (C, H, W) of one feature at each place where a discriminator can read, in the order that `forward` reaches them.
+        middle: number of the published place among them: a U-Net's bottleneck, a transformer's middle block.
+        chosen_taps: numbers of the places whose features `forward` returns, rising; none: the published one (`taps`).
         compute_dtype: precision inside the network (float32 or bfloat16); everything outside is float32.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         guidance_norm_cap: the guided prediction's norm is at most this times the conditional one's, where the network can say
@@ -45,21 +48,23 @@ class Denoiser(nn.Module):
     noise_schedule: NoiseSchedule
     image_shape: tuple[int, ...]
     num_classes: int
-    bottleneck_shape: tuple[int, ...]
+    tap_shapes: tuple[tuple[int, ...], ...]
+    middle: int
+    chosen_taps: tuple[int, ...] = ()
     compute_dtype: torch.dtype
     lora_targets: tuple[str, ...] = ()
     guidance_norm_cap: float = 0.0
     has_guidance_norm: bool = False
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
-        """Estimate x0 and/or return the bottleneck feature.
+        """Estimate x0 and/or return the features at `taps`.
 
         Args:
             noisy: alpha(level) x0 + sigma(level) noise, (B, ...), in the model's own units. float32; in float64 the x0 comes
                 in float64 too: what the network sees is the same, nothing after it is rounded.
             level: the schedule's own noise coordinate, (B,).
             condition: B conditions.
-            want: "bottleneck" alone runs the encoder only.
+            want: "features" alone stops at the deepest of them.
         """
         raise NotImplementedError("a Denoiser subclass implements forward")
 
@@ -73,11 +78,48 @@ class Denoiser(nn.Module):
         assert x0 is not None
         return x0
 
-    def bottleneck(self, noisy: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """The bottleneck feature, (B, ...); the decoder is not run."""
-        feature = self(noisy, level, condition, "bottleneck").bottleneck
-        assert feature is not None
-        return feature
+    def features(self, noisy: Tensor, level: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        """The features at `taps`, (B, C, H, W) each; what lies behind the deepest is not run."""
+        features = self(noisy, level, condition, "features").features
+        assert features is not None
+        return features
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Numbers of the places that features are read at."""
+        return self.chosen_taps or (self.middle,)
+
+    @property
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one feature at each of `taps`."""
+        return tuple(self.tap_shapes[place] for place in self.taps)
+
+    def tap_at(self, depths: Sequence[float]) -> None:
+        """Read features at these depths, above 0 and up to 1, rising: 0.5 is the published place, 1 the last one (`place_at`).
+
+        Raises:
+            UserError: two of them are one place.
+        """
+        places = self.places_at(depths)
+        for number in range(1, len(places)):
+            if places[number] == places[number - 1]:
+                raise UserError(
+                    f"losses.gan_taps={list(depths)}: {depths[number - 1]:g} and {depths[number]:g} are one place of this network, whose "
+                    f"features can be read at {len(self.tap_shapes)}; leave one out"
+                )
+        self.chosen_taps = places
+
+    def places_at(self, depths: Sequence[float]) -> tuple[int, ...]:
+        """Numbers of the places that depths mean."""
+        return tuple(place_at(depth, len(self.tap_shapes), self.middle) for depth in depths)
+
+    def reads(self, place: int, want: Want) -> bool:
+        """Whether a forward takes the feature of the place that it has reached."""
+        return want != "x0" and place in self.taps
+
+    def is_deepest(self, place: int, want: Want) -> bool:
+        """Whether nothing behind this place is wanted."""
+        return want == "features" and place == self.taps[-1]
 
     def guide(
         self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, level: Tensor, guidance_scale: float
@@ -150,6 +192,15 @@ class Denoiser(nn.Module):
     def add_noise(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """alpha(level) x0 + sigma(level) noise, per sample. x0, noise: (B, ...); level: (B,)."""
         return self.noise_schedule.add_noise(x0, noise, level)
+
+
+def place_at(depth: float, num_places: int, middle: int) -> int:
+    """Number of the place that a depth means: those up to the published one share the depths up to 0.5 evenly, the others the rest."""
+    before, behind = middle + 1, num_places - middle - 1
+    tiny = 1e-9  # of products that are whole numbers but for rounding
+    if depth <= 0.5:
+        return max(0, math.ceil(2 * depth * before - tiny) - 1)
+    return middle + math.ceil((2 * depth - 1) * behind - tiny)
 
 
 def plain_checkpoint(block: Callable[..., Any], *inputs: Any, random: bool = False) -> Any:

@@ -10,7 +10,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.sharding import Spread, as_placed, mesh_of, shard_head, shard_network, spread_teacher
 from fewstep.families.registry import build_on_meta
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
-from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.discriminator import Head, build_head
 from fewstep.networks.frozen_layers import BaseStorage
 
 
@@ -22,13 +22,13 @@ class Roles:
         teacher: frozen real score.
         generator: the student; trained.
         fake_score: score of the generator's distribution; trained.
-        discriminator: GAN head on the fake score's bottleneck, or None where no term needs one.
+        discriminator: GAN head on the fake score's features, or None where no term needs one.
     """
 
     teacher: Denoiser
     generator: Denoiser
     fake_score: Denoiser
-    discriminator: Discriminator | None
+    discriminator: Head | None
 
     def generator_parameters(self) -> dict[str, nn.Parameter]:
         """What the first optimiser trains, by name, as they are now: sharding replaces parameter objects."""
@@ -82,6 +82,7 @@ def build_twin(network: Denoiser, name: str, spread: Spread | None = None) -> De
     ) as apart:  # where modes that watch this thread, as an estimate's, do not see numbers made
         twin = apart.submit(build_on_meta, network.describe()).result()
     twin.noise_schedule, twin.compute_dtype = network.noise_schedule, network.compute_dtype  # never changed, so shared
+    twin.chosen_taps = network.chosen_taps
     mesh = spread.mesh if spread is not None else mesh_of(network)
     if mesh is not None:
         shard_network(twin, mesh)
@@ -145,7 +146,7 @@ def _shared_base(teacher: Denoiser, lora: LoraShape, storage: BaseStorage, check
     return shared
 
 
-def _head(teacher: Denoiser, with_discriminator: bool) -> Discriminator | None:
+def _head(teacher: Denoiser, with_discriminator: bool) -> Head | None:
     """Made before the adapters, so that its random start is the same in every memory mode."""
     device = next(teacher.parameters()).device
-    return Discriminator(teacher.bottleneck_shape).to(device) if with_discriminator else None
+    return build_head(teacher.feature_shapes).to(device) if with_discriminator else None

@@ -27,7 +27,7 @@ from fewstep.losses import (
     generator_adversarial_loss,
     regression_loss,
 )
-from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.discriminator import Head, log_ratio
 
 
 class TermResult(NamedTuple):
@@ -51,8 +51,12 @@ class GeneratorTerm(Protocol):
 class Divergence:
     """What weighs the samples of distribution matching: the discriminator's logits at the scores' own noisy images."""
 
-    discriminator: Discriminator
+    discriminator: Head
     weights: DivergenceWeights
+
+    def log_ratio(self, features: tuple[Tensor, ...]) -> Tensor:
+        """(B,) of data's and generator's densities, by the fake score's features."""
+        return log_ratio(self.discriminator(*features))
 
 
 @dataclass
@@ -91,8 +95,8 @@ class DistributionMatching:
         index, noise = self.drawn(draws)
         level = self.teacher.noise_schedule.at(index)
         noisy = wide(self.teacher.add_noise(x0[: batch.num_fresh], noise, level))
-        feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
-        self.divergence.weights.see(self.divergence.discriminator(feature), index)
+        features = self.fake_score.features(noisy, level, batch.condition[: batch.num_fresh])
+        self.divergence.weights.see(self.divergence.log_ratio(features), index)
 
     @torch.no_grad()
     def at(self, x0: Tensor, batch: GeneratorInput, index: Tensor, noise: Tensor) -> TermResult:
@@ -105,8 +109,8 @@ class DistributionMatching:
             fake_x0 = self.fake_score.denoise(noisy, level, condition)
             direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
         else:
-            fake_x0, feature = self.fake_score(noisy, level, condition, "both")
-            weights = self.divergence.weights(self.divergence.discriminator(feature), index)
+            fake_x0, features = self.fake_score(noisy, level, condition, "both")
+            weights = self.divergence.weights(self.divergence.log_ratio(features), index)
             direction = distribution_matching_gradient(fresh, real_x0, fake_x0)
             direction = direction * per_sample(weights, direction)
         loss = distribution_matching_loss(fresh, direction)
@@ -155,7 +159,7 @@ class GeneratorAdversarial:
     """
 
     fake_score: Denoiser
-    discriminator: Discriminator
+    discriminator: Head
     weight: float
     name: str = "gan_generator"
     scale: LossScale = NO_SCALE
@@ -177,8 +181,8 @@ class GeneratorAdversarial:
         fresh = x0[: batch.num_fresh].detach().requires_grad_(True)
         level = self.fake_score.noise_schedule.at(index)
         noisy = self.noise.add(fresh, noise, level)
-        feature = self.fake_score.bottleneck(noisy, level, batch.condition[: batch.num_fresh])
-        loss = generator_adversarial_loss(self.discriminator(feature))
+        features = self.fake_score.features(noisy, level, batch.condition[: batch.num_fresh])
+        loss = generator_adversarial_loss(self.discriminator(*features))
         return TermResult(loss.detach(), pad_rows(self.scale.gradient_at(loss, fresh), len(x0)))
 
 
@@ -256,13 +260,13 @@ class FakeScoreDenoising:
 
 @dataclass
 class DiscriminatorAdversarial:
-    """Tell real from generated images, each noised at its own level, in one forward through the encoder.
+    """Tell real from generated images, each noised at its own level, in one forward as far as the deepest tap.
 
     Source: DMD2 (arXiv:2405.14867), section 4.3.
     """
 
     fake_score: Denoiser
-    discriminator: Discriminator
+    discriminator: Head
     weight: float
     name: str = "gan_discriminator"
     max_index: int = 999
@@ -293,17 +297,17 @@ class DiscriminatorAdversarial:
         level = self.fake_score.noise_schedule.at(torch.cat([real_index, generated_index]))
         images, noise = torch.cat([real.images, x0]), torch.cat([real_noise, generated_noise])
         noisy = self.noise.add(images, noise, level)
-        feature = self.fake_score.bottleneck(noisy, level, Condition.cat([real.condition, condition]))
-        real_logits, generated_logits = self.discriminator(feature).split([len(real.images), len(x0)])
+        features = self.fake_score.features(noisy, level, Condition.cat([real.condition, condition]))
+        real_logits, generated_logits = self.discriminator(*features).split([len(real.images), len(x0)])
         return discriminator_adversarial_loss(real_logits, generated_logits)
 
 
 @dataclass
 class DenoisingAndAdversarial:
-    """Both losses of the fake score's turn from one forward on the generated images: the discriminator reads its bottleneck.
+    """Both losses of the fake score's turn from one forward on the generated images: the discriminator reads its features.
 
     Differs from DMD2 (arXiv:2405.14867), section 4.3, where the discriminator sees generated images under noise of their own. It
-    saves their second pass through the encoder, there and back. docs/quality.md has what it is worth.
+    saves their second pass as far as the deepest tap, there and back. docs/quality.md has what it is worth.
     """
 
     denoising: FakeScoreDenoising
@@ -317,12 +321,14 @@ class DenoisingAndAdversarial:
         fake_score, discriminator = self.denoising.fake_score, self.adversarial.discriminator
         index, noise = self.denoising.drawn(draws)
         level = fake_score.noise_schedule.at(index)
-        estimate, feature = fake_score(fake_score.add_noise(x0, noise, level), level, condition, "both")
+        estimate, features = fake_score(fake_score.add_noise(x0, noise, level), level, condition, "both")
         real_index, real_noise = self.adversarial.drawn(draws)
         real_level = fake_score.noise_schedule.at(real_index)
         noisy = self.adversarial.noise.add(real.images, real_noise, real_level)
-        real_feature = fake_score.bottleneck(noisy, real_level, real.condition)
+        real_features = fake_score.features(noisy, real_level, real.condition)
         return {
             self.denoising.name: denoising_loss(estimate, x0, fake_score.denoising_weight(level)),
-            self.adversarial.name: discriminator_adversarial_loss(discriminator(real_feature), discriminator(feature)),
+            self.adversarial.name: discriminator_adversarial_loss(
+                discriminator(*real_features), discriminator(*features)
+            ),
         }

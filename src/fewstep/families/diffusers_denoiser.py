@@ -73,20 +73,20 @@ class DiffusersDenoiser(Denoiser):
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(raw prediction, bottleneck feature), each None where not wanted; "bottleneck" stops early."""
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(raw prediction, None where not wanted; features at `taps`, none where not wanted); "features" stops early."""
         raise NotImplementedError("a DiffusersDenoiser subclass implements run_network")
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         with computing_in(self.compute_dtype, noisy.device):
             seen = network_input(self.network, noisy)
-            raw, feature = self.run_network(seen, level, condition, want)
-        bottleneck = None if feature is None else feature.to(seen.dtype)
+            raw, found = self.run_network(seen, level, condition, want)
+        features = None if want == "x0" else tuple(feature.to(seen.dtype) for feature in found)
         if raw is None:
-            return DenoiserOutput(None, bottleneck)
+            return DenoiserOutput(None, features)
         alpha, sigma = (per_sample(part, noisy) for part in self._alpha_sigma(level))
         x0 = predicted_x0(self.prediction, wide(raw), wide(noisy), alpha, sigma)
-        return DenoiserOutput(x0.to(noisy.dtype), bottleneck)
+        return DenoiserOutput(x0.to(noisy.dtype), features)
 
     def guide(
         self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, level: Tensor, guidance_scale: float

@@ -132,7 +132,7 @@ class AdapterRole(Denoiser):
         self.requires_grad_(True)
         base = shared.base
         self.noise_schedule, self.image_shape = base.noise_schedule, base.image_shape
-        self.num_classes, self.bottleneck_shape = base.num_classes, base.bottleneck_shape
+        self.num_classes, self.tap_shapes, self.middle = base.num_classes, base.tap_shapes, base.middle
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -180,6 +180,11 @@ class AdapterRole(Denoiser):
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         with self.shared.bound(self.role):
             return self.shared.base(noisy, level, condition, want)
+
+    @property
+    def chosen_taps(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The base's, in every role."""
+        return self.shared.base.chosen_taps
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return self.shared.base.denoising_weight(level)

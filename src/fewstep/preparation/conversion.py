@@ -30,7 +30,7 @@ from fewstep.formats.source import Source
 from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
-from fewstep.networks.discriminator import Discriminator
+from fewstep.networks.discriminator import build_head
 from fewstep.networks.fitting import fit_network
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _fitted_roles(checkpoint: DMD2Checkpoint, denoiser: Denoiser, where: str) ->
         roles["fake_score"] = fit_network(checkpoint.fake_score, denoiser, "fake score", where)
     if checkpoint.discriminator:
         with torch.device("meta"):
-            head = Discriminator(denoiser.bottleneck_shape).state_dict()
+            head = build_head(denoiser.feature_shapes).state_dict()
         roles["discriminator"] = fit_discriminator(checkpoint.discriminator, head, where)
     return roles
 

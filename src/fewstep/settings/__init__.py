@@ -3,11 +3,11 @@
 from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSettings, TrainingSettings
 from fewstep.settings.data import DataSettings, TrainDataSettings
 from fewstep.settings.losses import LossSettings
+from fewstep.settings.memory import MemorySettings
 from fewstep.settings.pretrain import NetworkSettings, PretrainNoiseSettings, PretrainSettings
 from fewstep.settings.train import (
     BestSettings,
     GeneratorSettings,
-    MemorySettings,
     TeacherSettings,
     TrainOptimizerSettings,
     TrainSettings,

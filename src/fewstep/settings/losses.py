@@ -19,6 +19,8 @@ def _gan_levels(value: Any) -> Any:
     raise ValueError("a grid index, -1 for none, or 'shared'")
 
 
+PUBLISHED_TAPS = (0.5,)
+Depth = Annotated[float, Field(gt=0, le=1)]
 GanLevels = Annotated[Literal["shared"] | int, BeforeValidator(_gan_levels)]
 _UNIFORM = 1.0  # shift of levels that are drawn uniformly
 
@@ -72,6 +74,11 @@ class LossSettings(Tree):
         999,
         description="highest grid index of the GAN's noise, from 0 on; -1: no noise, the GAN sees clean images; "
         "shared: the noisy images that the scores read, in fewer operations",
+    )
+    gan_taps: tuple[Depth, ...] = Field(
+        PUBLISHED_TAPS,
+        description="relative depths of the fake score's features that the discriminator reads, rising: 0.5 is the published one, a U-Net's "
+        "bottleneck or a transformer's middle block, 1 the last block; several have a light head each",
     )
     regression_weight: NonNegative = Field(0.0, description="weight of DMD's regression on noise-image pairs")
     lpips_files: tuple[str, ...] = Field(
@@ -159,6 +166,8 @@ class LossSettings(Tree):
             return "losses.gan_levels='shared' and there is no GAN: set losses.gan_weights (published: [3e-3, 1e-2])"
         if self.gan_levels == "shared" and self.gan_generator_weight and not self.distribution_matching_weight:
             return "losses.gan_levels='shared' shares distribution matching's noisy images, whose weight is 0"
+        if reason := self._impossible_taps():
+            return reason
         if self.min_level_index > self.max_level_index:
             return f"losses.level_indices={[self.min_level_index, self.max_level_index]}: the lowest comes first"
         if self.divergence != "reverse_kl":
@@ -179,6 +188,14 @@ class LossSettings(Tree):
                 f"losses.lpips_files={list(self.lpips_files)} must name two files, VGG16 and the LPIPS heads (and a VAE "
                 "where one is wanted); empty compares pixels and needs no file"
             )
+        return ""
+
+    def _impossible_taps(self) -> str:
+        taps = list(self.gan_taps)
+        if not taps or taps != sorted(set(taps)):
+            return f"losses.gan_taps={taps} must be depths above 0 and up to 1, rising, at least one, e.g. [0.5] or [0.5, 0.75, 1.0]"
+        if self.gan_taps != PUBLISHED_TAPS and not self.gan_discriminator_weight:
+            return f"losses.gan_taps={taps} are read by the discriminator and there is none: set losses.gan_weights (published: [3e-3, 1e-2])"
         return ""
 
 

@@ -9,9 +9,8 @@ from fewstep.settings.common import ComputeSettings, OptimizerSettings, RunSetti
 from fewstep.settings.data import TrainDataSettings
 from fewstep.settings.earlier import Earlier, entry
 from fewstep.settings.losses import LossSettings
-from fewstep.settings.tree import NonNegative, Positive, Tree, flatten_settings, note
-
-Above0 = Annotated[float, Field(gt=0)]
+from fewstep.settings.memory import MemorySettings, impossible_memory
+from fewstep.settings.tree import Above0, NonNegative, Positive, Tree, flatten_settings, note
 
 
 def _one_for_both(value: Any) -> Any:
@@ -122,82 +121,6 @@ class GeneratorSettings(Tree):
     )
 
 
-def _offloaded(teacher: Any, blocks: Any) -> Any:
-    """`offload_blocks` was a setting of its own."""
-    kept = "sharded" if teacher == "offloaded_blocks" else teacher
-    return kept if blocks is False else "offloaded_blocks"
-
-
-class MemorySettings(Tree):
-    """How the three roles share memory."""
-
-    mode: Literal["full", "lora_generator", "shared_base"] = Field(
-        "full", description="full: three networks; lora_generator: generator is a LoRA on the frozen teacher; "
-        "shared_base: generator and fake score are two LoRAs on one frozen teacher"
-    )  # fmt: skip
-    lora: tuple[Positive, Above0] = Field(
-        (64, 8.0), description="rank and alpha of each LoRA, whose update is scaled by alpha / rank"
-    )
-    lora_targets: tuple[str, ...] = Field((), description="layers with a LoRA; empty: the published ones of the family")
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of each LoRA's inputs that a training step leaves out"
-    )
-    base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
-        "fp32",
-        description="storage of weights that are never trained: the teacher's, which LoRAs sit on; int8 and nf4 with LoRAs alone, for its "
-        "blocks' layers (nf4: linear ones); trained weights are fp32",
-    )
-    teacher: Literal["sharded", "replicated", "offloaded", "offloaded_blocks"] = Field(
-        "sharded",
-        description="where the teacher (which LoRAs sit on) lies: in parts over the processes of torchrun, whole in each, in parts in host memory, "
-        "or (under LoRAs, for one GPU too) its blocks in each process's host memory, from which each goes to the GPU where it is used; trained "
-        "networks are always in parts",
-    )
-    shard_over: int = Field(
-        0,
-        ge=0,
-        description="under torchrun: processes (of one node) that share one copy of the networks; 0: all of them",
-    )
-    checkpoint_activations: bool = Field(False, description="recompute activations in the backward pass")
-
-    earlier: ClassVar[dict[str, Earlier]] = {
-        "frozen_precision": Earlier("base"),
-        "lora_rank": Earlier("lora", entry(0, 2)),
-        "lora_alpha": Earlier("lora", entry(1, 2)),
-        "offload_blocks": Earlier("teacher", _offloaded, silent=False, together=True),
-    }
-
-    @property
-    def lora_rank(self) -> int:
-        """Of each LoRA."""
-        return self.lora[0]
-
-    @property
-    def lora_alpha(self) -> float:
-        """Of each LoRA, whose update is scaled by alpha / rank."""
-        return self.lora[1]
-
-    @property
-    def offload_blocks(self) -> bool:
-        """Whether the frozen base's blocks lie in host memory and go to the GPU one by one."""
-        return self.teacher == "offloaded_blocks"
-
-    def refuse_parts(self, processes: int) -> None:
-        """Raise UserError where a base would lie in parts over several processes that cannot."""
-        if processes == 1 or self.teacher in ("replicated", "offloaded_blocks"):
-            return
-        if self.is_quantised:
-            raise UserError(
-                f"memory.base={self.base!r} lies whole in each of {processes} processes: set memory.teacher='replicated', or memory.base to "
-                "bf16 or fp32, which can lie in parts"
-            )
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether the base is stored in 8 or 4 bits."""
-        return self.base in ("int8", "nf4")
-
-
 _NONE = ["", ""]
 
 
@@ -269,9 +192,6 @@ class BestSettings(Tree):
         return kept
 
 
-NO_GPU = "moves blocks between host memory and a CUDA GPU, and this run is on none: leave it out"
-
-
 class TrainSettings(Tree):
     """Everything `fewstep train` needs."""
 
@@ -294,40 +214,13 @@ class TrainSettings(Tree):
         reason = (
             self.teacher.impossible()
             or self.losses.impossible()
-            or _impossible_memory(self)
+            or impossible_memory(self.memory, self.compute)
             or _impossible_steps(self)
             or self.best.impossible()
         )
         if reason:
             raise ValueError(reason)
         return self
-
-
-def _impossible_memory(settings: TrainSettings) -> str:
-    memory, compute = settings.memory, settings.compute
-    if memory.base == "bf16" and compute.precision in ("fp32", "fp16"):
-        return "memory.base='bf16' needs compute.precision='bf16': frozen weights are computed with as stored"
-    if memory.offload_blocks and (reason := _impossible_offload(memory, compute)):
-        return f"memory.teacher='offloaded_blocks' {reason}"
-    if memory.is_quantised and memory.mode == "full":
-        return (
-            f"memory.base={memory.base!r} is for a frozen base under LoRAs, and memory.mode='full' trains whole networks: set memory.mode to "
-            "shared_base or lora_generator, or memory.base to fp32 or bf16"
-        )
-    return ""
-
-
-def _impossible_offload(memory: MemorySettings, compute: ComputeSettings) -> str:
-    if compute.device == "cpu":
-        return NO_GPU
-    if memory.mode == "full":
-        return "is for a frozen base under LoRAs: set memory.mode to shared_base or lora_generator"
-    if not memory.checkpoint_activations:
-        return (
-            "needs memory.checkpoint_activations=true: without it the copies of all blocks stay on the GPU from the forward to the "
-            "backward pass"
-        )
-    return ""
 
 
 def _impossible_steps(settings: TrainSettings) -> str:

@@ -17,6 +17,7 @@ _MOST_PARTS = 100  # of a dotted key
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
 SettingsT = TypeVar("SettingsT", bound="Tree")
 Tell = Callable[[str], None]
 

@@ -18,6 +18,7 @@ from fewstep.distillation.sharding import build_spread, put_weights
 from fewstep.distillation.start import (
     refuse_other_memory,
     refuse_other_scale,
+    refuse_other_taps,
     start_from_dmd2,
     start_others_beside,
 )
@@ -42,7 +43,7 @@ from fewstep.networks.adapters import LoraShape
 from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.networks.perceptual import load_lpips, pixel_distance
 from fewstep.settings import LossSettings, TrainSettings
-from fewstep.settings.train import NO_GPU, MemorySettings
+from fewstep.settings.memory import NO_GPU, MemorySettings
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
 from fewstep.training.step import Distillation
@@ -130,6 +131,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     """Roles in the memory mode of the settings."""
     memory = settings.memory
     with_discriminator = settings.losses.gan_discriminator_weight > 0
+    teacher.tap_at(settings.losses.gan_taps)
     storage = base_storage(settings)
     spread = build_spread(next(teacher.parameters()).device, memory.teacher, memory.shard_over)
     if memory.mode == "full":
@@ -157,7 +159,7 @@ def start_roles(roles: Roles, source: Path) -> None:
     generator (with what lies in its `roles/`), or a DMD2 checkpoint.
 
     Raises:
-        UserError: nothing to start from, another network, or LoRAs of another rank or alpha.
+        UserError: nothing to start from, another network, LoRAs of another rank or alpha, or a discriminator of other taps.
     """
     checkpoints = list_checkpoints(source / "checkpoints")
     if not checkpoints and is_dmd2_checkpoint(source):
@@ -182,6 +184,7 @@ def start_roles(roles: Roles, source: Path) -> None:
         if any(name.startswith("fake_score.") for name in tensors):  # a warm-up has none: it stays the teacher
             restore_module("fake_score", roles.fake_score, tensors)
         if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
+            refuse_other_taps(source, roles.fake_score)
             restore_module("discriminator", roles.discriminator, tensors)
 
 

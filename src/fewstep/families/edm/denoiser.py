@@ -38,22 +38,23 @@ class EDMDenoiser(Denoiser):
         self.noise_schedule = KarrasSchedule()
         self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
         self.num_classes = config.label_dim
-        self.bottleneck_shape = config.bottleneck_shape
+        self.tap_shapes, self.middle = self.model.tap_shapes, self.model.middle
 
     def forward(self, noisy: Tensor, level: Tensor, condition: Condition, want: Want = "x0") -> DenoiserOutput:
         c = edm_preconditioning(level, self.sigma_data)
-        network_want = {"x0": "output", "bottleneck": "bottleneck", "both": "both"}[want]
         seen = network_input(self.model, noisy)
         with computing_in(self.compute_dtype, noisy.device):
-            raw, feature = self.model(
-                per_sample(c.c_in, seen) * seen, c.c_noise, condition.get("class_labels"), network_want
-            )
+            raw, found = self.model(
+                per_sample(c.c_in, seen) * seen, c.c_noise, condition.get("class_labels"),
+                "output" if want == "x0" else want, self.taps,
+            )  # fmt: skip
+        features = None if want == "x0" else tuple(feature.to(seen.dtype) for feature in found)
         if raw is None:
-            return DenoiserOutput(None, feature.to(seen.dtype))
+            return DenoiserOutput(None, features)
         if seen.dtype != noisy.dtype:  # the x0 is wanted in float64
             c = edm_preconditioning(level.to(noisy.dtype), self.sigma_data)
         x0 = per_sample(c.c_skip, noisy) * noisy + per_sample(c.c_out, noisy) * raw.to(noisy.dtype)
-        return DenoiserOutput(x0, None if feature is None else feature.to(seen.dtype))
+        return DenoiserOutput(x0, features)
 
     def denoising_weight(self, level: Tensor) -> Tensor:
         return edm_denoising_weight(level, self.sigma_data)

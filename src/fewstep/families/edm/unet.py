@@ -56,12 +56,6 @@ class EDMUNetConfig:
         if self.family == "adm" and self.encoder_type == "residual":
             raise ValueError("network.encoder_type='residual' exists only in the 'song' family")
 
-    @property
-    def bottleneck_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the last encoder entry's output, which the discriminator reads."""
-        side = self.img_resolution // self.fold >> (len(self.channel_mult) - 1)
-        return self.model_channels * self.channel_mult[-1], side, side
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EDMUNetConfig":
         """Build from a plain dict as written by `to_dict`; unknown names raise ValueError."""
@@ -225,8 +219,12 @@ class NoiseEmbedding(nn.Module):
 class EDMUNet(nn.Module):
     """The raw network F(c_in x, c_noise, labels) of EDM preconditioning, ADM or Song family.
 
-    Keys equal those of EDM checkpoints below their `model.` prefix. Output and bottleneck leave one forward; the
-    decoder is skipped when only the bottleneck is asked for.
+    Keys equal those of EDM checkpoints below their `model.` prefix. Output and features leave one forward, which stops at
+    the deepest feature where the output is not asked for.
+
+    Attributes:
+        tap_shapes: (C, H, W) of the features: what each entry of the encoder gives on to the decoder, then each block of that.
+        middle: number of the bottleneck among them, the last entry of the encoder.
     """
 
     def __init__(self, config: EDMUNetConfig) -> None:
@@ -246,7 +244,9 @@ class EDMUNet(nn.Module):
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         width, skips = self._build_encoder(config)
-        self._build_decoder(config, width, skips)
+        self.middle = len(skips) - 1
+        self._build_decoder(config, width, list(skips))
+        self.tap_shapes = self._find_tap_shapes(skips)
 
     def _build_encoder(self, config: EDMUNetConfig) -> tuple[int, list[int]]:
         song, top = config.family == "song", config.img_resolution // config.fold
@@ -294,18 +294,28 @@ class EDMUNet(nn.Module):
             self.out_norm = group_norm(width, 1e-5)
             self.out_conv = Resample(width, channels, 3, init_scale=1e-5)
 
+    def _find_tap_shapes(self, encoder_widths: list[int]) -> tuple[tuple[int, int, int], ...]:
+        kept = [name for name in self.enc if not name.endswith("_aux_residual")]
+        made = list(zip(kept, encoder_widths, strict=True))
+        made += [(name, block.out_channels) for name, block in self.dec.items() if isinstance(block, UNetBlock)]
+        sides = [int(name.partition("x")[0]) for name, _ in made]
+        return tuple((width, side, side) for (_, width), side in zip(made, sides, strict=True))
+
     def forward(
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None,
-        want: Literal["output", "bottleneck", "both"] = "output",
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Run the encoder, and the decoder unless only the bottleneck is wanted.
+        want: Literal["output", "features", "both"] = "output", taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+        """Run the encoder and the decoder, or as far as the deepest feature where only features are wanted.
 
         Args:
             x: c_in-scaled noisy images, (B, C, H, W).
             c_noise: ln(sigma) / 4, (B,).
             class_labels: one-hot rows (B, label_dim), zeros for unconditional; None means zeros.
-            want: which of (output (B, C, H, W), bottleneck (B, C', H', W')) to compute; the other is None.
+            want: which of (output (B, C, H, W), features (B, C', H', W')) to compute; the other is None, or empty.
+            taps: numbers of the features, rising; none: the bottleneck.
         """
+        taps = () if want == "output" else taps or (self.middle,)
+        last = taps[-1] if want == "features" else len(self.tap_shapes)
         emb = self._embed(c_noise.to(x.dtype), class_labels)
         if self.config.fold > 1:
             x = F.pixel_unshuffle(x, self.config.fold)
@@ -315,12 +325,15 @@ class EDMUNet(nn.Module):
             if name.endswith("_aux_residual"):
                 x = skips[-1] = aux = (x + module(aux)) * math.sqrt(0.5)
                 continue
+            if len(skips) > last:
+                break
             x = self._run(module, x, emb) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
-        bottleneck = x if want != "output" else None
-        if want == "bottleneck":
-            return None, bottleneck
-        return self._decode(x, skips, emb), bottleneck
+        features = [skips[tap] for tap in taps if tap <= self.middle]
+        if last <= self.middle:
+            return None, features
+        x = self._decode(x, skips, emb, [tap - self.middle - 1 for tap in taps if tap > self.middle], features, want)
+        return (None if want == "features" else self._output(x)), features
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in the order they are called."""
@@ -345,13 +358,20 @@ class EDMUNet(nn.Module):
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb + label))))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + label)
 
-    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        for name, module in self.dec.items():
-            if not isinstance(module, UNetBlock):
-                continue
+    def _decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, taps: list[int], features: list[Tensor], want: str
+    ) -> Tensor:  # fmt: skip
+        """The last block's output, or the last tapped one's where only features are wanted; tapped outputs go to `features`."""
+        blocks = [(name, module) for name, module in self.dec.items() if isinstance(module, UNetBlock)]
+        for number, (name, block) in enumerate(blocks[: taps[-1] + 1] if want == "features" else blocks):
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(module, x, emb)
+            x = self._run(block, x, emb)
+            if number in taps:
+                features.append(x)
+        return x
+
+    def _output(self, x: Tensor) -> Tensor:
         if self.config.family == "song":
             top = self.config.img_resolution // self.config.fold
             norm, conv = self.dec[f"{top}x{top}_aux_norm"], self.dec[f"{top}x{top}_aux_conv"]

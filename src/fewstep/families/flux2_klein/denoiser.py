@@ -14,7 +14,7 @@ from fewstep.families.flux2_klein.shapes import LORA_TARGETS, empirical_mu
 
 
 class Flux2KleinDenoiser(FlowDenoiser):
-    """A `Flux2Transformer2DModel` without guidance as an input; its bottleneck is the image tokens after the middle block.
+    """A `Flux2Transformer2DModel` without guidance as an input; its features are the image tokens after any block.
 
     All text tokens are read, those of the padding too, as the pipeline has it: there is no mask.
 
@@ -44,12 +44,12 @@ class Flux2KleinDenoiser(FlowDenoiser):
         super().__init__(transformer, scheduler_config, shift, shape, 2, grid_steps)
         singles = range(len(transformer.single_transformer_blocks))
         self.lora_targets = (*LORA_TARGETS, *(f"single_transformer_blocks.{n}.attn.to_out" for n in singles))
-        self.bottleneck_shape = (transformer.inner_dim, latent_size // 2, latent_size // 2)
+        self.tap_shapes = ((transformer.inner_dim, latent_size // 2, latent_size // 2),) * len(self.blocks())
         self.middle = (len(self.blocks()) - 1) // 2
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor]]:
         net = self.network
         packed = patches(noisy)
         height, width = packed.shape[-2:]
@@ -59,22 +59,22 @@ class Flux2KleinDenoiser(FlowDenoiser):
         text = net.context_embedder(condition["text"])
         rope = net.pos_embed(_places(text.shape[1], height, width, noisy.device))
         of_image, of_text = net.double_stream_modulation_img(time), net.double_stream_modulation_txt(time)
-        feature: Tensor | None = None
+        features: list[Tensor] = []
         for number, block in enumerate(net.transformer_blocks):
             text, image = self.run_block(block, image, text, of_image, of_text, rope)
-            if number == self.middle and want != "x0":
-                feature = _map(image, height, width)
-        if want == "bottleneck" and feature is not None:
-            return None, feature
+            if self.reads(number, want):
+                features.append(_map(image, height, width))
+                if self.is_deepest(number, want):
+                    return None, features
         tokens, of_both, start = torch.cat([text, image], 1), net.single_stream_modulation(time), text.shape[1]
         for number, block in enumerate(net.single_transformer_blocks, len(net.transformer_blocks)):
             tokens = self.run_block(block, tokens, None, of_both, rope)
-            if number == self.middle and want != "x0":
-                feature = _map(tokens[:, start:], height, width)
-                if want == "bottleneck":
-                    return None, feature
+            if self.reads(number, want):
+                features.append(_map(tokens[:, start:], height, width))
+                if self.is_deepest(number, want):
+                    return None, features
         raw = net.proj_out(net.norm_out(tokens[:, start:], time))
-        return whole(raw.transpose(1, 2).unflatten(2, (height, width))), feature
+        return whole(raw.transpose(1, 2).unflatten(2, (height, width))), features
 
     def blocks(self) -> list[nn.Module]:
         net = self.network

@@ -16,7 +16,7 @@ _BASE = 10_000.0  # of the rotations' wavelengths
 
 
 class QwenImageDenoiser(FlowDenoiser):
-    """A `QwenImageTransformer2DModel`; its bottleneck is the image tokens after the middle block, as a map.
+    """A `QwenImageTransformer2DModel`; its features are the image tokens after any block, as a map.
 
     A token is a 2x2 patch of latents. Captions are masked beyond their own tokens, as the pipeline has it.
 
@@ -41,12 +41,13 @@ class QwenImageDenoiser(FlowDenoiser):
             raise ValueError(f"axes_dims_rope={list(config.axes_dims_rope)} do not add up to attention_head_dim")
         shape = (config.in_channels // 4, latent_size, latent_size)
         super().__init__(transformer, scheduler_config, read_flow_shift(scheduler_config), shape, 2, grid_steps)
-        self.bottleneck_shape = (transformer.inner_dim, latent_size // 2, latent_size // 2)
-        self.middle = (len(transformer.transformer_blocks) - 1) // 2
+        num_blocks = len(transformer.transformer_blocks)
+        self.tap_shapes = ((transformer.inner_dim, latent_size // 2, latent_size // 2),) * num_blocks
+        self.middle = (num_blocks - 1) // 2
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor]]:
         net = self.network
         packed = F.pixel_unshuffle(noisy, 2)  # the channels of one patch are c, then row, then column
         height, width = packed.shape[-2:]
@@ -56,15 +57,16 @@ class QwenImageDenoiser(FlowDenoiser):
         text = net.txt_in(net.txt_norm(condition["text"]))
         real = torch.arange(text.shape[1], device=text.device) < condition["text_length"].unsqueeze(1)
         rope = self._rope(height, width, text.shape[1], noisy.device)
-        feature: Tensor | None = None
+        features: list[Tensor] = []
         for number, block in enumerate(net.transformer_blocks):
             text, image = self.run_block(block, image, text, real, time, rope)
-            if number == self.middle and want != "x0":
-                feature = image.transpose(1, 2).unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
-                if want == "bottleneck":
-                    return None, feature
+            if self.reads(number, want):
+                tokens = image.transpose(1, 2)
+                features.append(tokens.unflatten(2, (height, width)).clone())  # no view: sharding hooks on it
+                if self.is_deepest(number, want):
+                    return None, features
         raw = net.proj_out(net.norm_out(image, time))
-        return F.pixel_shuffle(raw.transpose(1, 2).unflatten(2, (height, width)), 2), feature
+        return F.pixel_shuffle(raw.transpose(1, 2).unflatten(2, (height, width)), 2), features
 
     def combine(self, unconditional: Tensor, conditional: Tensor, noisy: Tensor, guidance_scale: float) -> Tensor:
         """As the contract's, then each token's velocity at the norm that it has in the conditional branch."""

@@ -13,7 +13,7 @@ from fewstep.families.sd3.shapes import LORA_TARGETS
 
 
 class SD3Denoiser(DiffusersDenoiser):
-    """An `SD3Transformer2DModel`; its bottleneck is the image tokens after the middle block, as a map.
+    """An `SD3Transformer2DModel`; its features are the image tokens after any block, as a map.
 
     Source: Esser et al. 2024 (arXiv:2403.03206).
 
@@ -59,25 +59,27 @@ class SD3Denoiser(DiffusersDenoiser):
         self.latent_multiple = config.patch_size
         self.max_latent_size = config.patch_size * config.pos_embed_max_size
         side = size // config.patch_size
-        self.bottleneck_shape = (config.num_attention_heads * config.attention_head_dim, side, side)
+        shape = (config.num_attention_heads * config.attention_head_dim, side, side)
+        self.tap_shapes = (shape,) * len(transformer.transformer_blocks)
         self.middle = (len(transformer.transformer_blocks) - 1) // 2
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor]]:
         net = self.network
         height, width = (side // net.config.patch_size for side in noisy.shape[-2:])
         x = net.pos_embed(noisy)
         embedding = net.time_text_embed(level * self.noise_schedule.num_levels, condition["pooled"])
         context = net.context_embedder(condition["text"])
-        feature: Tensor | None = None
+        features: list[Tensor] = []
         for number, block in enumerate(net.transformer_blocks):
             context, x = self.run_block(block, x, context, embedding)
-            if number == self.middle and want != "x0":
-                feature = x.transpose(1, 2).unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
-                if want == "bottleneck":
-                    return None, feature
-        return self._image(net.proj_out(net.norm_out(x, embedding)), height, width), feature
+            if self.reads(number, want):
+                image = x.transpose(1, 2)
+                features.append(image.unflatten(2, (height, width)).clone())  # no view: sharding hooks on it
+                if self.is_deepest(number, want):
+                    return None, features
+        return self._image(net.proj_out(net.norm_out(x, embedding)), height, width), features
 
     def _image(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Patches (B, h w, p p C) back to (B, C, h p, w p)."""

@@ -15,7 +15,7 @@ from fewstep.families.stable_diffusion.shapes import LORA_TARGETS
 
 
 class DiffusersUNetDenoiser(DiffusersDenoiser):
-    """A `UNet2DConditionModel`; its bottleneck is the output of the mid block.
+    """A `UNet2DConditionModel`; its features are the outputs of its down, mid and up blocks.
 
     Args:
         unet: the network, with its own keys.
@@ -45,53 +45,48 @@ class DiffusersUNetDenoiser(DiffusersDenoiser):
             unet, scheduler_config, schedule, cast(Prediction, prediction), (config.in_channels, size, size)
         )
         self.latent_multiple, self.max_latent_size = 2 ** (len(config.down_block_types) - 1), 0
-        for _ in config.down_block_types[:-1]:
-            size = -(-size // 2)
-        self.bottleneck_shape = (config.block_out_channels[-1], size, size)
+        widths, last, sides = config.block_out_channels, len(config.down_block_types) - 1, [size]
+        for _ in range(last):
+            sides.append(-(-sides[-1] // 2))
+        down = [(width, sides[min(level + 1, last)]) for level, width in enumerate(widths)]
+        up = [(width, sides[max(level - 1, 0)]) for level, width in reversed(list(enumerate(widths)))]
+        self.tap_shapes = tuple((width, side, side) for width, side in (*down, (widths[-1], sides[-1]), *up))
+        self.middle = len(down)
         self.has_time_ids = config.addition_embed_type == "text_time"
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
-        feature, skips, embedding = self._encode(noisy, level, condition)
-        if want == "bottleneck":
-            return None, feature
-        raw = self._decode(feature, skips, embedding, condition["text"], noisy.shape[-2:])
-        return raw, feature if want == "both" else None
-
-    def _encode(self, noisy: Tensor, level: Tensor, condition: Condition) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Mid-block output, skip tensors and time embedding, as the network's own forward makes them."""
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """As the network's own forward; what can be tapped are its down blocks, its mid block and its up blocks."""
         unet, text = self.network, condition["text"]
         embedding = unet.time_embedding(unet.get_time_embed(noisy, level))
         if self.has_time_ids:
             added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
             embedding = embedding + unet.get_aug_embed(embedding, text, added)
-        x = unet.conv_in(noisy)
-        skips: tuple[Tensor, ...] = (x,)
-        for block in unet.down_blocks:
-            if getattr(block, "has_cross_attention", False):
-                x, outputs = block(x, embedding, encoder_hidden_states=text)
+        skips = [unet.conv_in(noisy)]
+        x, features = skips[0], list[Tensor]()
+        blocks: list[Any] = self.blocks()
+        for place, block in enumerate(blocks):
+            given = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+            if place < self.middle:
+                x, outputs = block(x, embedding, **given)
+                skips += outputs
+                del outputs  # or it would outlive the decoder
+            elif place == self.middle:
+                x = block(x, embedding, **given)
             else:
-                x, outputs = block(x, embedding)
-            skips += outputs
-        if getattr(unet.mid_block, "has_cross_attention", False):
-            return unet.mid_block(x, embedding, encoder_hidden_states=text), skips, embedding
-        return unet.mid_block(x, embedding), skips, embedding
+                own = tuple(skips.pop() for _ in block.resnets)[::-1]
+                x = block(x, own, embedding, upsample_size=self._upsample_size(place, skips, noisy), **given)
+            if self.reads(place, want):
+                features.append(x)
+                if self.is_deepest(place, want):
+                    return None, features
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(x))), features
 
-    def _decode(
-        self, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor, text: Tensor, size: torch.Size
-    ) -> Tensor:
-        unet = self.network
-        uneven = any(side % 2**unet.num_upsamplers for side in size)
-        for number, block in enumerate(unet.up_blocks):
-            own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-            last = number == len(unet.up_blocks) - 1
-            target = skips[-1].shape[2:] if uneven and not last else None
-            if getattr(block, "has_cross_attention", False):
-                x = block(x, own, embedding, encoder_hidden_states=text, upsample_size=target)
-            else:
-                x = block(x, own, embedding, upsample_size=target)
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+    def _upsample_size(self, place: int, skips: list[Tensor], noisy: Tensor) -> torch.Size | None:
+        """What the last up block, and each where no side is uneven, find out themselves."""
+        uneven = any(side % 2**self.network.num_upsamplers for side in noisy.shape[-2:])
+        return skips[-1].shape[2:] if uneven and place < len(self.tap_shapes) - 1 else None
 
     def blocks(self) -> list[nn.Module]:
         return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]

@@ -16,7 +16,7 @@ _MULTIPLE = 32  # image and caption are padded to multiples of so many tokens, w
 
 
 class ZImageDenoiser(FlowDenoiser):
-    """A `ZImageTransformer2DModel`; its bottleneck is the image tokens after the middle block, as a map.
+    """A `ZImageTransformer2DModel`; its features are the image tokens after any block behind the refiners, as a map.
 
     Its own forward takes lists of latents and of captions, each of its own length. Here the batch is one tensor: every
     caption is as wide as the longest one's padding, its own padding is the learned token, and what lies beyond is masked.
@@ -50,12 +50,12 @@ class ZImageDenoiser(FlowDenoiser):
                 f"latents of side {latent_size} do not fit this transformer: it has positions for sides up to "
                 f"{self.max_latent_size} (teacher.resolution)"
             )
-        self.bottleneck_shape = (config.dim, latent_size // 2, latent_size // 2)
+        self.tap_shapes = ((config.dim, latent_size // 2, latent_size // 2),) * len(transformer.layers)
         self.middle = (len(transformer.layers) - 1) // 2
 
     def run_network(
         self, noisy: Tensor, level: Tensor, condition: Condition, want: Want
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, list[Tensor]]:
         net = self.network
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         time = net.t_embedder((1 - level) * net.t_scale).to(noisy.dtype)
@@ -72,16 +72,16 @@ class ZImageDenoiser(FlowDenoiser):
             text = self.run_block(block, text, kept, text_rope)
         tokens, rope = torch.cat([x, text], 1), torch.cat([image_rope, text_rope], 1)
         mask = torch.cat([kept.new_ones(x.shape[:2]), kept], 1)
-        feature: Tensor | None = None
+        features: list[Tensor] = []
         for number, block in enumerate(net.layers):
             tokens = self.run_block(block, tokens, mask, rope, time)
-            if number == self.middle and want != "x0":
+            if self.reads(number, want):
                 image = tokens[:, : height * width].transpose(1, 2)
-                feature = image.unflatten(2, (height, width)).clone()  # no view: sharding hooks on it
-                if want == "bottleneck":
-                    return None, feature
+                features.append(image.unflatten(2, (height, width)).clone())  # no view: sharding hooks on it
+                if self.is_deepest(number, want):
+                    return None, features
         raw = net.all_final_layer["2-1"](tokens[:, : height * width], c=time)
-        return -_image(raw, height, width), feature  # the network predicts x0 - noise
+        return -_image(raw, height, width), features  # the network predicts x0 - noise
 
     def _rope(self, places: Tensor) -> Tensor:
         """Rotations (B, N, D / 2) at places (B, N, 3)."""
