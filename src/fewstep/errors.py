@@ -35,6 +35,11 @@ _NO_MEMORY = (
 )
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says of its failure, without its further lines and not endless; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def told_to_users(error: Exception) -> object:
     """What a person is told of an exception that is no fault of the program's; None for one that is."""
     if isinstance(error, UserError):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 T = TypeVar("T")
 PATIENCE = "FEWSTEP_WAIT_SECONDS"  # environment: how long a process waits for another before it gives up
@@ -135,7 +135,7 @@ def _start(device: str) -> Any:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0][:150]})"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({first_line(error)})"
         ) from error
     return store
 
@@ -219,7 +219,7 @@ def wait_for_all(what: str) -> None:
     try:
         dist.monitored_barrier(timeout=_patience(), wait_all_ranks=True)
     except RuntimeError as error:
-        raise UserError(f"waited in vain before {what}: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"waited in vain before {what}: {first_line(error)}") from error
 
 
 def exchange_seconds(num_values: int, device: torch.device) -> float:

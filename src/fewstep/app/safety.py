@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 CHECKER, PROCESSOR = "safety_checker", "feature_extractor/preprocessor_config.json"
 
@@ -61,14 +61,11 @@ def load_safety_checker(kind: str, folder: Path, device: torch.device) -> Safety
         raise UserError(f"{folder / CHECKER} has no model.safetensors (other formats are not read); {advice}")
     if not (folder / PROCESSOR).is_file():
         raise UserError(f"{folder} has a safety checker, but no {PROCESSOR}, which it needs; {advice}")
-    import transformers
-
-    from fewstep.networks.text_encoders import quiet_loading
+    from fewstep.networks.components import quiet_loading
+    from fewstep.networks.image_processors import processor_class
 
     module, _, name = kind.partition(":")
     checker: Any = getattr(import_module(module), name)
-    # transformers 5 has a variant without torchvision under a name of its own; before, it was the only one
-    processors: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     options: dict[str, Any] = {"local_files_only": True}
     try:
         with quiet_loading():
@@ -76,10 +73,9 @@ def load_safety_checker(kind: str, folder: Path, device: torch.device) -> Safety
                 folder / CHECKER, use_safetensors=True, output_loading_info=True, **options
             )
             network, report = loaded
-            processor = processors.from_pretrained((folder / PROCESSOR).parent, **options)
+            processor = processor_class("CLIPImageProcessor").from_pretrained((folder / PROCESSOR).parent, **options)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder / CHECKER} cannot be loaded ({reason}); {advice}") from error
+        raise UserError(f"{folder / CHECKER} cannot be loaded ({first_line(error)}); {advice}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise UserError(

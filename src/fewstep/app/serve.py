@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from fewstep.app.guard import Guard
 from fewstep.app.settings import AppSettings, check_root_path
 from fewstep.app.studio import load_studio
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import gradio
@@ -63,9 +63,9 @@ def launch_app(settings: AppSettings, *, wait: bool = True) -> "gradio.Blocks":
             **options,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(_taken(settings.host, settings.port, _first_line(error))) from error
+        raise UserError(_taken(settings.host, settings.port, first_line(error))) from error
     except Exception as error:  # gradio's own check of the page raises a bare one
-        raise UserError(f"the page at {host} does not answer ({_first_line(error)}); try another --host") from error
+        raise UserError(f"the page at {host} does not answer ({first_line(error)}); try another --host") from error
     # gradio puts its own answers to foreign origins outside of that one
     page.app.middleware_stack = Guard(page.app.middleware_stack, **rules)
     print(f"fewstep app: {page.local_url} (Ctrl-C ends it)", flush=True)
@@ -124,12 +124,8 @@ def _check_address(host: str, port: int) -> None:
                 f"--host {host} is no address of this machine; 127.0.0.1 is this machine alone, "
                 "0.0.0.0 every network it is in"
             ) from error
-        raise UserError(_taken(host, port, error.strerror or _first_line(error))) from error
+        raise UserError(_taken(host, port, error.strerror or first_line(error))) from error
 
 
 def _taken(host: str, port: int, reason: str) -> str:
     return f"cannot listen on {host}, port {port}: {reason}; choose another --port, 0 takes a free one"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

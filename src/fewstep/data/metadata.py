@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.data.csv_rows import csv_rows
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -69,4 +69,4 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, ImportError) as error:  # pyarrow's own are ValueErrors
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); mend or remove it") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); mend or remove it") from None

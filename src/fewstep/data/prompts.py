@@ -9,7 +9,7 @@ from typing import Any
 from fewstep.data.csv_rows import csv_columns, csv_rows
 from fewstep.data.listing import walk_files
 from fewstep.data.metadata import METADATA
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.inert_pickle import read_pickled_strings
 from fewstep.formats.remote import data_path
 from fewstep.progress import tell
@@ -151,4 +151,4 @@ def _from_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
                     row += 1
                     yield f"row {row}", value
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); write or download it again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); write or download it again") from None

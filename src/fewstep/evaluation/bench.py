@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.data.prompts import load_prompts
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.evaluation.features import SmallClassifier, extract_features
 from fewstep.evaluation.measure import Clocked, distance_of, measure_model
 from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
@@ -131,7 +131,5 @@ def _read_pictures(path: Path) -> Tensor:
         pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows]
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} does not contain pictures of one size ({str(error).splitlines()[0]}); make it again"
-        ) from error
+        raise UserError(f"{path} does not contain pictures of one size ({first_line(error)}); make it again") from error
     return (pixels.float() / 127.5 - 1).contiguous()

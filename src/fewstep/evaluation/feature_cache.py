@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep import __version__
 from fewstep.data.listing import walk_files
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.evaluation.features import FeatureNetwork
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import add_tensors, tensors_digest
@@ -101,7 +101,7 @@ def kept_features(key: str, tell: Tell = lambda line: None) -> dict[str, Tensor]
         if header.get("key") != key or header.get("sha256") != tensors_digest(tensors) or not tensors:
             raise ValueError("its content is not what was written")
     except (UserError, ValueError) as error:
-        tell(f"{path} is damaged and made again ({str(error).splitlines()[0]})")
+        tell(f"{path} is damaged and made again ({first_line(error)})")
         return None
     tell(f"Features of {len(next(iter(tensors.values()))):,} real pictures from {path}")
     return tensors
@@ -118,7 +118,7 @@ def keep_features(key: str, features: Mapping[str, Tensor], tell: Tell = lambda 
             tensors = {name: value.contiguous() for name, value in features.items()}
             write_tensor_file(aside, tensors, {"key": key, "sha256": tensors_digest(tensors)})
     except (OSError, SafetensorError, UserError) as error:
-        tell(f"features are not kept in {path.parent} ({str(error).splitlines()[0]})")
+        tell(f"features are not kept in {path.parent} ({first_line(error)})")
 
 
 def _place(key: str) -> Path:

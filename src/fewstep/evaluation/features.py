@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.bundled import BUNDLED, bundled_path
 from fewstep.formats.json_files import read_json_object
@@ -100,8 +100,7 @@ class SmallClassifier(nn.Module):
             model.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in weights.items()})
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"{folder} holds no feature network ({str(error).splitlines()[0]}); train one with "
-                "`fewstep prepare features`"
+                f"{folder} holds no feature network ({first_line(error)}); train one with `fewstep prepare features`"
             ) from None
         return model.eval().requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 
 def check_repo_name(repo: str) -> None:
@@ -12,7 +12,7 @@ def check_repo_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push {repo}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--push {repo}: {first_line(error)}") from None
 
 
 def push_export(folder: Path, repo: str) -> str:
@@ -29,7 +29,7 @@ def push_export(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name} with fewstep")
     except Exception as error:  # the hub's client raises many kinds; all mean the same to a user
         raise UserError(
-            f"{folder} was written, but {repo} did not take it ({str(error).splitlines()[0]}); log in with "
+            f"{folder} was written, but {repo} did not take it ({first_line(error)}); log in with "
             f"`hf auth login`, then upload it with `hf upload {repo} {folder}`"
         ) from error
     return f"https://huggingface.co/{repo}"

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.export.lora import base_denoiser, component_name, fused_weights
 from fewstep.export.shareable import copy_shareable
 from fewstep.families.registry import family_of
@@ -163,7 +163,5 @@ def load_text_pipeline(folder: Path, **options: Any) -> TextPipeline:
         absent = dict.fromkeys(absent_components(folder))
         pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is missing files or damaged ({str(error).splitlines()[0]}); export it again"
-        ) from error
+        raise UserError(f"{folder} is missing files or damaged ({first_line(error)}); export it again") from error
     return TextPipeline(pipe, card, family.pipeline_options((side, side)))

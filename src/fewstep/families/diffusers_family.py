@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.diffusion.condition import Condition, Empty
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import sample_ddim, sample_euler
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.families.config_keys import KnownKeys, refuse_other_keys, with_defaults
 from fewstep.families.diffusers_denoiser import DiffusersDenoiser, plain_config
 from fewstep.families.diffusers_folder import has_guidance_built_in, is_diffusers_folder, names_of
@@ -27,7 +27,6 @@ from fewstep.formats.diffusers_index import (
 )
 from fewstep.formats.few_step_names import few_steps_named
 from fewstep.formats.model_folder import ModelCard
-from fewstep.formats.tensor_files import first_line
 from fewstep.networks.text_layout import TextLayout
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Why something could not be fetched from the hub, in a few words: its client says it in many lines, or of its own code."""
 
-from fewstep.formats.tensor_files import first_line
+from fewstep.errors import first_line
 
 _REASONS = {
     "GatedRepoError": "it is gated: accept its terms on the hub, then log in with `hf auth login`",

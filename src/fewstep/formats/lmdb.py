@@ -14,10 +14,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.fingerprints import add_content
 from fewstep.formats.lmdb_pages import check_lmdb_file
-from fewstep.formats.tensor_files import first_line
 
 Kind = torch.dtype | type[str]
 IMAGENET: dict[str, Kind] = {"images": torch.uint8, "labels": torch.int64}

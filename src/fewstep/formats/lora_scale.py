@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import read_json_object
-from fewstep.formats.tensor_files import first_line
 
 CONFIG = "adapter_config.json"
 _REMEDY = "save the LoRA again with PEFT"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.stated_facts import (
     V_MARKER,
     ZERO_SNR_MARKER,
@@ -20,7 +20,7 @@ from fewstep.formats.stated_facts import (
     stated_prediction,
     stated_scale,
 )
-from fewstep.formats.tensor_files import first_line, is_safetensors, read_safetensors
+from fewstep.formats.tensor_files import is_safetensors, read_safetensors
 from fewstep.formats.torch_archive import read_torch_archive
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")

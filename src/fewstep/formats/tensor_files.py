@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.devices import dtype_name
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.torch_archive import read_torch_archive, torch_archive_names
 
 _QUANTISED = (torch.int8, torch.uint8, torch.bool)
@@ -214,8 +214,3 @@ def _opened(path: Path) -> Iterator[Any]:
             f"{path} cannot be read as safetensors ({first_line(error)}); it is damaged, incomplete or of another "
             "format: download it again"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says of its failure, without its further lines and not endless."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

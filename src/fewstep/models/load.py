@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.families.diffusers_folder import resolve_model_folder
 from fewstep.families.family import Family
 from fewstep.families.registry import build_denoiser, build_on_meta, component_of, family_of, recognise
@@ -19,7 +19,6 @@ from fewstep.formats.lora_list import LoraFile
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.source import Source
 from fewstep.formats.stated_facts import contradiction
-from fewstep.formats.tensor_files import first_line
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
 from fewstep.progress import tell

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.devices import compile_denoiser, precision_of
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.models.load import load_model
 from fewstep.models.model import Model
 from fewstep.models.picture_list import (
@@ -205,7 +205,7 @@ def _batches(
         except RuntimeError as error:
             if start or not options.compile:
                 raise
-            raise UserError(f"--compile failed ({str(error).splitlines()[0]}); leave it out") from error
+            raise UserError(f"--compile failed ({first_line(error)}); leave it out") from error
         speed.add(len(pictures), time.perf_counter() - started)
         if not torch.isfinite(images).all():
             advice = "take bf16 or fp32" if options.precision == "fp16" else "are the model's weights intact?"

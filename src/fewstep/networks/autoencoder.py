@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.draws import Draws
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import read_json_object
-from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import other_kind, read_json_object
 from fewstep.formats.tensor_files import refuse_no_weights, tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
@@ -279,7 +279,5 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
-    line = (
-        (str(cause or error).strip() or type(error).__name__).splitlines()[0][:200].split(". If you want to instead")[0]
-    )
+    line = first_line(cause or error).split(". If you want to instead")[0]
     return " ".join(line.split()).rstrip(".")

@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import read_json_object
 from fewstep.networks.components import quiet_loading
 
@@ -33,6 +33,11 @@ class ImageProcessor:
         return pixels.float()
 
 
+def processor_class(kind: str) -> Any:
+    """A class of transformers without torchvision: since version 5 it has a name of its own, before it was the only one."""
+    return getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+
+
 def load_image_processor(folder: Path, kinds: Mapping[str, str], side: int) -> ImageProcessor:
     """The image processor in a network's folder.
 
@@ -53,16 +58,13 @@ def load_image_processor(folder: Path, kinds: Mapping[str, str], side: int) -> I
     kind = kinds.get(named.removesuffix("Fast"))
     if kind is None:
         raise UserError(f"{path} names {named[:60]}, not one of {', '.join(kinds)}; give the model's own file")
-    # transformers 5 has a variant without torchvision under a name of its own; before, it was the only one
-    found: Any = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
     try:
         with quiet_loading():
-            processor = ImageProcessor(found.from_pretrained(folder, local_files_only=True))
+            processor = ImageProcessor(processor_class(kind).from_pretrained(folder, local_files_only=True))
         gradient = np.linspace(0, 255, 40 * 50 * 3).reshape(40, 50, 3).astype(np.uint8)
         made = processor([Image.fromarray(gradient)])
     except Exception as error:  # a wrong value ends in any kind; all mean the same to a user
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"{path} fits no picture ({reason}); download it again") from error
+        raise UserError(f"{path} fits no picture ({first_line(error)}); download it again") from error
     if side and made.shape[2:] != (side, side):
         raise UserError(f"{path} makes pictures of {made.shape[2]}x{made.shape[3]}, the network takes {side}x{side}")
     if not torch.isfinite(made).all():

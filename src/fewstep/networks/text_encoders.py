@@ -11,9 +11,8 @@ import transformers
 from torch import Tensor
 
 from fewstep.diffusion.condition import join_rows
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index
-from fewstep.formats.tensor_files import first_line
 from fewstep.networks.components import load_component, load_tokenizer, quiet_loading
 from fewstep.networks.frozen_layers import Base, store_linears
 from fewstep.networks.text_layout import TextLayout

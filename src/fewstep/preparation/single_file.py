@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
@@ -21,7 +21,7 @@ from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
 from fewstep.formats.source import Source
 from fewstep.formats.stated_facts import ZERO_SNR_MARKER
-from fewstep.formats.tensor_files import first_line, write_tensor_file
+from fewstep.formats.tensor_files import write_tensor_file
 from fewstep.networks.components import published_names
 from fewstep.networks.untrained import build_untrained
 

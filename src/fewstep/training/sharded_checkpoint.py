@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.fingerprints import file_digest, json_digest
-from fewstep.formats.tensor_files import first_line
 from fewstep.parallel import agreed, gathered, rank
 from fewstep.shared_work import by_the_first
 

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.compare import state_difference
 from fewstep.formats.edm_pickle import EDMPickle, read_edm_pickle
 from fewstep.formats.model_folder import CONFIG, ModelCard, read_card, read_model_folder
-from fewstep.formats.tensor_files import first_line
 from fewstep.networks.untrained import build_untrained
 
 _ARGUMENTS = {

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.formats.tensor_files import first_line
+from fewstep.errors import first_line
 
 
 def discrete_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
