@@ -37,9 +37,8 @@ def distribution_matching_gradient(x0: Tensor, real_x0: Tensor, fake_x0: Tensor)
     with torch.no_grad():
         scale = mean_per_sample((x0 - real_x0).abs())
         direction = (fake_x0 - real_x0) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        return torch.where(scale == 0, 0.0, direction).to(
-            x0.dtype
-        )  # NaN stays NaN, so that a diverging network is noticed
+        # NaN stays NaN, so that a diverging network is noticed
+        return torch.where(scale == 0, 0.0, direction).to(x0.dtype)
 
 
 def distribution_matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ DataChanged = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and a memory estimate, then stop")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 inside the network; auto: what is fast on the device")]
+Precision = Annotated[
+    str, typer.Option(help="auto, fp32, bf16 or fp16 inside the network; auto: what is fast on the device")
+]
 AnyPrecision = Annotated[
     str,
     typer.Option(

@@ -111,48 +111,21 @@ def prepare_latents(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Store the latents of real pictures with their captions' embeddings, which the GAN loss reads."""
-    if captions not in ("embeddings", "text"):
-        raise UserError(f"--captions {captions}: choose embeddings or text")
     if (from_lmdb is None) == (not images):
         raise UserError("prepare latents reads --images SOURCE or --from-lmdb PATH: give one of them")
     if lmdb_scale is not None and from_lmdb is None:
         raise UserError(f"--lmdb-scale {lmdb_scale:g} is of --from-lmdb: leave it out")
     with starting():
-        from fewstep.preparation.captioned_jobs import EmbeddingsOptions, LatentsOptions, import_latents, make_latents
-    if from_lmdb is not None:
-        of_pictures = (
-            split,
-            caption_column,
-            resolution,
-            fit,
-            background,
-            noise_seed,
-            keep_spread,
-            num_images,
-            streaming,
-            skip_bad,
-        )
-        _refuse_for_lmdb(of_pictures)
-        texts = EmbeddingsOptions(
-            truncate=truncate_prompts, shard_size=shard_size, batch_size=batch_size, device=device
-        )
-        import_latents(teacher, from_lmdb, folder, texts, scale=lmdb_scale, captions=captions)
-        return
+        from fewstep.preparation.captioned_jobs import LatentsOptions, import_latents, make_latents
     options = LatentsOptions(
         split=split, caption_column=caption_column, resolution=resolution, fit=fit, background=background, noise_seed=noise_seed, keep_spread=keep_spread,
         num_images=num_images, streaming=streaming, skip_bad=skip_bad, truncate=truncate_prompts, shard_size=shard_size,
         batch_size=batch_size, captions=captions, device=device,
     )  # fmt: skip
-    make_latents(teacher, images, folder, options)
-
-
-def _refuse_for_lmdb(of_pictures: tuple[object, ...]) -> None:
-    """Raise UserError where an option that only pictures read is not at its default."""
-    if of_pictures != ("train", "", 0, "crop", "white", None, False, None, False, False):
-        raise UserError(
-            "--from-lmdb takes all of its latents as they are: leave out --split, --caption-column, --resolution, --fit, "
-            "--background, --noise-seed, --keep-spread, --num-images, --streaming and --skip-bad"
-        )
+    if from_lmdb is not None:
+        import_latents(teacher, from_lmdb, folder, options, lmdb_scale)
+    else:
+        make_latents(teacher, images, folder, options)
 
 
 @prepare.command("features")

@@ -115,7 +115,7 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
     files, note = sorted(walk_files(folder)), ""
     pictures = [name for name in files if is_picture(name)]
     if not pictures:
-        raise UserError(f"{where}: {_no_picture(folder, files)}")
+        raise UserError(f"{where}: {_no_picture(files)}")
     top, tops = "", {name.partition("/")[0] if "/" in name else "" for name in pictures}
     known = {name: same_split(name) for name in tops if name.lower() in SPLITS}
     wanted = same_split(split)
@@ -160,7 +160,7 @@ def _read(folder: Path, files: list[str], top: str, note: str) -> Listing:
     return Listing(folder / top, names, others, ours, list(columns), note=note, sources=paths)
 
 
-def _no_picture(folder: Path, files: list[str]) -> str:
+def _no_picture(files: list[str]) -> str:
     """What there is in a folder without pictures, and what to do about it."""
     if "state.json" in files and any(name.endswith(".arrow") for name in files):
         return "it was written by save_to_disk of datasets, which is not read; write the set as parquet (to_parquet)"

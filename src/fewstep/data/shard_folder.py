@@ -1,6 +1,5 @@
 """Folders of safetensors shards with a manifest, written shard by shard so that an interrupted job continues."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
+from fewstep.formats.fingerprints import file_digest
 from fewstep.formats.folder_lock import LOCK, FolderLock
 from fewstep.formats.json_files import entry, kind_name, read_json_object
 from fewstep.formats.tensor_files import write_tensor_file
@@ -86,13 +86,13 @@ def write_tensors(folder: Path, number: int, tensors: dict[str, Tensor], rows: i
     path = folder / f"{kind.short}_{number:05d}.safetensors"
     with replaced_file(path) as aside:
         write_tensor_file(aside, tensors)
-    return {"file": path.name, "rows": rows, "sha256": _sha256(path)}
+    return {"file": path.name, "rows": rows, "sha256": file_digest(path)}
 
 
 def is_intact(folder: Path, shard: dict[str, Any]) -> bool:
     """Whether a shard of the manifest is there, byte for byte."""
     try:
-        return bool(_sha256(folder / shard["file"]) == shard["sha256"])
+        return bool(file_digest(folder / shard["file"]) == shard["sha256"])
     except OSError:
         return False
 
@@ -101,7 +101,7 @@ def check_shard(folder: Path, shard: dict[str, Any], kind: ShardKind) -> Path:
     """Path of a shard that is byte for byte the one written; raises UserError otherwise."""
     path = folder / shard["file"]
     try:
-        same = _sha256(path) == shard["sha256"]
+        same = file_digest(path) == shard["sha256"]
     except OSError as error:
         raise unreadable(path, error, kind) from None
     if not same:
@@ -168,11 +168,6 @@ def _go_on(folder: Path, job: dict[str, Any], kind: ShardKind) -> dict[str, Any]
         intact += 1
     done = manifest["complete"] and intact == len(manifest["shards"])
     return {**manifest, "shards": manifest["shards"][:intact], "complete": done}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _again(kind: ShardKind) -> str:

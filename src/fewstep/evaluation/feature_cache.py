@@ -16,7 +16,7 @@ from fewstep.data.listing import walk_files
 from fewstep.errors import UserError, first_line
 from fewstep.evaluation.features import FeatureNetwork
 from fewstep.formats.atomic import replaced_file
-from fewstep.formats.fingerprints import add_tensors, tensors_digest
+from fewstep.formats.fingerprints import add_tensors, file_digest, tensors_digest
 from fewstep.formats.remote import user_cache
 from fewstep.formats.tensor_files import read_safetensors, write_tensor_file
 from fewstep.progress import Report
@@ -47,9 +47,7 @@ def content_digest(path: Path, names: Sequence[str] | None = None, report: Repor
     try:
         for number, name in enumerate(names):
             report(number, len(names))
-            with open(path / name, "rb") as file:
-                own = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{name}\0{own}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{file_digest(path / name)}\n".encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     return digest.hexdigest()

@@ -141,10 +141,8 @@ def look(network: FeatureNetwork, scores: TextScores | None = None, device: torc
 
     def of(first: int, images: Tensor) -> Rows:
         found = {} if scores is None else scores.of(first, to_pictures(images))
-        return {
-            DISTANCE: features_of(network, images, device),
-            **found,
-        }  # features under the value that is computed from them
+        # features are kept under the value that is computed from them
+        return {DISTANCE: features_of(network, images, device), **found}
 
     return of
 

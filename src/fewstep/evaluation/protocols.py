@@ -18,10 +18,8 @@ from fewstep.evaluation.prompt_scores import TextScores
 from fewstep.progress import Report
 from fewstep.shared_work import shared_out
 
-INCEPTION, INCEPTION_SHA256 = (
-    "inception-2015-12-05",
-    "6726825d",
-)  # the files carry the start of their hash in their name
+# the files carry the start of their hash in their name
+INCEPTION, INCEPTION_SHA256 = "inception-2015-12-05", "6726825d"
 INCEPTION_SIDE = 299
 _BATCH = 32  # pictures that Inception sees at once
 COCO_PREFIX = "A photo depicts "

@@ -21,9 +21,8 @@ _PARTS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
 }  # fmt: skip
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.")
-_ADAPTER_NAME = re.compile(
-    r"\.lora_([AB])\.(?!weight$|bias$)\w+\.weight$"
-)  # of PEFT's own state dict: lora_A.default.weight
+# of PEFT's own state dict: lora_A.default.weight
+_ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$|bias$)\w+\.weight$")
 _LORA_KEY = re.compile(r"(^|[._])lora([._]|$)")
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 
-_SNAPSHOT = re.compile(
-    r"(.*[/\\]models--[^/\\]+)[/\\]snapshots([/\\].*)?"
-)  # the hub's cache links snapshots to its blobs
+# the hub's cache links snapshots to its blobs
+_SNAPSHOT = re.compile(r"(.*[/\\]models--[^/\\]+)[/\\]snapshots([/\\].*)?")
 
 
 def refuse_foreign_links(path: Path, model: Path) -> None:

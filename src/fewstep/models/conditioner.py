@@ -216,9 +216,8 @@ class PromptTable:
     size: Size
     noun: str = "prompts"
     on_host = True
-    _empty_on: "dict[torch.device, TextEmbeddings]" = field(
-        default_factory=dict, init=False
-    )  # copied to each device once
+    # copied to each device once
+    _empty_on: "dict[torch.device, TextEmbeddings]" = field(default_factory=dict, init=False)
 
     @property
     def num_rows(self) -> int:

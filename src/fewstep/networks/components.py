@@ -38,9 +38,8 @@ def quiet_loading() -> Iterator[None]:
     handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
     ours.disable_progress_bar()
     theirs.disable_progress_bar()
-    for handler in (
-        handlers
-    ):  # and not the libraries' verbosity: a change of level makes every logger of the process look it up anew
+    # and not the libraries' verbosity: a change of level makes every logger of the process look it up anew
+    for handler in handlers:
         handler.addFilter(_nothing)
     try:
         yield

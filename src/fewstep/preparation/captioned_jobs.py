@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.latents import StoredEmbeddings, StoredLatents
-from fewstep.data.pictures import check_colour
+from fewstep.data.pictures import Fit, check_colour
 from fewstep.data.prompts import load_prompts
 from fewstep.devices import choose_device
 from fewstep.errors import UserError
@@ -17,7 +17,7 @@ from fewstep.formats.fingerprints import network_fingerprint, vae_fingerprint
 from fewstep.models.decoder import read_autoencoder
 from fewstep.parallel import joined
 from fewstep.preparation.embeddings import prepare_embeddings
-from fewstep.preparation.latents import import_lmdb_latents, prepare_latents
+from fewstep.preparation.latents import Captions, import_lmdb_latents, prepare_latents
 from fewstep.preparation.lmdb_pairs import import_lmdb_pairs
 from fewstep.progress import Stderr, busy, working
 
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEncoders
 
 console = Stderr()
-Fit = Literal["crop", "pad", "exact"]
-Captions = Literal["embeddings", "text"]
+# options of `prepare latents` that only pictures read
+_OF_PICTURES = (
+    "split", "caption_column", "resolution", "fit", "background", "noise_seed", "keep_spread", "num_images", "streaming", "skip_bad",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EmbeddingsOptions:
-    """The options of `fewstep prepare embeddings`, as its help says; of `latents` what concerns captions."""
+    """The options of `fewstep prepare embeddings`, as its help says."""
 
     column: str = "text"
     truncate: bool = False
@@ -42,7 +44,7 @@ class EmbeddingsOptions:
 
 @dataclass(frozen=True)
 class LatentsOptions:
-    """The options of `fewstep prepare latents --images`, as its help says."""
+    """The options of `fewstep prepare latents`, as its help says."""
 
     split: str = "train"
     caption_column: str = ""
@@ -100,6 +102,7 @@ def _make_latents(teacher: str, images: str, folder: Path, options: LatentsOptio
     """`make_latents` in one of its processes."""
     if options.fit not in get_args(Fit):
         raise UserError(f"--fit {options.fit}: choose crop, pad or exact")
+    _refuse_other_captions(options)
     if options.keep_spread and options.noise_seed is not None:
         raise UserError("--keep-spread draws a sample each time training reads a picture: leave out --noise-seed")
     check_colour(options.background, "--background")
@@ -124,21 +127,24 @@ def _make_latents(teacher: str, images: str, folder: Path, options: LatentsOptio
 
 
 def import_latents(
-    teacher: str, lmdb: Path, folder: Path, options: EmbeddingsOptions, *, scale: float | None = None,
-    captions: str = "embeddings",
+    teacher: str, lmdb: Path, folder: Path, options: LatentsOptions, scale: float | None = None
 ) -> None:  # fmt: skip
     """Store the latents of a published LMDB, in as many processes as torchrun started.
 
     Raises:
-        UserError: no such teacher, a damaged LMDB, a folder of other latents.
+        UserError: an option that only pictures read, no such teacher, a damaged LMDB, a folder of other latents.
     """
+    _refuse_other_captions(options)
+    if given := [name for name in _OF_PICTURES if getattr(options, name) != getattr(LatentsOptions, name)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--from-lmdb takes all of its latents as they are: leave out {names}")
     with joined(options.device):
         model, encoders = _encoders(teacher, options.device)
         with working(console, f"Importing the latents of {lmdb}") as report:
             import_lmdb_latents(
                 encoders, lmdb, folder, channels=_latent_channels(recognise(model), model), vae_fingerprint=vae_fingerprint(model),
                 scale=scale, truncate=options.truncate, shard_size=options.shard_size, batch_size=options.batch_size,
-                captions=cast(Captions, captions), report=report,
+                captions=cast(Captions, options.captions), report=report,
             )  # fmt: skip
         _print_latents(folder)
 
@@ -159,6 +165,11 @@ def import_pairs(
             num_pairs=num_pairs, scale=scale, report=report,
         )  # fmt: skip
     print(folder)
+
+
+def _refuse_other_captions(options: LatentsOptions) -> None:
+    if options.captions not in get_args(Captions):
+        raise UserError(f"--captions {options.captions}: choose embeddings or text")
 
 
 def _encoders(teacher: str, device: str) -> tuple[Path, "TextEncoders"]:

@@ -12,6 +12,7 @@ from fewstep.data.tables import has_split
 from fewstep.devices import choose_device, choose_precision, precision_of
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.errors import UserError
+from fewstep.evaluation.asked import refuse_no_place
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
@@ -184,8 +185,7 @@ def make_statistics(out: Path, features: str, pictures: PicturesOptions, device:
     Raises:
         UserError: features or pictures that are not there, a place that cannot be written.
     """
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
+    refuse_no_place("prepare statistics", out)
     place = choose_device(device)
     with busy(console, f"Loading the features {features}"):
         network = load_features(features, place)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.data.captioned_images import CaptionedImage, CaptionedImages
 from fewstep.data.latents import LATENTS, read_texts
-from fewstep.data.pictures import FirstAnimation, decode_picture
+from fewstep.data.pictures import FirstAnimation, Fit, decode_picture
 from fewstep.data.shard_folder import write_manifest, write_tensors
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
@@ -47,7 +47,7 @@ class _Part(NamedTuple):
 
 def prepare_latents(
     autoencoder: Autoencoder, encoders: TextEncoders, source: CaptionedImages, folder: Path, *, resolution: int,
-    vae_fingerprint: str, fit: Literal["crop", "pad", "exact"] = "crop", background: str = "white", noise_seed: int | None = None,
+    vae_fingerprint: str, fit: Fit = "crop", background: str = "white", noise_seed: int | None = None,
     keep_spread: bool = False, num_images: int | None = None, skip_bad: bool = False, truncate: bool = False, shard_size: int = 512,
     batch_size: int = 8, captions: Captions = "embeddings", report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip

@@ -61,9 +61,8 @@ class CheckpointModels:
                 yield weights, self._model(progress)
 
 
-_Made = tuple[
-    str, Denoiser, Callable[[Progress], Model]
-]  # role, network to be filled, the model around it at that progress
+# role, network to be filled, the model around it at that progress
+_Made = tuple[str, Denoiser, Callable[[Progress], Model]]
 
 
 def _distillation(values: dict[str, Any], run: Path, device: str, precision: str) -> _Made:

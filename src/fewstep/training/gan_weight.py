@@ -22,11 +22,13 @@ class GanWeight:
     Attributes:
         equal_weight: first of losses.gan_weights, at which the GAN's gradient norm at the generator's output equals
             distribution matching's.
+        discriminator_weight: second of them, with which it was measured; the recipe's, or one hundredth.
         distribution_matching_norm, gan_norm: mean norms behind it; the GAN's at weight 1.
         num_updates: generator updates they were averaged over.
     """
 
     equal_weight: float
+    discriminator_weight: float
     distribution_matching_norm: float
     gan_norm: float
     num_updates: int
@@ -46,9 +48,8 @@ def suggest_gan_weight(settings: TrainSettings, num_updates: int = 20, console: 
         raise UserError(
             "--suggest-gan-weight compares with distribution matching: set losses.distribution_matching_weight"
         )
-    changed = losses.model_copy(
-        update={"gan_weights": (_PROBE, losses.gan_discriminator_weight or 1e-2)},
-    )
+    discriminator_weight = losses.gan_discriminator_weight or 1e-2
+    changed = losses.model_copy(update={"gan_weights": (_PROBE, discriminator_weight)})
     settings = settings.model_copy(update={"losses": changed})
     job = DistillationJob(settings, open_teacher(settings))
     every = settings.training.generator_every
@@ -66,4 +67,4 @@ def suggest_gan_weight(settings: TrainSettings, num_updates: int = 20, console: 
             f"the gradient norms are {matching_norm:g} (distribution matching) and {gan_norm:g} (GAN): nothing to compare; "
             "check the learning rates (optimizer.*) and their warm-up"
         )
-    return GanWeight(matching_norm / gan_norm, matching_norm, gan_norm, len(matching))
+    return GanWeight(matching_norm / gan_norm, discriminator_weight, matching_norm, gan_norm, len(matching))

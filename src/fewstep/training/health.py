@@ -71,9 +71,8 @@ def alarms(found: SampleStatistics, teacher: SampleStatistics) -> list[str]:
     sentences = []
     for name, (low, high) in LIMITS.items():
         mine, theirs = getattr(found, name), getattr(teacher, name)
-        if (
-            theirs <= 1e-3
-        ):  # grey pictures have no saturation, one picture no diversity, earlier versions' none of seeds
+        # grey pictures have no saturation, one picture no diversity, earlier versions' none of seeds
+        if theirs <= 1e-3:
             continue
         ratio = mine / theirs
         if not low <= ratio <= high:

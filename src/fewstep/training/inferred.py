@@ -3,14 +3,13 @@ pictures from its teacher. Once, before anything is built."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fewstep.data.look import Look, look_at_pictures
 from fewstep.errors import UserError
 from fewstep.families.registry import LARGEST, largest_side
-from fewstep.formats.json_files import parse_json
 from fewstep.models.model import Model
 from fewstep.settings import NetworkSettings, PretrainSettings, TrainDataSettings, TrainSettings, parse_settings
+from fewstep.training.run_folder import stored_settings
 
 
 def settle_network(settings: PretrainSettings, folder: Path, tell: Callable[[str], None]) -> PretrainSettings:
@@ -29,7 +28,7 @@ def settle_network(settings: PretrainSettings, folder: Path, tell: Callable[[str
     open_keys = [name for name, unset in UNSET.items() if getattr(net, name) == unset]
     if not open_keys:
         return settings
-    stored = _stored(folder, "network")
+    stored = stored_settings(folder, "network")
     found = {key: stored[key] for key in open_keys if isinstance(stored.get(key), int)}
     if found.keys() != set(open_keys):
         look = look_at_pictures(settings.data)
@@ -99,7 +98,7 @@ def settle_data(settings: TrainSettings, teacher: Model, folder: Path, tell: Cal
     if not data.images or teacher.conditioner.takes == "prompts":
         return settings
     made_with = teacher.card.made_with.get("settings")
-    before = _stored(folder, "data") or (made_with.get("data") if isinstance(made_with, dict) else None) or {}
+    before = stored_settings(folder, "data") or (made_with.get("data") if isinstance(made_with, dict) else None) or {}
     found = {
         key: before[key] for key in AS_TEACHER
         if key not in data.model_fields_set and key in before and before[key] != getattr(data, key)
@@ -112,12 +111,3 @@ def settle_data(settings: TrainSettings, teacher: Model, folder: Path, tell: Cal
 
 
 AS_TEACHER = ("fit", "background", "column", "flip")
-
-
-def _stored(folder: Path, group: str) -> dict[str, Any]:
-    """What the run folder's settings say, or nothing; whether they are whole is asked elsewhere."""
-    try:
-        stored = parse_json((folder / "settings.json").read_text(encoding="utf-8"))[group]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return stored if isinstance(stored, dict) else {}

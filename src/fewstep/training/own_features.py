@@ -20,8 +20,8 @@ FEATURES, REFERENCE = "best_features", "best_reference.npz"  # in the run folder
 _SHOWN, _REFERENCE_PICTURES = 30_000, 10_000
 
 
-class Some:
-    """Pictures of a data set, evenly spaced, for a classifier: all where there are no more than `count`."""
+class EvenlySpaced:
+    """So many pictures of a data set as a data set of their own, from its first to its last; all where there are no more."""
 
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         self.dataset, self.channels, self.class_names = dataset, dataset.channels, dataset.class_names
@@ -51,7 +51,7 @@ def own_features(
 
     def make() -> None:
         if not (folder / FEATURES).exists():
-            shown = Some(dataset, _SHOWN)
+            shown = EvenlySpaced(dataset, _SHOWN)
             passes = max(1, round(_SHOWN / len(shown)))
             with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
                 train_feature_network(
@@ -61,7 +61,10 @@ def own_features(
                     precision=_precision(job), report=lines(console, "Training a feature network of these pictures"),
                 )  # fmt: skip
         if not (folder / REFERENCE).exists():
-            network, real = load_features(str(folder / FEATURES), job.device), Some(dataset, _REFERENCE_PICTURES)
+            network, real = (
+                load_features(str(folder / FEATURES), job.device),
+                EvenlySpaced(dataset, _REFERENCE_PICTURES),
+            )
             report = lines(console, f"Features of {len(real):,} real pictures")
             FeatureStatistics.of(dataset_features(network, real, device=job.device, report=report)).save(
                 folder / REFERENCE

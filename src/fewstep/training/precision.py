@@ -1,12 +1,12 @@
 """`compute.precision = "auto"` becomes the precision a run is made in, once, before anything is built."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from fewstep.devices import DTYPES, choose_device, choose_precision
 from fewstep.settings import PretrainSettings, TrainSettings
+from fewstep.training.run_folder import stored_settings
 
 SettingsT = TypeVar("SettingsT", TrainSettings, PretrainSettings)
 
@@ -33,9 +33,6 @@ def settle_precision(settings: SettingsT, folder: Path, tell: Callable[[str], No
 
 
 def _stored_precision(folder: Path) -> str:
-    """What the run folder's settings say, or nothing; whether they are whole is asked elsewhere."""
-    try:
-        stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["compute"]["precision"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return ""
+    """The one a run began with, or nothing."""
+    stored = stored_settings(folder, "compute").get("precision")
     return stored if isinstance(stored, str) and stored in DTYPES else ""

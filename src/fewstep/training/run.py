@@ -163,9 +163,9 @@ def print_gan_weight(settings: TrainSettings) -> None:
     from fewstep.training.gan_weight import suggest_gan_weight
 
     settings = prepare_run(settings, run_folder(settings), Stderr())
-    found, other = suggest_gan_weight(settings), settings.losses.gan_discriminator_weight or 1e-2
+    found = suggest_gan_weight(settings)
     print(
-        f"losses.gan_weights=[{found.equal_weight:.2g}, {other:g}] makes the GAN's gradient at the generator's output as strong as "
+        f"losses.gan_weights=[{found.equal_weight:.2g}, {found.discriminator_weight:g}] makes the GAN's gradient at the generator's output as strong as "
         f"distribution matching's ({found.distribution_matching_norm:.3g} against {found.gan_norm:.3g} at weight 1; mean of "
         f"{found.num_updates} generator updates)."
     )

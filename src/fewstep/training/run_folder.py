@@ -1,6 +1,5 @@
 """Whose a run folder is: one run's settings, and one process at a time."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from fewstep.errors import UserError
 from fewstep.formats.atomic import is_leftover, remove_leftovers, replaced_file
 from fewstep.formats.folder_lock import LOCK, FolderLock, is_locked
+from fewstep.formats.json_files import read_json_object
 from fewstep.formats.remote import is_url
 from fewstep.parallel import is_first
 from fewstep.settings import PretrainSettings, TrainSettings, flatten_settings, parse_settings
 from fewstep.training.remote_run import staging_folder
 from fewstep.training.run_data import Content, has_changed, note_data, read_contents, same_data
 
+SETTINGS = "settings.json"
 EMBEDDINGS = "embeddings"  # folder of stored text embeddings, made before the run claims its folder
 # what may change between the sessions of one run
 _FREE = (
@@ -30,6 +31,15 @@ def run_folder(settings: TrainSettings | PretrainSettings) -> Path:
     return Path(settings.run.folder or "runs/unnamed").expanduser()
 
 
+def stored_settings(folder: Path, group: str) -> dict[str, Any]:
+    """A group of the settings that a run began with; nothing where they are not there or not whole, which `claim_run_folder` says."""
+    try:
+        stored = read_json_object(folder / SETTINGS).get(group)
+    except UserError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
 def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False) -> None:
     """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
 
@@ -41,7 +51,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
         UserError: another process trains there, the folder holds a run of other settings (they are named), or it
             cannot be written.
     """
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.exists() and folder.exists():
         foreign = not folder.is_dir() or any(
             entry.name not in (EMBEDDINGS, LOCK) and not is_leftover(entry) for entry in folder.iterdir()
@@ -72,7 +82,7 @@ def refuse_other_data(settings: TrainSettings, folder: Path, *, data_changed: bo
     Raises:
         UserError: another process trains there; other settings or data than before.
     """
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.exists():
         return
     was_held = folder.resolve() in _held
@@ -118,7 +128,7 @@ def _refuse_other_settings(
     data_changed: bool,
 ) -> None:
     try:
-        earlier = parse_settings(type(settings), _read_json(path), str(path))
+        earlier = parse_settings(type(settings), read_json_object(path, "choose another run.folder"), str(path))
     except UserError as error:
         raise UserError(
             f"{folder} holds a run of another kind or version ({error}); choose another run.folder"
@@ -129,10 +139,3 @@ def _refuse_other_settings(
     if changed:
         pairs = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed[:5])
         raise UserError(f"{folder} holds a run of other settings: {pairs}; set them back or choose another run.folder")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); choose another run.folder") from None

@@ -144,9 +144,8 @@ class Tally:
         """Means and norms over the whole batch of all processes; each term's norm relative to the first term's."""
         losses = dict(self.losses)
         norms = {name: parts[0] if len(parts) == 1 else torch.stack(parts).norm() for name, parts in self.norms.items()}
-        if (
-            world_size() > 1
-        ):  # in one exchange: a norm's square is a sum over samples, whose gradients count 1 / processes
+        # in one exchange: a norm's square is a sum over samples, whose gradients count 1 / processes
+        if world_size() > 1:
             squares = [norm.square() / world_size() for norm in norms.values()]
             together = mean(torch.stack([*losses.values(), *squares]))
             losses = dict(zip(losses, together, strict=False))

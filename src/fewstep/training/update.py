@@ -67,9 +67,8 @@ class Update:
         """
         scaler = self.scale.scaler
         gradients = [part.grad for part in self.parameters.values() if part.grad is not None]
-        average_gradients(
-            [gradient for gradient in gradients if not is_sharded(gradient)]
-        )  # an overflow of one is all's
+        # an overflow of one is all's
+        average_gradients([gradient for gradient in gradients if not is_sharded(gradient)])
         scaler.unscale_(self.optimizer)
         norm = self._clip(gradients)
         scaler.step(self.optimizer)

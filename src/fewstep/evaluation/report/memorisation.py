@@ -77,9 +77,8 @@ def memorisation_sections(run: Run, features: str, images: str = "", device: str
     data = {name: data[name] for name in DataSettings.model_fields if name in data} | (
         {"images": images} if images else {}
     )
-    if not data.get("images") or (
-        not images and is_shard_folder(data_path(data["images"]))
-    ):  # latents, of a run with prompts
+    # runs with prompts read latents
+    if not data.get("images") or (not images and is_shard_folder(data_path(data["images"]))):
         raise UserError(f"{run.folder}: its settings name no real pictures (data.images); give --images")
     settings = parse_settings(DataSettings, data, "settings.json of the run")
     step, last = run.samples[-1]

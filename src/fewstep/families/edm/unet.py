@@ -93,9 +93,8 @@ class Resample(nn.Module):
             self.register_buffer("resample_filter", (outer / outer.sum())[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            self.fused and self.weight is not None
-        ):  # NCSN++ auxiliary path: convolve first, filter with stride 2 and no further padding
+        # the auxiliary path of NCSN++ convolves first, then filters with stride 2 and no further padding
+        if self.fused and self.weight is not None:
             x = F.conv2d(x, self.weight, padding=self.padding + self.filter_padding)
             x = F.conv2d(x, self._filter(x, x.shape[1]), stride=2, groups=x.shape[1])
             return x if self.bias is None else x + self.bias.to(x.dtype)[None, :, None, None]
