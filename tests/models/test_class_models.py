@@ -345,6 +345,17 @@ def test_a_file_is_missing(model_folder: Path, name: str) -> None:
     assert refused(model_folder) == f"{model_folder} is not a fewstep model: {name} is missing"
 
 
+def test_numbers_that_are_none(model_folder: Path) -> None:
+    path = model_folder / WEIGHTS
+    weights = load_file(path)
+    name = max(weights)
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path)
+    message = refused(model_folder)
+    assert message.startswith(f"{model_folder}: 1 of the ")
+    assert f"numbers in {name} are infinite or NaN" in message
+
+
 def test_truncated_weights(model_folder: Path) -> None:
     path = model_folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])

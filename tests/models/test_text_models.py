@@ -1,11 +1,13 @@
 """Text-to-image models from diffusers folders: the same embeddings and pictures as diffusers' own pipelines."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep
@@ -106,6 +108,19 @@ def test_generator_folder_round_trip(folder: Path, tmp_path: Path) -> None:
     assert generator.evaluations() == 2
     expected = teacher.student(teacher.denoiser, card).sample(PROMPTS, seed=1, output="tensor")
     assert torch.equal(generator.sample(PROMPTS, seed=1, output="tensor"), expected)
+
+
+def test_a_generators_numbers_that_are_none(folder: Path, tmp_path: Path) -> None:
+    teacher = load(folder)
+    teacher.student(teacher.denoiser, ModelCard("generator", step_indices=(999,))).write(tmp_path / "generator")
+    (path,) = (tmp_path / "generator").rglob("*.safetensors")
+    weights = load_file(path)
+    weights[name := max(weights)].view(-1)[0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(
+        UserError, match=re.escape(f"{path}: 1 of the ") + rf".* in {re.escape(name)} are infinite or NaN"
+    ):
+        fewstep.load_generator(tmp_path / "generator", device="cpu")
 
 
 def test_resolution_can_be_chosen(tmp_path: Path) -> None:

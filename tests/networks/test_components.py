@@ -198,3 +198,31 @@ def test_weights_are_the_files_whatever_dtype_a_config_names(model: Path, tmp_pa
     }
     for name, value in load_file(model / "text_encoder/model.safetensors").items():
         assert torch.equal(found[name.removeprefix("text_model.")], value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", KINDS)
+def test_numbers_that_are_none_name_the_tensor(model: Path, tmp_path: Path, name: str, value: float) -> None:
+    """Pictures from such weights are black, and a VAE's are not seen by the losses."""
+    kind, file = KINDS[name]
+    shutil.copytree(model / name, tmp_path / name)
+    wanted = max(load_file(tmp_path / name / file))
+
+    def damage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        state[wanted].view(-1)[-1] = value
+        return state
+
+    rewrite(tmp_path / name / file, damage)
+    words = refused(kind, tmp_path / name)
+    assert words.startswith(f"{tmp_path / name}: 1 of the ")
+    assert wanted.removeprefix("text_model.") in words
+
+
+def test_outputs_have_names_whatever_a_config_says(tmp_path: Path) -> None:
+    folder = tiny_sdxl_folder(tmp_path / "sdxl")
+    expected = load_teacher(folder, device="cpu").sample("red cat", num_inference_steps=2, output="tensor")
+    for part in ("text_encoder", "text_encoder_2"):
+        config = folder / part / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "return_dict": False}))
+    found = load_teacher(folder, device="cpu").sample("red cat", num_inference_steps=2, output="tensor")
+    assert torch.equal(found, expected)

@@ -1,6 +1,7 @@
 """Named tensors in a file, whichever of the two usual formats it has: safetensors, or torch.save's."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,12 +188,21 @@ def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, value in tensors.items():
         if value.dtype in _QUANTISED and value.numel() > 1:
             raise _quantised(where, name, dtype_name(value.dtype))
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not _is_finite(value):
             count = int((~torch.isfinite(value)).sum())
             raise UserError(
                 f"{where}: {count} of the {value.numel()} numbers in {name} are infinite or NaN, as half precision "
                 "makes them when it overflows; save the weights again in float32 or bfloat16"
             )
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether no number is infinite or NaN; of the usual precisions without a tensor beside it, for networks are large."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    if value.dtype in _EIGHT_BITS:
+        return bool(torch.isfinite(value).all())
+    return all(math.isfinite(end) for end in torch.stack(torch.aminmax(value.detach())).tolist())
 
 
 def common_half_precision(tensors: Mapping[str, Tensor]) -> torch.dtype:

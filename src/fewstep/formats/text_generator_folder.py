@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.json_files import entry, read_json_object
 from fewstep.formats.model_folder import CARD, ModelCard, card_from_json
-from fewstep.formats.tensor_files import itself, write_tensor_file
+from fewstep.formats.tensor_files import itself, refuse_infinities, write_tensor_file
 
 ADAPTER = "adapter.safetensors"  # alpha / rank is not multiplied in: not for diffusers to load as it is
 LORA = "pytorch_lora_weights.safetensors"  # an exported LoRA, with alpha multiplied in
@@ -91,6 +91,7 @@ def read_generator_folder(
         weights = {name: value.float() for name, value in load_file(path).items()}
     except Exception as error:  # a damaged file ends in any kind; all mean the same to a user
         raise UserError(f"{path} cannot be read ({error}); copy or export the generator again") from error
+    refuse_infinities(weights, str(path))
     if "lora" in description:
         weights = {f"network.{name.partition('.')[2]}": value for name, value in weights.items()}
     return description, weights, card

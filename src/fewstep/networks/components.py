@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import other_kind, read_json_object
-from fewstep.formats.tensor_files import refuse_no_weights, tensor_shapes
+from fewstep.formats.tensor_files import refuse_infinities, refuse_no_weights, tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
 
 _SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
@@ -65,7 +65,8 @@ def load_component(kind: Any, folder: Path) -> Any:
         folder: with config.json and weights.
 
     Raises:
-        UserError: no weights, damaged ones, or another network's; names the folder and the tensors.
+        UserError: no weights, damaged ones, or another network's; numbers among them that are none; names the folder and the
+            tensors.
     """
     with _readable_config(kind, folder) as config:
         described = _num_described(kind, json.dumps(config, sort_keys=True))
@@ -74,6 +75,7 @@ def load_component(kind: Any, folder: Path) -> Any:
     if kind.__module__.startswith("transformers"):
         options["ignore_mismatched_sizes"] = True  # its own error does not name them; they are refused below
         options["trust_remote_code"] = False
+        options["return_dict"] = True  # outputs by their names, whatever config.json says
         # each weight as the file has it: transformers 5 rounds it to the dtype that config.json names
         options["dtype" if _NAMES_DTYPE else "torch_dtype"] = torch.float32
     if variant := _only_variant(folder):
@@ -98,6 +100,7 @@ def load_component(kind: Any, folder: Path) -> Any:
             f"{folder}: no part of the network in its config.json takes {len(other)} of its tensors, e.g. {_shown(other)}; what "
             "they change is not known here: give the model without quantisation, adapters or added parts"
         )
+    refuse_infinities(module.state_dict(), str(folder))
     return module
 
 

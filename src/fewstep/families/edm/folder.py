@@ -13,6 +13,7 @@ from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.formats.compare import state_difference
 from fewstep.formats.edm_pickle import EDMPickle, read_edm_pickle
 from fewstep.formats.model_folder import CONFIG, ModelCard, read_card, read_model_folder
+from fewstep.formats.tensor_files import refuse_infinities
 from fewstep.networks.untrained import build_untrained
 
 _ARGUMENTS = {
@@ -105,6 +106,7 @@ def _with_weights(description: dict[str, Any], weights: dict[str, Tensor], path:
         raise UserError(f"{path}: the description of the network is wrong: {first_line(error)}") from error
     if fault := state_difference(weights, untrained.state_dict()):  # before anything is allocated
         raise UserError(f"{path} holds another network than it describes: {fault}")
+    refuse_infinities(weights, str(path))
     denoiser = EDMDenoiser.from_description(description)
     denoiser.load_state_dict({name: value.float() for name, value in weights.items()})
     return denoiser
