@@ -352,3 +352,19 @@ def test_nothing_in_a_tar_is_lost_without_a_word(tmp_path: Path) -> None:
     joined = tmp_path / "joined.tar"
     joined.write_bytes(first.read_bytes() + second.read_bytes())
     assert "has members behind the end mark at byte" in refused(joined)
+
+
+def test_a_damaged_header_in_a_tar_is_noticed(tmp_path: Path) -> None:
+    """Readers end at a header whose sum is wrong as at the end of the tar: the rows behind it would be missing without a word."""
+    whole = bytearray(write_tar(tmp_path / "x.tar", CAPTIONS[:4]).read_bytes())
+    check_tar(tmp_path / "x.tar")
+    place = whole.index(b"002.png")
+    whole[place] ^= 1
+    (tmp_path / "x.tar").write_bytes(whole)
+    with pytest.raises(UserError, match=rf"x\.tar is no tar file, or damaged at byte {place}"):
+        check_tar(tmp_path / "x.tar")
+
+
+def test_a_caption_of_spaces_is_none(tmp_path: Path) -> None:
+    table = write_parquet(tmp_path / "x.parquet", ["x", " \t", ""])
+    assert [row.caption for row in open_captioned_images(str(table)).rows(0)] == ["x", "", ""]

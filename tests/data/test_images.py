@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.data.captioned_images import open_captioned_images
 from fewstep.data.images import ImageBatches, ImageDataset, data_order, load_images
+from fewstep.data.look import look_at_pictures
 from fewstep.data.pictures import fit_picture
 from fewstep.diffusion.draws import Draws
 from fewstep.errors import UserError
@@ -380,7 +382,7 @@ def test_a_broken_parquet_file(tmp_path: Path) -> None:
 
 def test_an_empty_parquet_file(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", {"image": datasets.Image()}, {"image": []})
-    assert 'cannot be read: ValueError: Instruction "train" corresponds to no data!' in refused(path)
+    assert f"{path}: no rows, and so no pictures" in refused(path)
 
 
 def test_no_column_of_pictures(tmp_path: Path) -> None:
@@ -406,14 +408,14 @@ def test_labels_must_be_integers(with_metadata: Path) -> None:
     [
         ("int64", [0, 4], "labels run from 0 to 4, the model has 4 classes (0..3)"),
         ("int64", [-1, 2], "labels run from -1 to 2, the model has 4 classes (0..3)"),
-        ("float32", [0.0, 1.0], "column 'label' holds float64, not integer class labels"),
-        ("int64", [0, None], "column 'label' holds object, not integer class labels"),
+        ("float32", [0.0, 1.0], "column 'label' holds '0.0' for row 0, not integer class labels"),
+        ("int64", [0, None], "column 'label' holds 'None' for row 1, not integer class labels"),
     ],
 )
 def test_labels_that_do_not_suit_the_model(tmp_path: Path, kind: str, labels: list[Any], message: str) -> None:
     features = {"image": datasets.Image(), "label": datasets.Value(kind)}
     path = write_parquet(tmp_path / "x.parquet", features, {"image": [encoded(1), encoded(2)], "label": labels})
-    assert refused(path, num_classes=4) == f"data.images={path}: {message}"
+    assert refused(path, num_classes=4).partition(";")[0] == f"data.images={path}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -590,3 +592,86 @@ def test_damaged_pictures_are_counted_and_named(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError) as error:
         dataset_features(SmallClassifier(1, 2, 4), dataset, batch_size=3)
     assert str(error.value).endswith(words)
+
+
+def test_paths_in_a_table_are_from_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from where the command runs, which may have other pictures of these names."""
+    write_values(tmp_path / "set" / "pictures", {"a.png": 40, "b.png": 80})
+    write_values(tmp_path / "elsewhere" / "pictures", {"a.png": 1, "b.png": 2})
+    columns = {"image": ["pictures/a.png", str(tmp_path / "set" / "pictures" / "b.png")]}
+    table = write_parquet(tmp_path / "set" / "x.parquet", {"image": datasets.Value("string")}, columns)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert brightness(load(table)) == [40, 80]
+    pictures = open_captioned_images(str(captioned(tmp_path / "set" / "y.parquet", columns["image"]))).rows(0)
+    assert [Path(row.picture["path"]).parent for row in pictures] == [tmp_path / "set" / "pictures"] * 2
+
+
+def captioned(path: Path, pictures: list[str]) -> Path:
+    features = {"image": datasets.Value("string"), "text": datasets.Value("string")}
+    return write_parquet(path, features, {"image": pictures, "text": ["x"] * len(pictures)})
+
+
+@pytest.mark.parametrize(
+    ("pictures", "told"),
+    [
+        (["https://example.org/a.png", "b.png"], "picture https://example.org/a.png is on another machine; download"),
+        (["a" * 100_000, "b.png"], "aaa... of "), (["nothing.png", "b.png"], "is missing: there is no such file"),
+        ([["a.png"], ["b.png"]], "column 'image' has lists, and each row is one picture"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_in_a_table_is_told_shortly(tmp_path: Path, pictures: list[Any], told: str) -> None:
+    kind = datasets.List(datasets.Value("string")) if isinstance(pictures[0], list) else datasets.Value("string")
+    table = write_parquet(tmp_path / "x.parquet", {"image": kind}, {"image": pictures})
+    with pytest.raises(UserError) as looked:
+        look_at_pictures(DataSettings(images=str(table)))
+    for words in (refused(table), str(looked.value)):
+        assert told in words
+        assert len(words) < 1000 + 2 * len(str(tmp_path))
+
+
+def test_looking_at_a_row_without_a_picture(tmp_path: Path) -> None:
+    table = write_parquet(tmp_path / "x.parquet", {"image": datasets.Image()}, {"image": [None, encoded(1)]})
+    with pytest.raises(UserError, match=r"row 0 of .* is missing: its row has neither bytes nor a path"):
+        look_at_pictures(DataSettings(images=str(table)))
+
+
+def test_tables_that_do_not_fit_together_say_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library's own words are that an error occurred, and its log's lines are no sentence of ours."""
+    for name in ("text", "caption"):
+        write_parquet(
+            tmp_path / f"{name}.parquet",
+            {"image": datasets.Image(), name: datasets.Value("string")},
+            {"image": [encoded(1)], name: ["x"]},
+        )
+    assert "are no one table: column 'caption' is in one of them alone" in refused(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("labels", [[[0, 1], [1, 0]], [[0], [1, 0]], ["cat", "dog"], ["\xb2", "1"], ["--3", "1"]])
+def test_labels_that_are_not_one_number_are_no_classes(tmp_path: Path, labels: list[Any]) -> None:
+    """Of several labels the first was taken; odd digits were a traceback. A look tells why there are no classes."""
+    kind = datasets.List(datasets.Value("int64")) if isinstance(labels[0], list) else datasets.Value("string")
+    table = write_parquet(
+        tmp_path / "x.parquet",
+        {"image": datasets.Image(), "label": kind},
+        {"image": [encoded(1), encoded(2)], "label": labels},
+    )
+    (tmp_path / "folder").mkdir()
+    write_values(tmp_path / "folder", {"a.png": 1, "b.png": 2})
+    rows = [{"file_name": name, "label": label} for name, label in zip(("a.png", "b.png"), labels, strict=True)]
+    (tmp_path / "folder" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for place in (table, tmp_path / "folder"):
+        look = look_at_pictures(DataSettings(images=str(place)))
+        assert (look.num_classes, "not integer class labels" in look.unlabelled) == (0, True)
+        assert "not integer class labels" in refused(place, num_classes=4)
+
+
+def test_classes_are_numbered_as_another_set_names_them(tmp_path: Path) -> None:
+    """A split without the first class has the labels of the others, not those of their places in it."""
+    write_values(tmp_path, {"cat/a.png": 1, "dog/b.png": 2})
+    dataset = load(tmp_path, num_classes=3)
+    dataset.label_as(["bird", "dog", "cat"], "those of split train")
+    assert dataset.labels is not None
+    assert (dataset.labels.tolist(), dataset.class_names) == ([2, 1], ["bird", "dog", "cat"])
+    with pytest.raises(UserError, match=r"class 'bird' of the pictures is none of those of the teacher \(dog, cat\)"):
+        dataset.label_as(["dog", "cat"], "those of the teacher")

@@ -209,3 +209,66 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert "b cannot be listed (Permission denied); allow it, or take it away" in refused(tmp_path)
+
+
+def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """By their letters, 10 comes before 2, and `--labels 2` would make pictures of 10."""
+    write(tmp_path, *[f"{number}/x.png" for number in range(12)])
+    assert list_pictures_below(tmp_path).class_names == [str(number) for number in range(12)]
+
+
+def test_folders_that_give_no_class_are_told(tmp_path: Path) -> None:
+    """An empty one, and a link to one that is listed; a link to a folder above is nothing that is left out."""
+    write(tmp_path, "cat/x.png", "dog/y.png", "notes/z.txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zebra").symlink_to(tmp_path / "cat")
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "round").symlink_to("round")
+    sentence = list_pictures_below(tmp_path).sentence()
+    assert sentence.startswith("2 pictures in 2 folders; ")
+    assert "2 folders (empty, notes) without pictures" in sentence
+    assert "1 folder (zebra) left out: the same as one that is listed, by a link" in sentence
+
+
+@pytest.mark.parametrize(
+    ("picture", "name"),
+    [
+        ("cafe\u0301/e\u0301.png", "caf\xe9/\xe9.png"),  # as macOS writes names, and as everything else does
+        ("caf\xe9.png", "cafe\u0301.png"), ("sub/a.png", "sub\\a.png"), ("sub\\a.png", "sub\\a.png"), ("a.png", "../HERE/a.png"),
+    ],
+)  # fmt: skip
+def test_what_metadata_may_call_a_picture(tmp_path: Path, picture: str, name: str) -> None:
+    write(tmp_path, picture)
+    row = {"file_name": name.replace("HERE", tmp_path.name), "label": 1}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert list_pictures_below(tmp_path).metadata == {picture: {"label": 1}}
+
+
+def test_metadata_with_full_paths_through_a_link(tmp_path: Path) -> None:
+    write(tmp_path, "real/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "metadata.jsonl").write_text(
+        json.dumps({"file_name": str(tmp_path / "real" / "a.png"), "label": 1})
+    )
+    assert list_pictures_below(tmp_path / "link").metadata == {"a.png": {"label": 1}}
+
+
+def test_metadata_that_means_two_pictures_or_another_one(tmp_path: Path) -> None:
+    """Two that only their accents' form tells apart are not guessed between; case is a guess that is said, not taken."""
+    write(tmp_path, "caf\xe9.png", "cafe\u0301.png", "Dog.PNG")
+    for name, told in (("CAF\xc9.png", "did you mean caf"), ("dog.png", r"did you mean Dog\.PNG")):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}))
+        with pytest.raises(UserError, match=told):
+            list_pictures_below(tmp_path)
+    for name in ("caf\xe9.png", "cafe\u0301.png"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "label": 0}))
+        assert list(list_pictures_below(tmp_path).metadata) == [name]
+
+
+def test_a_space_behind_every_comma(tmp_path: Path) -> None:
+    """It belongs to no column's name: " label" would label nothing, without a word."""
+    write(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text('file_name, label, text\na.png, 1, "x, y"\nb.png, 0, z\n')
+    listing = list_pictures_below(tmp_path)
+    assert listing.columns == ["label", "text"]
+    assert listing.metadata["a.png"] == {"label": "1", "text": "x, y"}

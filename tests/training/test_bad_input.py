@@ -203,6 +203,25 @@ def test_classes_with_other_names_than_the_teachers(train: Any) -> None:
         )
 
 
+def test_fewer_classes_than_a_teacher_without_names_has(train: Any) -> None:
+    """Folders are numbered in their order: of a subset, each would be taken for another class, without a word."""
+    plain, images = write_teacher("plain"), write_pictures(Path("pictures"), count=8, classes=2)
+    with nothing_written():
+        assert_refused(
+            train(f"data.images={images}", f"teacher.path={plain}"),
+            "data.images has 2 classes (class0, class1, ...) and the teacher 4 without names",
+        )
+
+
+def test_classes_that_change_their_numbers_in_the_middle_of_a_run() -> None:
+    images = write_pictures(Path("pictures"), count=8)
+    assert fewstep("pretrain", "teacher.toml", f"data.images={images}", "run.folder=runs/one").code == 0
+    Path("pictures/train/class0").rename("pictures/train/last")
+    go_on = ("training.num_steps=100", "run.folder=runs/one", "--data-changed")
+    told = "began with the classes class0, class1, class2, class3 in this order, the pictures now have class1"
+    assert_refused(fewstep("pretrain", "teacher.toml", f"data.images={images}", *go_on), told)
+
+
 def test_more_classes_than_the_teacher_has(train: Any) -> None:
     write_pictures(Path("pictures"), count=12, classes=6)
     with nothing_written():

@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 from fewstep.data.listing import Listing, is_picture, list_pictures_below, walk_files
 from fewstep.data.prompts import check_column
 from fewstep.data.tables import (
+    be_quiet,
     image_column,
     load_parquet,
     note_of_split,
     of_split,
     on_hub,
     picture_tables,
+    placed,
     refuse_other_files,
+    shortened,
     split_files,
     split_note,
+    table_root,
     unreadable,
 )
 from fewstep.data.tars import TarRows, check_tar
@@ -48,12 +52,12 @@ class CaptionedImages:
 
     def __init__(
         self, source: str, split: str, rows: Any, image_column: str, caption_column: str, num_rows: int | None,
-        content: str = "",
+        content: str = "", root: Path | None = None,
     ) -> None:  # fmt: skip
         self.source, self.num_rows = source, num_rows
         what = {"content": content} if content else {"source": source}
         self.facts = {**what, "split": split, "caption_column": caption_column, "num_rows": num_rows}
-        self._rows, self._image, self._caption = rows, image_column, caption_column
+        self._rows, self._image, self._caption, self._root = rows, image_column, caption_column, root
 
     def rows(self, first: int) -> Iterator[CaptionedImage]:
         """Rows from `first` on, in the source's order.
@@ -66,11 +70,11 @@ class CaptionedImages:
                 picture = row.get(self._image) or {}
                 name = row.get("__key__") or picture.get("path") or f"row {number}"
                 place = "" if str(name).startswith(self.source) else f" of {self.source}"
-                named = f"{name} (row {number}{place})"
+                named = f"{shortened(str(name))} (row {number}{place})"
                 try:
                     if fault := row.get("fault"):
                         raise fault
-                    found = CaptionedImage(named, picture, _text(row[self._caption], named))
+                    found = CaptionedImage(named, placed(picture, self._root), _text(row[self._caption], named))
                 except UserError as error:
                     found = CaptionedImage(named, picture, "", error)
                 yield found
@@ -208,7 +212,7 @@ def _read_caption(path: Path) -> str | UserError:
 def _open_table(source: str, path: Path, split: str, caption_column: str, streaming: bool) -> CaptionedImages:
     import datasets
 
-    datasets.disable_progress_bars()
+    be_quiet()
     try:
         rows = _load_table(source, path, split, streaming)
         if rows.features is None:
@@ -228,7 +232,7 @@ def _open_table(source: str, path: Path, split: str, caption_column: str, stream
         tell(f"{source}: {len(rows):,} picture{'s' * (len(rows) != 1)}{split_note(path, split, source)}")
     files = [path] if path.is_file() else split_files(path, split, source) if path.is_dir() else []
     number = None if streaming else len(rows)
-    return CaptionedImages(source, split, rows, pictures, column, number, _content(path, files))
+    return CaptionedImages(source, split, rows, pictures, column, number, _content(path, files), table_root(source))
 
 
 def _content(path: Path, files: list[Path]) -> str:
@@ -257,7 +261,7 @@ def _load_table(source: str, path: Path, split: str, streaming: bool) -> Any:
 
 
 def _text(caption: Any, where: str) -> str:
-    """A caption as text; a missing one is empty, which the caller refuses or skips."""
+    """A caption as text; one that is missing or of spaces alone is empty, which the caller refuses or skips."""
     if isinstance(caption, bytes):
         try:
             return caption.decode("utf-8")
@@ -267,7 +271,7 @@ def _text(caption: Any, where: str) -> str:
         raise UserError(
             f"{where}: the caption is {type(caption).__name__}, not text; mend it, or name another column with --caption-column"
         )
-    found: str = caption or ""
+    found: str = (caption or "") if caption is None or caption.strip() else ""
     try:
         found.encode("utf-8")
     except UnicodeEncodeError:

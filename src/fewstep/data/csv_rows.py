@@ -14,7 +14,7 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     Raises:
         UserError: no CSV, a name twice in the first line, a row of more or fewer values than names.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=_is_spaced(text))
     try:
         names = next(reader, [])
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -35,6 +35,12 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 def csv_columns(text: str) -> list[str]:
     """The names in the first line; empty where there is none that can be read."""
     try:
-        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+        return next(csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=_is_spaced(text)), [])
     except csv.Error:
         return []
+
+
+def _is_spaced(text: str) -> bool:
+    """Whether every comma of the first line has a space behind it, which belongs to no name then, and to no value."""
+    first = text.partition("\n")[0]
+    return "," in first and all(name.startswith(" ") for name in first.split(",")[1:])

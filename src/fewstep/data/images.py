@@ -17,6 +17,7 @@ from fewstep.data.tables import (
     TableRows,
     check_labels,
     image_column,
+    listed_labels,
     open_table,
     picture_tables,
     split_note,
@@ -60,6 +61,24 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return self._length
+
+    def label_as(self, names: Sequence[str], whose: str) -> None:
+        """Number the classes as these names do, where the data set names its own.
+
+        Args:
+            whose: names they are, for messages.
+
+        Raises:
+            UserError: one of its classes is not among them.
+        """
+        if self.labels is None or not self.class_names or not names:
+            return
+        numbers = {name: number for number, name in enumerate(names)}
+        if unknown := [name for name in self.class_names if name not in numbers]:
+            known = ", ".join([*names[:4], "..."] if len(names) > 4 else names)
+            raise UserError(f"class {unknown[0]!r} of the pictures is none of {whose} ({known})")
+        self.labels = torch.tensor([numbers[name] for name in self.class_names])[self.labels]
+        self.class_names = list(names)
 
     @property
     def in_memory(self) -> bool:
@@ -190,15 +209,7 @@ def _folder_labels(
         listing = listing.without(
             {name for name in listing.names if name not in listing.metadata}, "without a row in the metadata"
         )
-        values = [listing.metadata[name].get(column) for name in listing.names]
-        whole = [int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value for value in values]
-        wrong = next((n for n, value in enumerate(whole) if type(value) is not int or abs(value) >= 2**31), None)
-        if wrong is not None:
-            raise UserError(
-                f"{where}: column {column!r} holds {values[wrong]!r} for {listing.names[wrong]}, not integer class labels; "
-                "number the classes from 0, or sort the pictures into one folder a class"
-            )
-        labels = np.asarray(whole, np.int64)
+        labels = listed_labels(listing, column, where)
         check_labels(labels, where, num_classes)
         return listing, torch.from_numpy(labels), None
     names = listing.class_names

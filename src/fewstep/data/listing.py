@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -40,6 +40,8 @@ class Listing:
         metadata: {name: its row of a metadata file}; empty where there is no such file.
         columns: of the metadata, without file_name.
         note: how the folder was read, where that may surprise; "" otherwise.
+        bare: folders directly below `root` that have no picture.
+        again: folders that are links to one that is listed already, and so are left out.
     """
 
     root: Path
@@ -50,6 +52,8 @@ class Listing:
     dropped: Counter[str] = field(default_factory=Counter)
     note: str = ""
     sources: tuple[Path, ...] = field(default=(), repr=False)
+    bare: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -63,8 +67,13 @@ class Listing:
 
     @property
     def class_names(self) -> list[str]:
-        """Folders directly below `root`, sorted: the classes, where nothing else labels the pictures."""
-        return sorted({name for name in self.folders if name})
+        """Folders directly below `root`, sorted: the classes, where nothing else labels the pictures.
+
+        Where all are numbers they are sorted as such: class 2 comes before class 10.
+        """
+        names = {name for name in self.folders if name}
+        numbered = all(name.isascii() and name.isdigit() for name in names)
+        return sorted(names, key=lambda name: (int(name) if numbered else 0, name))
 
     def without(self, names: set[str], why: str) -> "Listing":
         """The listing without some pictures, which are counted as left out."""
@@ -89,6 +98,10 @@ class Listing:
         if count := left_out.total():
             kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()))
             words += f"; {count:,} file{'s' * (count != 1)} left out: {kinds}"
+        if self.bare and classes:
+            words += f"; {_folders(self.bare)} without pictures"
+        if self.again:
+            words += f"; {_folders(self.again)} left out: the same as one that is listed, by a link"
         return words
 
     def fingerprint(self) -> str:
@@ -112,7 +125,8 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
         UserError: no picture, no such split, a metadata file that cannot be read or names a picture that is not there.
     """
     where = where or str(folder)
-    files, note = sorted(walk_files(folder)), ""
+    again: list[str] = []
+    files, note = sorted(walk_files(folder, again.append)), ""
     pictures = [name for name in files if is_picture(name)]
     if not pictures:
         raise UserError(f"{where}: {_no_picture(files)}")
@@ -130,7 +144,7 @@ def list_pictures_below(folder: Path, split: str = "train", where: str = "") -> 
     elif known:
         others = sorted(top or "loose pictures" for top in tops - known.keys())[:3]
         note = f"{', '.join(sorted(known))} taken as ordinary folders, because {', '.join(others)} lie beside"
-    return _read(folder, files, top, note)
+    return _read(folder, files, top, note, again)
 
 
 def same_split(name: str) -> str:
@@ -144,7 +158,7 @@ def is_picture(name: str) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
-def _read(folder: Path, files: list[str], top: str, note: str) -> Listing:
+def _read(folder: Path, files: list[str], top: str, note: str, again: list[str]) -> Listing:
     """The listing of a folder, or of its split `top`; a metadata file beside the splits counts for each of them."""
     prefix = f"{top}/" if top else ""
     own = [name for name in files if name.startswith(prefix)]
@@ -157,7 +171,20 @@ def _read(folder: Path, files: list[str], top: str, note: str) -> Listing:
     names = [name.removeprefix(prefix) for name in pictures]
     others = [name.removeprefix(prefix) for name in own if not (is_picture(name) or is_metadata(name))]
     paths = tuple(folder / source for source in [*beside, *sources])
-    return Listing(folder / top, names, others, ours, list(columns), note=note, sources=paths)
+    linked = tuple(sorted(name.removeprefix(prefix) for name in again if name.startswith(prefix)))
+    known = {*(name.partition("/")[0] for name in names if "/" in name), *linked}
+    bare = tuple(sorted(name for name in _folders_in(folder / top) if name not in known))
+    return Listing(folder / top, names, others, ours, list(columns), note=note, sources=paths, bare=bare, again=linked)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names of the folders directly in a folder that are entered."""
+    return [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)) and _is_entered(name)]
+
+
+def _folders(names: tuple[str, ...]) -> str:
+    """How many folders, and the first few by name."""
+    return f"{len(names):,} folder{'s' * (len(names) != 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
 
 
 def _no_picture(files: list[str]) -> str:
@@ -195,10 +222,13 @@ def _left_out(files: list[str]) -> Counter[str]:
     return left_out
 
 
-def walk_files(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path, on_again: Callable[[str], None] = lambda name: None) -> Iterator[str]:
     """Files below a folder, as paths with "/"; links are followed, each folder once; hidden folders are not entered.
 
     A pipe, a socket or a device is no file, and reading it may never end.
+
+    Args:
+        on_again: called with a folder that is one of those before, by a link; not with one that holds itself.
 
     Raises:
         UserError: a folder cannot be listed, and its files would be missing without a word.
@@ -206,14 +236,27 @@ def walk_files(folder: Path) -> Iterator[str]:
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unlisted):
         facts = os.stat(place)
+        below = os.path.relpath(place, folder).replace(os.sep, "/")
         if (facts.st_dev, facts.st_ino) in seen:
             folders.clear()
+            if not any(os.path.samefile(place, upper) for upper in _above(place, folder)):
+                on_again(below)
             continue
         seen.add((facts.st_dev, facts.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        below = os.path.relpath(place, folder).replace(os.sep, "/")
+        folders[:] = sorted(name for name in folders if _is_entered(name))
         regular = (name for name in files if _is_regular(os.path.join(place, name)))
         yield from (name if below == "." else f"{below}/{name}" for name in regular)
+
+
+def _is_entered(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _above(place: str, folder: Path) -> Iterator[str]:
+    """The folders that `place` lies in, up to `folder`."""
+    while len(place) > len(str(folder)):
+        place = os.path.dirname(place)
+        yield place
 
 
 def _refuse_unlisted(error: OSError) -> None:

@@ -1,7 +1,7 @@
 """What a set of pictures is like before a network for it is chosen: its size, whether it is grey, how many classes it has."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,17 @@ from PIL import Image
 
 from fewstep.data.listing import Listing, list_pictures_below
 from fewstep.data.opening import decoding, open_picture
-from fewstep.data.tables import FolderRows, PictureRows, TableRows, image_column, open_table, picture_tables
+from fewstep.data.tables import (
+    FolderRows,
+    PictureRows,
+    TableRows,
+    image_column,
+    labels_in,
+    listed_labels,
+    open_table,
+    picture_tables,
+)
+from fewstep.errors import UserError
 from fewstep.formats.lmdb import IMAGENET, LmdbArrays
 from fewstep.formats.remote import data_path
 
@@ -29,12 +39,23 @@ class Look:
         channels: 1 where all of them are grey, else 3.
         num_classes: 0 where nothing labels them.
         labelled_by: what does, for people; empty without classes.
+        unlabelled: why the column that would label them does not, for people.
     """
 
     shortest_side: int
     channels: int
     num_classes: int
     labelled_by: str = ""
+    unlabelled: str = ""
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The part of a look that is of labels."""
+
+    num_classes: int = 0
+    labelled_by: str = ""
+    unlabelled: str = ""
 
 
 def look_at_pictures(settings: "DataSettings") -> Look:
@@ -43,18 +64,18 @@ def look_at_pictures(settings: "DataSettings") -> Look:
     Raises:
         UserError: nothing there, or a picture that does not decode.
     """
-    path = data_path(settings.images)
+    path, where = data_path(settings.images), f"data.images={settings.images}"
     if settings.images and (path / "data.mdb").is_file():
         return _look_at_lmdb(path)
-    if settings.images and path.is_dir() and not picture_tables(path, f"data.images={settings.images}"):
-        listing = list_pictures_below(path, settings.split, f"data.images={settings.images}")
+    if settings.images and path.is_dir() and not picture_tables(path, where):
+        listing = list_pictures_below(path, settings.split, where)
         rows, numbers = FolderRows(listing.paths), _spread(len(listing.names))
-        return Look(*_size_and_channels(rows, numbers), *_classes_of_listing(listing, settings.label_column))
+        return _look(rows, numbers, _classes_of_listing(listing, settings.label_column, where))
     table = open_table(settings)
-    column = image_column(table.features, f"data.images={settings.images}")
-    num_classes, labelled_by = _classes_of_table(table, settings.label_column)
+    column = image_column(table.features, where)
+    classes = _classes_of_table(table, settings.label_column, where)
     rows_of_table = TableRows(table, column, settings.images)
-    return Look(*_size_and_channels(rows_of_table, _spread(len(table))), num_classes, labelled_by)
+    return _look(rows_of_table, _spread(len(table)), classes)
 
 
 def _look_at_lmdb(path: Path) -> Look:
@@ -68,14 +89,15 @@ def _spread(count: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, _LOOKED_AT))})
 
 
-def _size_and_channels(rows: PictureRows, numbers: Sequence[int]) -> tuple[int, int]:
+def _look(rows: PictureRows, numbers: Sequence[int], classes: _Classes) -> Look:
+    """What these of the pictures are like, and these classes."""
     sides, grey = [], True
     for number, row in zip(numbers, rows.encoded(numbers), strict=True):
         name = rows.name(number, row)
         with decoding(name), open_picture(row, name) as picture:
             sides.append(min(picture.size))
             grey = grey and _is_grey(picture)
-    return min(sides), 1 if grey else 3
+    return Look(min(sides), 1 if grey else 3, classes.num_classes, classes.labelled_by, classes.unlabelled)
 
 
 def _is_grey(picture: Image.Image) -> bool:
@@ -85,20 +107,25 @@ def _is_grey(picture: Image.Image) -> bool:
     return int(np.ptp(pixels, axis=2).max()) <= 8  # as JPEG leaves a grey picture
 
 
-def _classes_of_listing(listing: Listing, column: str) -> tuple[int, str]:
+def _classes_of_listing(listing: Listing, column: str, where: str) -> _Classes:
     if column in listing.columns:
-        values = [row[column] for row in listing.metadata.values() if column in row]
-        whole = [int(value) for value in values if str(value).lstrip("-").isdigit()]
-        return (max(whole) + 1, f"column {column}") if whole and len(whole) == len(values) else (0, "")
+        return _classes_of_labels(lambda: listed_labels(listing, column, where), column)
     names = listing.class_names
-    return (len(names), "folders") if len(names) > 1 else (0, "")
+    return _Classes(len(names), "folders") if len(names) > 1 else _Classes()
 
 
-def _classes_of_table(table: Any, column: str) -> tuple[int, str]:
+def _classes_of_table(table: Any, column: str, where: str) -> _Classes:
     if column not in table.features:
-        return 0, ""
-    values = np.asarray(table[column])
-    if not len(values) or not np.issubdtype(values.dtype, np.integer):
-        return 0, ""
+        return _Classes()
+    found = _classes_of_labels(lambda: labels_in(table, column, where), column)
     names = getattr(table.features[column], "names", None)
-    return (len(names) if names else int(values.max()) + 1), f"column {column}"
+    return replace(found, num_classes=len(names)) if names and found.num_classes else found
+
+
+def _classes_of_labels(labels: Callable[[], np.ndarray], column: str) -> _Classes:
+    """How many a column numbers; none, and why, where it holds something else."""
+    try:
+        values = labels()
+    except UserError as error:
+        return _Classes(unlabelled=str(error).partition(": ")[2].partition(";")[0])
+    return _Classes(int(values.max(initial=-1)) + 1, f"column {column}")

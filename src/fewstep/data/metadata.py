@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +26,7 @@ def metadata_of(folder: Path, sources: list[str], present: set[str]) -> dict[str
         UserError: a file cannot be read, a row names no picture, or one that is not there.
     """
     metadata: dict[str, dict[str, Any]] = {}
+    names = _Names(folder, present)
     for source in sources:
         for place, row in _rows(folder / source):
             name = row.pop("file_name", None)
@@ -31,18 +35,67 @@ def metadata_of(folder: Path, sources: list[str], present: set[str]) -> dict[str
                     f"{folder / source}: {place} has no file_name among {sorted(map(str, row))[:6]}; give each row the path of its "
                     "picture"
                 )
-            if os.path.isabs(name):
-                name = os.path.relpath(name, (folder / source).parent.absolute())
-            name = str(PurePosixPath(source).parent / PurePosixPath(name.replace("\\", "/")))
-            name = os.path.normpath(name).replace(os.sep, "/")
-            if name not in present:
+            found = names.find(name, source)
+            if found is None:
                 raise UserError(
-                    f"{folder / source}: {place} names {name}, which is no picture below {folder}; remove the row or add it"
+                    f"{folder / source}: {place} names {name}, which is no picture below {folder}{names.guess(name)}; remove the row "
+                    "or add it"
                 )
+            name = found
             if name in metadata and metadata[name] != row:
                 raise UserError(f"{folder / source}: {place} names {name} a second time; keep one row")
             metadata[name] = row
     return metadata
+
+
+class _Names:
+    """The pictures of a folder by what a metadata file may call them: with separators of Windows, by an absolute path, or with
+    letters and accents in one character or in two, as file systems differ.
+
+    Args:
+        present: the pictures there are, as paths below `folder`.
+    """
+
+    def __init__(self, folder: Path, present: set[str]) -> None:
+        self._folder, self._present = folder, present
+
+    def find(self, name: str, source: str) -> str | None:
+        """The picture that a row of the metadata file `source` names; None where there is none, or two."""
+        prefix = source[: source.rfind("/") + 1]
+        if prefix + name in self._present:  # as it stands, and quickly
+            return prefix + name
+        for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+            for folder in (os.path.abspath(self._folder), os.path.realpath(self._folder)):
+                place = os.path.join(folder, prefix, spelling)
+                if os.path.isabs(spelling) and folder == os.path.realpath(self._folder):
+                    place = os.path.join(os.path.realpath(os.path.dirname(spelling)), os.path.basename(spelling))
+                found = os.path.relpath(place, folder).replace(os.sep, "/")
+                if found in self._present:
+                    return found
+                alike = self._alike.get(unicodedata.normalize("NFC", found), [])
+                if len(alike) == 1:
+                    return alike[0]
+        return None
+
+    def guess(self, name: str) -> str:
+        """What may be meant by a name that is none, as a part of a sentence."""
+        last = PurePosixPath(name.replace("\\", "/")).name.casefold()
+        near = sorted(found for found in self._present if PurePosixPath(found).name.casefold() == last)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+    @cached_property
+    def _alike(self) -> dict[str, list[str]]:
+        alike: dict[str, list[str]] = {}
+        for name in self._present:
+            alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+        return alike
+
+
+def whole_number(value: Any) -> int | None:
+    """A label as a number: a whole one, or its decimal digits as text, which is all that CSV has; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r" *-?[0-9]{1,10} *", value):
+        value = int(value)
+    return value if type(value) is int and abs(value) < 2**31 else None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -38,8 +38,10 @@ def decoding(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"picture {name} is missing: there is no such file; replace or remove it") from None
     except Exception as error:  # of AVIF a RuntimeError, of others struct.error, EOFError and more
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"picture {name} does not decode ({words}); replace or remove it") from None
+        words = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+        raise UserError(
+            f"picture {name} does not decode ({words.splitlines()[0][:300]}); replace or remove it"
+        ) from None
 
 
 @contextmanager

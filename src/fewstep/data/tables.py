@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.listing import SPLITS, is_metadata, is_picture, list_pictures_below, same_split, walk_files
+from fewstep.data.listing import SPLITS, Listing, is_metadata, is_picture, list_pictures_below, same_split, walk_files
+from fewstep.data.metadata import whole_number
 from fewstep.errors import UserError
 from fewstep.formats.remote import data_path
 from fewstep.formats.source import Source
@@ -50,7 +51,7 @@ class FolderRows:
 
 
 class TableRows:
-    """Pictures in a column of a `datasets` table.
+    """Pictures in a column of a `datasets` table; paths in it are from where its file lies.
 
     Raises:
         UserError: the column holds something else.
@@ -59,7 +60,7 @@ class TableRows:
     def __init__(self, table: Any, column: str, source: str) -> None:
         import datasets
 
-        self._column, self._source = column, source
+        self._column, self._source, self._root = column, source, table_root(source)
         try:
             self._table = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
         except Exception as error:  # as in `open_table`
@@ -70,12 +71,41 @@ class TableRows:
 
     def encoded(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
-            return [row or {} for row in self._table[list(indices)][self._column]]
+            rows = self._table[list(indices)][self._column]
         except Exception as error:  # as in `open_table`
             raise unreadable(f"column {self._column!r} of {self._source}", error) from error
+        return [placed(row, self._root) for row in rows]
 
     def name(self, index: int, row: dict[str, Any]) -> str:
-        return f"{row.get('path') or f'row {index}'} of {self._source}"
+        return f"{shortened(row.get('path') or f'row {index}')} of {self._source}"
+
+
+def table_root(source: str) -> Path | None:
+    """The folder that paths in a table's rows are from; None for a set of the hub."""
+    place = data_path(source)
+    return place if place.is_dir() else place.parent if place.exists() else None
+
+
+def placed(row: Mapping[str, Any] | None, root: Path | None) -> dict[str, Any]:
+    """A row's picture, {"bytes": ...} or {"path": ...}, with its path where it lies.
+
+    Raises:
+        UserError: a URL is all there is of it.
+    """
+    picture = dict(row or {})
+    path = picture.get("path")
+    if picture.get("bytes") is not None or not path:
+        return picture
+    if "://" in path:
+        raise UserError(
+            f"picture {shortened(path)} is on another machine; download the pictures, and name their folder"
+        )
+    return {**picture, "path": str(root / path) if root else path}
+
+
+def shortened(name: str) -> str:
+    """A name for messages: rows may hold anything in place of a path."""
+    return name if len(name) <= 200 else f"{name[:100]}..."
 
 
 def picture_tables(folder: Path, where: str) -> list[Path]:
@@ -144,7 +174,7 @@ def open_table(settings: "DataSettings") -> Any:
     path, where = data_path(settings.images), f"data.images={settings.images}"
     import datasets
 
-    datasets.disable_progress_bars()
+    be_quiet()
     try:
         if path.is_file() and path.suffix.lower() == ".parquet":
             return load_parquet([path])
@@ -190,7 +220,37 @@ def load_parquet(files: Sequence[Path], **options: Any) -> Any:
     import datasets
 
     names = [glob.escape(str(file)) for file in files]
-    return datasets.load_dataset("parquet", data_files={"train": names}, split="train", **options)
+    try:
+        return datasets.load_dataset("parquet", data_files={"train": names}, split="train", **options)
+    except Exception:
+        _refuse_tables(files)
+        raise
+
+
+def _refuse_tables(files: Sequence[Path]) -> None:
+    """Raise UserError where parquet files that could not be read as one table are empty, or have different columns."""
+    import pyarrow.parquet
+
+    try:
+        found = {file: pyarrow.parquet.read_metadata(file) for file in files}
+    except (OSError, ValueError):  # a damaged one, which the library names
+        return
+    if not any(facts.num_rows for facts in found.values()):
+        raise UserError(f"{', '.join(map(str, files[:3]))}: no rows, and so no pictures; write the table again")
+    columns = {file: set(facts.schema.to_arrow_schema().names) for file, facts in found.items()}
+    for file, names in columns.items():
+        if only := sorted(names ^ columns[files[0]]):
+            raise UserError(f"{files[0]} and {file} are no one table: column {only[0]!r} is in one of them alone")
+
+
+def be_quiet() -> None:
+    """No bars of `datasets`, and no lines of its log: what goes wrong is raised, and told in a sentence."""
+    import logging
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def unreadable(what: str, error: Exception) -> UserError:
@@ -199,8 +259,11 @@ def unreadable(what: str, error: Exception) -> UserError:
         return UserError(
             f"the cache of data sets cannot be written ({error}); set HF_HOME (or HF_DATASETS_CACHE) to a folder that can"
         )
-    words = str(error).splitlines()[0] if str(error) else ""
-    return UserError(f"{what} cannot be read: {type(error).__name__}: {words}")
+    first: BaseException = error
+    while first.__cause__ is not None:  # "an error occurred", says `datasets` of another one
+        first = first.__cause__
+    words = ", ".join(line.strip() for line in str(first).splitlines() if line.strip())
+    return UserError(f"{what} cannot be read: {type(first).__name__}: {words[:300]}")
 
 
 def image_column(features: Mapping[str, Any], where: str) -> str:
@@ -212,6 +275,8 @@ def image_column(features: Mapping[str, Any], where: str) -> str:
     import datasets
 
     if "image" in features:
+        if _holds_texts_or_bytes(features["image"]):
+            raise UserError(f"{where}: column 'image' has lists, and each row is one picture; write a row for each")
         return "image"
     pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     encoded = [name for name, kind in features.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
@@ -226,6 +291,20 @@ def image_column(features: Mapping[str, Any], where: str) -> str:
     return str(found[0])
 
 
+def _holds_texts_or_bytes(kind: Any) -> bool:
+    """Whether a column is of lists of encoded pictures, or of their names; lists of numbers are pixels."""
+    inner = kind
+    while (deeper := getattr(inner, "feature", None)) is not None:
+        inner = deeper
+    is_encoded = isinstance(inner, dict) or getattr(inner, "dtype", "") in (
+        "string",
+        "large_string",
+        "binary",
+        "large_binary",
+    )
+    return inner is not kind and is_encoded
+
+
 def table_labels(table: Any, settings: "DataSettings", num_classes: int) -> tuple[Tensor, list[str] | None]:
     """Labels (N,), int64, and the names of the classes where the table has them; raises UserError where they do not fit."""
     column = settings.label_column
@@ -235,13 +314,40 @@ def table_labels(table: Any, settings: "DataSettings", num_classes: int) -> tupl
             f"{where}: the model has {num_classes} classes but there is no column data.column={column!r} "
             f"among {sorted(table.features)}; sort the pictures into one folder a class, or add a metadata.jsonl"
         )
-    values = np.asarray(table[column])
-    if not np.issubdtype(values.dtype, np.integer):
-        raise UserError(f"{where}: column {column!r} holds {values.dtype}, not integer class labels")
-    values = values.reshape(len(values), -1)[:, 0]
+    values = labels_in(table, column, where)
     check_labels(values, where, num_classes)
     names = getattr(table.features[column], "names", None)
-    return torch.from_numpy(values.astype(np.int64)), names
+    return torch.from_numpy(values), names
+
+
+def listed_labels(listing: Listing, column: str, where: str) -> np.ndarray:
+    """Labels (N,), int64, of the pictures of a listing that have a row in its metadata; raises UserError where one is none."""
+    named = [name for name in listing.names if name in listing.metadata]
+    return _whole_numbers([listing.metadata[name].get(column) for name in named], column, where, named)
+
+
+def labels_in(table: Any, column: str, where: str) -> np.ndarray:
+    """Labels (N,), int64, of a table's column, which may hold them in lists of one; raises UserError where one is none."""
+    values = table[column]
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        array = np.empty(0, object)
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim != 1:
+        unpacked = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+        array = _whole_numbers(unpacked, column, where)
+    return array.astype(np.int64)
+
+
+def _whole_numbers(values: Sequence[Any], column: str, where: str, names: Sequence[str] = ()) -> np.ndarray:
+    whole = [whole_number(value) for value in values]
+    if None in whole:
+        wrong = whole.index(None)
+        raise UserError(
+            f"{where}: column {column!r} holds {str(values[wrong])[:60]!r} for {names[wrong] if names else f'row {wrong}'}, not integer "
+            "class labels; number the classes from 0, or sort the pictures into one folder a class"
+        )
+    return np.asarray(whole, np.int64)
 
 
 def check_labels(values: np.ndarray, where: str, num_classes: int) -> None:

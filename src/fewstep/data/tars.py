@@ -34,8 +34,8 @@ def check_tar(path: Path) -> None:
                         "would not be read: name the tars themselves, or join them with tar --concatenate"
                     )
                 content = _content_bytes(header)
-                if content < 0:
-                    raise ValueError("a member of negative size")
+                if content < 0 or not _is_intact(header):
+                    raise ValueError("a member of negative size, or another header than was written")
                 place += _BLOCK + -(-content // _BLOCK) * _BLOCK
     except UserError:
         raise
@@ -60,6 +60,13 @@ def _content_bytes(header: bytes) -> int:
     if field[0] & 0x80:  # the way of members above 8 GiB
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _is_intact(header: bytes) -> bool:
+    """Whether a header has the sum that it states, of its bytes with spaces in place of the sum; some tars count them as signed."""
+    plain = header[:148] + b" " * 8 + header[156:]
+    stated = int(header[148:156].split(b"\0")[0].strip() or b"0", 8)
+    return stated in (sum(plain), sum(plain) - 256 * sum(byte > 127 for byte in plain))
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -148,6 +148,7 @@ def make_features(folder: Path, options: FeaturesOptions) -> None:
         say(console, "no split `test`: accuracy on unseen pictures is not known")
     else:
         test = options.pictures.open("test", options.num_classes)
+        test.label_as(dataset.class_names or (), "those of split train")
         with busy(console, f"Testing on {len(test):,} pictures"):
             right = accuracy(model, test)
         say(console, f"accuracy on the {len(test)} pictures of split test: {right:.4f}")
@@ -168,6 +169,7 @@ def _settled(options: FeaturesOptions) -> FeaturesOptions:
     if classes < 2:
         raise UserError(
             f"{pictures.images}: a feature network needs pictures of two classes or more, one folder a class"
+            + f"; {look.unlabelled}" * bool(look.unlabelled)
         )
     side = pictures.resolution or largest_side(NEW_NETWORK, look.shortest_side, channels, classes)
     if not side:

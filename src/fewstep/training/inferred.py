@@ -41,7 +41,8 @@ def settle_network(settings: PretrainSettings, folder: Path, tell: Callable[[str
         by = f" by {look.labelled_by}" * bool(look.labelled_by and "label_dim" in open_keys)
         told = ", ".join(f"network.{key}={found[key]}" for key in open_keys)
         smaller = _of_smaller_pictures(found["img_resolution"], look.shortest_side) * (not net.img_resolution)
-        tell(f"{settings.data.images}: {told}, from the pictures{by}{smaller}")
+        why = f"; no classes, because {look.unlabelled}" * bool(look.unlabelled and "label_dim" in open_keys)
+        tell(f"{settings.data.images}: {told}, from the pictures{by}{smaller}{why}")
     network = net.model_copy(update={key: found[key] for key in open_keys})
     return settings.model_copy(update={"network": network})
 

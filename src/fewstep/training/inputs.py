@@ -58,7 +58,7 @@ def build_real_data(settings: TrainSettings, teacher: Model) -> RealData | None:
     dataset = load_images(
         settings.data, resolution=resolution, channels=channels, num_classes=teacher.denoiser.num_classes
     )
-    check_class_names(dataset, teacher)
+    settle_classes(dataset, teacher)
     batches = ImageBatches(dataset, settings.training.seed, settings.training.batch_size, settings.data.flip)
     return RealImages(batches, teacher.conditioner.every)
 
@@ -73,14 +73,25 @@ def build_conditions(settings: TrainSettings, teacher: Model, folder: Path) -> C
     return open_prompts(settings, teacher, folder)
 
 
-def check_class_names(dataset: ImageDataset, teacher: Model) -> None:
-    """Refuse pictures whose named classes are not the teacher's."""
+def settle_classes(dataset: ImageDataset, teacher: Model) -> None:
+    """Number the classes of pictures as the teacher does, by their names.
+
+    Raises:
+        UserError: their named classes are not the teacher's, or a teacher without names has another number of them.
+    """
     names, known = dataset.class_names, teacher.card.class_names
-    if names and known and tuple(names) != known:
+    if names and not known and len(names) != teacher.denoiser.num_classes:
+        raise UserError(
+            f"data.images has {len(names)} classes ({', '.join(names[:4])}, ...) and the teacher {teacher.denoiser.num_classes} without "
+            "names, so that nobody knows which is which; give one folder for each of its classes, or their numbers as `label` in a "
+            "metadata.jsonl"
+        )
+    if names and known and set(names) != set(known):
         raise UserError(
             f"the classes of data.images ({', '.join(names[:4])}, ...) are not the teacher's "
             f"({', '.join(known[:4])}, ...); use the pictures the teacher was trained on"
         )
+    dataset.label_as(known, "the teacher's")
 
 
 def build_inputs(

@@ -318,6 +318,11 @@ def resume(job: Job, folder: Path) -> tuple[int, float]:
         raise UserError(
             f"{folder} holds a run of phase {found.phase!r}, this is {job.phase!r}; choose another run.folder"
         )
+    if found.class_names and job.class_names and found.class_names != tuple(job.class_names):
+        raise UserError(
+            f"{folder} began with the classes {', '.join(found.class_names[:12])} in this order, the pictures now have "
+            f"{', '.join(job.class_names[:12])}: their numbers would change; choose another run.folder"
+        )
     job.restore(tensors)
     restore_random_state(path, tensors)
     return found.step, found.seconds
