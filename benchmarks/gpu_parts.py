@@ -3,7 +3,8 @@
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -84,32 +85,41 @@ def correctness(bench: Any) -> None:
 
 def compare(bench: Any, case: Case, *, plain: bool = True, flops: float = 0.0, seconds: float = 6.0) -> float:
     """Rows of one case: ours, and the plain reading on the same networks. Returns operations a sample, 0 if not counted."""
-    rate = bench.facts.get(f"{case.precision}_flops", 0.0)
     if bench.tiny:
         case = replace(case, tiny=True, batch=min(2, case.batch))
         seconds = 0.0
+    counted = 0.0
+    with if_it_fits(bench, case):
+        counted = _compare(bench, case, plain, flops, seconds)
+    return counted
+
+
+def _compare(bench: Any, case: Case, plain: bool, flops: float, seconds: float) -> float:
+    """`compare`, whose networks are gone when it returns."""
+    rate = bench.facts.get(f"{case.precision}_flops", 0.0)
+    run = build_run(case, bench.device)
+    real = real_batch(run, case.batch, bench.device)
+    ours = measure(our_step(run), real, case.batch, bench.device, seconds=seconds)
+    ours.flops = flops * case.batch or count_flops(run, case, bench.device)
+    _add(bench, case, "fewstep", ours, rate, None)
+    for update in updates(run):
+        update.optimizer.state.clear()
+    if plain:
+        step = PlainStep(run, case.guidance, torch.optim.SGD if case.sgd else torch.optim.AdamW)
+        theirs = measure(step, real, case.batch, bench.device, seconds=seconds)
+        theirs.flops = ours.flops
+        _add(bench, case, "plain", theirs, rate, theirs.milliseconds / ours.milliseconds)
+    return ours.flops / case.batch
+
+
+@contextmanager
+def if_it_fits(bench: Any, case: Case) -> Iterator[None]:
+    """Give back the device's memory before and after a case; one that is out of memory is noted."""
     with freed():
         try:
-            run = build_run(case, bench.device)
-            real = real_batch(run, case.batch, bench.device)
-            ours = measure(our_step(run), real, case.batch, bench.device, seconds=seconds)
-            ours.flops = flops * case.batch or count_flops(run, case, bench.device)
-            _add(bench, case, "fewstep", ours, rate, None)
-            for update in updates(run):
-                update.optimizer.state.clear()
-            if plain:
-                step = PlainStep(run, case.guidance, torch.optim.SGD if case.sgd else torch.optim.AdamW)
-                theirs = measure(step, real, case.batch, bench.device, seconds=seconds)
-                theirs.flops = ours.flops
-                _add(bench, case, "plain", theirs, rate, theirs.milliseconds / ours.milliseconds)
-                del step
-            return ours.flops / case.batch
+            yield
         except torch.OutOfMemoryError as error:
             bench.note(f"{case.title.replace(' | ', ', ')}: out of memory ({str(error).splitlines()[0][:90]})")
-        finally:
-            run = real = step = None  # type: ignore[assignment]
-            gc.collect()
-    return 0.0
 
 
 def _add(bench: Any, case: Case, name: str, found: Measured, rate: float, ratio: float | None) -> None:
@@ -172,23 +182,21 @@ def one_card(bench: Any) -> None:
         if bench.tiny and case.network not in ("sdxl", "z-image"):
             continue
         case = replace(case, tiny=bench.tiny)
-        started = time.perf_counter()
-        with freed():
-            try:
-                run = build_run(case, bench.device)
-                real = real_batch(run, case.batch, bench.device)
-                found = measure(our_step(run), real, case.batch, bench.device, seconds=0.0)
-                network, mode, batch = case.title.split(" | ")
-                bench.add(
-                    network=network, mode=mode, batch=int(batch), ms=found.milliseconds,
-                    **{"peak GiB": found.peak_gib, "estimated GiB": estimated_gib(case)},
-                    **{"seconds in all": time.perf_counter() - started},
-                )  # fmt: skip
-            except torch.OutOfMemoryError as error:
-                bench.note(f"{case.title.replace(' | ', ', ')}: out of memory ({str(error).splitlines()[0][:90]})")
-            finally:
-                run = real = None  # type: ignore[assignment]
-                gc.collect()
+        with if_it_fits(bench, case):
+            _measure_storage(bench, case)
+
+
+def _measure_storage(bench: Any, case: Case) -> None:
+    """A row of `one_card`."""
+    started = time.perf_counter()
+    run = build_run(case, bench.device)
+    found = measure(our_step(run), real_batch(run, case.batch, bench.device), case.batch, bench.device, seconds=0.0)
+    network, mode, batch = case.title.split(" | ")
+    bench.add(
+        network=network, mode=mode, batch=int(batch), ms=found.milliseconds,
+        **{"peak GiB": found.peak_gib, "estimated GiB": estimated_gib(case)},
+        **{"seconds in all": time.perf_counter() - started},
+    )  # fmt: skip
 
 
 def estimated_gib(case: Case) -> float:
