@@ -22,7 +22,7 @@ from emoji_teacher_data import read_pictures
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.protocol import model_sampler
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.evaluation.text_following import group_of
 from fewstep.formats.bundled import bundled_path
 from fewstep.models.load import load_model

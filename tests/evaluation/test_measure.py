@@ -25,7 +25,7 @@ from fewstep.evaluation.measure import (
 from fewstep.evaluation.measurement import Measurement, Value, mean_of
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance, frechet_slope_error, kernel_distance
 from fewstep.evaluation.neighbours import neighbour_shares
-from fewstep.evaluation.protocol import model_sampler
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.conditioner import LabelConditioner

@@ -152,7 +152,7 @@ def test_folded_networks_are_no_edm_networks(tmp_path: Path) -> None:
     ("base", "name"),
     [
         ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
-        ("/c/hub/models--runwayml--sd-v1-5/snapshots/abc", "runwayml/sd-v1-5"), ("/home/me/sd", ""), ("./sd/x", ""), ("", ""),
+        ("/c/hub/models--runwayml--sd-v1-5/snapshots/abc", "runwayml/sd-v1-5"), ("/c/hub/models--gpt2/snapshots/abc", "gpt2"), ("/home/me/sd", ""), ("./sd/x", ""), ("", ""),
     ],
 )  # fmt: skip
 def test_names_on_the_hub(base: str, name: str) -> None:

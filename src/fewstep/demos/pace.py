@@ -8,7 +8,7 @@ import torch
 
 from fewstep.evaluation.bench import Bench
 from fewstep.evaluation.features import extract_features
-from fewstep.evaluation.protocol import model_sampler
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.models.model import Model
 
 MEASURING_SHARE = 0.5  # of the training time that everything beside it may take

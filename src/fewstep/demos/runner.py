@@ -24,8 +24,8 @@ from fewstep.errors import UserError
 from fewstep.evaluation.bench import Bench, load_bench
 from fewstep.evaluation.measure import Clocked
 from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
-from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.report import Commands, Curve, Facts, Section, Series, Table, Tiles, write_report
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.bundled import bundled_path
 from fewstep.formats.json_files import entry, read_json_object

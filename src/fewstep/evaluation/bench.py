@@ -16,7 +16,7 @@ from fewstep.evaluation.features import SmallClassifier, extract_features
 from fewstep.evaluation.measure import Clocked, distance_of, measure_model
 from fewstep.evaluation.measurement import DISTANCE, Measurement, Value
 from fewstep.evaluation.metrics import FeatureStatistics, frechet_distance
-from fewstep.evaluation.protocol import model_sampler
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.evaluation.text_following import group_of, measure_text_following, retrieval_recall
 from fewstep.models.model import Model
 from fewstep.progress import Report

@@ -21,9 +21,9 @@ from fewstep.evaluation.measure import Clocked, Rows, figure_of, guidance_of, lo
 from fewstep.evaluation.measurement import DISTANCE, Measurement
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores, repeated_prompts
-from fewstep.evaluation.protocol import model_sampler
 from fewstep.evaluation.protocols import Protocol, coco_figure, coco_look, protocol_named
 from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
+from fewstep.evaluation.sampler import model_sampler
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import file_digest, tensors_digest
 from fewstep.models.load import load_model

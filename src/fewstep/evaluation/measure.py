@@ -21,7 +21,7 @@ from fewstep.evaluation.metrics import (
 )
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.prompt_scores import TextMetric, TextScores
-from fewstep.evaluation.protocol import Sampler, model_sampler
+from fewstep.evaluation.sampler import Sampler, model_sampler
 from fewstep.formats.pixels import to_pictures
 from fewstep.models.model import Model
 from fewstep.progress import Report

@@ -1,6 +1,5 @@
 """What the README.md of an export says: the facts, and which template tells how it is used."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +7,13 @@ from typing import Any
 
 from fewstep.formats.lora_list import split_strength
 from fewstep.formats.model_folder import ModelCard
-from fewstep.formats.source import Source
+from fewstep.formats.source import Source, cached_id
 
 _TEMPLATES = {
     "unet": "network.md.jinja", "lora": "lora.md.jinja", "kohya-lora": "lora.md.jinja",
     "single-file": "single_file.md.jinja", "edm": "edm.md.jinja",
 }  # fmt: skip
 _FILES = {"lora": "pytorch_lora_weights.safetensors", "edm": "{name}.pkl"}
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # of the hub's cache
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,4 @@ class CardFacts:
 
 def hub_name(base: str) -> str:
     """The hub id ("org/name") that a base is or was downloaded from; empty for other local folders."""
-    if found := _SNAPSHOT.search(base + "/"):
-        return f"{found[1]}/{found[2]}"
-    return Source.parse(base).hub_id if base else ""
+    return (cached_id(Path(base)) or Source.parse(base).hub_id) if base else ""

@@ -6,10 +6,9 @@ from pathlib import Path
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.formats.diffusers_index import INDEX, read_json, read_model_index, read_scheduler
-from fewstep.formats.few_step_names import hub_name
 from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.json_files import read_json_object
-from fewstep.formats.source import Source
+from fewstep.formats.source import Source, cached_id
 
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
@@ -58,7 +57,7 @@ def names_of(folder: Path, component: str) -> Iterator[str]:
     """What a model is called: its folder, its name on the hub where it lies in the hub's cache, and what its index and the
     network's config say they were loaded from."""
     yield folder.name
-    yield hub_name(folder)
+    yield cached_id(folder)
     for path in (folder / INDEX, folder / component / "config.json"):
         yield str(read_json_object(path).get("_name_or_path", "")) if path.is_file() else ""
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 OTHER_METHODS = frozenset(
     {
@@ -14,7 +13,6 @@ OTHER_METHODS = frozenset(
 _AMBIGUOUS = frozenset({"hyper", "flash"})
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # realvisxlV40_v40LightningBakedvae
 _FEW_STEPS = re.compile(r"(?<![a-z\d.])[1-8][-_ ]?steps?(?![a-z]|[-_ ]?\d)")
-_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")  # of the hub's cache
 _TITLES = ("modelspec.title", "ss_output_name")
 
 
@@ -40,12 +38,6 @@ def few_steps_named(name: str, models: Iterable[str]) -> str:
         return next(method for method in _AMBIGUOUS if method in found[0])
     steps = _FEW_STEPS.search(name.lower())
     return steps[0] if steps else ""
-
-
-def hub_name(path: Path) -> str:
-    """A model's name on the hub, where a path lies in the hub's cache; else empty."""
-    found = _SNAPSHOT.search(path.as_posix())
-    return found[1] if found else ""
 
 
 def titles(metadata: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ from fewstep.formats.bundled import BUNDLED, resolve_path
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _FILE = re.compile(r"\.(pkl|safetensors|ckpt|bin|pt|pth|npz|toml|parquet|tar|zip)$", re.IGNORECASE)
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")  # of the hub's cache
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,9 @@ class Source:
 
     def __str__(self) -> str:
         return self.text
+
+
+def cached_id(path: Path) -> str:
+    """The hub id ("org/name") of a model that lies in the hub's cache; empty for other folders."""
+    found = _SNAPSHOT.search(f"{path.as_posix()}/")
+    return found[1].replace("--", "/", 1) if found else ""

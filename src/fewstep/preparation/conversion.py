@@ -21,12 +21,12 @@ from fewstep.errors import UserError
 from fewstep.families.registry import build_denoiser, build_on_meta, describe_weights, family_of, file_words
 from fewstep.families.registry import recognise as recognise_family
 from fewstep.formats.dmd2_folder import DMD2Checkpoint, fit_discriminator, read_dmd2
-from fewstep.formats.few_step_names import hub_name, method_named, titles
+from fewstep.formats.few_step_names import method_named, titles
 from fewstep.formats.json_files import read_json_object
 from fewstep.formats.lora_spellings import is_lora_key
 from fewstep.formats.model_folder import CARD, ModelCard, write_model_folder
 from fewstep.formats.roles_folder import write_with_roles
-from fewstep.formats.source import Source
+from fewstep.formats.source import Source, cached_id
 from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
 from fewstep.models.load import load_teacher, need_text_libraries
@@ -275,7 +275,7 @@ def _other_method(source: Path) -> str:
     """The method that a source is of by its name, by its folder's or repository's, or by its header's; empty: not another's."""
     place = source.resolve()
     file = _lora_file(source)
-    names = [source.name, place.parent.name, hub_name(place), *(titles(header_of(file)) if file.is_file() else ())]
+    names = [source.name, place.parent.name, cached_id(place), *(titles(header_of(file)) if file.is_file() else ())]
     return next((method for name in names if (method := method_named(name))), "")
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.families.registry import file_words
-from fewstep.formats.few_step_names import few_steps_named, hub_name, titles
-from fewstep.formats.source import Source
+from fewstep.formats.few_step_names import few_steps_named, titles
+from fewstep.formats.source import Source, cached_id
 from fewstep.formats.tensor_files import header_of
 from fewstep.preparation.conversion import convert_dmd2, convert_edm_pickle, convert_lora, recognise
 
@@ -52,7 +52,7 @@ def _refuse_few_steps(source: Path) -> None:
             f"{source} is a generator of few steps that fewstep exported (fewstep.step_indices={steps[:60]} in its header), no "
             "teacher; use the run or generator it was exported from"
         )
-    for name in (source.name, hub_name(source.resolve()), *titles(header)):
+    for name in (source.name, cached_id(source.resolve()), *titles(header)):
         if method := few_steps_named(name, file_words()):
             raise UserError(
                 f"{source} is a model of few steps by its name ({method} in {name[:100]!r}), whose guidance is built in and whose "

@@ -70,10 +70,10 @@ class Saver:
                 write_checkpoint(self.folder, step, tensors, state, self.keep)
             else:
                 write_parts(checkpoint_path(self.folder, step), tensors, {**state, "step": step}, self._group)
-            if is_first():
-                drop_older(self.folder, self.keep)
-                if self.remote is not None:
-                    self.remote.push()
+                if is_first():
+                    drop_older(self.folder, self.keep)
+            if self.remote is not None and is_first():
+                self.remote.push()
         except BaseException as error:  # raised where training waits for it
             self._fault = error
         finally:
