@@ -231,7 +231,10 @@ def test_prompts_alone_are_enough_without_gan(work: Path, tmp_path: Path) -> Non
 
 def test_noised_data_ablation_trains(work: Path, tmp_path: Path) -> None:
     generator = {"step_indices": [999, 749, 499, 249], "training_inputs": "noised_data"}
-    train(settings(work, "sd", tmp_path / "run", generator=generator))
+    asked = settings(work, "sd", tmp_path / "run", generator=generator)
+    train(asked)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "fake_score_loss" in line] == list(range(asked.training.num_steps))
 
 
 def test_a_one_step_generator_at_399(work: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         tap_shapes: (C, H, W) of one feature at each place where a discriminator can read, in the order that `forward` reaches them.
         middle: number of the published place among them: a U-Net's bottleneck, a transformer's middle block.
         chosen_taps: numbers of the places whose features `forward` returns, rising; none: the published one (`taps`).
-        compute_dtype: precision inside the network (float32 or bfloat16); everything outside is float32.
+        compute_dtype: precision inside the network (float32, bfloat16 or float16); everything outside is float32.
         lora_targets: names of the layers that get a LoRA unless told otherwise; empty: none are known.
         guidance_norm_cap: the guided prediction's norm is at most this times the conditional one's, where the network can say
             what it predicts; 0: no limit.

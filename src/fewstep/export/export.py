@@ -22,7 +22,7 @@ from fewstep.formats.text_generator_folder import is_generator_folder
 from fewstep.models.load import load_generator
 from fewstep.models.model import Model
 
-# what each kind of conditioner's generators export as: kind -> (module below export, function, default precision)
+# what each kind of conditioner's generators export as: kind -> (module below export, function)
 _WRITERS = {
     "prompts": {
         "diffusers": ("text_pipeline", "export_text_pipeline"), "unet": ("text_pipeline", "export_network"),
