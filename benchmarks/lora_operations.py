@@ -7,33 +7,20 @@
 
 import argparse
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.networks.adapters import LoraShape, SharedBase
+from tests.networks.test_lora_layers import Operations
 from tests.tiny_networks import some_levels, tiny_condition, tiny_text_denoiser
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "expand", "permute", "unsqueeze", "squeeze", "slice", "detach", "alias", "split",
     "empty", "empty_like", "as_strided", "select", "chunk", "reshape",
 }  # fmt: skip
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def main() -> None:

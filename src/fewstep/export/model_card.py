@@ -47,12 +47,9 @@ def render_card(facts: CardFacts) -> str:
 @cache
 def _templates() -> Environment:
     found = Environment(
-        loader=PackageLoader("fewstep.export"),
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )  # Markdown: nothing to escape
+        loader=PackageLoader("fewstep.export"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
+        autoescape=False,  # Markdown: nothing to escape
+    )  # fmt: skip
     found.filters["pyrepr"] = repr
     return found
 

@@ -34,11 +34,8 @@ if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 _RELEASED_FACTOR = 8
-_OF_A_CHECKER = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)  # and of picture prompts, which are not given here
+# and of picture prompts, which are not given here
+_OF_A_CHECKER = ("safety_checker", "feature_extractor", "image_encoder")
 _OF_TRAINING = ("sample_size", "dropout")  # what a trained network computes does not depend on them
 _VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
 
