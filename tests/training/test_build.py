@@ -509,6 +509,15 @@ def test_pairs_of_other_than_256_steps_are_said(teacher: Model, pairs_folder: Pa
     assert not any("256" in line for line in check_pairs(settings, teacher))
 
 
+def test_pairs_that_no_loss_reads_are_said(teacher: Model, pairs_folder: Path) -> None:
+    """They were set, and left out without a word."""
+    (line,) = check_pairs(settings_of(data={"pairs": str(pairs_folder)}), teacher)
+    assert line == (
+        f"warning: data.pairs={pairs_folder} is not read: only the regression loss learns from pairs; set "
+        "losses.regression_weight, or leave out data.pairs"
+    )
+
+
 def test_pairs_of_another_network_are_refused(teacher: Model, pairs_folder: Path, tmp_path: Path) -> None:
     """A class teacher is known by its weights too; pairs of an earlier version do not say whose they are."""
     settings = settings_of(data={"pairs": str(pairs_folder)}, losses={"regression_weight": 0.25})

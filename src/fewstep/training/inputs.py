@@ -111,15 +111,20 @@ def build_inputs(
 
 
 def check_pairs(settings: TrainSettings, teacher: Model) -> list[str]:
-    """Refuse another network's pairs; lines where pairs do not say whose they are, or are not made as the published ones.
+    """Refuse another network's pairs; lines where pairs are not read, do not say whose they are, or are not made as published.
 
     Called while the teacher is whole: nothing shares its network yet.
 
     Raises:
         UserError: they were made by another network.
     """
-    if not settings.losses.regression_weight or not settings.data.pairs:
+    if not settings.data.pairs:
         return []
+    if not settings.losses.regression_weight:
+        return [
+            f"warning: data.pairs={settings.data.pairs} is not read: only the regression loss learns from pairs; set "
+            "losses.regression_weight, or leave out data.pairs"
+        ]
     job, lines = read_manifest(data_path(settings.data.pairs), PAIRS).get("job", {}), list[str]()
     pairs = f"warning: data.pairs={settings.data.pairs}"
     if "network" not in job:
