@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.progress import Stderr, busy
@@ -31,6 +31,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pictures_at_once(height: int, width: int) -> int:
     """How many pictures of this size are made, or decoded, together; what they look like does not depend on it."""
     return max(1, _PIXELS_AT_ONCE // (height * width))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are; of one that lies in parts, also in host memory, this process's own device."""
+    part: Any = next(module.parameters())
+    if not hasattr(part, "device_mesh"):
+        return cast(torch.device, part.device)
+    kind = part.device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def set_precision(denoiser: "Denoiser", precision: str | torch.dtype, device: torch.device) -> None:

@@ -125,7 +125,13 @@ def test_the_lines_of_a_dry_run() -> None:
     said = list(describe_processes(layout(2), "h100", 2e15))
     assert said[0].startswith("each of 2 processes: 2 samples, ")
     assert "fits in h100, 80 GiB, with a tenth of it left free" in said[0]
-    assert "while it is read, each has the teacher whole: 0.0 GiB of host memory, then 0.0 GiB of its card" in said
+    assert (
+        "while it is read, each has its own part of the teacher, on its card, and 0.00 GiB of host memory beside it"
+        in said
+    )
+    whole = replace(layout(2), reads_parts=False)  # as of an EDM .pkl
+    line = "while it is read, each has the teacher whole: 0.0 GiB of host memory, then 0.0 GiB of its card"
+    assert line in list(describe_processes(whole, "h100", 2e15))
     arithmetic = 2e15 / 2 / (0.2 * GPUS["h100"].rate)
     assert f"({arithmetic:.2g} s of arithmetic at 198 TFLOP/s" in said[2]
     assert "not measured on several GPUs" in said[2]
@@ -135,7 +141,7 @@ def test_the_lines_of_a_dry_run() -> None:
 @pytest.mark.slow
 def test_a_teacher_too_large_to_be_read_is_named() -> None:
     """Its parts would fit: whole in float32, as each process has it first, it does not; as adapters' base in bf16 it is half of that."""
-    large, count = layout(2), 25_000_000_000
+    large, count = layout(2, teacher="replicated"), 25_000_000_000
     large = replace(large, estimate=replace(large.estimate, parameters=large.estimate.parameters | {"teacher": count}))
     assert large.while_read == (4 * count, 4 * count)
     line = next(line for line in describe_processes(large, "h100", 2e15) if "while it is read" in line)
@@ -144,9 +150,23 @@ def test_a_teacher_too_large_to_be_read_is_named() -> None:
     memory = large.settings.memory.model_copy(update=shared)
     halved = replace(large, settings=large.settings.model_copy(update={"memory": memory}))
     assert halved.while_read == (4 * count, 2 * count)
-    for other in ({"base": "nf4", "teacher": "replicated"}, {"teacher": "offloaded_blocks"}):
+    for other in ({"base": "nf4"}, {"teacher": "offloaded_blocks"}):
         changed = large.settings.model_copy(update={"memory": memory.model_copy(update=other)})
         assert replace(large, settings=changed).while_read == (4 * count, 0)
+
+
+@pytest.mark.slow
+def test_what_a_process_reads_its_part_through() -> None:
+    """Its rows of the largest tensor; where LoRAs are merged what they add to it as well, and what that is made of."""
+    parts = layout(2)
+    largest = max(part.numel() for part in parts.network.parameters())
+    assert parts.while_read == (4 * largest / 2, 0)
+    teacher = parts.settings.teacher.model_copy(update={"loras": ("style.safetensors",)})
+    merged = replace(parts, settings=parts.settings.model_copy(update={"teacher": teacher}))
+    assert merged.while_read == (4 * largest * 2.5, 0)
+    assert replace(parts, reads_parts=False).while_read == layout(2, teacher="replicated").while_read
+    offloaded = list(describe_processes(layout(2, teacher="offloaded"), "h100", 2e15))
+    assert any("each has its own part of the teacher, in host memory, and " in line for line in offloaded)
 
 
 @pytest.mark.parametrize(

@@ -345,11 +345,10 @@ def test_unknown_networks_are_answered_with_all_names() -> None:
 
 
 def test_a_text_teacher_of_another_shape_is_refused() -> None:
-    from types import SimpleNamespace
 
     values = {"teacher": {"path": "x", "network": "sd15"}}
     settings = parse_settings(TrainSettings, values, "test")
     right, wrong = build_released("sd15", 256), build_released("sdxl")
-    check_network(SimpleNamespace(denoiser=right), settings)  # type: ignore[arg-type]
+    check_network(right, settings)
     with pytest.raises(UserError, match="is no sd15"):
-        check_network(SimpleNamespace(denoiser=wrong), settings)  # type: ignore[arg-type]
+        check_network(wrong, settings)

@@ -15,7 +15,7 @@ from fewstep.formats.kohya_lora import LoraWeights, lora_from_state, write_kohya
 from fewstep.formats.lora_list import LoraFile, loras_fingerprint
 from fewstep.models.load import load_model, load_teacher
 from fewstep.networks.adapters import LoraShape, SharedBase
-from fewstep.networks.merged_loras import merge_loras
+from fewstep.networks.merged_loras import merge_loras, read_loras
 from tests.export.text_generators import FOLDERS, PROMPTS, moved, write_run
 
 SPELLINGS = ("kohya", "diffusers", "peft")
@@ -157,7 +157,7 @@ def test_nothing_changes_where_one_of_several_is_refused(tmp_path: Path, folders
     before = {name: value.clone() for name, value in network.state_dict().items()}
     aliases = partial(family_of(network.describe()).layer_aliases, network.describe())
     with pytest.raises(UserError):
-        merge_loras(network, [LoraFile(good), LoraFile(tmp_path / "bad.safetensors")], aliases)
+        merge_loras(network, read_loras(network, [LoraFile(good), LoraFile(tmp_path / "bad.safetensors")], aliases))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

@@ -3,15 +3,29 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from fewstep.devices import device_of
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.distillation.sharding import Spread, as_placed, mesh_of, shard_head, shard_network, spread_teacher
+from fewstep.distillation.sharding import (
+    Spread,
+    fill_parts,
+    is_sharded,
+    local,
+    mesh_of,
+    shard_head,
+    shard_network,
+    spread_teacher,
+)
 from fewstep.families.registry import build_on_meta
+from fewstep.formats.stored_tensors import Rows
 from fewstep.networks.adapters import AdapterRole, LoraShape, SharedBase
 from fewstep.networks.discriminator import Head, build_head
 from fewstep.networks.frozen_layers import BaseStorage
+from fewstep.networks.untrained import computed_buffers
 
 
 @dataclass
@@ -83,19 +97,23 @@ def build_twin(network: Denoiser, name: str, spread: Spread | None = None) -> De
         twin = apart.submit(build_on_meta, network.describe()).result()
     twin.noise_schedule, twin.compute_dtype = network.noise_schedule, network.compute_dtype  # never changed, so shared
     twin.chosen_taps = network.chosen_taps
-    mesh = spread.mesh if spread is not None else mesh_of(network)
-    if mesh is not None:
+    weights, mesh = network.state_dict(), spread.mesh if spread is not None else mesh_of(network)
+    assert not computed_buffers(twin), f"not in a state dict: {computed_buffers(twin)}"
+    if mesh is None:
+        twin.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
+    else:
+        # in the types of the weights, which a test may have in float64
+        like = {key: torch.empty(value.shape, dtype=value.dtype, device="meta") for key, value in weights.items()}
+        twin.load_state_dict(like, assign=True)
         shard_network(twin, mesh)
-    fill(twin, {key: value.detach().clone() for key, value in network.state_dict().items()})
+        fill_parts(twin, partial(_rows, weights))
     return twin.train(network.training)
 
 
-def fill(network: Denoiser, weights: Mapping[str, Tensor]) -> None:
-    """Put weights into a network that was built on the meta device; it keeps these tensors, of a sharded one its parts."""
-    network.load_state_dict(as_placed(weights, network.state_dict()), assign=True)
-    parts = [*network.named_parameters(), *network.named_buffers()]
-    left = [name for name, part in parts if part.is_meta and name not in weights]
-    assert not left, f"not in a state dict: {left}"
+def _rows(weights: Mapping[str, Tensor], name: str, rows: Rows) -> Tensor:
+    """Rows of a network's tensor, which lies in the processes as its twin's does or is whole."""
+    value = weights[name].detach()
+    return local(value) if rows is None or is_sharded(value) else value[rows]
 
 
 def build_lora_generator_roles(
@@ -148,5 +166,4 @@ def _shared_base(teacher: Denoiser, lora: LoraShape, storage: BaseStorage, check
 
 def _head(teacher: Denoiser, with_discriminator: bool) -> Head | None:
     """Made before the adapters, so that its random start is the same in every memory mode."""
-    device = next(teacher.parameters()).device
-    return build_head(teacher.feature_shapes).to(device) if with_discriminator else None
+    return build_head(teacher.feature_shapes).to(device_of(teacher)) if with_discriminator else None

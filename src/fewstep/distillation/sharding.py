@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fewstep.devices import device_of
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
+from fewstep.formats.stored_tensors import ReadRows, Rows
 from fewstep.parallel import agreed, is_first, rank, receive, send_to_the_first, world_size
 from fewstep.shared_work import by_the_first
 
@@ -33,6 +35,16 @@ class Spread:
 
     mesh: "DeviceMesh"
     teacher: Placement
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process has the teacher whole."""
+        return self.teacher in ("sharded", "offloaded")
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the teacher's parts lie in host memory."""
+        return self.teacher == "offloaded"
 
 
 def build_spread(device: torch.device, teacher: Placement, shard_over: int) -> Spread | None:
@@ -59,10 +71,16 @@ def build_spread(device: torch.device, teacher: Placement, shard_over: int) -> S
     return Spread(init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")), teacher)
 
 
+def spread_of(network: Denoiser, teacher: Placement, shard_over: int) -> Spread | None:
+    """As `build_spread` on the network's device; how it lies where that was settled when it was read."""
+    mesh = mesh_of(network)
+    return build_spread(device_of(network), teacher, shard_over) if mesh is None else Spread(mesh, teacher)
+
+
 def spread_teacher(teacher: Denoiser, spread: Spread | None) -> None:
     """Shard the frozen network before anything is built from it, so that nothing after it is ever whole."""
-    if spread is not None and spread.teacher in ("sharded", "offloaded") and mesh_of(teacher) is None:
-        shard_network(teacher, spread.mesh, offload=spread.teacher == "offloaded")
+    if spread is not None and spread.in_parts and mesh_of(teacher) is None:
+        shard_network(teacher, spread.mesh, offload=spread.on_host)
 
 
 def shard_network(network: Denoiser, mesh: "DeviceMesh", *, offload: bool = False) -> None:
@@ -120,6 +138,34 @@ def as_placed(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
             value = whole(value)
         placed[name] = value
     return placed
+
+
+@torch.no_grad()
+def fill_parts(network: nn.Module, read: ReadRows, *, on_host: bool = False) -> None:
+    """Give a network that was sharded on the meta device its weights: of each tensor a process asks for its own rows alone.
+
+    Args:
+        read: gives rows of a tensor of the network's state dict; they are copied before the next ones are asked for.
+        on_host: whether parts lie in host memory.
+    """
+    place = device_of(network)
+    network.to_empty(device="cpu" if on_host else place)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):  # never sharded
+            setattr(module, name, buffer.to(place))
+    for name, own in network.state_dict().items():
+        local(own).copy_(read(name, own_rows(own)))
+
+
+def own_rows(tensor: Any) -> Rows:
+    """Which rows this process has of a tensor, split as `fully_shard` does it; None: all of one that is whole."""
+    if not is_sharded(tensor):
+        return None
+    assert tensor.placements[-1].is_shard(0), "as `fully_shard` does it"
+    count, mesh = len(tensor), tensor.device_mesh
+    each = -(-count // mesh.size(-1))
+    first = min(count, each * mesh.get_local_rank(mesh.ndim - 1))
+    return slice(first, min(count, first + each))
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

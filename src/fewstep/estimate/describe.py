@@ -28,6 +28,7 @@ from fewstep.estimate.stand_ins import teacher_network
 from fewstep.families.registry import build_on_meta, describe_new, family_of
 from fewstep.formats.lora_list import LoraFile
 from fewstep.models.load import check_loras
+from fewstep.models.load_in_parts import reads_parts
 from fewstep.settings import PretrainSettings, TrainSettings
 from fewstep.training.build import schedule_warning
 from fewstep.training.pretrain import pictures_of
@@ -125,7 +126,9 @@ def describe_distillation(
     if processes > 1:
         report(f"rehearsing the step of one of {processes} processes ...")
         yield from describe_processes(
-            Layout(own, denoiser, processes, rehearse(own)), gpu, average_flops(settings, chosen)
+            Layout(own, denoiser, processes, rehearse(own), reads_parts(settings.teacher.path, denoiser)),
+            gpu,
+            average_flops(settings, chosen),
         )
     yield from schedule_warning(settings, denoiser)
     if settings.expected:

@@ -107,12 +107,14 @@ class Layout:
         network: the teacher, on the meta device.
         processes: of the run.
         estimate: of one process with its share of the batch and whole networks.
+        reads_parts: whether the teacher's files can be read part by part.
     """
 
     settings: TrainSettings
     network: Denoiser
     processes: int
     estimate: Estimate
+    reads_parts: bool = True
 
     @property
     def sharing(self) -> int:
@@ -137,10 +139,20 @@ class Layout:
         return mode == "full" or (mode == "lora_generator" and role == "fake_score")
 
     @property
+    def slices(self) -> int:
+        """Bytes of host memory that a process reads the teacher through where it reads its own parts alone: its rows of one tensor in
+        float32, and where LoRAs are merged what they add to it, whole."""
+        largest, shared = max(self.network.parameters(), key=lambda part: part.numel()), self.settings.teacher.loras
+        return round(4 * largest.numel() * (share_of([largest], self.sharing) + 2 * bool(shared)))
+
+    @property
     def while_read(self) -> tuple[int, int]:
-        """Bytes of host memory, and of its device, that a process has the teacher in before it lies in parts: whole, in float32, on the
-        device as `memory.base` says where adapters alone are trained (in 8 or 4 bits it stays so: 0 more)."""
+        """Bytes of host memory, and of its device, that a process has the teacher in while it is read: its parts as they stay (0 more of
+        the device) where it reads no others; else whole, in float32, on the device as `memory.base` says where adapters alone are
+        trained (in 8 or 4 bits it stays so: 0 more)."""
         count, memory = self.estimate.parameters["teacher"], self.settings.memory
+        if self.is_sharded("teacher") and self.reads_parts:
+            return self.slices, 0
         if memory.mode != "shared_base":
             return 4 * count, 4 * count
         return 4 * count, 0 if memory.is_quantised or memory.offload_blocks else count * DTYPES[memory.base].itemsize
@@ -220,15 +232,14 @@ def describe_processes(layout: Layout, kind: str, flops: float) -> Iterator[str]
     """
     gpu, number, training = GPUS[kind], layout.processes, layout.settings.training
     own, needed = training.batch_size, layout.memory()
-    total, (host, read) = sum(needed.values()) / _GIB, (size / _GIB for size in layout.while_read)
+    total = sum(needed.values()) / _GIB
     words = "fits" if total <= gpu.gib * (1 - FREE_SHARE) else "does NOT fit"
     yield (
         f"each of {number} processes: {own} samples, {total:.1f} GiB ("
         + ", ".join(f"{name} {size / _GIB:.1f}" for name, size in needed.items())
         + f"): {words} in {kind}, {gpu.gib:g} GiB, with a tenth of it left free"
     )
-    fault = "" if read <= gpu.gib * (1 - FREE_SHARE) else f", which does NOT fit in {kind}"
-    yield f"while it is read, each has the teacher whole: {host:.1f} GiB of host memory, then {read:.1f} GiB of its card{fault}"
+    yield _describe_reading(layout, kind)
     inside, between = layout.exchanged()
     local = layout.sharing <= PER_MACHINE
     links = [
@@ -243,6 +254,16 @@ def describe_processes(layout: Layout, kind: str, flops: float) -> Iterator[str]
         f"{links[1][1] / 1e9:.3g} GB/s); {training.num_steps:,} steps take {low * training.num_steps / 3600:,.1f} to "
         f"{high * training.num_steps / 3600:,.1f} hours, not measured on several GPUs"
     )
+
+
+def _describe_reading(layout: Layout, kind: str) -> str:
+    """A line on the memory that a process has the teacher in while it is read."""
+    host, card = (size / _GIB for size in layout.while_read)
+    if layout.is_sharded("teacher") and layout.reads_parts:
+        lie = "in host memory" if layout.settings.memory.teacher == "offloaded" else "on its card"
+        return f"while it is read, each has its own part of the teacher, {lie}, and {host:.2f} GiB of host memory beside it"
+    fault = "" if card <= GPUS[kind].gib * (1 - FREE_SHARE) else f", which does NOT fit in {kind}"
+    return f"while it is read, each has the teacher whole: {host:.1f} GiB of host memory, then {card:.1f} GiB of its card{fault}"
 
 
 def find_gpu(name: str) -> str:

@@ -27,6 +27,7 @@ from fewstep.formats.diffusers_index import (
 )
 from fewstep.formats.few_step_names import few_steps_named
 from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.stored_tensors import StoredTensors
 from fewstep.networks.text_layout import TextLayout
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class DiffusersFamily(Family):
         weights = load_component(kind, folder / self.component)
         with _understood(folder):
             return self.build_around(weights.float(), scheduler, size)
+
+    def stored_weights(self, folder: Path) -> StoredTensors | None:
+        from fewstep.networks.components import find_component
+
+        return find_component(folder / self.component).prefixed("network.")
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         from fewstep.networks.components import describe_component

@@ -18,6 +18,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import StepSchedule
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.single_file import SingleFileLayout
+from fewstep.formats.stored_tensors import StoredTensors
 from fewstep.formats.text_generator_folder import NetworkPart
 
 if TYPE_CHECKING:
@@ -135,6 +136,14 @@ class Family(ABC):
         Raises:
             UserError: a component is missing, damaged or not understood whole.
         """
+
+    def stored_weights(self, folder: Path) -> StoredTensors | None:
+        """The files that `load` reads, under the names of the network's state dict; None where it makes its tensors of others.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        return None
 
     @abstractmethod
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:

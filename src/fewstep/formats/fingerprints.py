@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.json_files import parse_json
+from fewstep.formats.tensor_files import itself
 
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants (.fp16.)
 _NOT_THE_MODEL = {"transformers_version", "torch_dtype", "dtype"}
@@ -104,15 +105,21 @@ def add_content(digest: "hashlib._Hash", file: BinaryIO, size: int) -> None:
         digest.update(file.read(_BLOCK_BYTES))
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors with their names, kinds and shapes, in the order of the names."""
+def tensors_digest(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = itself) -> str:
+    """SHA-256 over tensors with their names, kinds and shapes, in the order of the names.
+
+    Args:
+        whole: called with each tensor when its turn comes, gives it with all its numbers.
+    """
     digest = hashlib.sha256()
-    add_tensors(digest, tensors)
+    add_tensors(digest, tensors, whole)
     return digest.hexdigest()
 
 
-def add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
-    """Add tensors with their names, kinds and shapes to a digest, in the order of the names."""
-    for name, value in sorted(tensors.items()):
+def add_tensors(
+    digest: "hashlib._Hash", tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = itself
+) -> None:
+    """Add tensors with their names, kinds and shapes to a digest, in the order of the names; `whole` as `tensors_digest` has it."""
+    for name, value in ((name, whole(value)) for name, value in sorted(tensors.items())):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

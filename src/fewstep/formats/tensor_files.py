@@ -216,9 +216,17 @@ def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file."""
     if path.is_file() and not os.access(path, os.R_OK):  # the library says that it is not there
         raise UserError(f"{path} cannot be read (permission denied); allow it with chmod")
+    with naming_damage(path), safe_open(path, framework="pt", device="cpu") as file:
+        yield file
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """What the library says of a damaged safetensors file becomes a UserError that names it."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
+        yield
+    except UserError:
+        raise
     except _UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({first_line(error)}); it is damaged, incomplete or of another "

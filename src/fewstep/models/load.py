@@ -1,11 +1,11 @@
 """Where a path leads: teachers, generators, or whichever of the two it holds."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
 from fewstep.progress import tell
+
+if TYPE_CHECKING:
+    from fewstep.networks.merged_loras import ReadLoras
 
 
 def load_teacher(
@@ -41,22 +44,49 @@ def load_teacher(
     Raises:
         UserError: no such model, or a damaged one; a LoRA that is missing, damaged or another model's.
     """
-    place, files = Source.parse(source), [LoraFile.parse(lora) for lora in loras]
-    folder = place.of_role("teacher")
-    if folder is None:
-        need_text_libraries()
-        folder = resolve_model_folder(place)
-    _refuse_absent(folder, f"teacher {source}")
-    family = recognise(folder)
-    if family.takes == "prompts":
-        need_text_libraries()
-    _refuse_for_labels(files, family, source)
-    denoiser, card = family.load(folder, resolution), family.read_card(folder)
-    _merge(denoiser, files)
-    _warn_of_other_predictions(denoiser, files)
-    card = replace(card, base_loras=tuple(map(str, files)))
-    components = (folder, place.lasting_name) if family.takes == "prompts" else (None, "")
-    return build_model(denoiser.eval(), card, *components).to(device, precision)
+    place = FoundTeacher.at(source, loras)
+    denoiser = place.family.load(place.folder, resolution)
+    _merge(denoiser, place.loras)
+    return place.model(denoiser).to(device, precision)
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """Where a teacher's path leads; nothing is read yet.
+
+    Attributes:
+        folder: or file.
+        loras: to be merged into its network.
+        base: what its other components are read from, as the user called it; empty where the network is everything.
+    """
+
+    folder: Path
+    family: Family
+    loras: list[LoraFile]
+    base: str
+
+    @classmethod
+    def at(cls, source: str | Path, loras: Sequence[str]) -> "FoundTeacher":
+        """Arguments and errors as `load_teacher` has them."""
+        place, files = Source.parse(source), [LoraFile.parse(lora) for lora in loras]
+        folder = place.of_role("teacher")
+        if folder is None:
+            need_text_libraries()
+            folder = resolve_model_folder(place)
+        _refuse_absent(folder, f"teacher {source}")
+        family = recognise(folder)
+        if family.takes == "prompts":
+            need_text_libraries()
+        _refuse_for_labels(files, family, source)
+        return cls(folder, family, files, place.lasting_name if family.takes == "prompts" else "")
+
+    def model(self, denoiser: Denoiser) -> Model:
+        """The model around its network, which has its weights and LoRAs."""
+        card = self.family.read_card(self.folder)
+        _warn_of_other_predictions(denoiser, self.loras)
+        card = replace(card, base_loras=tuple(map(str, self.loras)))
+        folder = self.folder if self.family.takes == "prompts" else None
+        return build_model(denoiser.eval(), card, folder, self.base)
 
 
 def load_generator(
@@ -162,12 +192,8 @@ def check_loras(denoiser: Denoiser, loras: Sequence[str], source: str) -> None:
         UserError: a LoRA that is missing, damaged or another model's; a teacher that takes none.
     """
     if files := [LoraFile.parse(lora) for lora in loras]:
-        from fewstep.networks.merged_loras import read_loras
-
-        description = denoiser.describe()
-        family = family_of(description)
-        _refuse_for_labels(files, family, source)
-        read_loras(denoiser, files, partial(family.layer_aliases, description))
+        _refuse_for_labels(files, family_of(denoiser.describe()), source)
+        loras_for(denoiser, files)
         _warn_of_other_predictions(denoiser, files)
 
 
@@ -181,8 +207,17 @@ def _merge(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:
     if loras:
         from fewstep.networks.merged_loras import merge_loras
 
-        description = denoiser.describe()
-        merge_loras(denoiser, loras, partial(family_of(description).layer_aliases, description))
+        merge_loras(denoiser, loras_for(denoiser, loras))
+
+
+def loras_for(denoiser: Denoiser, loras: Sequence[LoraFile]) -> "ReadLoras":
+    """LoRAs, read and compared with a network, which may lie on the meta device."""
+    if not loras:
+        return []
+    from fewstep.networks.merged_loras import read_loras
+
+    description = denoiser.describe()
+    return read_loras(denoiser, loras, partial(family_of(description).layer_aliases, description))
 
 
 def _warn_of_other_predictions(denoiser: Denoiser, loras: Sequence[LoraFile]) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from fewstep.devices import choose_device, dtype_name, pictures_at_once, set_precision
+from fewstep.devices import choose_device, device_of, dtype_name, pictures_at_once, set_precision
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import Seed, batch_of_images, check_seeds, sample_generator, sample_noise
 from fewstep.diffusion.schedules import StepSchedule
-from fewstep.distillation.sharding import written_by_the_first
+from fewstep.distillation.sharding import whole, written_by_the_first
 from fewstep.errors import UserError
 from fewstep.families.family import Family
 from fewstep.families.registry import family_of
@@ -246,7 +246,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.denoiser.base_network.parameters()).device
+        return device_of(self.denoiser.base_network)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> "Model":
         """Move the model, and set the precision inside its network; weights and pictures stay float32.
@@ -281,7 +281,7 @@ class Model:
         """
         merged = self.card.base_loras
         if self.folder is None:
-            return tensors_digest(self.denoiser.state_dict())
+            return tensors_digest(self.denoiser.state_dict(), whole)
         return network_fingerprint(self.folder, loras_fingerprint(merged) if merged else "")
 
     @property
@@ -376,7 +376,7 @@ def build_model(denoiser: Denoiser, card: ModelCard, folder: Path | None = None,
         base: what the user called that folder.
     """
     family = family_of(denoiser.base_network.describe())
-    device = next(denoiser.base_network.parameters()).device
+    device = device_of(denoiser.base_network)
     conditioner: Conditioner = LabelConditioner(denoiser.num_classes, card.class_names)
     decoder: Decoder = PixelDecoder()
     if folder is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.devices import device_of
 from fewstep.diffusion.condition import Condition
 from fewstep.diffusion.denoiser import Checkpoint, Denoiser, DenoiserOutput, Want, plain_checkpoint
 from fewstep.errors import UserError
@@ -64,7 +65,7 @@ class SharedBase:
         """
         if self.role is not None or any(role in layer.lora_A for layer in self.layers.values()):
             raise ValueError(f"role {role!r} exists already, or roles are added inside a forward of {self.role!r}")
-        device = next(self.base.parameters()).device  # whose layers may lie elsewhere
+        device = device_of(self.base)  # whose layers may lie elsewhere
         for layer in self.layers.values():
             layer.add_role(role, self.lora.rank, device)
         return AdapterRole(self, role)

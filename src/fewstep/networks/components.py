@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fewstep.errors import UserError, first_line
 from fewstep.formats.json_files import other_kind, read_json_object
+from fewstep.formats.stored_tensors import StoredTensors, find_indexed, find_tensors
 from fewstep.formats.tensor_files import refuse_infinities, refuse_no_weights, tensor_shapes
 from fewstep.networks.untrained import build_untrained, num_values
 
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SPARE = 1_000_000  # parameters that a network may have beyond twice those of its file
 _CLIP, _WEIGHTS, _ADAPTER = "text_model.", "model.safetensors", "adapter_config.json"
 _NAMES_DTYPE = int(transformers.__version__.partition(".")[0]) >= 5  # before, `torch_dtype`
@@ -102,6 +104,19 @@ def load_component(kind: Any, folder: Path) -> Any:
         )
     refuse_infinities(module.state_dict(), str(folder))
     return module
+
+
+def find_component(folder: Path) -> StoredTensors:
+    """The files that `load_component` reads of a network of diffusers, not read.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    variant = [part for part in [_only_variant(folder)] if part]
+    index = folder / ".".join([f"{_DIFFUSERS_WEIGHTS}.index", *variant, "json"])
+    if index.is_file():
+        return find_indexed(index)
+    return find_tensors([folder / ".".join([*_DIFFUSERS_WEIGHTS.split(".")[:-1], *variant, "safetensors"])])
 
 
 def _check_files(folder: Path, needed: int) -> None:

@@ -1,6 +1,6 @@
 """LoRAs that users bring, added to a network's own weights: the network is that fine-tune from then on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from fewstep.errors import UserError
 from fewstep.formats.kohya_lora import LoraWeights, read_lora
 from fewstep.formats.lora_list import LoraFile
 from fewstep.formats.lora_spellings import LayerAliases
+from fewstep.formats.stored_tensors import ReadRows, Rows
 from fewstep.networks.lora_layers import low_rank_update
 
+ReadLoras = list[tuple[LoraFile, LoraWeights]]
 
-def read_loras(
-    network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases
-) -> list[tuple[LoraFile, LoraWeights]]:
+
+def read_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases) -> ReadLoras:
     """LoRA files with their weights, in kohya's, diffusers' or PEFT's keys, each compared with a network, on any device.
 
     Args:
@@ -32,18 +33,35 @@ def read_loras(
 
 
 @torch.no_grad()
-def merge_loras(network: nn.Module, loras: Sequence[LoraFile], aliases: LayerAliases) -> None:
-    """W + strength * alpha / rank * B A for every layer of every LoRA, all read before any weight changes.
+def merge_loras(network: nn.Module, loras: ReadLoras) -> None:
+    """W + strength * alpha / rank * B A for every layer of every LoRA.
 
     Args:
         network: on the CPU, float32.
-        aliases: as `read_loras` takes them, which says what is refused.
     """
     layers = dict(network.named_modules())
-    for lora, weights in read_loras(network, loras, aliases):
+    for lora, weights in loras:
         for target in weights.targets:
             weight: Any = layers[target].weight
             weight += lora.strength * update_of(weights, target).view_as(weight)
+
+
+def with_loras(read: ReadRows, shapes: Mapping[str, tuple[int, ...]], loras: ReadLoras) -> ReadRows:
+    """Rows of a network's tensors in float32 as `merge_loras` makes them, of rows without LoRAs.
+
+    Args:
+        shapes: of the network's tensors.
+    """
+
+    def merged(name: str, rows: Rows) -> Tensor:
+        part, target = read(name, rows).float(), name.removesuffix(".weight")
+        for lora, weights in loras:
+            if name.endswith(".weight") and target in weights.targets:
+                update = update_of(weights, target).view(shapes[name])
+                part = part + lora.strength * (update if rows is None else update[rows])
+        return part
+
+    return merged
 
 
 def update_of(lora: LoraWeights, target: str) -> Tensor:

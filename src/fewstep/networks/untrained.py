@@ -33,6 +33,12 @@ def num_values(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def computed_buffers(module: nn.Module) -> list[str]:
+    """Names of tensors that a network works out when it is built and no state dict has: on the meta device they would be nothing."""
+    stored = module.state_dict().keys()
+    return [name for name, _ in module.named_buffers() if name not in stored]
+
+
 @contextmanager
 def _counted() -> Iterator[None]:
     """Count what this thread adds to modules; raises ValueError where it is too much."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fewstep.diffusion.schedules import StepSchedule
 from fewstep.distillation.divergence import DivergenceWeights
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import Roles, build_lora_generator_roles, build_roles, build_shared_base_roles
-from fewstep.distillation.sharding import build_spread, put_weights
+from fewstep.distillation.sharding import build_spread, put_weights, spread_of
 from fewstep.distillation.start import (
     refuse_other_memory,
     refuse_other_scale,
@@ -38,6 +39,7 @@ from fewstep.families.registry import build_released, family_of
 from fewstep.formats.compare import state_difference
 from fewstep.formats.dmd2_folder import is_dmd2_checkpoint
 from fewstep.models.load import load_generator, load_teacher
+from fewstep.models.load_in_parts import load_teacher_in_parts
 from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape
 from fewstep.networks.frozen_layers import BaseStorage
@@ -133,7 +135,7 @@ def build_chosen_roles(settings: TrainSettings, teacher: Denoiser) -> Roles:
     with_discriminator = settings.losses.gan_discriminator_weight > 0
     teacher.tap_at(settings.losses.gan_taps)
     storage = base_storage(settings)
-    spread = build_spread(next(teacher.parameters()).device, memory.teacher, memory.shard_over)
+    spread = spread_of(teacher, memory.teacher, memory.shard_over)
     if memory.mode == "full":
         roles = build_roles(teacher, with_discriminator, storage, spread)
         if memory.checkpoint_activations:
@@ -198,7 +200,7 @@ def _named(source: Path) -> Iterator[None]:
 
 
 def open_teacher(settings: TrainSettings) -> Model:
-    """The teacher of a run, on its device and in its precision.
+    """The teacher of a run, on its device and in its precision; of several processes each reads its part of it, where it lies in parts.
 
     Where nothing but adapters is ever trained it is stored as `memory.base` says, layer by layer, before it goes to the
     device, which then never holds it in float32.
@@ -208,24 +210,46 @@ def open_teacher(settings: TrainSettings) -> Model:
     named, place = settings.teacher, choose_device(settings.compute.device)
     if settings.memory.offload_blocks and place.type != "cuda":
         raise UserError(f"memory.teacher='offloaded_blocks' {NO_GPU}")
-    teacher = load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
+    in_parts = _open_in_parts(settings)
+    teacher = in_parts or load_teacher(named.path, device="cpu", resolution=named.resolution, loras=named.loras)
     if teacher.folder is not None:
         teacher.family.refuse_as_teacher(teacher.folder)
-    if settings.teacher.network:
-        check_network(teacher, settings)
-    set_precision(teacher.denoiser, settings.compute.precision, place)
-    if settings.memory.mode == "shared_base":
-        base_storage(settings).store(teacher.denoiser)
+    if in_parts:
+        return in_parts
+    _prepare_network(settings, teacher.denoiser)
     return teacher.to(settings.compute.device)
 
 
-def check_network(teacher: Model, settings: TrainSettings) -> None:
+def _open_in_parts(settings: TrainSettings) -> Model | None:
+    """The teacher of several processes, each of which reads its part; None where it is read whole."""
+    named, memory = settings.teacher, settings.memory
+    spread = build_spread(choose_device(settings.compute.device), memory.teacher, memory.shard_over)
+    if spread is None or not spread.in_parts:
+        return None
+    prepare = partial(_prepare_network, settings)
+    return load_teacher_in_parts(named.path, spread, prepare, resolution=named.resolution, loras=named.loras)
+
+
+def _prepare_network(settings: TrainSettings, network: Denoiser) -> None:
+    """Check a teacher's network, set its precision and how its weights are stored; on the meta device as well.
+
+    Raises:
+        UserError: another network than the recipe's.
+    """
+    if settings.teacher.network:
+        check_network(network, settings)
+    set_precision(network, settings.compute.precision, choose_device(settings.compute.device))
+    if settings.memory.mode == "shared_base":
+        base_storage(settings).store(network)
+
+
+def check_network(network: Denoiser, settings: TrainSettings) -> None:
     """Refuse a teacher of another shape than the recipe was written for (dropout aside: distillation has none)."""
     try:
         expected = build_released(settings.teacher.network).state_dict()
     except ValueError as error:
         raise UserError(str(error)) from None
-    if fault := state_difference(teacher.denoiser.state_dict(), expected):
+    if fault := state_difference(network.state_dict(), expected):
         raise UserError(
             f"teacher.path={settings.teacher.path} is no {settings.teacher.network} (teacher.network): {fault}; "
             "set teacher.network='' to use it all the same"

@@ -8,7 +8,7 @@ from fewstep.diffusion.draws import Draws
 from fewstep.distillation.inputs import RealBatch
 from fewstep.distillation.loss_scale import LossScale
 from fewstep.distillation.roles import build_twin
-from fewstep.distillation.sharding import build_spread, spread_teacher
+from fewstep.distillation.sharding import spread_of, spread_teacher
 from fewstep.distillation.terms import Regression
 from fewstep.errors import UserError
 from fewstep.models.model import Model
@@ -39,7 +39,7 @@ class WarmupJob(GeneratorJob):
         teacher.limit_guidance(settings.teacher.guidance_norm_cap)  # of its sample pictures
         self.inputs = build_paired_inputs(settings, steps, teacher)
         teacher.denoiser.eval().requires_grad_(False)
-        spread = build_spread(teacher.device, settings.memory.teacher, settings.memory.shard_over)
+        spread = spread_of(teacher.denoiser, settings.memory.teacher, settings.memory.shard_over)
         spread_teacher(teacher.denoiser, spread)
         generator = build_twin(teacher.denoiser, "generator", spread).eval().requires_grad_(True)
         base_storage(settings).store(teacher.denoiser)

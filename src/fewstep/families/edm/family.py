@@ -18,7 +18,8 @@ from fewstep.families.edm.shape_from_weights import edm_config_from_weights
 from fewstep.families.edm.shapes import build_network_config, network_names, released_descriptions
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.families.family import Description, Family, NewNetwork
-from fewstep.formats.model_folder import ModelCard
+from fewstep.formats.model_folder import WEIGHTS, ModelCard
+from fewstep.formats.stored_tensors import StoredTensors, find_tensors
 
 _SIGN = "model.map_layer0.weight"  # only EDM's own networks have such a layer
 
@@ -50,6 +51,9 @@ class EDMFamily(Family):
 
     def load(self, folder: Path, resolution: int = 0) -> Denoiser:
         return load_edm(folder)
+
+    def stored_weights(self, folder: Path) -> StoredTensors | None:
+        return None if folder.is_file() else find_tensors([folder / WEIGHTS])
 
     def describe_folder(self, folder: Path, resolution: int = 0) -> Description:
         return describe_edm_folder(folder)

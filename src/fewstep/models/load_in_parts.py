@@ -1,0 +1,79 @@
+"""A teacher of a run of several processes: it lies in parts before it has weights, and each process reads its own rows of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.distillation.sharding import Spread, fill_parts, shard_network
+from fewstep.errors import UserError
+from fewstep.families.family import Family
+from fewstep.families.registry import build_on_meta, recognise
+from fewstep.formats.compare import state_difference
+from fewstep.formats.source import Source
+from fewstep.formats.stored_tensors import StoredTensors
+from fewstep.models.load import FoundTeacher, loras_for
+from fewstep.models.model import Model
+from fewstep.networks.merged_loras import with_loras
+from fewstep.networks.untrained import computed_buffers
+from fewstep.progress import tell
+
+
+def load_teacher_in_parts(
+    source: str | Path,
+    spread: Spread,
+    prepare: Callable[[Denoiser], object],
+    *,
+    resolution: int = 0,
+    loras: Sequence[str] = (),
+) -> Model | None:
+    """As `load_teacher`, bit for bit, but no process ever has the network whole: beside its parts it holds one tensor's rows, and of a
+    layer with LoRAs the update that they make. None where only a whole network can be read, which is told in a line.
+
+    Args:
+        spread: over which processes.
+        prepare: called with the network on the meta device, before it is sharded.
+
+    Raises:
+        UserError: as `load_teacher`, and of `prepare`.
+    """
+    place = FoundTeacher.at(source, loras)
+    network = build_on_meta(place.family.describe_folder(place.folder, resolution))
+    stored = _stored(place.family, place.folder, network)
+    if stored is None:
+        tell(
+            f"note: each process reads {source} whole before it lies in parts: its file has no tensors of the network's names that could be "
+            "read in parts"
+        )
+        return None
+    added = loras_for(network, place.loras)
+    prepare(network)
+    shard_network(network, spread.mesh, offload=spread.on_host)
+    with stored.opened() as read:
+        fill_parts(network, with_loras(read, stored.shapes, added), on_host=spread.on_host)
+    return place.model(network)
+
+
+def reads_parts(source: str | Path, network: Denoiser) -> bool:
+    """Whether a teacher would be read in parts, as far as it is known: its path may be empty, or lead nowhere yet.
+
+    Args:
+        network: the teacher's, on the meta device.
+    """
+    folder = Source.parse(source).of_role("teacher") if source else None
+    if folder is None or not folder.is_dir():
+        return folder is None or folder.suffix.lower() != ".pkl"
+    try:
+        return _stored(recognise(folder), folder, network) is not None
+    except UserError:  # which a run will say
+        return True
+
+
+def _stored(family: Family, folder: Path, network: Denoiser) -> StoredTensors | None:
+    """The network's tensors where they lie; None where it has others, or needs some that are in no file: `load` knows, or says, why."""
+    try:
+        stored = family.stored_weights(folder)
+    except UserError:  # which `load` has words for
+        return None
+    if stored is None or not stored.are_floats or computed_buffers(network):
+        return None
+    return None if state_difference(stored.shapes, network.state_dict()) else stored
