@@ -37,12 +37,11 @@ def load_teacher_in_parts(
         UserError: as `load_teacher`, and of `prepare`.
     """
     place = FoundTeacher.at(source, loras)
-    network = build_on_meta(place.family.describe_folder(place.folder, resolution))
-    stored = _stored(place.family, place.folder, network)
-    if stored is None:
+    network = _untrained(place, resolution)
+    stored = None if network is None else _stored(place.family, place.folder, network)
+    if network is None or stored is None:
         tell(
-            f"note: each process reads {source} whole before it lies in parts: its file has no tensors of the network's names that could be "
-            "read in parts"
+            f"note: each process reads {source} whole before it lies in parts: its file does not hold the network's tensors as it has them"
         )
         return None
     added = loras_for(network, place.loras)
@@ -66,6 +65,17 @@ def reads_parts(source: str | Path, network: Denoiser) -> bool:
         return _stored(recognise(folder), folder, network) is not None
     except UserError:  # which a run will say
         return True
+
+
+def _untrained(place: FoundTeacher, resolution: int) -> Denoiser | None:
+    """The network on the meta device; None where its description is wrong, which `load` has words for."""
+    description = place.family.describe_folder(place.folder, resolution)
+    try:
+        return build_on_meta(description)
+    except UserError:
+        raise
+    except Exception:  # a wrong value ends in any kind
+        return None
 
 
 def _stored(family: Family, folder: Path, network: Denoiser) -> StoredTensors | None:
