@@ -22,13 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 from fewstep.devices import choose_precision
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.roles import Roles
-from fewstep.distillation.sharding import is_sharded, local, spread_of, spread_teacher
+from fewstep.distillation.sharding import as_placed, is_sharded, local, spread_of, spread_teacher
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
 from fewstep.parallel import joined, rank
 from fewstep.settings import TrainSettings, parse_settings
 from fewstep.training import build
-from fewstep.training.build import build_chosen_roles, open_teacher
+from fewstep.training.build import build_chosen_roles, open_teacher, start_roles
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from tests.networks.test_merged_loras import x0_of
 
 Started = tuple[Model, Roles]
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 def start(settings: TrainSettings) -> tuple[Started, dict[str, int]]:
     """Networks of a run, and what making them took: the teacher's reading until it lies in parts, and all of it."""
-    mapped = {path.stat().st_size for path in Path(settings.teacher.path).rglob("*.safetensors")}
+    mapped = files_of(settings.teacher.path)
 
     def read() -> Model:
         teacher = open_teacher(settings)
@@ -49,8 +50,18 @@ def start(settings: TrainSettings) -> tuple[Started, dict[str, int]]:
     own = sizes([*teacher.denoiser.parameters(), *teacher.denoiser.buffers()])
     roles, building = measured(lambda: build_chosen_roles(settings, teacher.denoiser), mapped)
     every = sizes(parts(roles).values())
-    figures = {"reading": reading, "teacher": sum(own), "building": sum(own) + building, "roles": sum(every)}
+    going_on = 0
+    if earlier := settings.generator.start_from:
+        going_on = measured(lambda: start_roles(roles, Path(earlier)), mapped | files_of(earlier))[1]
+    figures = {
+        "reading": reading, "teacher": sum(own), "building": sum(own) + building, "roles": sum(every), "going on": going_on,
+    }  # fmt: skip
     return (teacher, roles), {**figures, "largest": 4 * max(part.numel() for part in parts(roles).values())}
+
+
+def files_of(folder: str) -> set[int]:
+    """Sizes of the files of tensors in a folder."""
+    return {path.stat().st_size for path in Path(folder).rglob("*.safetensors")}
 
 
 def sizes(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -114,6 +125,14 @@ def answer(settings: TrainSettings) -> dict[str, Any]:
     alone: Denoiser = load_teacher(settings.teacher.path, device="cpu", loras=settings.teacher.loras).denoiser
     if settings.memory.base == "fp32" and not torch.equal(x0(alone), x0(made[0].denoiser)):
         found["differs"].append("what a teacher alone computes")
+    if earlier := settings.generator.start_from:
+        tensors, _ = read_checkpoint(list_checkpoints(Path(earlier) / "checkpoints")[-1])
+        for role, network in (("generator", made[1].generator), ("fake_score", made[1].fake_score)):
+            weights = as_placed(
+                {name: tensors[f"{role}.{name}"] for name in network.state_dict()}, network.state_dict()
+            )
+            if not all(torch.equal(local(value), local(weights[name])) for name, value in network.state_dict().items()):
+                found["differs"].append(f"the earlier run's {role}")
     if made[0].card != whole[0].card or (made[0].folder is None and made[0].fingerprint != whole[0].fingerprint):
         found["differs"].append("what is known of the teacher")
     return found

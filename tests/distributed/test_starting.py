@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.families.edm.denoiser import EDMDenoiser
+from fewstep.families.edm.family import EDMFamily
 from fewstep.families.edm.pickle import write_edm_file
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models.load import load_teacher
+from fewstep.training.run import train
 from tests.distributed.processes import run_processes
 from tests.networks.test_merged_loras import user_lora, written
 from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_qwen_image_folder, tiny_z_image_folder
@@ -73,22 +75,29 @@ def teachers(work: Path) -> dict[str, Path]:
 
 def questions(work: Path) -> dict[str, dict[str, Any]]:
     found, no_gan = teachers(work), {"gan_generator_weight": 0.0, "gan_discriminator_weight": 0.0}
-    edm = edm_folder(work / "edm")
-    pickle = work / "edm.pkl"
-    write_edm_file(pickle, cast(EDMDenoiser, load_teacher(edm, device="cpu").denoiser), torch.float32)
-    lora = written(
-        work / "lora.safetensors", user_lora(load_teacher(found["sd"], device="cpu").denoiser, "sd"), "kohya", "unet"
-    )
 
     def settings(folder: Path, loras: tuple[str, ...] = (), **changes: dict[str, Any]) -> dict[str, Any]:
+        changes = {"data": {"images": ""}, **changes}
         made = tiny_train_settings(folder, work, work / "run", losses=no_gan, **changes)
         values = made.model_dump(mode="json", exclude_unset=True)
         values["teacher"]["loras"] = list(loras)
         return values
 
+    edm = edm_folder(work / "edm")
+    pickle = work / "edm.pkl"
+    write_edm_file(pickle, cast(EDMDenoiser, load_teacher(edm, device="cpu").denoiser), torch.float32)
+    earlier = {"ema_half_life_images": 0, "start_from": str(work / "earlier")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EDMFamily, "default_num_steps", 2)  # of the teacher's picture
+        train(settings(edm, run={"folder": earlier["start_from"], "sample_images": 1}, training={"num_steps": 1}))
+    lora = written(
+        work / "lora.safetensors", user_lora(load_teacher(found["sd"], device="cpu").denoiser, "sd"), "kohya", "unet"
+    )
+
     named = {name: settings(folder) for name, folder in {**found, "edm": edm, "pickle": pickle}.items()}
     adapters = {"mode": "lora_generator", "lora": [2, 2.0]}
     return named | {
+        "going on": settings(edm, generator=earlier),
         "merged": settings(found["sd"], (f"{lora}:0.7", f"{lora}:-0.2")),
         "lora generator": settings(found["qwen-image"], memory=adapters),
         "shared base": settings(
@@ -117,6 +126,10 @@ def test_each_process_reads_its_rows(tmp_path: Path) -> None:
             assert (found["reading"] < bound) == (name != "pickle"), (name, found)
             if name in HALF:  # what is stored so is made anew in float32, while other files are pages of the system's
                 assert found["whole"]["reading"] > bound, (name, found)
+            if (
+                name == "going on"
+            ):  # each process reads its own parts of the earlier run, once more and into what it has
+                assert 0 < found["going on"] < 2 * found["teacher"] + 1.1 * found["largest"] + SMALL, (name, found)
             if name not in ("pickle", "offloaded"):  # the latter is in float32 until the others are copies of it
                 assert found["building"] < found["roles"] + 1.1 * found["largest"] + SMALL, (name, found)
     assert "each process reads" in ended[0][1]

@@ -1,7 +1,10 @@
 """A teacher of a run of several processes: it lies in parts before it has weights, and each process reads its own rows of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.sharding import Spread, fill_parts, shard_network
@@ -10,12 +13,14 @@ from fewstep.families.family import Family
 from fewstep.families.registry import build_on_meta, recognise
 from fewstep.formats.compare import state_difference
 from fewstep.formats.source import Source
-from fewstep.formats.stored_tensors import StoredTensors
+from fewstep.formats.stored_tensors import ReadRows, Rows, StoredTensors
+from fewstep.formats.tensor_files import refuse_infinities
 from fewstep.models.load import FoundTeacher, loras_for
 from fewstep.models.model import Model
-from fewstep.networks.merged_loras import with_loras
+from fewstep.networks.merged_loras import ReadLoras, with_loras
 from fewstep.networks.untrained import computed_buffers
 from fewstep.progress import tell
+from fewstep.shared_work import by_all
 
 
 def load_teacher_in_parts(
@@ -39,7 +44,8 @@ def load_teacher_in_parts(
     place = FoundTeacher.at(source, loras)
     network = _untrained(place, resolution)
     stored = None if network is None else _stored(place.family, place.folder, network)
-    if network is None or stored is None:
+    everywhere = all(by_all(lambda: stored is not None))  # all read the same way, whatever one of them finds
+    if network is None or stored is None or not everywhere:
         tell(
             f"note: each process reads {source} whole before it lies in parts: its file does not hold the network's tensors as it has them"
         )
@@ -47,9 +53,20 @@ def load_teacher_in_parts(
     added = loras_for(network, place.loras)
     prepare(network)
     shard_network(network, spread.mesh, offload=spread.on_host)
-    with stored.opened() as read:
-        fill_parts(network, with_loras(read, stored.shapes, added), on_host=spread.on_host)
+    by_all(partial(_fill, network, stored, added, spread.on_host))
     return place.model(network)
+
+
+def _fill(network: Denoiser, stored: StoredTensors, loras: ReadLoras, on_host: bool) -> None:
+    with stored.opened() as read:
+        fill_parts(network, with_loras(partial(_finite, stored, read), stored.shapes, loras), on_host=on_host)
+
+
+def _finite(stored: StoredTensors, read: ReadRows, name: str, rows: Rows) -> Tensor:
+    """Rows of a tensor; raises UserError that names it where there are numbers among them that are none."""
+    part, place = read(name, rows), stored.places[name]
+    refuse_infinities({place.name: part}, str(place.path))
+    return part
 
 
 def reads_parts(source: str | Path, network: Denoiser) -> bool:

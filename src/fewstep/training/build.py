@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.devices import choose_device, set_precision
 from fewstep.diffusion.condition import ConditionTable
@@ -44,9 +44,10 @@ from fewstep.models.model import Model
 from fewstep.networks.adapters import LoraShape
 from fewstep.networks.frozen_layers import BaseStorage
 from fewstep.networks.perceptual import load_lpips, pixel_distance
+from fewstep.parallel import world_size
 from fewstep.settings import LossSettings, TrainSettings
 from fewstep.settings.memory import NO_GPU, MemorySettings
-from fewstep.training.checkpoint import list_checkpoints, read_checkpoint, restore_module
+from fewstep.training.checkpoint import list_checkpoints, module_tensors, read_checkpoint, restore_module
 from fewstep.training.inputs import build_inputs
 from fewstep.training.step import Distillation
 from fewstep.training.update import build_update
@@ -179,15 +180,20 @@ def start_roles(roles: Roles, source: Path) -> None:
         with _named(source):
             start_others_beside(roles, source)
         return
-    tensors, _ = read_checkpoint(checkpoints[-1])
+    modules: dict[str, nn.Module] = {"generator": roles.generator, "fake_score": roles.fake_score}
+    if roles.discriminator is not None:
+        modules["discriminator"] = roles.discriminator
+    like = {key: value for name, module in modules.items() for key, value in module_tensors(name, module).items()}
+    own_parts = like if world_size() > 1 else None
+    tensors, _ = read_checkpoint(checkpoints[-1], own_parts, only=tuple(f"{name}." for name in modules))
     with _named(source):
         refuse_other_memory(source, roles)
-        restore_module("generator", roles.generator, tensors)
-        if any(name.startswith("fake_score.") for name in tensors):  # a warm-up has none: it stays the teacher
-            restore_module("fake_score", roles.fake_score, tensors)
-        if roles.discriminator is not None and any(name.startswith("discriminator.") for name in tensors):
-            refuse_other_taps(source, roles.fake_score)
-            restore_module("discriminator", roles.discriminator, tensors)
+        for name, module in modules.items():  # a warm-up has a generator alone: the others stay as they are
+            if name != "generator" and not any(key.startswith(f"{name}.") for key in tensors):
+                continue
+            if name == "discriminator":
+                refuse_other_taps(source, roles.fake_score)
+            restore_module(name, module, tensors)
 
 
 @contextmanager
