@@ -1,6 +1,7 @@
 """Several processes start a run: each reads its own rows of the teacher, and has the bits that it would have of it whole."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,9 @@ from fewstep.families.edm.pickle import write_edm_file
 from fewstep.families.edm.unet import EDMUNetConfig
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models.load import load_teacher
+from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
 from fewstep.training.run import train
+from fewstep.training.sharded_checkpoint import write_parts
 from tests.distributed.processes import run_processes
 from tests.networks.test_merged_loras import user_lora, written
 from tests.tiny_flow_models import tiny_flux2_klein_folder, tiny_qwen_image_folder, tiny_z_image_folder
@@ -90,6 +93,12 @@ def questions(work: Path) -> dict[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EDMFamily, "default_num_steps", 2)  # of the teacher's picture
         train(settings(edm, run={"folder": earlier["start_from"], "sample_images": 1}, training={"num_steps": 1}))
+    (checkpoint,) = list_checkpoints(work / "earlier/checkpoints")
+    tensors, state = read_checkpoint(checkpoint)
+    shutil.rmtree(checkpoint)
+    write_parts(
+        checkpoint, tensors, state, None
+    )  # as several processes write it: read whole it would be in memory of this one
     lora = written(
         work / "lora.safetensors", user_lora(load_teacher(found["sd"], device="cpu").denoiser, "sd"), "kohya", "unet"
     )
@@ -110,6 +119,7 @@ def questions(work: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_each_process_reads_its_rows(tmp_path: Path) -> None:
     asked = questions(tmp_path)
     (tmp_path / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
