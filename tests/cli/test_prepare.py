@@ -105,6 +105,13 @@ def pairs_lmdb(folder: Path, **changes: torch.Tensor) -> Path:
     return folder
 
 
+def test_pairs_that_the_network_cannot_use(teacher: Path, tmp_path: Path) -> None:
+    lmdb = pairs_lmdb(tmp_path / "set", **{name: torch.randn(5, 8, 8, 8).half() for name in ("latents", "images")})
+    told = refused("pairs", teacher, tmp_path / "p", "--from-lmdb", lmdb)
+    assert told == f"{lmdb} holds latents of 8 channels, this model's have 4"
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.slow
 def test_published_pairs(teacher: Path, tmp_path: Path) -> None:
     """What comes out is what a warm-up reads: noise, latents, and each pair's own embedding."""

@@ -161,8 +161,8 @@ def import_pairs(
     model, encoders = _encoders(teacher, device)
     with working(console, f"Importing the pairs of {lmdb}") as report:
         import_lmdb_pairs(
-            encoders, lmdb, folder, teacher=teacher, network_fingerprint=network_fingerprint(model),
-            num_pairs=num_pairs, scale=scale, report=report,
+            encoders, lmdb, folder, channels=_latent_channels(recognise(model), model), teacher=teacher,
+            network_fingerprint=network_fingerprint(model), num_pairs=num_pairs, scale=scale, report=report,
         )  # fmt: skip
     print(folder)
 

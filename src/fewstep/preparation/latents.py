@@ -210,8 +210,7 @@ def import_lmdb_latents(
         shape, num_prompts = arrays.shapes["latents"], arrays.shapes["prompts"][0]
         if len(shape) != 4 or shape[0] != num_prompts or not num_prompts:
             raise UserError(f"{path}: latents of shape {shape} and {num_prompts} prompts do not belong together")
-        if shape[1] != channels:
-            raise UserError(f"{path} holds latents of {shape[1]} channels, this model's have {channels}")
+        check_channels(path, shape, channels)
         if scale is None:
             check_scale(path, arrays.rows("latents", range(min(64, shape[0]))))
         job = {"lmdb": str(path), "lmdb_content": arrays.fingerprint(), "lmdb_shape": list(shape), "scale": scale,
@@ -339,6 +338,12 @@ def _half(latents: Tensor) -> Tensor:
     if not half.isfinite().all():
         raise UserError("a latent is not finite as float16; the VAE or the stored latents are damaged")
     return half
+
+
+def check_channels(path: Path, shape: tuple[int, ...], channels: int) -> None:
+    """Raise UserError for latents of an LMDB, (N, C, H, W), that are another model's."""
+    if shape[1] != channels:
+        raise UserError(f"{path} holds latents of {shape[1]} channels, this model's have {channels}")
 
 
 def check_scale(path: Path, latents: Tensor) -> None:

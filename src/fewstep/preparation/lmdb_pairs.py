@@ -14,14 +14,14 @@ from fewstep.errors import UserError
 from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
-from fewstep.preparation.latents import check_scale
+from fewstep.preparation.latents import check_channels, check_scale
 
 NOISE, IMAGES, TEXT, POOLED = ODE_PAIRS
 _NOISE_STD = 0.8, 1.25  # of unit noise, in as few values as a small set has
 
 
 def import_lmdb_pairs(
-    encoders: TextEncoders, path: Path, folder: Path, *, teacher: str, network_fingerprint: str,
+    encoders: TextEncoders, path: Path, folder: Path, *, channels: int, teacher: str, network_fingerprint: str,
     num_pairs: int | None = None, scale: float | None = None, shard_size: int = 1000,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
@@ -31,17 +31,19 @@ def import_lmdb_pairs(
 
     Args:
         folder: new, or one that an interrupted call with the same arguments left unfinished.
+        channels: of the latents that the teacher makes.
         num_pairs: take only the first; None: all.
         scale: the images are multiplied by it; None takes them as they are, and refuses ones that look unscaled.
 
     Raises:
-        UserError: the LMDB is damaged, its arrays do not belong together or to these encoders, its noise is not unit
+        UserError: the LMDB is damaged, its arrays do not belong together, to these encoders or this teacher, its noise is not unit
             noise; the folder holds other pairs, the disk is full.
     """
     empty = encoders.encode_empty().to("cpu")
     kinds = {name: kind for name, kind in ODE_PAIRS.items() if name != POOLED or empty.pooled is not None}
     with LmdbArrays(path, kinds) as arrays:
         _check(path, arrays, empty)
+        check_channels(path, arrays.shapes[NOISE], channels)
         if scale is None:
             check_scale(path, arrays.rows(IMAGES, range(min(64, arrays.shapes[IMAGES][0]))))
         total = min(arrays.shapes[NOISE][0], num_pairs or arrays.shapes[NOISE][0])
