@@ -46,6 +46,8 @@ def told_to_users(error: Exception) -> object:
         return error
     if isinstance(error, OSError):
         return disk_error(error)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~, and the home folder it means is not known; write the path out, or set HOME"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return _NO_MEMORY if isinstance(error, MemoryError) or out_of_memory else None
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,33 @@ def test_a_full_disk_anywhere_is_one_sentence(
     assert run_main(monkeypatch, OSError(number, os.strerror(number), "/disk/file"), "train") == code
     (line,) = capsys.readouterr().err.splitlines()
     assert "/disk/file" in line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_names_of_any_bytes_are_told(encoding: str) -> None:
+    """What a file is called is no reason for a fault, nor are letters that the terminal has not."""
+    script = "import sys, fewstep.__main__ as entry; entry._open_streams(); print('g\\udcffü…'); print('\\udcff', file=sys.stderr)"
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (answer.returncode, answer.stdout[:1]) == (0, b"g"), answer.stderr
+    if encoding != "ascii":
+        assert answer.stdout.rstrip(b"\n") == b"g\xff" + "ü…".encode()
+
+
+def test_closed_streams_are_taken_by_no_file(tmp_path: Path) -> None:
+    """The next file that is opened would get their numbers, and what is told would be written into it."""
+    script = f"import fewstep.__main__ as entry; entry._open_streams(); file = open({str(tmp_path / 'f')!r}, 'w'); print(1); assert file.fileno() > 2"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+
+
+def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = fewstep("sample", "~nobody-of-this-name/model", "--grid", "g.png")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1].startswith(
+        "fewstep: a path begins with ~, and the home folder it means is not known"
+    )

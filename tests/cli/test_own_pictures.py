@@ -35,6 +35,22 @@ def test_features_and_statistics_are_of_the_size_that_a_teacher_of_the_same_pict
     assert FeatureStatistics.load(reference).num_images == 24
 
 
+def test_statistics_of_other_features_of_the_same_number_are_refused(tmp_path: Path) -> None:
+    """Features that were trained anew are others, and a distance to the old ones' statistics would be a number all the same."""
+    images = write_pictures(tmp_path / "digits", size=32, classes=3)
+    for name, seed in (("one", 0), ("two", 1)):
+        words = ["prepare", "features", images, tmp_path / name, "--num-passes", 1, "--seed", seed, "--device", "cpu"]
+        run(*words)
+    reference = tmp_path / "reference.npz"
+    run("prepare", "statistics", images, reference, "--features", tmp_path / "one", "--device", "cpu")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    evaluate = ["evaluate", "bundled:fashion-mnist", "--reference", reference, "--num-images", 4, "--teacher-steps", 1]
+    evaluate += ["--device", "cpu", "--precision", "fp32"]
+    run(*evaluate, "--features", tmp_path / "moved")
+    with pytest.raises(UserError, match=r"--reference .*reference\.npz was made with another feature network"):
+        run(*evaluate, "--features", tmp_path / "two")
+
+
 def test_pictures_without_classes_make_no_features(tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "loose", classes=1)
     with pytest.raises(UserError, match="needs pictures of two classes or more, one folder a class"):

@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.asked import asked_for, refuse_no_place
 from fewstep.evaluation.coco import CaptionedPictures, load_coco
 from fewstep.evaluation.diversity import DiversityJudge
-from fewstep.evaluation.feature_cache import network_digest
+from fewstep.evaluation.feature_cache import network_digest, refuse_other_features
 from fewstep.evaluation.features import FeatureNetwork, load_features
 from fewstep.evaluation.measure import Clocked, Rows, figure_of, guidance_of, look
 from fewstep.evaluation.measurement import DISTANCE, Measurement
@@ -299,4 +299,5 @@ def _reference(
             f"--reference {options.reference} has {len(statistics.mean)} features, {network.name} has {probe}: "
             "it was made with another feature network"
         )
+    refuse_other_features(statistics, network, f"--reference {options.reference}")
     return statistics

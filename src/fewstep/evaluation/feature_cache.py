@@ -15,6 +15,7 @@ from fewstep import __version__
 from fewstep.data.listing import walk_files
 from fewstep.errors import UserError, first_line
 from fewstep.evaluation.features import FeatureNetwork
+from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.formats.fingerprints import add_tensors, file_digest, tensors_digest
 from fewstep.formats.remote import user_cache
@@ -68,6 +69,29 @@ def network_digest(network: FeatureNetwork) -> str:
     digest = hashlib.sha256(f"{type(network).__qualname__} {network.name} {network.extra_repr()}".encode())
     add_tensors(digest, network.state_dict())
     return digest.hexdigest()
+
+
+def weights_digest(network: FeatureNetwork) -> str:
+    """SHA-256 of a feature network's weights alone, wherever it lies and whatever it is called; "" for one that has none."""
+    if not isinstance(network, nn.Module):
+        return ""
+    digest = hashlib.sha256()
+    add_tensors(digest, network.state_dict())
+    return digest.hexdigest()
+
+
+def refuse_other_features(reference: FeatureStatistics, network: FeatureNetwork, what: str) -> None:
+    """Raise UserError where statistics say that they are of other weights than a network's; equal in number, they compare nothing.
+
+    Args:
+        what: the statistics are, for messages.
+    """
+    own = weights_digest(network) if reference.weights else ""
+    if own and own != reference.weights:
+        raise UserError(
+            f"{what} was made with another feature network than {network.name}, or with one that was trained anew since; make it "
+            "again with `fewstep prepare statistics`"
+        )
 
 
 def feature_key(network: FeatureNetwork, content: str, facts: Mapping[str, Any], device: torch.device | str) -> str:

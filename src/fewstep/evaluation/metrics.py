@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,16 @@ from fewstep.formats.npz_file import read_npz
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean (F,) and covariance (F, F) of features, float64, and the number of samples behind them (0: unknown)."""
+    """Mean (F,) and covariance (F, F) of features, float64, and the number of samples behind them (0: unknown).
+
+    Attributes:
+        weights: SHA-256 of the feature network's weights, in hexadecimal digits; "": unknown, as in other tools' files.
+    """
 
     mean: Tensor
     covariance: Tensor
     num_images: int
+    weights: str = ""
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
@@ -28,20 +34,28 @@ class FeatureStatistics:
         return cls(features.mean(0), torch.cov(features.T), len(features))
 
     def save(self, path: Path) -> None:
-        """Write the .npz that FID tools share: `mu`, `sigma`, float64 (and `num_images`)."""
+        """Write the .npz that FID tools share: `mu`, `sigma`, float64 (and `num_images`, and `weights` as bytes)."""
+        arrays: dict[str, Any] = {
+            "mu": self.mean.numpy(),
+            "sigma": self.covariance.numpy(),
+            "num_images": self.num_images,
+        }
+        if self.weights:
+            arrays["weights"] = np.frombuffer(bytes.fromhex(self.weights), np.uint8)
         with replaced_file(path) as aside, open(aside, "wb") as file:
-            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_images=self.num_images)
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
         """Read an .npz with `mu` and `sigma` (or "bundled:..."); raises UserError when it is not one."""
         path = resolve_path(path)
         try:
-            arrays = read_npz(path, ("mu", "sigma"), ("num_images",))
+            arrays = read_npz(path, ("mu", "sigma"), ("num_images", "weights"))
             mean, covariance = torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
             number = int(arrays["num_images"].item()) if "num_images" in arrays else 0
             if number < 0:
                 raise ValueError(f"num_images is {number}")
+            weights = arrays.get("weights", np.empty(0)).astype(np.uint8).tobytes().hex()
         except ValueError as error:
             raise UserError(f"{path} is no feature reference (.npz with mu and sigma): {error}") from None
         if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
@@ -52,7 +66,7 @@ class FeatureStatistics:
             raise UserError(
                 f"{path}: sigma is no covariance (not symmetric, or of a negative variance); write it again"
             )
-        return cls(mean.double(), covariance.double(), number)
+        return cls(mean.double(), covariance.double(), number, weights)
 
 
 def _is_covariance(matrix: Tensor) -> bool:

@@ -13,6 +13,7 @@ from fewstep.devices import choose_device, choose_precision, precision_of
 from fewstep.diffusion.condition import ConditionTable
 from fewstep.errors import UserError
 from fewstep.evaluation.asked import refuse_no_place
+from fewstep.evaluation.feature_cache import weights_digest
 from fewstep.evaluation.features import load_features
 from fewstep.evaluation.measure import dataset_features
 from fewstep.evaluation.metrics import FeatureStatistics
@@ -198,6 +199,6 @@ def make_statistics(out: Path, features: str, pictures: PicturesOptions, device:
     dataset = pictures.open()
     with working(console, f"Features of {len(dataset):,} pictures") as report:
         statistics = FeatureStatistics.of(dataset_features(network, dataset, device=place, report=report))
-    statistics.save(out)
+    replace(statistics, weights=weights_digest(network)).save(out)
     size = f"{pictures.resolution}x{pictures.resolution}x{pictures.channels}"
     print(f"{out}: {statistics.num_images} images of {size}, features {network.name}")

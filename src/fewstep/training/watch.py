@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fewstep.errors import UserError
+from fewstep.evaluation.feature_cache import refuse_other_features
 from fewstep.evaluation.features import FeatureNetwork, features_of, load_features
 from fewstep.evaluation.measure import measure_sampler
 from fewstep.evaluation.measurement import DISTANCE
@@ -267,6 +268,7 @@ def _in_files(job: GeneratorJob, settings: TrainSettings) -> Measure:
             f"best.files: {best.features} gives {found} features and {best.reference} is of {len(reference.mean)}: they come from different "
             "feature networks"
         )
+    refuse_other_features(reference, network, f"best.files: {best.reference}")
     return figures_of_samples(job, network, reference, num_images=best.num_images)
 
 
