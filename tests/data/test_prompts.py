@@ -59,6 +59,8 @@ def test_text_files_as_editors_write_them(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\nlast")
     assert load_prompts(path) == ["a cat", "a dog", "last"]
+    path.write_bytes(b"a cat\ra dog\rlast\r")  # of old Macs; the three would be one prompt
+    assert load_prompts(path) == ["a cat", "a dog", "last"]
 
 
 @pytest.mark.parametrize("place", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "train/metadata.jsonl"])

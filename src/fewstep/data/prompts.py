@@ -100,7 +100,7 @@ def _checked(prompt: Any, path: Path, place: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file without their ends; only line feeds end a line."""
+    """Lines of a UTF-8 file without their ends; only line feeds end a line, or carriage returns in a file that has none."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in text.split("\n" if "\n" in text else "\r")]
     return lines[:-1] if lines[-1] == "" else lines
 
 
