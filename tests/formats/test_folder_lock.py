@@ -47,6 +47,17 @@ def test_a_lock_removed_between_opening_and_locking_is_taken_anew(
             FolderLock(tmp_path, "taken")
 
 
+def test_the_lock_of_a_folder_made_anew_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    earlier = FolderLock(folder, "taken")
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    with FolderLock(folder, "taken"):
+        earlier.release()
+        assert is_locked(folder)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*none/\.lock: .*; choose another folder"):
         FolderLock(tmp_path / "none", "taken")

@@ -55,8 +55,9 @@ class FolderLock:
     def release(self) -> None:
         """Let other processes in."""
         if not self._file.closed:
-            with suppress(OSError):
-                self._path.unlink()  # while it is still ours
+            if _lies_at(self._path, self._file.fileno()):  # and no other, of a folder that was made anew meanwhile
+                with suppress(OSError):
+                    self._path.unlink()
             self._file.close()
 
     def __enter__(self) -> "FolderLock":
