@@ -403,6 +403,8 @@ def test_a_circle_of_recipes_is_refused(tmp_path: Path, chain: list[str]) -> Non
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.b=3 does not exist; .* recipes/, and one comes before the settings"):
+        load_settings(TrainSettings, tmp_path / "a.b=3")
     with pytest.raises(UserError, match=r"recipe .*nothing\.toml does not exist; the shipped ones lie in recipes/"):
         load_settings(TrainSettings, tmp_path / "nothing.toml")
     child = write(tmp_path, "child.toml", 'extends = "gone.toml"\n')

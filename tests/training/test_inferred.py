@@ -63,6 +63,17 @@ def test_a_grey_picture_in_colour_is_grey_and_columns_are_labels(tmp_path: Path)
     assert (found.channels, found.num_classes, found.labelled_by) == (1, 5, "column label")
 
 
+def test_labels_that_number_no_class_are_told(tmp_path: Path) -> None:
+    """A network without classes is what follows, and not what somebody with a column of labels expects."""
+    told: list[str] = []
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "cat"}')
+    assert settle_network(settings_of(tmp_path), tmp_path / "run", told.append).network.label_dim == 0
+    assert "no classes, because column 'label' holds 'cat' for a.png, not integer class labels" in told[0]
+    settle_network(settings_of(tmp_path, label_dim=0), tmp_path / "run", told.append)
+    assert "no classes, because" not in told[1]
+
+
 def test_pictures_that_are_too_small(tmp_path: Path) -> None:
     images = folder_of(tmp_path / "pictures", 5, "L", 0)
     with pytest.raises(UserError, match=r"network.img_resolution is not set and the smallest picture has 5 pixels"):

@@ -179,7 +179,7 @@ def flatten_settings(settings: Tree) -> dict[str, Any]:
 def _read_recipe(kind: type[Tree], path: Path, seen: tuple[Path, ...], tell: Tell | None) -> dict[str, Any]:
     if not path.is_file():
         wrong = "is no file" if path.exists() else "does not exist"
-        first = " and stands before all settings (section.key=value)" if "=" in path.name else ""
+        first = ", and one comes before the settings (section.key=value)" if "=" in path.name else ""
         raise UserError(f"recipe {path} {wrong}; the shipped ones lie in recipes/{first}")
     if path.resolve() in seen:
         raise UserError(f"recipe {path} extends itself")
