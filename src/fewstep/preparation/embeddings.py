@@ -18,7 +18,7 @@ from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.parallel import rank, world_size
 from fewstep.preparation.shards import begun, fill
-from fewstep.progress import tell
+from fewstep.progress import Report, tell
 from fewstep.shared_work import by_the_first
 
 _WORTH_SAYING = 0.1  # gigabytes
@@ -27,7 +27,7 @@ _WORTH_SAYING = 0.1  # gigabytes
 def prepare_embeddings(
     encoders: TextEncoders, prompts: list[str], folder: Path, *, truncate: bool = False, shard_size: int = 512,
     batch_size: int = 32, cut_with: str = "truncate=True", spare_with: str = "encode them when they are needed",
-    max_gigabytes: float = math.inf, report: Callable[[int, int], None] = lambda done, total: None,
+    max_gigabytes: float = math.inf, report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store the embeddings of prompts as float16, each distinct prompt's once, and the unconditional row.
 

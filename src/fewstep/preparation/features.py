@@ -14,6 +14,7 @@ from fewstep.devices import DTYPES, choose_device, choose_precision
 from fewstep.diffusion.denoiser import computing_in
 from fewstep.errors import UserError
 from fewstep.evaluation.features import SmallClassifier
+from fewstep.progress import Report
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -42,7 +43,7 @@ def train_feature_network(
     dataset: LabelledPictures, folder: Path, *, num_classes: int, num_passes: int = 6, batch_size: int = 256,
     seed: int = 0, flip: bool = False, device: str = "auto", name: str = "classifier", width: int = 32,
     num_stages: int = 3, augment: Augment | None = None, label_smoothing: float = 0.0, precision: str = "auto",
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> SmallClassifier:  # fmt: skip
     """Train on labelled pictures with a one-cycle rate and save the network.
 

@@ -27,9 +27,9 @@ from fewstep.networks.text_encoders import TextEncoders
 from fewstep.parallel import rank, world_size
 from fewstep.preparation.embeddings import PromptTable, announce_size, check_prompt
 from fewstep.preparation.shards import begun
+from fewstep.progress import Report
 from fewstep.shared_work import by_all, by_the_first
 
-Report = Callable[[int, int | None], None]
 Captions = Literal["embeddings", "text"]
 CUT_WITH = "--truncate-prompts"
 _UNSCALED_STD = 3.0  # a model's own scaling gives about 1; unscaled latents of Stable Diffusion have 5, of SDXL 7

@@ -1,6 +1,5 @@
 """Published ODE pairs (METHOD.md section 6): from an LMDB to the folder that `fewstep prepare pairs` makes."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fewstep.formats.fingerprints import text_fingerprint
 from fewstep.formats.lmdb import ODE_PAIRS, LmdbArrays
 from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 from fewstep.preparation.latents import check_channels, check_scale
+from fewstep.progress import Report
 
 NOISE, IMAGES, TEXT, POOLED = ODE_PAIRS
 _NOISE_STD = 0.8, 1.25  # of unit noise, in as few values as a small set has
@@ -23,7 +23,7 @@ _NOISE_STD = 0.8, 1.25  # of unit noise, in as few values as a small set has
 def import_lmdb_pairs(
     encoders: TextEncoders, path: Path, folder: Path, *, channels: int, teacher: str, network_fingerprint: str,
     num_pairs: int | None = None, scale: float | None = None, shard_size: int = 1000,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Store noises, latents and prompt embeddings of an LMDB; it holds no texts, so row i is called by its number.
 

@@ -1,6 +1,5 @@
 """Making noise-image pairs with a teacher: shard by shard, so that an interrupted job continues."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from fewstep.diffusion.draws import Draws
 from fewstep.models.model import Model
 from fewstep.parallel import world_size
 from fewstep.preparation.shards import begun, fill
+from fewstep.progress import Report
 
 
 def prepare_pairs(
     teacher: Model, teacher_name: str, folder: Path, *, num_pairs: int, seed: int = 0, num_steps: int | None = None,
     guidance_scale: float = 1.0, shard_size: int = 1000, batch_size: int = 100,
-    conditions: ConditionTable | None = None, report: Callable[[int, int], None] = lambda done, total: None,
+    conditions: ConditionTable | None = None, report: Report = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Sample the teacher deterministically from stored noise with uniformly drawn conditions.
 
