@@ -1,6 +1,10 @@
 """The one exception whose message is meant for a person: it names a file or a setting and says what to do."""
 
 import errno
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENOTDIR,
@@ -50,6 +54,26 @@ def told_to_users(error: Exception) -> object:
         return "a path begins with ~, and the home folder it means is not known; write the path out, or set HOME"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return _NO_MEMORY if isinstance(error, MemoryError) or out_of_memory else None
+
+
+@contextmanager
+def quiet_threads(debug: bool) -> Iterator[None]:
+    """A thread of a library that meets a full disk ends without a traceback: what it wrote for (TensorBoard's) meets that and says it.
+
+    Args:
+        debug: show it all the same.
+    """
+    before = threading.excepthook
+
+    def tell(fault: Any) -> None:
+        if debug or not isinstance(fault.exc_value, OSError) or told_to_users(fault.exc_value) is None:
+            before(fault)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def stopped_by(stop: KeyboardInterrupt) -> tuple[str, int]:

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fewstep.cli import quickstart as quickstarts
 from fewstep.cli.examples import EXAMPLES
 from fewstep.cli.main import app
 from fewstep.errors import RunInterrupted, Terminated, UserError
+from fewstep.models import sampling as commands_sample
 from fewstep.settings import TrainSettings
 from fewstep.training.run_folder import run_folder
 from tests.cli.test_main import Answer, fewstep
@@ -28,6 +30,32 @@ def commands() -> dict[str, list[str]]:
     group = typer.main.get_command(app)
     found = {name: [name] for name in group.commands if name != "prepare"}
     return found | {name: ["prepare", name] for name in group.commands["prepare"].commands}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shown"), [(OSError(errno.EFBIG, "File too large"), False), (ValueError("no"), True)]
+)
+def test_a_thread_on_a_full_disk_adds_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, is_shown: bool
+) -> None:
+    """TensorBoard's writer ends so, and says it again to whoever writes next."""
+
+    def fail() -> None:
+        raise error
+
+    def write(*_: object) -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        raise OSError(errno.EFBIG, "File too large", "run")
+
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    monkeypatch.setattr(commands_sample, "sample_pictures", write)
+    answer = fewstep("sample", "model")
+    assert answer.code == 2
+    assert "cannot read or write run: File too large" in answer.err
+    assert len(told) == is_shown
 
 
 def test_every_command_has_an_example() -> None:

@@ -74,6 +74,10 @@ def test_reads_safetensors_twins(tmp_path: Path, edm_folder: Path, names: tuple[
         lambda name: f"module.{name}",
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"ema_model.{name}",
+        lambda name: f"generator._fsdp_wrapped_module.{name}",
+        lambda name: name.replace("block0.", "block0._orig_mod.", 1),
     ],
 )
 def test_prefixes_and_constants_may_be_there_or_not(tmp_path: Path, rename: Any) -> None:
@@ -247,3 +251,27 @@ def test_refuses_damaged_safetensors(tmp_path: Path) -> None:
     for damaged in (content[: len(content) // 2], b"", b"PK\x03\x04" + content[4:], b"\xff" * 16):
         (tmp_path / "model.safetensors").write_bytes(damaged)
         refused(tmp_path, "cannot be read as safetensors", "download it again")
+
+
+def test_several_networks_or_another_role_are_not_taken_for_the_generator(tmp_path: Path) -> None:
+    state = {
+        "conv_in.weight": torch.ones(1),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.ones(1),
+    }
+    for prefix in ("", "unet.", "module.model."):
+        save_file({prefix + name: value for name, value in state.items()}, tmp_path / "one.safetensors")
+        assert list(read_dmd2(tmp_path / "one.safetensors").generator) == sorted(state)
+    both = {prefix + name: value.clone() for prefix in ("model.", "ema_model.") for name, value in state.items()}
+    save_file(both, tmp_path / "two.safetensors")
+    with pytest.raises(UserError, match=r"holds several networks \(ema_model\.\*, model\.\*\)"):
+        read_dmd2(tmp_path / "two.safetensors")
+    save_file({f"fake_unet.{name}": value for name, value in state.items()}, tmp_path / "fake.safetensors")
+    with pytest.raises(UserError, match="holds neither an EDM network"):
+        read_dmd2(tmp_path / "fake.safetensors")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.bf16.safetensors"])
+def test_a_networks_own_folder_in_its_other_files(tmp_path: Path, name: str) -> None:
+    state = {"conv_in.weight": torch.ones(1), "down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}
+    torch.save(state, tmp_path / name) if name.endswith(".bin") else save_file(state, tmp_path / name)
+    assert same(read_dmd2(tmp_path).generator, state)

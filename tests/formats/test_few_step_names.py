@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.formats.few_step_names import few_steps_named, method_named
+from fewstep.formats.few_step_names import few_steps_named, method_named, predicts_v_by_name
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,15 @@ def test_every_word_of_another_method_counts_where_steps_would_be_guessed() -> N
     assert [method_named(name) for name in ("Hyper-SDXL-4steps", "flash_sdxl", "dmd2_sdxl_4step", "4step_lora")] == [
         "hyper", "flash", "", "",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "is_said"),
+    [
+        ("noobaiXLNAIXL_vPred10Version.safetensors", True), ("NoobAI-XL-Vpred-1.0", True), ("fluffyrock-e92-vpred", True), ("sd2.1 v-prediction", True),
+        ("my_v_pred_model", True), ("MixVpred", True), ("v1-5-pruned", False), ("vprediktor", False), ("v2_predator", False), ("eps-pred-v2", False),
+        ("heav pred", False), ("V_predictor_art", False),
+    ],
+)  # fmt: skip
+def test_names_that_say_prediction_of_v(name: str, is_said: bool) -> None:
+    assert predicts_v_by_name(name) == is_said

@@ -15,6 +15,8 @@ from fewstep.formats.foreign_kinds import foreign_kind
         ("emb_params", "a textual inversion"), ("clip_g", "a textual inversion"), ("<cat>", "a textual inversion"), ("image_proj.proj.weight", "an IP-Adapter"),
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"), ("first_stage_model.decoder.conv_in.weight", "a VAE"),
         ("input_blocks.0.0.weight", "a U-Net in the keys of guided diffusion or LDM, without their prefix"), ("transformer_blocks.0.attn.to_q.weight", "a transformer"),
+        ("model_ema.diffusion_modelinput_blocks00weight", "a whole model whose network is there as an average alone (model_ema.*)"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", ""), ("cond_stage_model.transformer.encoder.layers.0.mlp.fc1.weight", ""),
         ("0.weight", ""), ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", ""), ("enc.8x8_block0.conv0.weight", ""),
     ],
 )  # fmt: skip

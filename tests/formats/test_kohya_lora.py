@@ -209,7 +209,9 @@ def processor(name: str, part: str) -> str:
     return f"{block}.processor.{layer}_lora.{part}.weight"
 
 
-@pytest.mark.parametrize("prefix", ["", "unet.", "base_model.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "unet.", "base_model.model.", "module.", "unet._orig_mod.", "_orig_mod.unet.base_model.model."]
+)
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -283,7 +285,7 @@ def conv_in(down: torch.Tensor, up: torch.Tensor, alpha: torch.Tensor | None = N
         ({"unet.conv_in.lora_magnitude_vector": torch.ones(1)}, "belong to no plain LoRA"),
         ({"conv_in.weight": torch.ones(1)}, "belong to no plain LoRA"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(1, 2)}, "no complete LoRA"),
-        ({}, "no complete LoRA"),
+        ({}, "is an empty LoRA: it has no layers"),
         (
             {"unet.conv_in.lora_A.weight": torch.ones(1, 2), "conv_in.lora_A.weight": torch.ones(1, 2)},
             "two keys for one",
@@ -353,3 +355,20 @@ def test_damaged_alpha_in_a_header(tmp_path: Path, value: str) -> None:
         read_lora(tmp_path / "lora.safetensors", MODULES)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_wrappers_in_the_middle_of_names(tmp_path: Path) -> None:
+    """Blocks that are compiled, sharded or recomputed one by one."""
+    lora, path = some_lora(3, 3.0), tmp_path / "lora.safetensors"
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        names = {name: name.removeprefix("network.").replace(".0.", f".0.{wrapper}", 1) for name in lora.state}
+        save_file({names[name]: value for name, value in lora.state.items()}, path)
+        assert_equal(read_lora(path, MODULES), lora)
+
+
+def test_two_spellings_in_one_file_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    write_kohya_lora(path, some_lora(), {})
+    save_file({**load_file(path), "unet.conv_in.lora_A.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match=r"mixes kohya's spelling \(lora_unet_\.\.\.\) and others in one file"):
+        read_lora(path, MODULES)

@@ -80,6 +80,22 @@ def test_reads_wrapped_state_dicts_and_only_wanted_tensors(tmp_path: Path) -> No
     assert list(read_torch_archive(tmp_path / "a.ckpt", lambda name: name == "b")) == ["b"]
 
 
+@pytest.mark.parametrize("name", ["model", "ema", "module", "state_dict"])
+def test_the_one_state_dict_beside_a_training_loops_state_is_read(tmp_path: Path, name: str) -> None:
+    """As timm and others save them."""
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": [{"lr": 1e-3}]}
+    torch.save({name: {"a": torch.ones(2)}, "optimizer": optimizer, "epoch": 3, "arch": "unet"}, tmp_path / "a.pth")
+    assert list(read_torch_archive(tmp_path / "a.pth")) == ["a"]
+    torch.save({name: {"a": torch.ones(2)}, "discriminator": {"b": torch.ones(2)}}, tmp_path / "a.pth")
+    assert list(read_torch_archive(tmp_path / "a.pth")) == ["a"]
+
+
+@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "ema")])
+def test_of_weights_and_their_average_none_is_guessed(tmp_path: Path, names: tuple[str, str]) -> None:
+    torch.save({name: {"a": torch.ones(2)} for name in names}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", f"it holds several state dicts ({names[0]!r}, {names[1]!r})")
+
+
 def test_unwanted_tensors_take_no_memory(tmp_path: Path) -> None:
     torch.save({"large": torch.zeros(5_000_000), "small": torch.ones(2)}, tmp_path / "a.bin")
     tracemalloc.start()

@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.families.registry import recognise
 from fewstep.formats.model_folder import ModelCard
 from fewstep.models.model import Model
+from fewstep.networks.adapters import LoraShape, SharedBase
 from tests.tiny_models import tiny_sd2_folder, tiny_sd3_folder, tiny_sd_folder, tiny_sdxl_folder
 
 FOLDERS = {"sd": tiny_sd_folder, "sd2": tiny_sd2_folder, "sdxl": tiny_sdxl_folder, "sd3": tiny_sd3_folder}
@@ -121,6 +122,26 @@ def test_a_generators_numbers_that_are_none(folder: Path, tmp_path: Path) -> Non
         UserError, match=re.escape(f"{path}: 1 of the ") + rf".* in {re.escape(name)} are infinite or NaN"
     ):
         fewstep.load_generator(tmp_path / "generator", device="cpu")
+
+
+def test_a_name_that_says_v_beside_a_scheduler_that_says_epsilon(tmp_path: Path, capsys: Any) -> None:
+    load(tiny_sd_folder(tmp_path / "my_vpred_model"))
+    words = " ".join(capsys.readouterr().err.split())
+    assert "predicts v by its name, its scheduler says epsilon (prediction_type)" in words
+    load(tiny_sd_folder(tmp_path / "right_vpred_model", prediction_type="v_prediction"))
+    assert "by its name" not in capsys.readouterr().err
+
+
+def test_a_generator_whose_base_is_gone(tmp_path: Path) -> None:
+    teacher = load(tiny_sd_folder(tmp_path / "base"))
+    adapter = SharedBase(teacher.denoiser, LoraShape(rank=2, alpha=2.0)).add_role("generator")
+    teacher.student(adapter, ModelCard("generator", (999,), base=str(tmp_path / "base"))).write(tmp_path / "lora")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"put it back, or write where it lies now as base into .*lora/fewstep\.json"):
+        fewstep.load_generator(tmp_path / "lora", device="cpu")
+    card = tmp_path / "lora/fewstep.json"
+    card.write_text(card.read_text().replace(str(tmp_path / "base"), str(tmp_path / "moved")))
+    fewstep.load_generator(tmp_path / "lora", device="cpu")
 
 
 def test_resolution_can_be_chosen(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fewstep.errors import UserError
 from fewstep.export.single_file import single_file_tensors
 from fewstep.families.registry import family_named
 from fewstep.families.stable_diffusion.schedule import discrete_alphas_cumprod
+from fewstep.preparation.conversion import recognise
 from fewstep.preparation.convert import convert_weights
 from fewstep.preparation.single_file import read_model_file, single_file_to_folder
 from tests.export.single_file_models import FOLDERS, load_generator
@@ -181,6 +182,34 @@ def test_contradictions_and_strange_predictions_are_refused(
     with pytest.raises(UserError, match=r"its tensor ztsnr says that the last noise level has no signal"):
         single_file_to_folder(path, folders["sd"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_name_that_says_v_where_nothing_else_does(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    for name, header in {"noobXL_vPred10.safetensors": None, "m.safetensors": {"modelspec.title": "My V-Pred"}}.items():
+        save_file(tensors["sd"], tmp_path / name, metadata=header)
+        with pytest.raises(
+            UserError, match=r"predicts v by its name .* \(epsilon\) says so: give a --base whose scheduler"
+        ):
+            single_file_to_folder(tmp_path / name, folders["sd"], tmp_path / "none")
+        save_file(tensors["sd"], tmp_path / name, metadata={**(header or {}), "modelspec.prediction_type": "epsilon"})
+        single_file_to_folder(tmp_path / name, folders["sd"], tmp_path / f"{name}.out")
+
+
+def test_what_training_put_around_a_file(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:
+    """Prefixes of every name, and averages beside the weights, which are left out as other programs leave them out."""
+    save_file(tensors["sd"], tmp_path / "plain.safetensors")
+    expected = weights_of(single_file_to_folder(tmp_path / "plain.safetensors", folders["sd"], tmp_path / "plain"))
+    for prefix in ("module.", "state_dict.", "module._orig_mod."):
+        path, notes = tmp_path / f"{prefix}safetensors", list[str]()
+        averages = {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(2), "model_ema.decay": torch.ones(1)}
+        save_file({prefix + name: value for name, value in {**tensors["sd"], **averages}.items()}, path)
+        assert recognise(path) == "single-file"
+        found = weights_of(single_file_to_folder(path, folders["sd"], tmp_path / f"{prefix}out", notes.append))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert notes == [
+            "the weights as they were trained, not their averages (model_ema.*), as other programs read such a file"
+        ]
 
 
 def test_a_schedule_of_the_files_own_is_refused(folders: dict[str, Path], tensors: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fewstep.cli.report import report
 from fewstep.cli.sample import sample
 from fewstep.cli.settings import settings
 from fewstep.cli.train import train
-from fewstep.errors import RunInterrupted, stopped_by, told_to_users
+from fewstep.errors import RunInterrupted, quiet_threads, stopped_by, told_to_users
 from fewstep.progress import be_quiet
 
 
@@ -77,7 +77,8 @@ def main() -> None:
     be_quiet("--quiet" in sys.argv[1:])
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]
     try:
-        app(prog_name="fewstep")
+        with quiet_threads(debug):
+            app(prog_name="fewstep")
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # of many processes, which are all told to stop, one speaks
             print(f"fewstep: {stop.message}", file=sys.stderr)

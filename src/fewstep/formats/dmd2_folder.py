@@ -16,14 +16,18 @@ from fewstep.errors import UserError
 from fewstep.formats.foreign_kinds import foreign_kind
 from fewstep.formats.model_folder import CARD
 from fewstep.formats.tensor_files import read_tensors, refuse_infinities
+from fewstep.formats.wrapped_names import bare_name, networks_in, prefix_of_one_network
 
 Layout = Literal["edm", "diffusers"]  # whose keys
 
-_COMPONENT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_COMPONENT_FILES = (
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors",
+    "diffusion_pytorch_model.bin",
+)  # fmt: skip
 _GENERATOR_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", *_COMPONENT_FILES)
 _GUIDANCE_FILES = ("model_1.safetensors", "pytorch_model_1.safetensors", "pytorch_model_1.bin")
 _FAKE, _HEAD, _REAL = "fake_unet.", "cls_pred_branch.", "real_unet."
-_WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel and compiled modules put before their names
+_FIRST = {"map_layer0.weight": "edm", "conv_in.weight": "diffusers"}  # tensors by which a network's prefix is known
 
 # Constants that training scripts keep as buffers beside the networks, and frozen models they carry along.
 _CONSTANTS = frozenset(
@@ -113,6 +117,9 @@ def fit_discriminator(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 def _read_generator(path: Path) -> tuple[Layout, dict[str, Tensor]]:
     tensors = _unwrapped(read_tensors(path))
+    for first in _FIRST:
+        if prefix := prefix_of_one_network((name for name in tensors if name not in _CONSTANTS), first):
+            tensors = _renamed(tensors, lambda name, prefix=prefix: name.removeprefix(prefix))  # type: ignore[misc]
     layout = _layout(tensors, path)
     generator = _network(tensors, layout)
     refuse_infinities(generator, str(path))
@@ -121,7 +128,7 @@ def _read_generator(path: Path) -> tuple[Layout, dict[str, Tensor]]:
 
 def _read_guidance(path: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(fake score, discriminator) of the second file."""
-    tensors = _unwrapped(read_tensors(path, lambda name: not _plain(name).startswith(_FROZEN)))
+    tensors = _unwrapped(read_tensors(path, lambda name: not bare_name(name).startswith(_FROZEN)))
     fake, head = _below(tensors, _FAKE), _below(tensors, _HEAD)
     strange = [name for name in tensors if not name.startswith((_FAKE, _HEAD)) and name not in _CONSTANTS]
     if strange or not fake:
@@ -149,6 +156,9 @@ def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
         return "edm"
     if "conv_in.weight" in tensors and any(name.startswith("down_blocks.") for name in tensors):
         return "diffusers"
+    if len(several := networks_in(tensors, "conv_in.weight")) > 1 and not foreign_kind(tensors):
+        shown = ", ".join(f"{name[:60]}*" for name in several[:3])
+        raise UserError(f"{path} holds several networks ({shown}): save the one that you mean in a file of its own")
     kind = foreign_kind(tensors)
     raise UserError(
         f"{path} {f'is {kind} by its keys: it ' if kind else ''}holds neither an EDM network (map_layer0.weight, enc.*, dec.*) nor a diffusers U-Net "
@@ -156,15 +166,8 @@ def _layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     )
 
 
-def _plain(name: str) -> str:
-    """A name without what wraps its module."""
-    for prefix in _WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name
-
-
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _renamed(tensors, _plain)
+    return _renamed(tensors, bare_name)
 
 
 def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a name says of few steps: whose method a file or folder is of, where it is known by nothing else."""
+"""What a name says of a model where it is known by nothing else: few steps and whose method they are of, prediction of v."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,7 @@ OTHER_METHODS = frozenset(
 _AMBIGUOUS = frozenset({"hyper", "flash"})
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # realvisxlV40_v40LightningBakedvae
 _FEW_STEPS = re.compile(r"(?<![a-z\d.])[1-8][-_ ]?steps?(?![a-z]|[-_ ]?\d)")
+_V_PREDICTION = re.compile(r"((?<![A-Za-z])[vV]|(?<=[a-z])V)[-_ ]?[pP](red|RED)(iction|ICTION)?(?![a-z])")
 _TITLES = ("modelspec.title", "ss_output_name")
 
 
@@ -38,6 +39,11 @@ def few_steps_named(name: str, models: Iterable[str]) -> str:
         return next(method for method in _AMBIGUOUS if method in found[0])
     steps = _FEW_STEPS.search(name.lower())
     return steps[0] if steps else ""
+
+
+def predicts_v_by_name(name: str) -> bool:
+    """Whether the name of a model says that it predicts v, as in `noobaiXL_vPred10` or `fluffyrock-e92-vpred`."""
+    return _V_PREDICTION.search(name) is not None
 
 
 def titles(metadata: Mapping[str, str]) -> list[str]:

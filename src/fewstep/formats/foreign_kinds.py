@@ -16,10 +16,11 @@ _KINDS = {
     r"^emb_params$|string_to_param|^clip_[lg]$|^<[^>]*>$": "a textual inversion",
     r"^(image_proj|ip_adapter)\.|\.to_[kv]_ip\.": "an IP-Adapter",
     r"^control(net|_model)[_.]|\.controlnet_": "a ControlNet",
+    r"^model_ema\.": "a whole model whose network is there as an average alone (model_ema.*)",
     r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)": "a VAE",
     r"^text_model\.|^transformer\.resblocks\.": "a text encoder",
     r"^(time_embed|input_blocks|middle_block|output_blocks)\.": "a U-Net in the keys of guided diffusion or LDM, without their prefix",
-    r"(^|\.)(transformer_blocks|single_transformer_blocks|joint_blocks|double_blocks|layers|noise_refiner)\.\d": "a transformer",
+    r"(?<!attentions\.\d)(?<!encoder)(^|\.)(transformer_blocks|single_transformer_blocks|joint_blocks|double_blocks|layers|noise_refiner)\.\d": "a transformer",
 }  # fmt: skip
 _MANY = 10_000  # names that are looked at
 

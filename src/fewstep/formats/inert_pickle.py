@@ -125,7 +125,12 @@ class InertMachine:
     Args:
         allowed: names of the globals the file may mention; they stay names.
         budget: steps that reading may take.
+
+    Attributes:
+        other_keys: kinds that a dictionary's keys may be of besides text.
     """
+
+    other_keys: tuple[type, ...] = ()
 
     def __init__(self, allowed: frozenset[str], budget: Budget) -> None:
         self._allowed = allowed
@@ -180,10 +185,10 @@ class InertMachine:
                 expect(list, self._stack[-1]).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                expect(dict, stack[-1])[expect(str, key)] = value
+                expect(dict, stack[-1])[self._key(key)] = value
             case "SETITEMS":
                 items = self._pop_mark()
-                keys = [expect(str, key) for key in items[::2]]
+                keys = [self._key(key) for key in items[::2]]
                 expect(dict, self._stack[-1]).update(zip(keys, items[1::2], strict=True))
             case "ADDITEMS":
                 items = self._pop_mark()
@@ -196,6 +201,9 @@ class InertMachine:
                 stack.append(self._memo[arg])
             case _:
                 self._step_inert(name, arg)
+
+    def _key(self, key: object) -> object:
+        return key if type(key) in self.other_keys else expect(str, key)
 
     def _step_inert(self, name: str, arg: object) -> None:
         """The opcodes that import, call and set state in a real unpickler."""

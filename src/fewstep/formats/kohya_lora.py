@@ -20,6 +20,8 @@ from fewstep.formats.lora_spellings import (
     LayerAliases,
     dotted_part,
     is_kohya,
+    is_lora_key,
+    is_mixed,
     kohya_part,
     layer_table,
     modern_spelling,
@@ -135,7 +137,7 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
     """
     path = Path(path).expanduser()
     tensors, header = read_safetensors(path) if is_safetensors(path) else (read_tensors(path), {})
-    kohya = is_kohya(tensors)
+    kohya = _is_kohya(path, tensors)
     table = layer_table(modules, aliases, "_" if kohya else ".")
     spelled = {key: [(key, value)] for key, value in tensors.items()} if kohya else modern_spelling(tensors)
     layers: dict[tuple[str, ...], dict[str, Tensor]] = {}
@@ -170,6 +172,16 @@ def read_lora(path: str | Path, modules: Iterable[str], aliases: LayerAliases = 
         return _uniform(single, scale)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _is_kohya(path: Path, keys: Iterable[str]) -> bool:
+    """Whether a LoRA is in kohya's spelling; raises UserError for one in several."""
+    known = [key for key in keys if is_lora_key(key)]
+    if not is_kohya(known):
+        return False
+    if is_mixed(known):
+        raise UserError(f"{path} mixes kohya's spelling (lora_unet_...) and others in one file; save it in one of them")
+    return True
 
 
 def _taken_apart(layers: Mapping[tuple[str, ...], dict[str, Tensor]], path: Path) -> dict[str, dict[str, Tensor]]:

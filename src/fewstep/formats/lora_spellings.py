@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from fewstep.formats.wrapped_names import bare_name
+
 KOHYA = "lora_unet_"
 NETWORK = "network."  # where a Denoiser keeps its diffusers network
 # from the names of a network's modules to {another name of a layer: its name, or those it stands for, row after row}
@@ -41,6 +43,11 @@ def is_kohya(keys: Iterable[str]) -> bool:
     return any(key.startswith("lora_") for key in keys)
 
 
+def is_mixed(keys: Iterable[str]) -> bool:
+    """Whether some layers' names are written with underscores and some with dots."""
+    return len({key.startswith("lora_") for key in keys}) > 1
+
+
 def modern_spelling(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor]]]:
     """{key as PEFT spells it: [(the key of the file, its tensor)]}; two entries where the file has one matrix twice."""
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
@@ -50,9 +57,7 @@ def modern_spelling(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[str, 
         (name,) = convert_unet_state_dict_to_peft({key: value})
         if "lora_linear_layer" in name:
             (name,) = convert_state_dict_to_peft({name: value})
-        name = _ADAPTER_NAME.sub(r".lora_\1.weight", name)
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
+        name = bare_name(_ADAPTER_NAME.sub(r".lora_\1.weight", name), _PREFIXES)
         renamed.setdefault(name, []).append((key, value))
     return renamed
 

@@ -22,6 +22,7 @@ from fewstep.formats.stated_facts import (
 )
 from fewstep.formats.tensor_files import is_safetensors, read_safetensors
 from fewstep.formats.torch_archive import read_torch_archive
+from fewstep.formats.wrapped_names import bare_name
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Older merges leave this out of CLIP's keys
@@ -36,6 +37,7 @@ _OTHERS = {
 }
 
 
+_AVERAGES = "model_ema."
 _EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.")
 # What training leaves in a file beside the model: schedules, averages and losses, which no component has
 _LEFT_BEHIND = re.compile(
@@ -101,6 +103,7 @@ class SingleFile:
         scale_factor: what latents were multiplied by in training, where the file has it.
         skipped_layers: last layers of the text encoder that the header says are not used.
         metadata: the file's header entries.
+        has_averages: whether averaged weights of the network lie beside those that are read.
     """
 
     path: Path
@@ -112,6 +115,7 @@ class SingleFile:
     scale_factor: float | None = None
     skipped_layers: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
+    has_averages: bool = False
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -155,7 +159,12 @@ def read_single_file(
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give a single-file checkpoint (.safetensors)")
     pickled = path.suffix.lower() in _PICKLES and not is_safetensors(path)
-    tensors, metadata = _read_pickle(path) if pickled else read_safetensors(path)
+    stored, metadata = _read_pickle(path) if pickled else read_safetensors(path)
+    tensors = {bare_name(key): value for key, value in stored.items()}
+    if len(tensors) != len(stored):
+        raise UserError(
+            f"{path}: two of its tensors have one name, with and without what a training loop put before it"
+        )
     layout = _layout(list(tensors), path, layouts, unread)
     prefixes = layout.prefixes
     parts: dict[str, dict[str, Tensor]] = {component: {} for component in prefixes}
@@ -173,6 +182,7 @@ def read_single_file(
         path, layout, {component: part for component, part in parts.items() if part},
         stated_prediction(path, others, metadata, config), ZERO_SNR_MARKER in others, stated_alphas(path, others, config),
         stated_scale(path, others, config), skipped_layers(path, metadata) if layout.may_skip_layers else 0, metadata,
+        any(key.startswith(_AVERAGES) for key in others),
     )  # fmt: skip
 
 

@@ -1,12 +1,16 @@
 """The pickle inside torch.save's files: a state dict described as records, with no call but the few it consists of."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 from fewstep.formats.inert_pickle import Budget, InertMachine, PersistentId, expect, type_name
 from fewstep.formats.pickled_tensors import STORAGE_DTYPES, PickledStorage, PickledTensor, checked_tensor
 
 MAX_NAME = 512
 _KIND = "state dict"
+# entries beside the network that makes pictures, which may be state dicts too
+_OTHER_ROLE = re.compile(r"optim|sched|scaler|fake|real|teacher|critic|guidance|discriminator|loss", re.IGNORECASE)
 _PARAMETER = "torch.nn.parameter.Parameter"  # torch before 0.4 saved parameters as themselves
 _CALLS = frozenset(
     {
@@ -24,6 +28,8 @@ class StateDictMachine(InertMachine):
     Args:
         storage: the elements that a persistent id stands for.
     """
+
+    other_keys = (int,)  # of an optimiser's state
 
     def __init__(self, storage: Callable[[object], PickledStorage]) -> None:
         super().__init__(_CALLS | frozenset(STORAGE_DTYPES), Budget(_MAX_STEPS, _KIND))
@@ -57,13 +63,36 @@ def _pair(value: object) -> tuple[object, object]:
     return key, item
 
 
+def _only_state_dict(content: dict[Any, Any]) -> object:
+    """The one state dict that a training framework wrapped, with counters or the optimiser's state beside it.
+
+    Raises:
+        ValueError: there are several, such as an average beside the weights.
+    """
+    found = [
+        name
+        for name, value in content.items()
+        if isinstance(value, dict)
+        and value
+        and all(isinstance(part, PickledTensor) for part in value.values())
+        and not _OTHER_ROLE.search(str(name))
+    ]
+    if len(found) > 1:
+        shown = ", ".join(repr(str(name)[:60]) for name in found[:4])
+        raise ValueError(f"it holds several state dicts ({shown}): save the one that you mean in a file of its own")
+    if len(found) == 1 and not any(isinstance(value, PickledTensor) for value in content.values()):
+        return content[found[0]]
+    return content.get("state_dict", content)
+
+
 def state_dict_records(content: object) -> dict[str, PickledTensor]:
     """The tensors of an unpickled state dict, or of one under `state_dict`; raises ValueError for anything else."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # a training framework's wrapping
+    if isinstance(content, dict) and any(isinstance(value, dict) for value in content.values()):
+        content = _only_state_dict(content)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type_name(type(content))}, not a state dict")
     for name, value in content.items():
+        expect(str, name)
         if not isinstance(value, PickledTensor):
             raise ValueError(f"its entry {name[:MAX_NAME]!r} is a {type_name(type(value))}, not a tensor")
         if len(name) > MAX_NAME:

@@ -15,9 +15,10 @@ from fewstep.families.diffusers_folder import resolve_model_folder
 from fewstep.families.family import Family
 from fewstep.families.registry import build_denoiser, build_on_meta, component_of, family_of, recognise
 from fewstep.formats.compare import state_difference
+from fewstep.formats.few_step_names import predicts_v_by_name
 from fewstep.formats.lora_list import LoraFile
-from fewstep.formats.model_folder import ModelCard
-from fewstep.formats.source import Source
+from fewstep.formats.model_folder import CARD, ModelCard
+from fewstep.formats.source import Source, cached_id
 from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.text_generator_folder import is_generator_folder, read_generator_folder
 from fewstep.models.model import Model, build_model
@@ -84,6 +85,7 @@ class FoundTeacher:
         """The model around its network, which has its weights and LoRAs."""
         card = self.family.read_card(self.folder)
         _warn_of_other_predictions(denoiser, self.loras)
+        _warn_of_its_name(denoiser, self.folder)
         card = replace(card, base_loras=tuple(map(str, self.loras)))
         folder = self.folder if self.family.takes == "prompts" else None
         return build_model(denoiser.eval(), card, folder, self.base)
@@ -167,7 +169,10 @@ def _load_on_base(folder: Path, base: str) -> Model:
     try:
         components = resolve_model_folder(source)
     except UserError as error:
-        raise UserError(f"{folder} reads its text encoders and VAE from {source}: {error}") from error
+        words = f"{folder} reads its text encoders and VAE from {source}: {error}"
+        if not base and not Source.parse(source).hub_id:
+            words += f"; put it back, or write where it lies now as base into {folder / CARD}"
+        raise UserError(words) from error
     if whole:  # its scheduler knows the generator's steps only; the description has the teacher's
         denoiser = _described_network(description, weights, folder)
     else:
@@ -230,6 +235,16 @@ def _warn_of_other_predictions(denoiser: Denoiser, loras: Sequence[LoraFile]) ->
             tell(
                 f"warning: LoRA {lora.path} was made on a model of {told}: look at the teacher's pictures before you distil it"
             )
+
+
+def _warn_of_its_name(denoiser: Denoiser, folder: Path) -> None:
+    """Say that a teacher predicts v by its name and epsilon by its scheduler."""
+    named = next((name for name in (folder.name, cached_id(folder)) if predicts_v_by_name(name)), "")
+    if named and getattr(denoiser, "prediction", "") == "epsilon":
+        tell(
+            f"warning: {folder} predicts v by its name, its scheduler says epsilon (prediction_type): look at the teacher's pictures "
+            "before you distil it"
+        )
 
 
 def _base_loras(folder: Path, card: ModelCard) -> list[LoraFile]:

@@ -29,6 +29,7 @@ from fewstep.formats.roles_folder import write_with_roles
 from fewstep.formats.source import Source, cached_id
 from fewstep.formats.stated_facts import contradiction
 from fewstep.formats.tensor_files import common_half_precision, header_of, tensor_names
+from fewstep.formats.wrapped_names import bare_name
 from fewstep.models.load import load_teacher, need_text_libraries
 from fewstep.networks.discriminator import build_head
 from fewstep.networks.fitting import fit_network
@@ -72,7 +73,7 @@ def recognise(source: Path) -> Kind:
     if source.suffix.lower() == ".ckpt":
         return "single-file"
     names = tensor_names(source)
-    if any(name.startswith(LDM_UNET) for name in names):
+    if any(bare_name(name).startswith(LDM_UNET) for name in names):
         return "single-file"
     return "lora" if any(map(is_lora_key, names)) else "dmd2"
 

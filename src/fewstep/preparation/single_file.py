@@ -16,6 +16,7 @@ from fewstep.errors import UserError, first_line
 from fewstep.families.registry import family_named, recognise, single_file_layouts, unread_files
 from fewstep.formats.atomic import written_aside
 from fewstep.formats.diffusers_index import read_json, read_model_index
+from fewstep.formats.few_step_names import predicts_v_by_name, titles
 from fewstep.formats.hub_faults import hub_reason
 from fewstep.formats.model_links import refuse_foreign_links
 from fewstep.formats.single_file import SingleFile, read_single_file
@@ -93,6 +94,8 @@ def single_file_to_folder(
             shutil.copyfile(base / name / "config.json", aside / name / "config.json")
             shutil.copyfile(source, aside / name / _weights_name(name))
         (aside / "model_index.json").write_text(json.dumps(_own_index(index), indent=1), encoding="utf-8")
+    if single.has_averages:
+        note("the weights as they were trained, not their averages (model_ema.*), as other programs read such a file")
     if borrowed:
         note(f"{' and '.join(borrowed)} of {config_folder}, because {single.path.name} has none")
     return out
@@ -136,8 +139,20 @@ def _without_last_layers(single: SingleFile, configs: dict[str, dict[str, Any]])
     return replace(single, parts={**single.parts, "text_encoder": kept})
 
 
+def _refuse_other_prediction(single: SingleFile, scheduler: dict[str, Any], base: Path) -> None:
+    """Raise UserError for a file that predicts v by its names where neither it nor the base's scheduler says so."""
+    said = scheduler.get("prediction_type", "epsilon")
+    named = next((name for name in (single.path.name, *titles(single.metadata)) if predicts_v_by_name(name)), "")
+    if named and said != "v_prediction" and not single.prediction_type:
+        raise UserError(
+            f"{single.path} predicts v by its name ({named[:100]!r}), and nothing in it nor in {base / 'scheduler/scheduler_config.json'} "
+            f"({said}) says so: give a --base whose scheduler has prediction_type=v_prediction, or rename it if its name is wrong"
+        )
+
+
 def _check_schedule(single: SingleFile, scheduler: dict[str, Any], base: Path) -> None:
-    """Refuse a file whose own noise schedule is another than its folder's scheduler will say."""
+    """Refuse a file whose own prediction or noise schedule is another than its folder's scheduler will say."""
+    _refuse_other_prediction(single, scheduler, base)
     try:
         expected = single.layout.alphas_cumprod(scheduler)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
