@@ -4,7 +4,8 @@
 
 `WORK/questions.json` has settings of runs by name. Each process writes `WORK/started-RANK.json`: by name the peaks of live tensor bytes
 while the teacher was read and while the other networks were built, the bytes of its parts and of the largest tensor, and how what came of
-it differs from the networks that are made of a teacher that is read whole; the same figures of that way stand under "whole".
+it differs from the networks that are made of a teacher that is read whole; the same figures of that way stand under "whole". Or why it was
+refused.
 """
 
 import json
@@ -23,6 +24,7 @@ from fewstep.devices import choose_precision
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.distillation.roles import Roles
 from fewstep.distillation.sharding import as_placed, is_sharded, local, spread_of, spread_teacher
+from fewstep.errors import UserError
 from fewstep.models.load import load_teacher
 from fewstep.models.model import Model
 from fewstep.parallel import joined, rank
@@ -138,12 +140,19 @@ def answer(settings: TrainSettings) -> dict[str, Any]:
     return found
 
 
+def answered(settings: TrainSettings) -> dict[str, Any]:
+    try:
+        return answer(settings)
+    except UserError as error:
+        return {"refused": str(error)}
+
+
 def main(work: Path) -> None:
     torch.set_num_threads(1)
     questions = json.loads((work / "questions.json").read_text(encoding="utf-8"))
     choose_precision("bf16", torch.device("cpu"))  # measures once
     with joined("cpu"):
-        found = {name: answer(parse_settings(TrainSettings, values, name)) for name, values in questions.items()}
+        found = {name: answered(parse_settings(TrainSettings, values, name)) for name, values in questions.items()}
         (work / f"started-{rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

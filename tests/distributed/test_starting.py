@@ -14,6 +14,7 @@ from fewstep.families.edm.denoiser import EDMDenoiser
 from fewstep.families.edm.family import EDMFamily
 from fewstep.families.edm.pickle import write_edm_file
 from fewstep.families.edm.unet import EDMUNetConfig
+from fewstep.formats.model_folder import WEIGHTS as MODEL
 from fewstep.formats.model_folder import ModelCard, write_model_folder
 from fewstep.models.load import load_teacher
 from fewstep.training.checkpoint import list_checkpoints, read_checkpoint
@@ -62,6 +63,15 @@ def edm_folder(path: Path) -> Path:
     return path
 
 
+def spoilt(folder: Path, path: Path) -> Path:
+    """A teacher with an infinite number in the rows of the last process."""
+    shutil.copytree(folder, path)
+    weights = load_file(path / MODEL)
+    weights["model.dec.16x16_block0.affine.weight"][-1] = float("inf")
+    save_file(weights, path / MODEL)
+    return path
+
+
 def teachers(work: Path) -> dict[str, Path]:
     """A teacher of each family, in files of several kinds."""
     found = {name: make(work / name) for name, (make, _) in FAMILIES.items()}
@@ -106,6 +116,7 @@ def questions(work: Path) -> dict[str, dict[str, Any]]:
     named = {name: settings(folder) for name, folder in {**found, "edm": edm, "pickle": pickle}.items()}
     adapters = {"mode": "lora_generator", "lora": [2, 2.0]}
     return named | {
+        "not finite": settings(spoilt(edm, work / "spoilt")),
         "going on": settings(edm, generator=earlier),
         "merged": settings(found["sd"], (f"{lora}:0.7", f"{lora}:-0.2")),
         "lora generator": settings(found["qwen-image"], memory=adapters),
@@ -128,6 +139,9 @@ def test_each_process_reads_its_rows(tmp_path: Path) -> None:
     for number in range(2):
         started = json.loads((tmp_path / f"started-{number}.json").read_text(encoding="utf-8"))
         assert started.keys() == asked.keys()
+        refused = started.pop("not finite")["refused"]
+        assert refused.startswith(f"{tmp_path / 'spoilt' / MODEL}: ")
+        assert "numbers in model.dec.16x16_block0.affine.weight are infinite or NaN" in refused
         for name, found in started.items():
             assert found["differs"] == [], name
             bound = found["teacher"] + 1.1 * found["largest"] + SMALL
