@@ -126,7 +126,7 @@ def test_dry_run_of_every_recipe(empty_place: Path, rehearsed: list[TrainSetting
         or "emoji" in name
     )
     is_known = bool(settings.teacher.network) or settings.teacher.path.startswith("bundled:")
-    every_mode = is_text and settings.losses.distribution_matching_weight > 0
+    every_mode = is_known and is_text and settings.losses.distribution_matching_weight > 0
     assert ("memory: unknown" in answer.out) == (not is_known)
     size = settings.training.batch_size
     own = settings.training.microbatch_size or size
