@@ -286,6 +286,22 @@ def test_fine_tunes_of_few_steps_are_no_teachers(
     assert family.read_card(models / name).can_be_guided
 
 
+@pytest.mark.parametrize(
+    ("name", "pipeline"),
+    [("sd", "LatentConsistencyModelPipeline"), ("sdxl", "StableDiffusionXLInstructPix2PixPipeline")],
+)
+def test_pipelines_that_sample_in_another_way_are_refused(
+    models: Path, tmp_path: Path, name: str, pipeline: str
+) -> None:
+    folder = shutil.copytree(models / name, tmp_path / "mine")
+    changed(folder, "model_index.json", _class_name=pipeline)
+    for read in (recognise(folder).load, recognise(folder).describe_folder):
+        with pytest.raises(
+            UserError, match=rf"model_index\.json names {pipeline}, which makes pictures in another way"
+        ):
+            read(folder)
+
+
 @pytest.mark.slow
 def test_a_variant_alone_is_read(models: Path, tmp_path: Path) -> None:
     """What `variant="fp16"` leaves on the disk: *.fp16.safetensors only."""

@@ -26,6 +26,7 @@ from fewstep.formats.diffusers_index import (
     vae_factor,
 )
 from fewstep.formats.few_step_names import few_steps_named
+from fewstep.formats.json_files import read_json_object
 from fewstep.formats.model_folder import ModelCard
 from fewstep.formats.stored_tensors import StoredTensors
 from fewstep.networks.text_layout import TextLayout
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from fewstep.networks.text_encoders import TextEmbeddings, TextEncoders
 
 _RELEASED_FACTOR = 8
-# and of picture prompts, which are not given here
+# parts of a safety checker, and of picture prompts, which are not given here
 _OF_A_CHECKER = ("safety_checker", "feature_extractor", "image_encoder")
 _OF_TRAINING = ("sample_size", "dropout")  # what a trained network computes does not depend on them
 _VAE_ARITHMETIC: dict[str, Any] = {"latents_mean": None, "latents_std": None, "shift_factor": 0.0}  # and their defaults
@@ -65,6 +66,7 @@ class DiffusersFamily(Family):
         vae_read: keys of the VAE's config, beyond its architecture, that are honoured.
         guidance_off: arguments of its pipeline's call that switch guidance off.
         distilled_releases: {name of a few-step release, in small letters with dashes: the model it was made from}.
+        other_pipelines: those whose networks may have the layers of this family's, and which make pictures in another way.
     """
 
     description_name: str
@@ -75,6 +77,7 @@ class DiffusersFamily(Family):
     vae_keys: KnownKeys = _VAE_KEYS
     guidance_off: Mapping[str, float] = {"guidance_scale": 1}
     distilled_releases: Mapping[str, str] = {}
+    other_pipelines: frozenset[str] = frozenset()
     takes = "prompts"
     sampler_name = "DDIM"
     pair_sampler = "Euler, trailing"
@@ -261,6 +264,10 @@ class DiffusersFamily(Family):
     def _scheduler(self, folder: Path) -> dict[str, Any]:
         """The scheduler's config without private entries, understood whole."""
         config, index = read_scheduler(folder), read_model_index(folder)
+        if (pipeline := read_json_object(folder / INDEX).get("_class_name")) in self.other_pipelines:
+            raise UserError(
+                f"{folder}: {INDEX} names {pipeline}, which makes pictures in another way than {self.title} does here: it is no teacher"
+            )
         known = {self.component, "vae", "scheduler", *self.text_layout.components, *_OF_A_CHECKER}
         if other := sorted(index.keys() - known):
             raise UserError(

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 _TOKENS = 77  # of CLIP
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# asked in few steps, with a picture, or with another encoder's texts
+_OTHER_PIPELINES = frozenset({
+    "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline", "KolorsPipeline", "KolorsImg2ImgPipeline",
+})  # fmt: skip
 
 
 class StableDiffusion(DiffusersFamily):
@@ -44,6 +49,7 @@ class StableDiffusion(DiffusersFamily):
     kohya_names = "diffusers"
     comfyui_lora = "kohya-lora"
     distilled_releases = DISTILLED_RELEASES
+    other_pipelines = _OTHER_PIPELINES
     single_file = LAYOUT
     unread_files = UNREAD_FILES
     file_words: tuple[str, ...] = ("sd",)
