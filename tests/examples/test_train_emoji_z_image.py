@@ -10,6 +10,7 @@ from diffusers import ZImagePipeline
 from torch import nn
 
 import fewstep
+from tests.cli.test_main import fewstep as run
 from tests.examples.test_train_emoji_teacher import write_emoji
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -55,3 +56,17 @@ def test_training_conditions_as_the_teacher_samples(folder: Path) -> None:
         x0 = teacher.denoiser.denoise(noisy, level, condition)
     torch.testing.assert_close(noisy - level.view(-1, 1, 1, 1) * found, x0, rtol=1e-4, atol=1e-4)
     assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_its_recipe_makes_a_student_that_the_pipeline_draws(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("red disc, as\nblue bar, bs\n", encoding="utf-8")
+    answer = run(
+        "train", Path(__file__).parents[2] / "recipes/emoji_z_image_dmd2_4step_lora.toml", f"teacher.path={folder}",
+        f"data.prompts={tmp_path / 'prompts.txt'}", "best.files=[]", "training.num_steps=2", "training.batch_size=2",
+        "run.sample_images=2", "compute.device=cpu", f"run.folder={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert run("export", tmp_path / "run", tmp_path / "out").code == 0
+    pipe: Any = fewstep.load_pipeline(tmp_path / "out")
+    pictures = pipe("red disc, as", num_inference_steps=4, output_type="np").images
+    assert pictures.shape == (1, 64, 64, 3)
