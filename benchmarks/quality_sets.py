@@ -30,6 +30,7 @@ _ONE_STEP = {
     "generator.training_inputs": "simulated",
     "optimizer.lr": [4e-4, 1e-3],
 }  # the quick start's rates until it had two
+_REVERSE_KL = {"losses.divergence": "reverse_kl"}  # DMD2 as published; others need a GAN that sees all levels of the scores
 VARIANTS: dict[str, dict[str, Any]] = {
     "shipped": {},
     "one-step-999": {"generator.step_indices": [999], **_ONE_STEP},
@@ -40,12 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr-5e-5-1e-3": {"optimizer.lr": [5e-5, 1e-3]},
     "every-1": {"training.generator_every": 1},
     "every-5": {"training.generator_every": 5},
-    "no-gan": {"losses.gan_weights": [0.0, 0.0]},
+    "no-gan": {"losses.gan_weights": [0.0, 0.0], **_REVERSE_KL},
     "more-gan": {"losses.gan_weights": [3e-2, 1e-1]},
-    "gan-alone": {"losses.distribution_matching_weight": 0.0},
+    "gan-alone": {"losses.distribution_matching_weight": 0.0, **_REVERSE_KL},
+    "reverse-kl": _REVERSE_KL,
     "forward-kl": {"losses.divergence": "forward_kl"},
+    "jeffreys": {"losses.divergence": "jeffreys"},
     "jensen-shannon": {"losses.divergence": "jensen_shannon"},
-    "gan-on-clean": {"losses.gan_levels": 300},
+    "gan-on-clean": {"losses.gan_levels": 300, **_REVERSE_KL},
     "gan-shared": {"losses.gan_levels": "shared"},
     "taps-2": {"losses.gan_weights": [1e-2, 3e-2], "losses.gan_taps": [0.25, 0.5]},
     "taps-3": {"losses.gan_weights": [1e-2, 3e-2], "losses.gan_taps": [0.5, 0.75, 1.0]},
