@@ -30,7 +30,9 @@ _ONE_STEP = {
     "generator.training_inputs": "simulated",
     "optimizer.lr": [4e-4, 1e-3],
 }  # the quick start's rates until it had two
-_REVERSE_KL = {"losses.divergence": "reverse_kl"}  # DMD2 as published; others need a GAN that sees all levels of the scores
+_REVERSE_KL = {
+    "losses.divergence": "reverse_kl"
+}  # DMD2 as published; others need a GAN that sees all levels of the scores
 VARIANTS: dict[str, dict[str, Any]] = {
     "shipped": {},
     "one-step-999": {"generator.step_indices": [999], **_ONE_STEP},
