@@ -192,7 +192,8 @@ def refuse_infinities(tensors: Mapping[str, Tensor], where: str) -> None:
             count = int((~torch.isfinite(value)).sum())
             raise UserError(
                 f"{where}: {count} of the {value.numel()} numbers in {name} are infinite or NaN, as half precision "
-                "makes them when it overflows; save the weights again in float32 or bfloat16"
+                "makes them when it overflows and a training that diverged; save the weights again in float32 or bfloat16, or take an "
+                "earlier checkpoint's"
             )
 
 
