@@ -86,8 +86,13 @@ def test_of_a_teachers_run_the_teacher_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_as_a_user_continues_it(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_run_as_a_user_continues_it(
+    teacher_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data are looked through once, however often they are compared."""
     import shutil
+
+    from fewstep.training import run_folder
 
     from fewstep.training.run import train
     from tests.training.helpers import tiny_train_settings
@@ -97,7 +102,10 @@ def test_a_run_as_a_user_continues_it(teacher_folder: Path, pictures: Path, tmp_
     train(settings)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = tiny_train_settings(teacher_folder, tmp_path / "there", tmp_path / "run", training={"num_steps": 4})
+    looked: list[dict[str, object]] = []
+    monkeypatch.setattr(run_folder, "read_contents", lambda values: looked.append(values) or read_contents(values))
     assert sum("fake_score_loss" in row for row in train(moved).metrics) == 4
+    assert len(looked) == 1
     next((tmp_path / "there").rglob("*.png")).unlink()
     with pytest.raises(UserError, match=r"\(24 then, 23 now; .* repeat with --data-changed"):
         train(moved)

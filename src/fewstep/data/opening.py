@@ -11,7 +11,7 @@ from typing import IO, Any
 from PIL import Image, UnidentifiedImageError
 
 from fewstep.data.colour import read_code_points
-from fewstep.errors import UserError
+from fewstep.errors import UserError, first_line
 
 _KINDS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "TGA", "PPM", "ICO")
 BITS = 258  # a tag of TIFF
@@ -38,10 +38,8 @@ def decoding(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"picture {name} is missing: there is no such file; replace or remove it") from None
     except Exception as error:  # of AVIF a RuntimeError, of others struct.error, EOFError and more
-        words = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
-        raise UserError(
-            f"picture {name} does not decode ({words.splitlines()[0][:300]}); replace or remove it"
-        ) from None
+        words = (error.strerror if isinstance(error, OSError) else "") or first_line(error)
+        raise UserError(f"picture {name} does not decode ({words}); replace or remove it") from None
 
 
 @contextmanager

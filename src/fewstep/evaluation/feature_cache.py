@@ -73,11 +73,7 @@ def network_digest(network: FeatureNetwork) -> str:
 
 def weights_digest(network: FeatureNetwork) -> str:
     """SHA-256 of a feature network's weights alone, wherever it lies and whatever it is called; "" for one that has none."""
-    if not isinstance(network, nn.Module):
-        return ""
-    digest = hashlib.sha256()
-    add_tensors(digest, network.state_dict())
-    return digest.hexdigest()
+    return tensors_digest(network.state_dict()) if isinstance(network, nn.Module) else ""
 
 
 def refuse_other_features(reference: FeatureStatistics, network: FeatureNetwork, what: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 DISTANCE = "frechet_distance"  # the value that runs, watches and reports compare models by
+JUDGE = "judge"  # features and real pictures behind it in words, in the file of a watch
 NAMES = {  # every value a measurement may have, with what people call it; one that says by what it was found needs no entry
     DISTANCE: "Frechet distance", "patch_distance": "patch Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall",
     "density": "density", "coverage": "coverage", "clip_score": "CLIP score",

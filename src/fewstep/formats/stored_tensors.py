@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.formats.json_files import read_json_object
-from fewstep.formats.tensor_files import naming_damage
+from fewstep.formats.tensor_files import naming_damage, open_safetensors
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # all become float32
 
@@ -65,13 +64,12 @@ class StoredTensors:
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
             for path in {place.path for place in self.places.values()}:
-                with naming_damage(path):
-                    files[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                files[path] = stack.enter_context(open_safetensors(path))
 
             def read(name: str, rows: Rows) -> Tensor:
                 place = self.places[name]
-                with naming_damage(place.path):
-                    file = files[place.path]
+                file = files[place.path]
+                with naming_damage(place.path):  # and not another file that is open
                     found: Tensor = file.get_tensor(place.name) if rows is None else file.get_slice(place.name)[rows]
                 return found
 
@@ -86,7 +84,7 @@ def find_tensors(paths: Sequence[Path]) -> StoredTensors:
     """
     places: dict[str, Place] = {}
     for path in paths:
-        with naming_damage(path), safe_open(path, framework="pt", device="cpu") as file:
+        with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name in places:
                     raise UserError(f"{path} and {places[name].path} both have {name[:100]}; download them again")

@@ -65,7 +65,7 @@ def tensor_names(path: Path) -> list[str]:
     """
     if not is_safetensors(path):
         return torch_archive_names(path)
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return list(file.keys())
 
 
@@ -88,7 +88,7 @@ def read_safetensors(
     Raises:
         UserError: the file cannot be read.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
         return {name: _computable(file.get_tensor(name)) for name in names}, dict(file.metadata() or {})
 
@@ -101,7 +101,7 @@ def header_of(path: Path) -> dict[str, str]:
     """
     if not is_safetensors(path):
         return {}
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -161,7 +161,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: the file cannot be read.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
@@ -170,7 +170,7 @@ def refuse_no_weights(path: Path) -> None:
 
     Counters and position numbers, which are of int64, may be there.
     """
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
             if part.get_dtype() in _NO_WEIGHTS and part.get_shape() not in ([], [1]):
@@ -213,8 +213,12 @@ def common_half_precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file."""
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which nothing is read yet.
+
+    Raises:
+        UserError: it is missing, may not be read, or is damaged; also what is read of it, as far as that is found out then.
+    """
     if path.is_file() and not os.access(path, os.R_OK):  # the library says that it is not there
         raise UserError(f"{path} cannot be read (permission denied); allow it with chmod")
     with naming_damage(path), safe_open(path, framework="pt", device="cpu") as file:

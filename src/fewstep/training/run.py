@@ -127,11 +127,11 @@ def _train(settings: TrainSettings, console: Console, observers: tuple[Observer,
         for line in schedule_warning(settings, teacher.denoiser) + check_pairs(settings, teacher):
             say(console, line)
         with busy(console, "Looking through the data"):
-            by_the_first(lambda: refuse_other_data(settings, folder, data_changed=data_changed))
+            contents = by_the_first(lambda: refuse_other_data(settings, folder, data_changed=data_changed))
         job: GeneratorJob = kind(settings, teacher)
         watches = watch_for_best(job, settings, folder, console)
         with busy(console, "Looking through the data"):
-            by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed))
+            by_the_first(lambda: claim_run_folder(settings, folder, data_changed=data_changed, contents=contents))
         if is_first():
             observers = (Outlook(settings, 0, partial(say_in_run, folder, console)), *observers)
         run_job(job, settings, folder, watches=watches, observers=observers, console=console, remote=remote)

@@ -40,12 +40,18 @@ def stored_settings(folder: Path, group: str) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
-def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False) -> None:
+def claim_run_folder(
+    settings: TrainSettings | PretrainSettings, folder: Path, *, data_changed: bool = False,
+    contents: dict[str, Content] | None = None,
+) -> None:  # fmt: skip
     """Lock a run folder for this process, and write the resolved settings, or check that it has the same.
 
     The number of steps, the time limit, `optimizer.*`, `compute.*`, `run.*` and where weights lie may change between sessions of one run;
     bit-identical continuation is promised when they do not. Data and teacher are compared by content, wherever they lie
     (training/run_data.py); with `data_changed` other data than before are taken. What a killed process left half-written is removed.
+
+    Args:
+        contents: what the settings that name data lead to, where that is known from `refuse_other_data`.
 
     Raises:
         UserError: another process trains there, the folder holds a run of other settings (they are named), or it
@@ -64,7 +70,7 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
         raise UserError(f"cannot make run folder {folder}: {error}; choose another run.folder") from error
     hold(folder)
     try:
-        contents = read_contents(flatten_settings(settings))
+        contents = contents or read_contents(flatten_settings(settings))
         if path.exists():
             _refuse_other_settings(settings, folder, path, contents, data_changed)
         remove_leftovers(folder)
@@ -76,15 +82,20 @@ def claim_run_folder(settings: TrainSettings | PretrainSettings, folder: Path, *
         raise
 
 
-def refuse_other_data(settings: TrainSettings, folder: Path, *, data_changed: bool = False) -> None:
+def refuse_other_data(
+    settings: TrainSettings, folder: Path, *, data_changed: bool = False
+) -> dict[str, Content] | None:
     """Before a continued run builds anything: its data are those it began with, or may be others, whose prompts are then encoded anew.
+
+    Returns:
+        What the settings that name data lead to; None for a run that begins.
 
     Raises:
         UserError: another process trains there; other settings or data than before.
     """
     path = folder / SETTINGS
     if not path.exists():
-        return
+        return None
     was_held = folder.resolve() in _held
     hold(folder)
     try:
@@ -92,6 +103,7 @@ def refuse_other_data(settings: TrainSettings, folder: Path, *, data_changed: bo
         _refuse_other_settings(settings, folder, path, contents, data_changed)
         if has_changed(folder, contents, "data.prompts"):
             shutil.rmtree(folder / EMBEDDINGS, ignore_errors=True)
+        return contents
     finally:
         if not was_held:
             release(folder)

@@ -20,7 +20,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.feature_cache import refuse_other_features
 from fewstep.evaluation.features import FeatureNetwork, features_of, load_features
 from fewstep.evaluation.measure import measure_sampler
-from fewstep.evaluation.measurement import DISTANCE
+from fewstep.evaluation.measurement import DISTANCE, JUDGE
 from fewstep.evaluation.metrics import FeatureStatistics
 from fewstep.formats.atomic import replaced_file
 from fewstep.parallel import agreed
@@ -33,7 +33,7 @@ from fewstep.training.own_features import own_features
 from fewstep.training.run_log import say_in_run
 
 BEST = "best"
-NUM_IMAGES, JUDGE = "num_images", "judge"
+NUM_IMAGES = "num_images"
 INTERVAL = ("frechet_distance_low", "frechet_distance_high")
 RESAMPLES = 20  # behind an interval
 TIMES = 10  # that a run with a time limit is measured in, beside its first step
@@ -111,8 +111,8 @@ class Watch:
         self, measure: Measure, path: Path, due: Due, *, keep: Callable[[int], object] | None = None,
         figure: str = DISTANCE, judge: str = "", console: Console | None = None,
     ) -> None:  # fmt: skip
-        self.judge = judge
-        self.measure, self.path, self.due, self.keep, self.figure = measure, path, due, keep, figure
+        self.measure, self.path, self.due, self.keep = measure, path, due, keep
+        self.figure, self.judge = figure, judge
         self.console = console or Stderr()
         self.points: list[Point] = []
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from fewstep.evaluation.measurement import DISTANCE, NAMES
+from fewstep.evaluation.measurement import DISTANCE, JUDGE, NAMES
 from fewstep.evaluation.report.run_files import WATCHED, Run
 from fewstep.evaluation.report.sections import Curve, Curves, Section, Series, Table
 from fewstep.evaluation.scores import Score, differences
@@ -194,7 +194,7 @@ def _watch_notes(run: Run, name: str, several: bool) -> list[str]:
         )
         how = f"{settings.get('best.num_images')} images, {of}, seed 1"
     else:
-        judges = list(dict.fromkeys(str(row["judge"]) for row in run.figures[name] if "judge" in row))
+        judges = list(dict.fromkeys(str(row[JUDGE]) for row in run.figures[name] if JUDGE in row))
         by = " or ".join(judges) or "features and reference not recorded here"
         how = f"{' or '.join(map(str, counts)) or 'an unrecorded number of'} images, {by}"
     if precision := settings.get("compute.precision"):

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from fewstep.errors import UserError
+from fewstep.evaluation.measurement import JUDGE
 from fewstep.evaluation.scores import SCORES, Score, is_number, parse_scores
 from fewstep.formats.json_files import read_json_object
 from fewstep.settings import PretrainSettings, TrainSettings, renew_settings
@@ -171,7 +172,7 @@ def _points(path: Path) -> list[Mapping[str, Any]]:
     """Rows of a watch's file, numbers and the judge in words; those of earlier versions, [minutes, distance], have no step and are not drawn."""
     rows = _json(path)
     found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [{name: value for name, value in row.items() if is_number(value) or name == "judge"} for row in found]
+    return [{name: value for name, value in row.items() if is_number(value) or name == JUDGE} for row in found]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

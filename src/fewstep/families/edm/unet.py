@@ -331,8 +331,16 @@ class EDMUNet(nn.Module):
         features = [skips[tap] for tap in taps if tap <= self.middle]
         if last <= self.middle:
             return None, features
-        x = self._decode(x, skips, emb, [tap - self.middle - 1 for tap in taps if tap > self.middle], features, want)
-        return (None if want == "features" else self._output(x)), features
+        decoder = [(name, block) for name, block in self.dec.items() if isinstance(block, UNetBlock)]
+        for place, (name, block) in enumerate(decoder, self.middle + 1):
+            if "_block" in name:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = self._run(block, x, emb)
+            if place in taps:
+                features.append(x)
+            if place == last:
+                return None, features
+        return self._output(x), features
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in the order they are called."""
@@ -356,19 +364,6 @@ class EDMUNet(nn.Module):
         if song:
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb + label))))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + label)
-
-    def _decode(
-        self, x: Tensor, skips: list[Tensor], emb: Tensor, taps: list[int], features: list[Tensor], want: str
-    ) -> Tensor:  # fmt: skip
-        """The last block's output, or the last tapped one's where only features are wanted; tapped outputs go to `features`."""
-        blocks = [(name, module) for name, module in self.dec.items() if isinstance(module, UNetBlock)]
-        for number, (name, block) in enumerate(blocks[: taps[-1] + 1] if want == "features" else blocks):
-            if "_block" in name:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(block, x, emb)
-            if number in taps:
-                features.append(x)
-        return x
 
     def _output(self, x: Tensor) -> Tensor:
         if self.config.family == "song":
