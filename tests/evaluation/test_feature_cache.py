@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+import fewstep
 from fewstep.errors import UserError
 from fewstep.evaluation import real_pictures
 from fewstep.evaluation.coco import load_coco
@@ -28,8 +29,10 @@ from fewstep.evaluation.features import SmallClassifier
 from fewstep.evaluation.protocols import PROTOCOLS
 from fewstep.evaluation.real_pictures import features_of_coco, features_of_images
 from fewstep.settings import DataSettings
+from tests.cli.test_main import fewstep as run
 from tests.conftest import write_pictures
 from tests.evaluation.test_protocols import coco as coco  # a fixture
+from tests.training.helpers import tiny_train_settings
 
 CPU = torch.device("cpu")
 
@@ -193,3 +196,24 @@ def test_coco_pictures_are_decoded_once(coco: Path, tmp_path: Path, monkeypatch:
     assert torch.equal(again["frechet_distance"], first["frechet_distance"])
     with pytest.raises(TypeError):  # another protocol sees other pixels
         features_of_coco(PROTOCOLS["coco10k-512"], pictures, own, CPU, console)
+
+
+def test_statistics_know_the_weights_of_their_features(teacher_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Features trained anew are as many as before and compare nothing: refused by `evaluate` and by `best.files`."""
+    nets = [tmp_path / "before", tmp_path / "anew"]
+    for seed, folder in enumerate(nets):
+        torch.manual_seed(seed)
+        SmallClassifier(1, 4, width=4, num_stages=1).save(folder)
+    reference = tmp_path / "reference.npz"
+    answer = run(
+        "prepare", "statistics", pictures, reference, "--features", nets[0], "--resolution", 16, "--channels", 1
+    )
+    assert answer.code == 0, answer.err
+    measure = ("evaluate", teacher_folder, "--reference", reference, "--num-images", 4, "--teacher-steps", 2)
+    assert run(*measure, "--device", "cpu", "--features", nets[0]).code == 0
+    answer = run(*measure, "--device", "cpu", "--features", nets[1])
+    assert (answer.code, "was made with another feature network than" in answer.err) == (2, True)
+    best = {"files": [str(nets[1]), str(reference)]}
+    settings = tiny_train_settings(teacher_folder, pictures, tmp_path / "run", best=best)
+    with pytest.raises(UserError, match=r"best\.files: .* was made with another feature network than"):
+        fewstep.train(settings)

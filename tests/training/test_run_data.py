@@ -93,7 +93,6 @@ def test_a_run_as_a_user_continues_it(
     import shutil
 
     from fewstep.training import run_folder
-
     from fewstep.training.run import train
     from tests.training.helpers import tiny_train_settings
 
